@@ -1,0 +1,115 @@
+"""A tiny Qwen3-Next that learns to write Python on a laptop.
+
+    python train.py
+
+trains it on the source of Python's own standard library, which every machine with Python has. On
+two CPU cores the run takes about eight minutes.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # The model: the names are those of a released config.json, the last four are ours.
+    config.model = ConfigDict(
+        dict(
+            model_type="qwen3_next",  # "qwen3" is the dense yardstick
+            vocab_size=4096,
+            hidden_size=128,
+            num_hidden_layers=4,
+            full_attention_interval=4,  # three Gated DeltaNet layers, then one of full attention
+            layer_types=config_dict.placeholder(tuple),  # or each layer's kind, one by one
+            max_position_embeddings=4096,
+            # Gated attention.
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            rope_theta=10_000.0,
+            partial_rotary_factor=0.25,  # the share of a head that is rotated
+            rope_scaling=config_dict.placeholder(ConfigDict),  # YaRN, for contexts beyond training
+            # Gated DeltaNet.
+            linear_conv_kernel_dim=4,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=32,
+            linear_value_head_dim=32,
+            # Experts: each token uses the best few, and the shared one.
+            num_experts=16,
+            num_experts_per_tok=4,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=64,
+            norm_topk_prob=True,  # the weights of the chosen experts sum to 1
+            router_aux_loss_coef=1e-3,  # weight of the balance loss
+            intermediate_size=0,  # of layers without experts; there are none here
+            mlp_only_layers=(),  # layers without experts, by index
+            decoder_sparse_step=1,  # every how many layers there are experts
+            rms_norm_eps=1e-6,
+            initializer_range=0.02,  # standard deviation of the initial weights
+            tie_word_embeddings=False,
+            mtp_steps=1,  # tokens beyond the next that are predicted as well; 0: no MTP
+            zero_centered_norm=True,  # norms multiply by 1 + w; False: by w
+            attention_output_gate=True,  # False: attention without its output gate
+            router_init="normalized",  # router rows of equal norm; or "normal"
+        )
+    )
+
+    config.data = ConfigDict(
+        dict(
+            source="stdlib",  # Python's standard library; or "text", files that `path` matches
+            path="",  # a glob such as "/corpus/**/*.txt"; each file is a document
+            tokenizer="",  # a SentencePiece model; "": train one at the first run and keep it
+            holdout_fraction=0.05,  # share of the files kept for evaluation
+        )
+    )
+
+    config.optimizer = ConfigDict(
+        dict(
+            name="adamw",  # or "muon"
+            learning_rate=4e-3,  # the peak
+            schedule="cosine",  # or "wsd" (hold, then decay) or "constant"
+            warmup_steps=50,
+            decay_fraction=0.2,  # "wsd": the last share of the steps, in which the rate falls
+            final_fraction=0.05,  # the last rate, as a share of the peak
+            weight_decay=0.1,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            clip_norm=1.0,  # of the global gradient norm; 0: no clipping
+        )
+    )
+
+    config.train = ConfigDict(
+        dict(
+            num_steps=600,
+            global_batch_size=8,  # rows a step
+            sequence_length=512,  # tokens a row
+            gradient_accumulation_steps=1,  # micro-batches a step
+            seed=0,
+            mtp_loss_weight=0.1,
+            router_z_loss_weight=0.0,
+            balance_scope="global",  # or "micro_batch" or "sequence"
+            loss_chunk=512,  # positions of a row whose logits exist at a time
+            remat="none",  # or "layer": keep only each layer's input for the backward pass
+            log_every=10,
+            eval_every=0,  # 0: only at the end
+            checkpoint_every=100,  # 0: only at the end
+            keep_checkpoints=2,
+            sample_tokens=200,  # length of the text written at the end; 0: none
+            profile_steps=(),  # (first, last) step of a profiler trace
+        )
+    )
+
+    config.precision = ConfigDict(
+        dict(
+            parameters="float32",  # master copies
+            compute="float32",  # activations and matrix products
+            optimizer="float32",  # first moments
+            matmul="default",  # passes of float32 products on a TPU: "default", "high", "highest"
+        )
+    )
+
+    # Sizes of the mesh axes; -1 takes the devices that are left.
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1))
+    return config

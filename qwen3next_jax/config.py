@@ -1,0 +1,526 @@
+"""What a run is made of: `ModelConfig`, the shape of a model, and `RunConfig`, all else.
+
+These frozen dataclasses are the schema. A config file (`configs/*.py`) fills in every field, a key
+that no field takes is refused with the nearest known names, and `ModelConfig.from_hf` reads the two
+dialects of a Hugging Face `config.json`: as released (`rope_theta`, `full_attention_interval`) and
+as transformers 5 writes it (`rope_parameters`, `layer_types`).
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+# Keys that a sparse hybrid has and the dense `qwen3` has not, with what stands for "none of it".
+_QWEN3 = {
+    "full_attention_interval": 1,
+    "partial_rotary_factor": 1.0,
+    "linear_conv_kernel_dim": 0,
+    "linear_key_head_dim": 0,
+    "linear_value_head_dim": 0,
+    "linear_num_key_heads": 0,
+    "linear_num_value_heads": 0,
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+    "moe_intermediate_size": 0,
+    "shared_expert_intermediate_size": 0,
+    "zero_centered_norm": False,
+    "attention_output_gate": False,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Qwen3-Next (or dense Qwen3) model; fields are named as in `config.json`.
+
+    Build it with `from_hf`. Sizes have no defaults, because the class defaults of other libraries
+    differ from the released files. `layer_types` is None where `full_attention_interval` says it
+    all: every such layer, counted from one, is full attention.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    full_attention_interval: int
+    layer_types: tuple[str, ...] | None = None
+    max_position_embeddings: int
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    partial_rotary_factor: float
+    # YaRN, as in `config.json`: rope_type, factor, original_max_position_embeddings, ...
+    rope_scaling: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+
+    linear_conv_kernel_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 1e-3
+    # Layers without experts: those listed, and those whose number `decoder_sparse_step` skips.
+    intermediate_size: int
+    mlp_only_layers: tuple[int, ...] = ()
+    decoder_sparse_step: int = 1
+
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    # How many tokens beyond the next the MTP module learns to predict; 0: no such module.
+    mtp_steps: int = 0
+
+    # Measures of stability, each of which an ablation can switch off.
+    zero_centered_norm: bool = True
+    attention_output_gate: bool = True
+    router_init: str = "normalized"  # or "normal"
+
+    # Keys of `config.json` that the model has no use for, kept to be written back.
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False)
+
+    def __post_init__(self):
+        problems = list(_model_problems(self))
+        if problems:
+            raise ValueError("The model cannot be built:\n  " + "\n  ".join(problems))
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The token mixer of each layer, "linear_attention" or "full_attention"."""
+        if self.layer_types is not None:
+            return self.layer_types
+        return _interval_pattern(self.num_hidden_layers, self.full_attention_interval)
+
+    @property
+    def layers(self) -> tuple[tuple[str, bool], ...]:
+        """Of each layer, its token mixer and whether it has experts."""
+        return tuple(
+            (
+                mixer,
+                self.num_experts > 0
+                and i not in self.mlp_only_layers
+                and (i + 1) % self.decoder_sparse_step == 0,
+            )
+            for i, mixer in enumerate(self.mixers)
+        )
+
+    @property
+    def group(self) -> tuple[tuple[str, bool], ...]:
+        """The smallest block of layers whose repetition is the whole decoder."""
+        layers = self.layers
+        for period in range(1, len(layers) + 1):
+            repeats, rest = divmod(len(layers), period)
+            if rest == 0 and layers[:period] * repeats == layers:
+                return layers[:period]
+        raise AssertionError("a sequence is always its own period")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's `head_dim` entries are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @classmethod
+    def from_hf(cls, source: str | pathlib.Path | Mapping[str, Any]) -> "ModelConfig":
+        """Reads a `config.json`: a mapping, the file, or the directory that holds it.
+
+        Raises:
+          ValueError: for another model type, missing keys, or sizes that do not fit together; all
+            the problems are named at once.
+        """
+        if isinstance(source, Mapping):
+            given = dict(source)
+        else:
+            path = pathlib.Path(source)
+            path = path / "config.json" if path.is_dir() else path
+            if not path.exists():
+                raise FileNotFoundError(f"{path} does not exist; expected a model's config.json")
+            given = json.loads(path.read_text())
+        return cls._from_mapping(given, refuse_unknown=False)
+
+    @classmethod
+    def _from_mapping(cls, given: dict[str, Any], *, refuse_unknown: bool) -> "ModelConfig":
+        model_type = given.get("model_type")
+        if model_type not in ("qwen3_next", "qwen3"):
+            raise ValueError(
+                f"model_type={model_type!r} is not supported; expected 'qwen3_next' or 'qwen3'"
+            )
+        given = {key: value for key, value in given.items() if value is not None}
+        for key, only in (("hidden_act", "silu"), ("attention_bias", False)):
+            if (value := given.pop(key, only)) != only:
+                raise ValueError(f"{key}={value!r} is not supported; expected {only!r}")
+        if given.pop("attention_dropout", 0.0) != 0.0:
+            raise ValueError("attention_dropout must be 0: the model is trained without dropout")
+        if model_type == "qwen3":
+            if given.get("use_sliding_window"):
+                raise ValueError("use_sliding_window=true is not supported; set it to false")
+            given = {**given, **{k: given.get(k, v) for k, v in _QWEN3.items()}}
+            given.pop("layer_types", None)
+
+        rope = dict(given.pop("rope_parameters", {}))
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rope:
+                given[key] = rope.pop(key)
+        if rope.get("rope_type", "default") != "default":
+            given["rope_scaling"] = rope
+        if given.get("rope_scaling") and given["rope_scaling"].get("rope_type") == "default":
+            del given["rope_scaling"]
+
+        layer_types = given.pop("layer_types", None)
+        if layer_types:
+            layer_types = tuple(layer_types)
+            interval = layer_types.index(FULL) + 1 if FULL in layer_types else len(layer_types) + 1
+            interval = given.setdefault("full_attention_interval", interval)
+            if layer_types != _interval_pattern(len(layer_types), interval):
+                given["layer_types"] = layer_types
+        if "mlp_only_layers" in given:
+            given["mlp_only_layers"] = tuple(given["mlp_only_layers"])
+        if all(k in given for k in ("hidden_size", "num_attention_heads")):
+            given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
+        # Released sparse files give it although no layer uses it; some writers leave it out.
+        if given.get("decoder_sparse_step", 1) == 1 and not given.get("mlp_only_layers"):
+            if given.get("num_experts"):
+                given.setdefault("intermediate_size", 0)
+
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        known = {k: v for k, v in given.items() if k in fields and k != "extra"}
+        unknown = {k: v for k, v in given.items() if k not in known}
+        if refuse_unknown:
+            _refuse_unknown("model", unknown, fields)
+        missing = [
+            name
+            for name, field in fields.items()
+            if field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+            and name not in known
+        ]
+        if missing:
+            raise ValueError(
+                f"The model config lacks {', '.join(missing)}; sizes have no defaults, take them "
+                "from the released config.json"
+            )
+        return cls(**known, extra=unknown)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of this model in the released dialect, kept keys included."""
+        ours = ("zero_centered_norm", "attention_output_gate", "router_init", "mtp_steps", "extra")
+        given = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours
+        }
+        if self.model_type == "qwen3":
+            given = {k: v for k, v in given.items() if k not in _QWEN3}
+        given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+        return {**self.extra, **{k: v for k, v in given.items() if v is not None}}
+
+
+def _interval_pattern(layers: int, interval: int) -> tuple[str, ...]:
+    return tuple(LINEAR if (i + 1) % interval else FULL for i in range(layers))
+
+
+def _model_problems(c: ModelConfig) -> Iterable[str]:
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "full_attention_interval",
+                 "num_attention_heads", "num_key_value_heads", "head_dim",
+                 "max_position_embeddings", "decoder_sparse_step"):  # fmt: skip
+        if getattr(c, name) < 1:
+            yield f"{name}={getattr(c, name)} must be at least 1"
+            return
+    if len(c.mixers) != c.num_hidden_layers or set(c.mixers) - {LINEAR, FULL}:
+        yield (
+            f"layer_types={list(c.mixers)} must name {c.num_hidden_layers} layers, each "
+            f"{LINEAR!r} or {FULL!r}"
+        )
+        return
+    if c.num_attention_heads % c.num_key_value_heads:
+        yield _not_divisible("num_attention_heads", c.num_attention_heads,
+                             "num_key_value_heads", c.num_key_value_heads)  # fmt: skip
+    if c.rotary_dim % 2 or not 0 < c.partial_rotary_factor <= 1:
+        yield (
+            f"partial_rotary_factor={c.partial_rotary_factor} of head_dim={c.head_dim} rotates "
+            f"{c.rotary_dim} entries; expected an even number of at most {c.head_dim}"
+        )
+    if c.rope_scaling is not None:
+        kind = c.rope_scaling.get("rope_type", c.rope_scaling.get("type"))
+        if kind != "yarn" or "factor" not in c.rope_scaling:
+            yield f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and a factor"
+    if LINEAR in c.mixers:
+        sizes = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
+                 "linear_key_head_dim", "linear_value_head_dim")  # fmt: skip
+        small = [name for name in sizes if getattr(c, name) < 1]
+        if small:
+            yield f"{', '.join(small)} must be at least 1 where a layer is {LINEAR}"
+        elif c.linear_num_value_heads % c.linear_num_key_heads:
+            yield _not_divisible("linear_num_value_heads", c.linear_num_value_heads,
+                                 "linear_num_key_heads", c.linear_num_key_heads)  # fmt: skip
+    if any(sparse for _, sparse in c.layers):
+        if not 1 <= c.num_experts_per_tok <= c.num_experts:
+            yield (
+                f"num_experts_per_tok={c.num_experts_per_tok} must lie between 1 and "
+                f"num_experts={c.num_experts}"
+            )
+        if c.moe_intermediate_size < 1:
+            yield f"moe_intermediate_size={c.moe_intermediate_size} must be at least 1"
+    if any(not sparse for _, sparse in c.layers) and c.intermediate_size < 1:
+        yield f"intermediate_size={c.intermediate_size} must be at least 1 for layers without experts"
+    if c.mtp_steps < 0:
+        yield f"mtp_steps={c.mtp_steps} must be at least 0 (0: no MTP module)"
+    if c.router_init not in ("normalized", "normal"):
+        yield f"router_init={c.router_init!r} is unknown; expected 'normalized' or 'normal'"
+
+
+def _not_divisible(name: str, value: int, divisor_name: str, divisor: int) -> str:
+    choices = [d for d in range(1, value + 1) if value % d == 0]
+    nearest = sorted(sorted(choices, key=lambda d: abs(d - divisor))[:2])
+    return (
+        f"{name}={value} is not divisible by {divisor_name}={divisor}; choose a divisor, such as "
+        + " or ".join(map(str, nearest))
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes rows of tokens."""
+
+    source: str  # "stdlib": Python's own library; "text": the files that `path` matches
+    path: str  # a glob of text files, each a document; "" for "stdlib"
+    tokenizer: str  # a SentencePiece model; "": train one on the training part at the first run
+    holdout_fraction: float  # share of the files held out for evaluation, chosen by their names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its schedule."""
+
+    name: str  # "adamw" or "muon"
+    learning_rate: float  # the peak
+    schedule: str  # after the warm-up: "cosine", "wsd" (hold, then decay linearly) or "constant"
+    warmup_steps: int
+    decay_fraction: float  # "wsd": the last share of the steps, in which the rate falls
+    final_fraction: float  # where the schedule ends, as a share of the peak
+    weight_decay: float
+    b1: float
+    b2: float
+    eps: float
+    clip_norm: float  # of the global gradient norm; 0: no clipping
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch, loss terms and schedule of a run."""
+
+    num_steps: int
+    global_batch_size: int  # rows in a step, all micro-batches and devices together
+    sequence_length: int  # tokens in a row
+    gradient_accumulation_steps: int  # micro-batches a step
+    seed: int
+    mtp_loss_weight: float
+    router_z_loss_weight: float
+    balance_scope: str  # over which tokens expert loads are averaged: see `training/loss.py`
+    loss_chunk: int  # positions of a row whose logits exist at a time
+    remat: str  # what the backward pass computes again: "none" or "layer"
+    log_every: int
+    eval_every: int  # 0: only at the end
+    checkpoint_every: int  # 0: only at the end
+    keep_checkpoints: int
+    sample_tokens: int  # length of the text written at the end; 0: none
+    profile_steps: tuple[int, ...]  # first and last step of a profiler trace; (): none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Of each thing, its dtype; gates, norms, router and delta states are float32 throughout."""
+
+    parameters: str  # master copies; "float32" or "bfloat16"
+    compute: str  # activations and matrix products; "float32" or "bfloat16"
+    optimizer: str  # first moments; "float32" or "bfloat16"
+    matmul: str  # passes of float32 products: "default", "high" or "highest"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; -1 takes what is left."""
+
+    data: int
+    fsdp: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a training run. Build it with `from_dict`, from a config file's nested mapping."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    precision: PrecisionConfig
+    mesh: MeshConfig
+
+    # What may differ when a run goes on from its checkpoint. The learning rate's schedule is a
+    # function of the step, so a longer run follows the longer schedule from there on.
+    MUTABLE: ClassVar[tuple[str, ...]] = (
+        "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
+        "train.keep_checkpoints", "train.sample_tokens", "train.profile_steps", "train.remat",
+        "train.loss_chunk", "mesh.data", "mesh.fsdp",
+    )  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> "RunConfig":
+        """Checks and freezes a nested mapping, an `ml_collections.ConfigDict.to_dict()` say.
+
+        Raises:
+          ValueError: names every unknown or missing key, impossible size and contradiction.
+        """
+        sections = {field.name: field.type for field in dataclasses.fields(cls)}
+        _refuse_unknown("config", set(given) - set(sections), sections)
+        missing = [name for name in sections if name not in given]
+        if missing:
+            raise ValueError(f"The config lacks the sections {', '.join(missing)}")
+        model = ModelConfig._from_mapping(dict(given["model"]), refuse_unknown=True)
+        rest = {
+            name: _section(name, kind, given[name])
+            for name, kind in _SECTIONS.items()
+        }
+        config = cls(model=model, **rest)
+        problems = list(_run_problems(config))
+        if problems:
+            raise ValueError("The run cannot start:\n  " + "\n  ".join(problems))
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The nested mapping that `from_dict` reads; it holds only what JSON can."""
+        model = {**self.model.to_hf(), **{k: getattr(self.model, k) for k in _MODEL_EXTRAS}}
+        return json.loads(json.dumps({**dataclasses.asdict(self), "model": model}))
+
+    def check_resumable_from(self, old: Mapping[str, Any]) -> None:
+        """Raises a ValueError that names the keys in which `old`, a run's config, may not differ."""
+        now, before = _flatten(self.to_dict()), _flatten(old)
+        changed = [
+            f"{key}: was {before.get(key)!r}, now {now.get(key)!r}"
+            for key in sorted(now.keys() | before.keys())
+            if now.get(key) != before.get(key) and key not in self.MUTABLE
+        ]
+        if changed:
+            raise ValueError(
+                "This work directory holds a run with another config; restore these values or "
+                "choose another --workdir:\n  " + "\n  ".join(changed)
+            )
+
+
+_SECTIONS = {
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "precision": PrecisionConfig,
+    "mesh": MeshConfig,
+}
+_MODEL_EXTRAS = ("mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init")
+
+
+def _section(name: str, kind: type, given: Mapping[str, Any]) -> Any:
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    _refuse_unknown(name, set(given) - set(types), types)
+    missing = [key for key in types if key not in given]
+    if missing:
+        raise ValueError(f"The config lacks {', '.join(f'{name}.{key}' for key in missing)}")
+    values = {}
+    for key, value in given.items():
+        if isinstance(value, list | tuple):
+            value = tuple(value)
+        elif types[key] is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        expected = tuple if types[key] == tuple[int, ...] else types[key]
+        if type(value) is not expected:
+            raise ValueError(f"{name}.{key}={value!r} must be of type {expected.__name__}")
+        values[key] = value
+    return kind(**values)
+
+
+def _run_problems(c: RunConfig) -> Iterable[str]:
+    choices = {
+        "data.source": ("stdlib", "text"),
+        "optimizer.name": ("adamw", "muon"),
+        "optimizer.schedule": ("cosine", "wsd", "constant"),
+        "train.balance_scope": ("global", "micro_batch", "sequence"),
+        "train.remat": ("none", "layer"),
+        "precision.parameters": ("float32", "bfloat16"),
+        "precision.compute": ("float32", "bfloat16"),
+        "precision.optimizer": ("float32", "bfloat16"),
+        "precision.matmul": ("default", "high", "highest"),
+    }
+    minimum = {
+        "train.num_steps": 1, "train.global_batch_size": 1, "train.sequence_length": 2,
+        "train.gradient_accumulation_steps": 1, "train.loss_chunk": 1, "train.log_every": 1,
+        "train.eval_every": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
+        "train.sample_tokens": 0, "train.mtp_loss_weight": 0, "train.router_z_loss_weight": 0,
+        "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0,
+        "optimizer.clip_norm": 0,
+    }  # fmt: skip
+    unit = ("data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction")
+    flat = _flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})
+    for key, allowed in choices.items():
+        if flat[key] not in allowed:
+            yield f"{key}={flat[key]!r} is unknown; expected {_either(allowed)}"
+    for key, least in minimum.items():
+        if not flat[key] >= least:
+            yield f"{key}={flat[key]} must be at least {least}"
+    for key in unit:
+        if not 0 <= flat[key] <= 1:
+            yield f"{key}={flat[key]} must lie between 0 and 1"
+    train = c.train
+    if train.gradient_accumulation_steps >= 1 and (
+        train.global_batch_size % train.gradient_accumulation_steps
+    ):
+        yield _not_divisible("train.global_batch_size", train.global_batch_size,
+                             "train.gradient_accumulation_steps",
+                             train.gradient_accumulation_steps)  # fmt: skip
+    if train.sequence_length > c.model.max_position_embeddings:
+        yield (
+            f"train.sequence_length={train.sequence_length} exceeds "
+            f"model.max_position_embeddings={c.model.max_position_embeddings}; shorten the rows "
+            "or give model.rope_scaling and a longer max_position_embeddings"
+        )
+    if len(train.profile_steps) not in (0, 2):
+        yield f"train.profile_steps={train.profile_steps} must be () or (first, last)"
+    if c.data.source == "text" and not c.data.path:
+        yield "data.source='text' needs data.path, a glob such as '/corpus/**/*.txt'"
+    if c.data.source == "stdlib" and c.data.path:
+        yield f"data.path={c.data.path!r} is not used by data.source='stdlib'; set it to ''"
+    if c.precision.parameters == "bfloat16" and c.precision.compute == "float32":
+        yield "precision.compute='float32' contradicts parameters='bfloat16'; use bfloat16 for both"
+    if c.mesh.data == -1 and c.mesh.fsdp == -1:
+        yield "mesh.data and mesh.fsdp are both -1; only one axis can take what is left"
+    for axis in ("data", "fsdp"):
+        if (size := getattr(c.mesh, axis)) < 1 and size != -1:
+            yield f"mesh.{axis}={size} must be at least 1, or -1 for what is left"
+
+
+def _refuse_unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+    complaints = []
+    for key in sorted(unknown):
+        near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
+        complaints.append(f"{key!r}" + (f" (did you mean {_either(near)}?)" if near else ""))
+    if complaints:
+        raise ValueError(f"Unknown keys in {where}: {', '.join(complaints)}")
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(repr(name) for name in names)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and key != "rope_scaling":
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,130 @@
+"""From documents to batches: shuffle, tokenise, pack, batch.
+
+A batch is a dict of [B, T] arrays: tokens, targets, segment_ids, positions (int32) and loss_weights
+(float32), as `packing.py` describes them. Threads tokenise a few documents ahead; the iterator's
+state counts the documents that were used, not those read ahead, so a restored iterator goes on with
+bit-identical batches.
+"""
+
+import dataclasses
+import functools
+import gzip
+import os
+from collections.abc import Sequence
+
+import grain
+from absl import logging
+from etils import epath
+
+from qwen3next_jax.data.corpus import Document, read_corpus
+from qwen3next_jax.data.packing import next_token_pairs, pack
+from qwen3next_jax.data.tokenizer import (
+    SentencePieceTokenizer,
+    check_vocabulary,
+    train_tokenizer,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run trains on and is evaluated on."""
+
+    train: list[Document]
+    held_out: list[Document]
+    tokenizer: SentencePieceTokenizer
+
+    @functools.cached_property
+    def held_out_bytes(self) -> int:
+        """Length of the held-out texts in UTF-8, the denominator of bits per byte."""
+        return sum(len(document.text.encode()) for document in self.held_out)
+
+    def gzip_bits_per_byte(self) -> float:
+        """What gzip -9 needs for the held-out texts, one after another: a yardstick."""
+        text = b"".join(document.text.encode() for document in self.held_out)
+        return 8 * len(gzip.compress(text, compresslevel=9)) / len(text)
+
+
+def load_data(
+    *,
+    source: str,
+    path: str,
+    tokenizer: str,
+    holdout_fraction: float,
+    vocab_size: int,
+    trained_tokenizer: str | os.PathLike,
+) -> Data:
+    """Reads the documents and the tokenizer; at the first run, trains that on the training part.
+
+    The first four arguments are a config's `data` section:
+    `load_data(**dataclasses.asdict(config.data), vocab_size=..., trained_tokenizer=...)`.
+
+    Args:
+      source: "stdlib" or "text"; see `read_corpus`.
+      path: the glob of "text".
+      tokenizer: a SentencePiece model; "" stands for `trained_tokenizer`.
+      holdout_fraction: share of the documents held out.
+      vocab_size: of the model, hence the most that the tokenizer may have.
+      trained_tokenizer: where the tokenizer is kept; it is trained if there is no such file.
+
+    Raises:
+      ValueError: says what is wrong with the documents or with the tokenizer.
+      FileNotFoundError: there is no file `tokenizer`.
+    """
+    corpus = read_corpus(source=source, path=path, holdout_fraction=holdout_fraction)
+    if tokenizer or epath.Path(trained_tokenizer).exists():
+        loaded = SentencePieceTokenizer(tokenizer or trained_tokenizer)
+    else:
+        logging.info("Training a tokenizer of %d tokens: %s", vocab_size, trained_tokenizer)
+        texts = [document.text for document in corpus.train]
+        loaded = train_tokenizer(texts, trained_tokenizer, vocab_size=vocab_size)
+    check_vocabulary(loaded, vocab_size)
+    return Data(corpus.train, corpus.held_out, loaded)
+
+
+def training_batches(
+    documents: Sequence[Document],
+    tokenizer: SentencePieceTokenizer,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+) -> grain.DatasetIterator:
+    """Batches without end: each epoch has every document once, in an order of its own.
+
+    `get_state()` returns a dict that JSON can hold; `set_state(state)` on a new iterator over the
+    same arguments goes on after the batch that was last returned.
+    """
+    order = grain.MapDataset.source(documents).shuffle(seed=seed).repeat()
+    return _batches(order, tokenizer, batch_size=batch_size, sequence_length=sequence_length)
+
+
+def evaluation_batches(
+    documents: Sequence[Document],
+    tokenizer: SentencePieceTokenizer,
+    *,
+    batch_size: int,
+    sequence_length: int,
+) -> grain.DatasetIterator:
+    """Batches in which every token of `documents`, EOS included, is a target exactly once.
+
+    The last row, and the last batch by whole rows, are filled up with padding.
+    """
+    order = grain.MapDataset.source(documents)
+    return _batches(order, tokenizer, batch_size=batch_size, sequence_length=sequence_length)
+
+
+def _batches(
+    documents: grain.MapDataset,
+    tokenizer: SentencePieceTokenizer,
+    *,
+    batch_size: int,
+    sequence_length: int,
+) -> grain.DatasetIterator:
+    def tokenize(document):
+        ids = tokenizer.encode(document.text)
+        return next_token_pairs(ids, bos=tokenizer.bos_id, eos=tokenizer.eos_id)
+
+    read_ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+    rows = pack(documents.map(tokenize).to_iter_dataset(read_ahead), sequence_length)
+    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    return iter(rows.batch(batch_size, batch_fn=pad))

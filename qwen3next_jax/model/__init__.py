@@ -1,0 +1,1 @@
+"""The model's modules, each of which stands alone."""

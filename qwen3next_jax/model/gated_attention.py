@@ -1,0 +1,96 @@
+"""Softmax attention with an output gate, every fourth layer's mixer.
+
+    q, gate, k, v = projections of x;  q, k = rope(norm(q)), rope(norm(k))
+    y = (attention(q, k, v) · sigmoid(gate)) W_o
+
+The gate (Qiu et al., arXiv:2505.06708) lets a head say nothing, which plain softmax cannot: without
+it heads park their weight on the first token and activations grow large.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.model.cache import AttentionCache
+from qwen3next_jax.model.layers import RMSNorm, normal, weight
+from qwen3next_jax.model.rope import apply_rope
+from qwen3next_jax.ops.attention import attention
+
+
+class GatedAttention(nnx.Module):
+    """Grouped-query attention with q/k norms, partial rotary embedding and an output gate."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        """Builds the layer from the attention fields of `config`."""
+        D, N, K, H = (
+            config.hidden_size, config.num_attention_heads,
+            config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        self.config = config
+        init = normal(config.initializer_range)
+        self.q_proj = weight(rngs, init, param_dtype, embed=D, heads=N, head_dim=H)
+        self.gate_proj = (
+            weight(rngs, init, param_dtype, embed=D, heads=N, head_dim=H)
+            if config.attention_output_gate
+            else None
+        )
+        self.k_proj = weight(rngs, init, param_dtype, embed=D, kv_heads=K, head_dim=H)
+        self.v_proj = weight(rngs, init, param_dtype, embed=D, kv_heads=K, head_dim=H)
+        self.o_proj = weight(rngs, init, param_dtype, heads=N, head_dim=H, embed=D)
+        self.q_norm = RMSNorm(config, H, param_dtype=param_dtype)
+        self.k_norm = RMSNorm(config, H, param_dtype=param_dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: AttentionCache | None = None,
+        implementation: str = "chunked",
+    ) -> Any:
+        """Mixes tokens within their documents.
+
+        Args:
+          x: hidden states.
+          segment_ids: documents packed in a row, 0 is padding; None: one document.
+          positions: for the rotary embedding, and with a cache the slot of each token; None:
+            0, 1, 2, ... along the row.
+          cache: keys and values so far; then the result is (y, the next cache).
+          implementation: of `ops.attention`, where there is no cache.
+
+        Returns:
+          y [B, T, D] in x's dtype, or with a cache (y, cache).
+        """
+        B, T, _ = x.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+
+        def project(w):
+            return jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype))
+
+        q = apply_rope(self.q_norm(project(self.q_proj)), positions, self.config)
+        k = apply_rope(self.k_norm(project(self.k_proj)), positions, self.config)
+        v = project(self.v_proj)
+        if cache is None:
+            out = attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
+        else:
+            # Padding goes to a slot that does not exist, and writing there does nothing.
+            S = cache.k.shape[1]
+            slots = positions if segment_ids is None else jnp.where(segment_ids > 0, positions, S)
+            row = jnp.arange(B)[:, None]
+            cache = AttentionCache(
+                cache.k.at[row, slots].set(k.astype(cache.k.dtype), mode="drop"),
+                cache.v.at[row, slots].set(v.astype(cache.v.dtype), mode="drop"),
+            )
+            out = attention(q, cache.k, cache.v, query_slots=positions, implementation="reference")
+        out = out.astype(x.dtype)
+        if self.gate_proj is not None:
+            gate = project(self.gate_proj).astype(jnp.float32)
+            out = (out * jax.nn.sigmoid(gate)).astype(x.dtype)
+        y = jnp.einsum("btnh,nhd->btd", out, self.o_proj[...].astype(x.dtype))
+        return y if cache is None else (y, cache)

@@ -1,0 +1,123 @@
+"""Gated DeltaNet: three of four layers' mixer, whose memory does not grow with the text.
+
+    q, k, v = silu(conv(projections of x));  q, k = q / |q| · H^−½, k / |k|
+    β = sigmoid(b);  g = −exp(A_log) · softplus(a + dt_bias)
+    y = (norm(delta_rule(q, k, v, g, β)) · silu(z)) W_o
+
+β, g, both norms and silu(z) are float32 whatever x is: rounding a gate to bfloat16 is rounding how
+long the layer remembers. `A_log` and `dt_bias` are float32 parameters for the same reason, and
+A_log is drawn in float32, where log U(0.01, 16) cannot become log 0.
+
+Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.model.cache import DeltaCache, next_tail
+from qwen3next_jax.model.layers import constant, normal, rms_normalize, weight
+from qwen3next_jax.ops.causal_conv import causal_conv
+from qwen3next_jax.ops.delta_rule import gated_delta_rule
+
+
+class GatedDeltaNet(nnx.Module):
+    """The gated delta rule with short convolutions before it and a gated norm behind it.
+
+    Key head i serves the neighbouring value heads from i · N / K on. Projections are kept apart by
+    what they make, so that all of a head's weights, gates and filters can live on one device.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        """Builds the layer from the `linear_*` fields of `config`."""
+        D, W = config.hidden_size, config.linear_conv_kernel_dim
+        K, H = config.linear_num_key_heads, config.linear_key_head_dim
+        N, P = config.linear_num_value_heads, config.linear_value_head_dim
+        self.eps = config.rms_norm_eps
+        init = normal(config.initializer_range)
+        keys, values = dict(key_heads=K, head_dim=H), dict(value_heads=N, head_dim=P)
+        self.q_proj = weight(rngs, init, param_dtype, embed=D, **keys)
+        self.k_proj = weight(rngs, init, param_dtype, embed=D, **keys)
+        self.v_proj = weight(rngs, init, param_dtype, embed=D, **values)
+        self.z_proj = weight(rngs, init, param_dtype, embed=D, **values)
+        self.b_proj = weight(rngs, init, param_dtype, embed=D, value_heads=N)
+        self.a_proj = weight(rngs, init, param_dtype, embed=D, value_heads=N)
+        self.q_conv = weight(rngs, init, param_dtype, conv=W, **keys)
+        self.k_conv = weight(rngs, init, param_dtype, conv=W, **keys)
+        self.v_conv = weight(rngs, init, param_dtype, conv=W, **values)
+        self.A_log = weight(rngs, _log_uniform, jnp.float32, value_heads=N)
+        self.dt_bias = weight(None, constant(1.0), jnp.float32, value_heads=N)
+        self.norm = nnx.Dict(weight=weight(None, constant(1.0), param_dtype, norm=P))
+        self.out_proj = weight(rngs, init, param_dtype, value_heads=N, head_dim=P, embed=D)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: DeltaCache | None = None,
+        implementation: str = "chunked",
+    ) -> Any:
+        """Mixes tokens within their documents.
+
+        Args:
+          x: hidden states.
+          segment_ids: documents packed in a row, 0 is padding; None: one document. With a cache:
+            1 for tokens of the sequence, 0 for padding behind them.
+          positions: not used; the recurrence knows the order.
+          cache: the state so far; then the result is (y, the next cache).
+          implementation: of `ops.gated_delta_rule`; a single token takes the recurrence itself.
+
+        Returns:
+          y [B, T, D] in x's dtype, or with a cache (y, cache).
+        """
+        del positions
+        B, T, _ = x.shape
+
+        def project(w, into=None):
+            axes = "nh"[: w[...].ndim - 1]
+            return jnp.einsum(
+                f"btd,d{axes}->bt{axes}", x, w[...].astype(x.dtype), preferred_element_type=into
+            )
+
+        inputs = [project(w) for w in (self.q_proj, self.k_proj, self.v_proj)]
+        kernels = [w[...] for w in (self.q_conv, self.k_conv, self.v_conv)]
+        tails = [None] * 3 if cache is None else cache[:3]
+        q, k, v = (
+            jax.nn.silu(causal_conv(x, w, segment_ids=segment_ids, tail=tail))
+            for x, w, tail in zip(inputs, kernels, tails, strict=True)
+        )
+        beta = jax.nn.sigmoid(project(self.b_proj, into=jnp.float32))
+        step = jax.nn.softplus(project(self.a_proj, into=jnp.float32) + self.dt_bias[...])
+        out, state = gated_delta_rule(
+            _unit_length(q) * q.shape[-1] ** -0.5,
+            _unit_length(k),
+            v,
+            log_decay=-jnp.exp(self.A_log[...]) * step,
+            beta=beta,
+            segment_ids=segment_ids,
+            initial_state=None if cache is None else cache.state,
+            implementation="reference" if cache is not None and T == 1 else implementation,
+        )
+        out = rms_normalize(out, self.eps) * self.norm.weight[...].astype(jnp.float32)
+        out = out * jax.nn.silu(project(self.z_proj).astype(jnp.float32))
+        y = jnp.einsum("btnp,npd->btd", out.astype(x.dtype), self.out_proj[...].astype(x.dtype))
+        if cache is None:
+            return y
+        added = jnp.full(B, T) if segment_ids is None else (segment_ids != 0).sum(1)
+        new = [next_tail(tail, x, added) for tail, x in zip(cache[:3], inputs, strict=True)]
+        return y, DeltaCache(*new, state)
+
+
+def _log_uniform(key, shape):
+    return jnp.log(jax.random.uniform(key, shape, minval=0.01, maxval=16.0))
+
+
+def _unit_length(x):
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)

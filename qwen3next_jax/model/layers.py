@@ -1,0 +1,100 @@
+"""The small parts every layer is made of: how a weight is declared, norms, and the dense MLP.
+
+`weight` is the one place where a parameter gets its shape, dtype, initial values and the names of
+its axes; which mesh axis a name is split over is said in `parallel/mesh.py` alone. Modules compute
+in the dtype of their input and cast weights to it where they are used.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qwen3next_jax.config import ModelConfig
+
+Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def weight(
+    rngs: nnx.Rngs | None,
+    init: Init,
+    dtype: jnp.dtype | type = jnp.float32,
+    **axes: int,
+) -> nnx.Param:
+    """Declares a parameter.
+
+    Args:
+      rngs: keys for `init`; None where it draws nothing.
+      init: from a key and a shape to float32 values.
+      dtype: of the stored parameter.
+      axes: in order, each axis's logical name and size. A name in use twice takes a suffix after
+        two underscores, which is dropped.
+    """
+    names = tuple(name.split("__")[0] for name in axes)
+    key = jax.random.key(0) if rngs is None else rngs.params()
+    return nnx.Param(init(key, tuple(axes.values())).astype(dtype), axes=names)
+
+
+def normal(stddev: float) -> Init:
+    """N(0, stddev²)."""
+    return lambda key, shape: stddev * jax.random.normal(key, shape)
+
+
+def constant(value: float) -> Init:
+    """The same value everywhere."""
+    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+def rms_normalize(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+    """x / rms(x) along the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · (1 + w) with w starting at 0; float32 inside, cast once at the end.
+
+    "Zero-centred" says that the weight is, so that weight decay pulls the factor to 1. With
+    `config.zero_centered_norm` off it is x / rms(x) · w, starting at 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        size: int | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+        param_dtype=jnp.float32,
+    ):
+        """Normalises a last axis of `size`, the hidden size when None."""
+        del rngs  # nothing is drawn
+        self.eps, self.zero_centered = config.rms_norm_eps, config.zero_centered_norm
+        start = constant(0.0 if self.zero_centered else 1.0)
+        self.weight = weight(None, start, param_dtype, norm=size or config.hidden_size)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last axis."""
+        scale = self.weight[...].astype(jnp.float32) + self.zero_centered
+        return (rms_normalize(x, self.eps) * scale).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) · up(x)), the feed-forward of dense layers and of shared experts."""
+
+    def __init__(
+        self, config: ModelConfig, width: int, *, rngs: nnx.Rngs, param_dtype=jnp.float32
+    ):
+        """Builds a feed-forward of the given width."""
+        D, init = config.hidden_size, normal(config.initializer_range)
+        self.gate_proj = weight(rngs, init, param_dtype, embed=D, mlp=width)
+        self.up_proj = weight(rngs, init, param_dtype, embed=D, mlp=width)
+        self.down_proj = weight(rngs, init, param_dtype, mlp=width, embed=D)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Maps each token by itself."""
+        gate, up, down = (
+            w[...].astype(x.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj)
+        )
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down

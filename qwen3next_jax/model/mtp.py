@@ -1,0 +1,62 @@
+"""Multi-token prediction: one more layer that looks a token further ahead.
+
+At position t it joins the embedding of token t + 1 with the main model's final hidden state and
+predicts token t + 2; unrolled, it joins token t + 2 with its own hidden state and predicts token
+t + 3, with the same weights. Embedding and output head are the main model's.
+
+    h' = norm(layer(W_e norm(embed(next token)) + W_h norm(h)))
+
+Source: DeepSeek-V3, arXiv:2412.19437, section 2.2; the order (embedding first) is Qwen3-Next's.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qwen3next_jax.config import FULL, ModelConfig
+from qwen3next_jax.model.layer import DecoderLayer
+from qwen3next_jax.model.layers import RMSNorm, normal, weight
+
+
+class MTP(nnx.Module):
+    """One step of multi-token prediction."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+        """Builds the module: a full-attention layer, with experts where the model has them."""
+        D = config.hidden_size
+        self.pre_fc_norm_embedding = RMSNorm(config, param_dtype=param_dtype)
+        self.pre_fc_norm_hidden = RMSNorm(config, param_dtype=param_dtype)
+        init = normal(config.initializer_range)
+        self.fc = weight(rngs, init, param_dtype, pair=2, embed=D, embed__out=D)
+        self.layer = DecoderLayer(
+            config, FULL, config.num_experts > 0, rngs=rngs, param_dtype=param_dtype
+        )
+        self.norm = RMSNorm(config, param_dtype=param_dtype)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        next_embeddings: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any, Any]:
+        """Takes one step.
+
+        Args:
+          hidden: the main model's hidden states after its final norm, or the last step's result.
+          next_embeddings: of each position, the embedding of the next token not yet in `hidden`.
+          segment_ids, positions, cache: as the decoder's layers take them.
+
+        Returns:
+          The next hidden states, for the shared head and for a further step; the router's
+          statistics, None without experts; the next cache, None without one.
+        """
+        fc = self.fc[...].astype(hidden.dtype)
+        x = self.pre_fc_norm_embedding(next_embeddings) @ fc[0]
+        x += self.pre_fc_norm_hidden(hidden) @ fc[1]
+        x, stats, cache = self.layer(x, segment_ids=segment_ids, positions=positions, cache=cache)
+        return self.norm(x), stats, cache

@@ -1,0 +1,53 @@
+"""Rotary position embedding on the first entries of each head, and YaRN for longer contexts.
+
+Entry i and entry i + r/2 of the r rotated ones form a pair that turns by position · θ^(−2i/r). YaRN
+(Peng et al., arXiv:2309.00071) slows the pairs that turn too seldom within the original context to
+have been seen all around, keeps the fast ones, and blends between.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qwen3next_jax.config import ModelConfig
+
+
+def apply_rope(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], config: ModelConfig
+) -> Float[Array, "B T N H"]:
+    """Rotates the first `config.rotary_dim` entries of each head; angles are float32.
+
+    Source: Su et al., RoFormer, arXiv:2104.09864; YaRN where `config.rope_scaling` says so.
+    """
+    frequencies, magnitude = _frequencies(config)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
+    half = config.rotary_dim // 2
+    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+
+
+def _frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Angle per position of each pair, and the factor on queries and keys alike."""
+    r, theta = config.rotary_dim, config.rope_theta
+    frequencies = theta ** (-np.arange(0, r, 2) / r)
+    if config.rope_scaling is None:
+        return frequencies.astype(np.float32), 1.0
+    scaling = config.rope_scaling
+    factor = scaling["factor"]
+    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+
+    def pair_turning(turns: float) -> float:
+        """Which pair turns this many times within the original context."""
+        return r * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    fast = max(math.floor(pair_turning(scaling.get("beta_fast") or 32)), 0)
+    slow = min(math.ceil(pair_turning(scaling.get("beta_slow") or 1)), r - 1)
+    slowed = np.clip((np.arange(r // 2) - fast) / max(slow - fast, 1e-3), 0, 1)
+    frequencies = frequencies * (1 - slowed) + frequencies / factor * slowed
+    magnitude = scaling.get("attention_factor")
+    if magnitude is None:
+        magnitude = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return frequencies.astype(np.float32), magnitude

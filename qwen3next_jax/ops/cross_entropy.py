@@ -1,0 +1,102 @@
+"""Cross-entropy that never holds the logits of a whole batch.
+
+At a vocabulary of 151936 the logits of a few thousand tokens are what runs out of memory first.
+Here they exist for `chunk` positions of each row at a time. Because the weights are known in the
+forward pass, so are the gradients with respect to the hidden states and the head, up to one factor:
+they are summed up on the way, and the backward pass only scales them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int = 512,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """Sums weights · −log softmax(hidden · head)[targets].
+
+    Args:
+      hidden: final hidden states.
+      head: output embedding.
+      targets: tokens in [0, V); any value where the weight is 0.
+      weights: of each position, without gradient.
+      chunk: positions of each row whose logits exist at a time.
+
+    Returns:
+      The weighted sum, differentiable in hidden and head, and each position's own unweighted loss
+      in nats, without gradient. Both float32.
+    """
+    total, losses = _cross_entropy(hidden, head, targets, weights, chunk)
+    return total, jax.lax.stop_gradient(losses)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden, head, targets, weights, chunk):
+    def visit(total, piece):
+        losses, _ = _losses(*piece[:2], head)
+        return total + (losses * piece[2]).sum(), losses
+
+    pieces = _pieces(chunk, hidden, targets, weights)
+    total, losses = jax.lax.scan(visit, jnp.zeros(()), pieces)
+    return total, _join(losses, hidden.shape[1])
+
+
+def _forward(hidden, head, targets, weights, chunk):
+    def visit(carry, piece):
+        total, d_head = carry
+        x, y, w = piece
+        losses, log_probabilities = _losses(x, y, head)
+        d_logits = jnp.exp(log_probabilities) - jax.nn.one_hot(y, head.shape[1])
+        d_logits = (d_logits * w[..., None]).astype(hidden.dtype)
+        d_x = jnp.einsum("btv,dv->btd", d_logits, head.astype(hidden.dtype))
+        d_head += jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
+        return (total + (losses * w).sum(), d_head), (losses, d_x)
+
+    start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
+    pieces = _pieces(chunk, hidden, targets, weights)
+    (total, d_head), (losses, d_hidden) = jax.lax.scan(visit, start, pieces)
+    T = hidden.shape[1]
+    return (total, _join(losses, T)), (_join(d_hidden, T), d_head.astype(head.dtype))
+
+
+def _backward(chunk, residuals, cotangents):
+    d_hidden, d_head = residuals
+    scale = cotangents[0]
+    return (scale * d_hidden).astype(d_hidden.dtype), (scale * d_head).astype(d_head.dtype), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _losses(hidden, targets, head):
+    logits = jnp.einsum(
+        "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    log_probabilities = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1, mode="clip")
+    return -chosen[..., 0], log_probabilities
+
+
+def _pieces(chunk, *arrays):
+    """[B, T, ...] → [pieces, B, chunk, ...], padded with zeros, weights included."""
+    T = arrays[0].shape[1]
+    chunk = min(chunk, T)
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
+
+    return tuple(split(x) for x in arrays)
+
+
+def _join(pieces, T):
+    x = jnp.moveaxis(pieces, 0, 1)
+    return x.reshape(len(x), -1, *x.shape[3:])[:, :T]

@@ -1,0 +1,320 @@
+"""The gated delta rule: a fast-weight memory that forgets, corrects itself, and is read.
+
+    S_t = exp(g_t) (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ        o_t = S_tᵀ q_t
+
+Token by token that is a loop over T. Chunk by chunk (C = 64 tokens) it is matrix products: within a
+chunk, with Γ_ij = exp(Σ_{j<l≤i} g_l) for i ≥ j, γ_i = Γ from the chunk's start to i, d_i = Γ from i
+to its end, and γ_C over all of it,
+
+    L  = I + stril(β ⊙ (K Kᵀ ⊙ Γ))        Vn = L⁻¹ (β ⊙ (V − γ ⊙ K S))
+    O  = γ ⊙ Q S + tril(Q Kᵀ ⊙ Γ) Vn      S' = γ_C S + Kᵀ (d ⊙ Vn)
+
+Hazards, all in float32 here whatever the inputs are:
+- Every exponent is a sum of the g's it spans, never a difference of two running sums: with decays
+  of −30 a token beside decays of −0.05 the difference has no digits left. The gradient of g is
+  summed the same way, from the gradients of the exponents.
+- Exponents are masked before `exp`; masked entries would overflow and poison the gradients.
+- L⁻¹ is built from inverses of diagonal blocks, doubled in size. The power series of (I − L) is
+  also exact on paper, but loses everything when keys are correlated.
+- Documents packed in a row end anywhere in a chunk: Γ, γ, d and γ_C are zero across a boundary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+_CHUNK = 64
+_BLOCK = 16  # diagonal blocks of L inverted row by row; larger ones by products
+# Products inside a chunk feed exponentials' gradients and the inverse: one bfloat16 pass on a TPU
+# or GPU is not enough for them. Products with the state follow the caller's default.
+_HIGH = jax.lax.Precision.HIGH
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def gated_delta_rule(
+    q: Float[Array, "B T K H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T N P"],
+    *,
+    log_decay: Float[Array, "B T N"],
+    beta: Float[Array, "B T N"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    initial_state: Float[Array, "B N H P"] | None = None,
+    implementation: str = "chunked",
+) -> tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]:
+    """Applies S_t = exp(g_t)(I − β_t k_t k_tᵀ)S_{t−1} + β_t k_t v_tᵀ; o_t = S_tᵀ q_t.
+
+    Key head i serves the N / K neighbouring value heads from i · N / K on.
+
+    Args:
+      q, k: L2-normalised; q is already scaled by H**-0.5.
+      v: values.
+      log_decay: g, natural logarithm per token, at most 0.
+      beta: write strength, in [0, 1].
+      segment_ids: documents packed in a row, each a contiguous run of one id; the state starts
+        anew with each. 0 is padding: it neither reads nor changes the state. None: one document.
+      initial_state: the state before the first document's first token; zeros when None.
+      implementation: "chunked" (matrix products, own backward pass) or "reference" (token by
+        token; also the way to take single steps).
+
+    Returns:
+      Outputs in v's dtype, zero at padding, and the state after the last document in float32.
+
+    Raises:
+      ValueError: if the value heads are no multiple of the key heads, or for an unknown
+        implementation.
+
+    Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
+    """
+    implementations = {"chunked": _chunked, "reference": _recurrent}
+    if implementation not in implementations:
+        raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
+    B, T, K, H = k.shape
+    N, P = v.shape[2:]
+    if N % K:
+        raise ValueError(f"{N} value heads are not divisible by {K} key heads")
+
+    real = None
+    if segment_ids is None:
+        segments = jnp.zeros((B, T), jnp.int32)
+    else:
+        real = segment_ids != 0
+        log_decay = jnp.where(real[..., None], log_decay, 0)
+        beta = jnp.where(real[..., None], beta, 0)
+        segments = _spread_over_padding(segment_ids)
+    if initial_state is None:
+        initial_state = jnp.zeros((B, N, H, P), jnp.float32)
+
+    q, k, v32, g, beta, state = (
+        x.astype(jnp.float32) for x in (q, k, v, log_decay, beta, initial_state)
+    )
+    out, state = implementations[implementation](q, k, v32, g, beta, segments, state)
+    if real is not None:
+        out = jnp.where(real[..., None, None], out, 0)
+    return out.astype(v.dtype), state
+
+
+def _spread_over_padding(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Gives padding the id of the document before it, or, at the row's start, of the first one."""
+    real = segment_ids != 0
+    index = jnp.arange(segment_ids.shape[1])
+    last_real = jax.lax.cummax(jnp.where(real, index, -1), axis=1)
+    source = jnp.where(last_real < 0, jnp.argmax(real, axis=1, keepdims=True), last_real)
+    return jnp.take_along_axis(segment_ids, source, axis=1)
+
+
+def _recurrent(q, k, v, g, beta, segments, state):
+    repeats = v.shape[2] // k.shape[2]
+    q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
+    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+
+    def step(state, token):
+        q, k, v, g, beta, start = token
+        state = jnp.where(start[:, None, None, None], 0, state) * jnp.exp(g)[..., None, None]
+        error = v - jnp.einsum("bnhp,bnh->bnp", state, k)
+        state = state + jnp.einsum("bnh,bn,bnp->bnhp", k, beta, error)
+        return state, jnp.einsum("bnhp,bnh->bnp", state, q)
+
+    tokens = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, g, beta, starts)]
+    state, out = jax.lax.scan(step, state, tokens)
+    return jnp.moveaxis(out, 0, 1), state
+
+
+def _chunked(q, k, v, g, beta, segments, state):
+    B, T, K, H = k.shape
+    N, P = v.shape[2:]
+    chunk = min(_CHUNK, max(_BLOCK, 1 << (T - 1).bit_length()))
+    padding = -T % chunk
+
+    def split(x, *heads, mode="constant"):
+        """[B, T, ...] → [Z, B, heads..., C, ...]; padding writes nothing and does not decay."""
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+        x = x.reshape(B, -1, chunk, *heads, *x.shape[2 + (len(heads) > 0) :])
+        return x.transpose(1, 0, *range(3, 3 + len(heads)), 2, *range(3 + len(heads), x.ndim))
+
+    R = N // K
+    out, state = _chunks(
+        split(q, K),
+        split(k, K),
+        split(v, K, R),
+        split(g, K, R),
+        split(beta, K, R),
+        split(segments, mode="edge"),
+        state.reshape(B, K, R, H, P),
+    )
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T + padding, N, P)
+    return out[:, :T], state.reshape(B, N, H, P)
+
+
+# In what follows arrays are chunked, with head axes k (key heads) and r (value heads of each):
+# q, k [Z B K C H], v [Z B K R C P], g, beta [Z B K R C], segments [Z B C], states [B K R H P].
+
+
+@jax.custom_vjp
+def _chunks(q, k, v, g, beta, segments, state):
+    return _chunks_forward(q, k, v, g, beta, segments, state)[0]
+
+
+def _chunks_forward(q, k, v, g, beta, segments, state):
+    decay = _decays(g, segments)
+    inverse = _unit_lower_inverse(beta[..., None] * _key_products(k, decay))
+    scores = _score(q, k, decay)
+
+    def step(state, chunk):
+        q, k, v, beta, inverse, scores, start, end, whole = chunk
+        errors = v - start[..., None] * jnp.einsum("bkch,bkrhp->bkrcp", k, state)
+        new = jnp.einsum("bkrcd,bkrdp->bkrcp", inverse, beta[..., None] * errors, precision=_HIGH)
+        out = start[..., None] * jnp.einsum("bkch,bkrhp->bkrcp", q, state)
+        out += jnp.einsum("bkrcd,bkrdp->bkrcp", scores, new, precision=_HIGH)
+        after = whole[..., None, None] * state
+        after += jnp.einsum("bkch,bkrcp->bkrhp", k, end[..., None] * new)
+        return after, (out, state)
+
+    chunks = (q, k, v, beta, inverse, scores, *decay[1:])
+    final, (out, states) = jax.lax.scan(step, state, chunks)
+    return (out, final), (q, k, v, g, beta, segments, inverse, states)
+
+
+def _chunks_backward(residuals, cotangents):
+    q, k, v, g, beta, segments, inverse, states = residuals
+    d_out, d_final = cotangents
+    decay = gamma, start, end, whole = _decays(g, segments)
+    products = _key_products(k, decay)
+    scores = _score(q, k, decay)
+    dot = functools.partial(jnp.einsum, precision=_HIGH)
+
+    # What the forward pass wrote, for all chunks at once: their initial states are known.
+    read = jnp.einsum("zbkch,zbkrhp->zbkrcp", k, states)
+    errors = v - start[..., None] * read
+    new = dot("zbkrcd,zbkrdp->zbkrcp", inverse, beta[..., None] * errors)
+
+    # From the last chunk to the first: gradients of the states and of what was written.
+    d_new_inside = dot("zbkrdc,zbkrdp->zbkrcp", scores, d_out)
+
+    def step(d_after, chunk):
+        q, k, beta, inverse, d_out, d_new, start, end, whole = chunk
+        d_new += end[..., None] * jnp.einsum("bkch,bkrhp->bkrcp", k, d_after)
+        d_scaled = jnp.einsum("bkrdc,bkrdp->bkrcp", inverse, d_new, precision=_HIGH)
+        d_state = whole[..., None, None] * d_after
+        d_state += jnp.einsum("bkch,bkrcp->bkrhp", q, start[..., None] * d_out)
+        d_state -= jnp.einsum("bkch,bkrcp->bkrhp", k, (beta * start)[..., None] * d_scaled)
+        return d_state, (d_scaled, d_after)
+
+    chunks = (q, k, beta, inverse, d_out, d_new_inside, start, end, whole)
+    d_state, (d_scaled, d_after) = jax.lax.scan(step, d_final, chunks, reverse=True)
+
+    # The rest is parallel. `d_products` is the gradient of stril(β ⊙ K Kᵀ ⊙ Γ), from L⁻¹'s.
+    d_products = -_strictly_lower(dot("zbkrcp,zbkrdp->zbkrcd", d_scaled, new))
+    d_scores = dot("zbkrcp,zbkrdp->zbkrcd", d_out, new)  # gamma is zero above the diagonal
+    d_read = -(beta * start)[..., None] * d_scaled
+    d_queried = start[..., None] * d_out
+    carried = end[..., None] * jnp.einsum("zbkrcp,zbkrhp->zbkrch", new, d_after)
+
+    d_kk = (beta[..., None] * gamma * d_products).sum(3)
+    d_qk = (gamma * d_scores).sum(3)
+    d_q = dot("zbkcd,zbkdh->zbkch", d_qk, k)
+    d_q += jnp.einsum("zbkrcp,zbkrhp->zbkch", d_queried, states)
+    d_k = dot("zbkdc,zbkdh->zbkch", d_qk, q)
+    d_k += dot("zbkcd,zbkdh->zbkch", d_kk + d_kk.swapaxes(-1, -2), k)
+    d_k += carried.sum(3) + jnp.einsum("zbkrcp,zbkrhp->zbkch", d_read, states)
+    d_v = beta[..., None] * d_scaled
+    d_beta = (d_scaled * errors).sum(-1) + (d_products * products).sum(-1)
+
+    # Gradients of the exponents: of Γ_ij, of γ_i, of d_i and of γ_C. g_l is in those it is spanned
+    # by, so each is summed over its span.
+    d_gamma = _strictly_lower(d_products * beta[..., None] * products + d_scores * scores)
+    queried = jnp.einsum("zbkch,zbkrhp->zbkrcp", q, states)
+    d_start = (d_queried * queried + d_read * read).sum(-1)
+    d_end = jnp.einsum("zbkrch,zbkch->zbkrc", carried, k)
+    d_whole = whole * (d_after * states).sum((-1, -2))
+    spans = jnp.einsum(
+        "lc,zbkrcd->zbkrld", _ones_upto(g.shape[-1]).T, d_gamma, precision=_HIGHEST
+    )
+    d_g = _strictly_lower(spans).sum(-1)
+    d_g += jax.lax.cumsum(d_start, axis=4, reverse=True)
+    d_g += jnp.pad(jax.lax.cumsum(d_end, axis=4)[..., :-1], [(0, 0)] * 4 + [(1, 0)])
+    d_g += d_whole[..., None]
+    return d_q, d_k, d_v, d_g, d_beta, None, d_state
+
+
+_chunks.defvjp(_chunks_forward, _chunks_backward)
+
+
+def _decays(g, segments):
+    """Γ [Z B K R C C], γ and d [Z B K R C], γ_C [Z B K R], zero across documents."""
+    C = g.shape[-1]
+    # The exponent of Γ_ij is Σ_{j<l≤i} g_l: a product of 0/1 masks with g, exact but for rounding.
+    spans = jnp.einsum(
+        "il,zbkrlj->zbkrij", _ones_upto(C), _strictly_lower(g[..., None]), precision=_HIGHEST
+    )
+    same = segments[..., :, None] == segments[..., None, :]
+    causal = np.tril(np.ones((C, C), bool))
+    gamma = _masked_exp(spans, (causal & same)[:, :, None, None])
+
+    before = jnp.concatenate([segments[:1, :, 0], segments[:-1, :, -1]])[..., None]
+    last = segments[..., -1:]
+    start = _masked_exp(jax.lax.cumsum(g, axis=4), (segments == before)[:, :, None, None])
+    # Summed without g_i, rather than subtracting it: its rounding error would stay behind.
+    after = jnp.pad(jax.lax.cumsum(g[..., 1:], axis=4, reverse=True), [(0, 0)] * 4 + [(0, 1)])
+    end = _masked_exp(after, (segments == last)[:, :, None, None])
+    whole = _masked_exp(g.sum(-1), (last == before)[:, :, None])
+    return gamma, start, end, whole
+
+
+def _masked_exp(x, mask):
+    return jnp.exp(jnp.where(mask, x, -jnp.inf))
+
+
+def _key_products(k, decay):
+    """Returns stril(K Kᵀ ⊙ Γ)."""
+    products = jnp.einsum("zbkch,zbkdh->zbkcd", k, k, precision=_HIGH)
+    return _strictly_lower(products[:, :, :, None] * decay[0])
+
+
+def _score(q, k, decay):
+    """Returns tril(Q Kᵀ ⊙ Γ)."""
+    return jnp.einsum("zbkch,zbkdh->zbkcd", q, k, precision=_HIGH)[:, :, :, None] * decay[0]
+
+
+def _unit_lower_inverse(lower):
+    """Inverts I + lower, for a strictly lower triangular matrix in the last two axes."""
+    *batch, C, _ = lower.shape
+    size = min(_BLOCK, C)
+    blocks = _diagonal_blocks(lower, size)
+    # Row i of the inverse is eᵢ − lower[i] · (the rows above it).
+    rows = []
+    for i in range(size):
+        row = jnp.broadcast_to(jnp.eye(size)[i], blocks.shape[:-1][:-1] + (size,))
+        for j in range(i):
+            row = row - blocks[..., i, j, None] * rows[j]
+        rows.append(row)
+    inverse = jnp.stack(rows, axis=-2)
+    # [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]]: neighbours merge until one is left.
+    while size < C:
+        above, below = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        off = _diagonal_blocks(lower, 2 * size)[..., size:, :size]
+        corner = -jnp.einsum("...ij,...jk,...kl->...il", below, off, above, precision=_HIGH)
+        top = jnp.concatenate([above, jnp.zeros_like(above)], axis=-1)
+        inverse = jnp.concatenate([top, jnp.concatenate([corner, below], axis=-1)], axis=-2)
+        size *= 2
+    return inverse[..., 0, :, :]
+
+
+def _diagonal_blocks(x, size):
+    """[..., C, C] → [..., C / size, size, size]."""
+    starts = range(0, x.shape[-1], size)
+    return jnp.stack([x[..., s : s + size, s : s + size] for s in starts], axis=-3)
+
+
+def _strictly_lower(x):
+    """Zeroes all but the entries i > j; broadcasts a last axis of size 1."""
+    C = x.shape[-2]
+    return jnp.where(np.tril(np.ones((C, C), bool), -1), x, 0)
+
+
+def _ones_upto(size):
+    return np.tril(np.ones((size, size), np.float32))
+

@@ -1,0 +1,119 @@
+"""One matrix product per group of rows: what a mixture of experts spends its time in.
+
+    y_r = x_r W_e(r)     rows sorted by group, group_sizes[e] of them for group e
+
+Implementations differ in what the platform is good at:
+- "ragged": `jax.lax.ragged_dot`, native on TPU and GPU; on a CPU it multiplies every row by every
+  group's matrix.
+- "blocked": groups are padded to whole blocks of 64 rows and each block is one plain product in a
+  loop, which is what CPU matrix libraries are fast at.
+- "reference": a sum over groups of masked products.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_BLOCK = 64
+
+
+def default_implementation() -> str:
+    """The implementation that suits the default backend."""
+    return "blocked" if jax.default_backend() == "cpu" else "ragged"
+
+
+def row_alignment(implementation: str) -> int:
+    """Of what each group's number of rows must be a multiple."""
+    return _BLOCK if implementation == "blocked" else 1
+
+
+def grouped_matmul(
+    rows: Float[Array, "R D"],
+    weights: Float[Array, "E D F"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "R F"]:
+    """Multiplies each row by its group's matrix.
+
+    Args:
+      rows: sorted by group; rows beyond the last group belong to none and give zeros.
+      weights: one matrix a group.
+      group_sizes: rows of each group, multiples of `row_alignment(implementation)`.
+      implementation: "ragged", "blocked" or "reference"; None: the platform's default.
+
+    Returns:
+      Products in rows' dtype, accumulated in float32.
+
+    Raises:
+      ValueError: for an unknown implementation, or rows that "blocked" cannot cut into blocks.
+    """
+    implementations = {"ragged": _ragged, "blocked": _blocked, "reference": _reference}
+    implementation = implementation or default_implementation()
+    if implementation not in implementations:
+        raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
+    if len(rows) % row_alignment(implementation):
+        raise ValueError(
+            f"implementation='blocked' needs a multiple of {_BLOCK} rows, got {len(rows)}"
+        )
+    return implementations[implementation](rows, weights, group_sizes)
+
+
+def _reference(rows, weights, group_sizes):
+    ends = jnp.cumsum(group_sizes)
+    index = jnp.arange(len(rows))
+    member = (index[:, None] >= ends - group_sizes) & (index[:, None] < ends)
+    return jnp.einsum("rd,edf,re->rf", rows, weights, member.astype(rows.dtype))
+
+
+def _ragged(rows, weights, group_sizes):
+    return jax.lax.ragged_dot(rows, weights, group_sizes.astype(jnp.int32)).astype(rows.dtype)
+
+
+@jax.custom_vjp
+def _blocked(rows, weights, group_sizes):
+    def visit(i, out):
+        x, w = _block(rows, i), weights[group[i]]
+        return _set_block(out, i, jnp.dot(x, w, preferred_element_type=jnp.float32))
+
+    group, used = _groups_of_blocks(group_sizes, len(rows))
+    out = jnp.zeros((len(rows), weights.shape[2]), rows.dtype)
+    return jax.lax.fori_loop(0, used, visit, out)
+
+
+def _blocked_forward(rows, weights, group_sizes):
+    return _blocked(rows, weights, group_sizes), (rows, weights, group_sizes)
+
+
+def _blocked_backward(residuals, d_out):
+    rows, weights, group_sizes = residuals
+    group, used = _groups_of_blocks(group_sizes, len(rows))
+
+    def visit(i, carry):
+        d_rows, d_weights = carry
+        x, d_y, w = _block(rows, i), _block(d_out, i), weights[group[i]]
+        d_x = jnp.einsum("rf,df->rd", d_y, w, preferred_element_type=jnp.float32)
+        d_w = jnp.einsum("rd,rf->df", x, d_y, preferred_element_type=jnp.float32)
+        return _set_block(d_rows, i, d_x), d_weights.at[group[i]].add(d_w)
+
+    start = (jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.float32))
+    d_rows, d_weights = jax.lax.fori_loop(0, used, visit, start)
+    return d_rows, d_weights.astype(weights.dtype), None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _groups_of_blocks(group_sizes, rows):
+    """The group of each block, and how many blocks belong to a group at all."""
+    ends = jnp.cumsum(group_sizes) // _BLOCK
+    group = jnp.searchsorted(ends, jnp.arange(rows // _BLOCK), side="right")
+    return jnp.minimum(group, len(group_sizes) - 1), ends[-1]
+
+
+def _block(x, i):
+    return jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK)
+
+
+def _set_block(x, i, block):
+    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), i * _BLOCK, axis=0)

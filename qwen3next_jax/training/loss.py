@@ -1,0 +1,184 @@
+"""What training minimises, term by term.
+
+    loss = ce + w_mtp · mtp_ce + c · balance_loss + w_z · router_z_loss
+
+- `ce`: nats a token, next token only; what evaluation reports, alone.
+- `mtp_ce`: the same for the tokens beyond the next, the mean over MTP steps of each step's mean over
+  its own tokens. Labels are shifted inside a document only: its last tokens have none.
+- `balance_loss`: per layer E · Σ_e f_e P_e with f the share of assignments and P the mean
+  probability of each expert; the mean over layers, the MTP module's among them. It is 1 when loads
+  are even. Over which tokens f is taken decides whether experts may specialise (Qiu et al.,
+  arXiv:2501.11873): "global" takes the whole step, that is all devices and the micro-batches seen
+  so far; "micro_batch" one micro-batch; "sequence" each row by itself.
+- `router_z_loss`: the mean of logsumexp(router logits)² (Zoph et al., arXiv:2202.08906).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qwen3next_jax.model.decoder import Qwen3Next, default_positions
+from qwen3next_jax.model.moe import RouterStats
+from qwen3next_jax.ops.cross_entropy import cross_entropy
+
+Batch = Mapping[str, Array]
+
+
+class TokenCounts(NamedTuple):
+    """How many labels each mean is over."""
+
+    ce: Float[Array, ""]
+    mtp: Float[Array, "steps"]
+
+
+def loss(
+    model: Qwen3Next,
+    batch: Batch,
+    *,
+    mtp_weight: float = 0.1,
+    z_weight: float = 0.0,
+    balance_scope: str = "global",
+    chunk: int = 512,
+    counts: TokenCounts | None = None,
+    earlier_assignments: Float[Array, "L E"] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """The loss of one batch or micro-batch, and its terms.
+
+    Args:
+      model: its config gives the coefficient of the balance loss, `router_aux_loss_coef`.
+      batch: tokens, targets, loss_weights, segment_ids, positions, each [B, T].
+      mtp_weight: of mtp_ce.
+      z_weight: of the router's z-loss.
+      balance_scope: "global", "micro_batch" or "sequence".
+      chunk: positions of a row whose logits exist at a time.
+      counts: what to divide by, where the batch is one of several micro-batches; None: its own.
+      earlier_assignments: to each expert of each layer, in this step's earlier micro-batches.
+
+    Returns:
+      The loss, and the metrics ce, mtp_ce, balance_loss, router_z_loss (those the model has) and
+      assignments [L, E], the earlier ones included. All float32.
+    """
+    if balance_scope not in ("global", "micro_batch", "sequence"):
+        raise ValueError(
+            f"{balance_scope=} is unknown; expected 'global', 'micro_batch' or 'sequence'"
+        )
+    steps = model.config.mtp_steps
+    counts = counts or count_labels(batch, steps)
+    segments, positions = batch["segment_ids"], batch["positions"]
+    hidden, stats, _ = model.hidden_states(batch["tokens"], segments, positions)
+    head = model.head()
+    total, _ = cross_entropy(
+        hidden, head, batch["targets"], batch["loss_weights"], chunk=chunk
+    )
+    metrics: dict[str, Any] = {"ce": total / counts.ce}
+    value = metrics["ce"]
+
+    if model.mtp is not None:
+        mtp_ce, mtp_stats = jnp.zeros(()), []
+        for step in range(1, steps + 1):
+            ahead = _ahead(batch, step)
+            hidden, step_stats, _ = model.mtp(
+                hidden, model.embed(ahead["tokens"]),
+                segment_ids=ahead["segment_ids"], positions=positions,
+            )  # fmt: skip
+            total, _ = cross_entropy(
+                hidden, head, ahead["targets"], ahead["loss_weights"], chunk=chunk
+            )
+            mtp_ce += total / counts.mtp[step - 1] / steps
+            mtp_stats.append(step_stats)
+        metrics["mtp_ce"] = mtp_ce
+        value += mtp_weight * mtp_ce
+        if mtp_stats[0] is not None:
+            # The unrolled steps share one router: together they are one more layer.
+            summed = jax.tree.map(lambda *s: sum(s)[None], *mtp_stats)
+            stats = summed if stats is None else jax.tree.map(_stack, stats, summed)
+
+    if stats is not None:
+        balance, assignments = _balance_loss(stats, balance_scope, earlier_assignments)
+        z_loss = (stats.squared_log_norms.sum(1) / _at_least_one(stats.tokens.sum(1))).mean()
+        value += model.config.router_aux_loss_coef * balance + z_weight * z_loss
+        metrics |= {"balance_loss": balance, "router_z_loss": z_loss, "assignments": assignments}
+    return value, metrics
+
+
+def next_token_losses(
+    model: Qwen3Next, batch: Batch, *, chunk: int = 512
+) -> Float[Array, "B T"]:
+    """Cross-entropy of each position in nats, 0 where its weight is 0: what evaluation sums up."""
+    hidden, _, _ = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
+    _, losses = cross_entropy(
+        hidden, model.head(), batch["targets"], batch["loss_weights"], chunk=chunk
+    )
+    return losses * batch["loss_weights"]
+
+
+def count_labels(batch: Batch, mtp_steps: int) -> TokenCounts:
+    """Sums the weights of the next-token labels and of each MTP step's; at least 1, to divide by."""
+    ahead = [_ahead(batch, step)["loss_weights"].sum() for step in range(1, mtp_steps + 1)]
+    mtp = jnp.stack(ahead) if ahead else jnp.zeros(0)
+    return TokenCounts(_at_least_one(batch["loss_weights"].sum()), _at_least_one(mtp))
+
+
+def _ahead(batch: Batch, step: int) -> dict[str, Array]:
+    """What MTP step s reads and predicts at t: the batch at t + s, where that is in t's document."""
+
+    def shift(x):
+        return jnp.pad(x[:, step:], ((0, 0), (0, step)))
+
+    segments = batch["segment_ids"]
+    inside = (shift(segments) == segments) & (segments != 0)
+    return {
+        "tokens": shift(batch["tokens"]),
+        "targets": shift(batch["targets"]),
+        "loss_weights": jnp.where(inside, shift(batch["loss_weights"]), 0),
+        # The last positions of a document have nothing to read: they count as padding. Nothing
+        # behind them in the document could have attended to them.
+        "segment_ids": jnp.where(inside, segments, 0),
+    }
+
+
+def _balance_loss(
+    stats: RouterStats, scope: str, earlier: Float[Array, "L E"] | None
+) -> tuple[Float[Array, ""], Float[Array, "L E"]]:
+    E = stats.counts.shape[-1]
+    assignments = stats.counts.sum(1)
+    if earlier is not None:
+        assignments += earlier
+    if scope == "sequence":
+        share = stats.counts / _at_least_one(stats.counts.sum(-1, keepdims=True))
+        mean = stats.probabilities / _at_least_one(stats.tokens)[..., None]
+        per_row = E * (share * mean).sum(-1)
+        # Rows that are all padding say nothing.
+        seen = stats.tokens > 0
+        balance = ((per_row * seen).sum(1) / _at_least_one(seen.sum(1))).mean()
+    else:
+        counted = assignments if scope == "global" else stats.counts.sum(1)
+        share = counted / _at_least_one(counted.sum(-1, keepdims=True))
+        mean = stats.probabilities.sum(1) / _at_least_one(stats.tokens.sum(1))[:, None]
+        balance = E * (share * mean).sum(-1).mean()
+    return balance, jax.lax.stop_gradient(assignments)
+
+
+def _at_least_one(x):
+    return jnp.maximum(x, 1)
+
+
+def _stack(a, b):
+    return jnp.concatenate([a, b])
+
+
+def complete_batch(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Batch:
+    """A batch from rows of tokens alone: each predicts its successor inside its document."""
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
+    after = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+    return {
+        "tokens": tokens,
+        "targets": jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))),
+        "loss_weights": ((after == segment_ids) & (segment_ids != 0)).astype(jnp.float32),
+        "segment_ids": segment_ids,
+        "positions": default_positions(tokens, segment_ids),
+    }

@@ -1,0 +1,237 @@
+"""The delta rule against a token-by-token recurrence in float64, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen3next_jax.ops.delta_rule import gated_delta_rule
+
+
+def recurrence(q, k, v, g, beta, state, segments):
+    """The equation itself, in numpy's float64."""
+    B, T, N, P = v.shape
+    q, k = (np.repeat(x, N // k.shape[2], axis=2) for x in (q, k))
+    out = np.zeros((B, T, N, P))
+    final = np.array(state)
+    for b in range(B):
+        previous = None
+        for t in range(T):
+            if segments[b, t] == 0:
+                continue
+            for n in range(N):
+                S = final[b, n] if previous in (None, segments[b, t]) else 0 * final[b, n]
+                S = np.exp(g[b, t, n]) * S
+                S = S + np.outer(k[b, t, n], beta[b, t, n] * (v[b, t, n] - S.T @ k[b, t, n]))
+                final[b, n], out[b, t, n] = S, S.T @ q[b, t, n]
+            previous = segments[b, t]
+    return out, final
+
+
+def recurrence_gradients(q, k, v, g, beta, state, segments, d_out, d_final):
+    """Reverse mode of `recurrence`, step by step, in float64."""
+    B, T, N, P = v.shape
+    R = N // k.shape[2]
+    grads = [np.zeros_like(x) for x in (q, k, v, g, beta, state)]
+    dq, dk, dv, dg, dbeta, dstate = grads
+    for b in range(B):
+        for n in range(N):
+            S, previous, tape = state[b, n], None, []
+            for t in range(T):
+                if segments[b, t] == 0:
+                    continue
+                fresh = previous not in (None, segments[b, t])
+                S = 0 * S if fresh else S
+                tape.append((t, fresh, S))
+                S = np.exp(g[b, t, n]) * S
+                K = k[b, t, n // R]
+                S = S + np.outer(K, beta[b, t, n] * (v[b, t, n] - S.T @ K))
+                previous = segments[b, t]
+            dS = d_final[b, n].copy()
+            for t, fresh, before in reversed(tape):
+                Q, K, V, e, w = q[b, t, n // R], k[b, t, n // R], v[b, t, n], np.exp(g[b, t, n]), beta[b, t, n]
+                D = e * before
+                error = V - D.T @ K
+                after = D + np.outer(K, w * error)
+                dq[b, t, n // R] += after @ d_out[b, t, n]
+                dS = dS + np.outer(Q, d_out[b, t, n])
+                d_write = dS.T @ K
+                dk[b, t, n // R] += dS @ (w * error) - D @ (w * d_write)
+                dbeta[b, t, n] += d_write @ error
+                dv[b, t, n] += w * d_write
+                dD = dS - np.outer(K, w * d_write)
+                dg[b, t, n] += (dD * D).sum()
+                dS = e * dD * (not fresh)
+            dstate[b, n] += dS
+    return grads
+
+
+def make(case, *, B=2, T=100, K=2, N=4, H=16, P=24):
+    rng = np.random.default_rng(0)
+    if case.startswith("length"):
+        T = int(case.split()[1])
+    k = rng.standard_normal((B, T, K, H))
+    if case == "correlated keys":  # correlation 0.9 between any two
+        k = np.sqrt(0.9) * rng.standard_normal((B, 1, K, H)) + np.sqrt(0.1) * k
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    q = rng.standard_normal((B, T, K, H))
+    q *= H**-0.5 / np.linalg.norm(q, axis=-1, keepdims=True)
+    v = rng.standard_normal((B, T, N, P))
+    g = -np.exp(rng.uniform(-5, 1, (B, T, N)))
+    beta = rng.uniform(0.05, 0.95, (B, T, N))
+    state = np.zeros((B, N, H, P))
+    segments = np.ones((B, T), np.int32)
+    if case == "no decay":
+        g[:] = 0
+    if case == "decay -30":
+        g[:] = -30
+    if case == "decays in turn":
+        g[:, 0::2], g[:, 1::2] = -30, -0.05
+    if case == "beta one":
+        beta[:] = 1
+    if case == "zero rows":
+        for x in (q, k, v):
+            x[:, 10:20] = 0
+            x[1] = 0
+    if case in ("initial state", "documents", "padding") or case.startswith("length"):
+        state = rng.standard_normal(state.shape)
+    if case == "documents":  # many in a chunk, some one token long, one longer than a chunk
+        for b in range(B):
+            ends = np.sort(rng.choice(np.arange(1, 30), 8, replace=False))
+            segments[b] = 1 + np.searchsorted(ends, np.arange(T), side="right")
+    if case == "padding":
+        segments[0, 70:], segments[1, :5], segments[1, 30:50], segments[1, 50:] = 0, 0, 0, 2
+    return q, k, v, g, beta, state, segments
+
+
+CASES = [
+    "plain", "no decay", "decay -30", "decays in turn", "beta one", "correlated keys", "zero rows",
+    "length 1", "length 63", "length 65", "length 130", "initial state", "documents", "padding",
+]  # fmt: skip
+
+
+def run(arrays, segments, implementation, dtype=jnp.float32):
+    q, k, v, g, beta, state = (jnp.asarray(x, dtype) for x in arrays)
+    return gated_delta_rule(
+        q, k, v, log_decay=g, beta=beta, initial_state=state.astype(jnp.float32),
+        segment_ids=None if segments is None else jnp.asarray(segments),
+        implementation=implementation,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_agree_with_the_float64_recurrence(case, implementation):
+    *arrays, segments = make(case)
+    # The oracle starts from what float32 can hold, so that only the computation is compared.
+    arrays = [x.astype(np.float32).astype(np.float64) for x in arrays]
+    out, final = recurrence(*arrays, segments)
+    rng = np.random.default_rng(1)
+    d_out, d_final = rng.standard_normal(out.shape), rng.standard_normal(final.shape)
+    expected = recurrence_gradients(*arrays, segments, d_out, d_final)
+
+    @jax.jit
+    def values_and_gradients(arrays, cotangents):
+        values, vjp = jax.vjp(lambda *a: run(a, segments, implementation), *arrays)
+        return values, vjp(cotangents)
+
+    arrays32, cotangents = jax.tree.map(jnp.float32, (arrays, (d_out, d_final)))
+    (got, got_final), grads = values_and_gradients(arrays32, cotangents)
+
+    def check(name, got, want, scale=0.0, tolerance=1e-5):
+        error = np.linalg.norm(np.asarray(got, np.float64) - want)
+        assert error <= tolerance * max(np.linalg.norm(want), scale), name
+
+    check("out", got, out)
+    check("final state", got_final, final)
+    for name, gradient, want in zip("q k v g beta state".split(), grads, expected, strict=True):
+        if name == "g":
+            # Under strong decay the true dg is a tiny remainder of larger terms: its error is
+            # measured against those. Mixed decays cost some more digits of the exponents.
+            terms = np.linalg.norm(arrays[0] * expected[0]) + np.linalg.norm(arrays[1] * expected[1])
+            check(name, gradient, want, terms, 5e-5 if case == "decays in turn" else 1e-5)
+        else:
+            check(name, gradient, want)
+
+
+def test_the_oracle_s_gradients_are_those_of_finite_differences():
+    *arrays, segments = make("documents", B=1, T=40, K=1, N=2, H=3, P=2)
+    rng = np.random.default_rng(2)
+    out, final = recurrence(*arrays, segments)
+    d_out, d_final = rng.standard_normal(out.shape), rng.standard_normal(final.shape)
+    grads = recurrence_gradients(*arrays, segments, d_out, d_final)
+
+    def value(arrays):
+        out, final = recurrence(*arrays, segments)
+        return (out * d_out).sum() + (final * d_final).sum()
+
+    for i, gradient in enumerate(grads):
+        direction = rng.standard_normal(gradient.shape)
+        plus, minus = ([*arrays] for _ in range(2))
+        plus[i], minus[i] = arrays[i] + 1e-5 * direction, arrays[i] - 1e-5 * direction
+        numeric = (value(plus) - value(minus)) / 2e-5
+        np.testing.assert_allclose((gradient * direction).sum(), numeric, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_a_packed_document_gives_what_it_gives_alone_whatever_its_neighbours(implementation):
+    *arrays, segments = make("documents")
+    start, end = np.flatnonzero(segments[0] == 3)[[0, -1]] + np.array([0, 1])
+    arrays[-1] = 0 * arrays[-1]
+    alone = [x[:1, start:end] for x in arrays[:-1]]
+
+    def packed(*document):
+        rest = [x.copy() for x in arrays]
+        for x, factor in zip(rest, (1e3, -1, 1e3), strict=False):  # keys stay of unit length
+            x[:, :start], x[:, end:] = factor * x[:, :start], -factor * x[:, end:]
+        joined = [
+            jnp.asarray(x).at[:1, start:end].set(d)
+            for x, d in zip(rest, document, strict=False)
+        ]
+        return run([*joined, rest[-1]], segments, implementation)[0][:1, start:end]
+
+    def by_itself(*document):
+        state = jnp.zeros((1, *arrays[-1].shape[1:]))
+        return run([*document, state], None, implementation)[0]
+
+    (a, vjp_a), (b, vjp_b) = (jax.vjp(jax.jit(f), *alone) for f in (packed, by_itself))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    cotangent = jnp.asarray(np.random.default_rng(3).standard_normal(a.shape), jnp.float32)
+    for x, y in zip(vjp_a(cotangent), vjp_b(cotangent), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_a_sequence_cut_in_two_goes_on_from_the_returned_state():
+    *arrays, _ = make("initial state", T=130)
+    step = jax.jit(lambda arrays: run(arrays, None, "chunked"))
+    whole, final = step(arrays)
+    state, parts = arrays[-1], []
+    for piece in (slice(0, 70), slice(70, 129), slice(129, 130)):
+        part, state = step([x[:, piece] for x in arrays[:-1]] + [state])
+        parts.append(part)
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5)
+    np.testing.assert_allclose(state, final, atol=1e-5)
+
+
+def test_gradients_in_bfloat16_keep_the_direction_of_float32():
+    *arrays, segments = make("documents", T=130)
+    d_out = np.random.default_rng(4).standard_normal(arrays[2].shape)
+
+    def gradients(dtype):
+        def loss(*a):
+            return (run(a, segments, "chunked", dtype)[0].astype(jnp.float32) * d_out).sum()
+
+        return jax.jit(jax.grad(loss, argnums=range(5)))(*(jnp.asarray(x, jnp.float32) for x in arrays))
+
+    for a, b in zip(gradients(jnp.float32), gradients(jnp.bfloat16), strict=True):
+        a, b = np.ravel(a), np.ravel(b)
+        assert a @ b >= 0.99 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+def test_bad_input_is_refused_with_the_values():
+    *arrays, segments = make("plain", K=2, N=3)
+    with pytest.raises(ValueError, match="3 value heads are not divisible by 2 key heads"):
+        run(arrays, segments, "chunked")
+    *arrays, segments = make("plain")
+    with pytest.raises(ValueError, match="'quick' is unknown; expected one of"):
+        run(arrays, segments, "quick")
