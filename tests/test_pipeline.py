@@ -21,7 +21,7 @@ SHAPE = dict(batch_size=3, sequence_length=16)
 def documents():
     rng = random.Random(0)
     words = ["def", "return", "self", "value", "(x)", "=", "\n", "    ", "é"]
-    texts = [" ".join(rng.choices(words, k=rng.randrange(60))) for _ in range(25)]
+    texts = [" ".join(rng.choices(words, k=rng.randrange(30))) for _ in range(99)]
     return [Document(f"{i}.txt", text) for i, text in enumerate(["", *texts])]
 
 
@@ -78,10 +78,13 @@ def test_a_segment_is_one_run_of_its_row(documents, tokenizer):
 
 
 def epochs_of(documents, tokenizer, seed, count):
-    """The first `count` epochs, each as the targets of its documents, in order."""
+    """The first `count` epochs, each as the targets of its documents, in order.
+
+    One row at a time stays in its place.
+    """
     size = sum(map(len, expected_targets(documents, tokenizer)))
     stream = []
-    batches = training_batches(documents, tokenizer, seed=seed, **SHAPE)
+    batches = training_batches(documents, tokenizer, seed=seed, shuffled_rows=1, **SHAPE)
     while len(stream) < count * size:
         stream += targets_of([next(batches)])
     return [stream[i * size : (i + 1) * size] for i in range(count)]
@@ -110,12 +113,34 @@ def test_a_single_document_is_repeated(documents, tokenizer):
     assert once == twice == expected_targets([document], tokenizer)[0]
 
 
-# One token a row makes every row end a document or be cut from one; 1000 spans epochs.
-@pytest.mark.parametrize(("batch_size", "sequence_length"), [(1, 1), (3, 16), (2, 100), (2, 1000)])
-def test_resumption_is_exact_after_any_batch(documents, tokenizer, batch_size, sequence_length):
+def test_rows_are_shuffled_by_the_window(documents, tokenizer):
+    def rows(seed, shuffled_rows):
+        batches = training_batches(
+            documents, tokenizer, seed=seed, shuffled_rows=shuffled_rows, **SHAPE
+        )
+        return [row.tobytes() for _ in range(8) for row in next(batches)["tokens"]]
+
+    packed, shuffled, other = rows(0, 1), rows(0, 6), rows(1, 6)
+    for start in range(0, 24, 6):
+        window = slice(start, start + 6)
+        assert sorted(packed[window]) == sorted(shuffled[window])
+        assert packed[window] != shuffled[window]
+    assert shuffled != other
+
+
+# One token a row makes every row end a document or be cut from one; two rows of 700 tokens are a
+# good part of an epoch; 64 rows are not a whole number of batches of 3.
+@pytest.mark.parametrize(
+    ("batch_size", "sequence_length", "shuffled_rows"),
+    [(1, 1, 1), (3, 16, 1), (3, 16, 64), (2, 700, 1)],
+)
+def test_resumption_is_exact_after_any_batch(
+    documents, tokenizer, batch_size, sequence_length, shuffled_rows
+):
     def start():
         return training_batches(documents, tokenizer, batch_size=batch_size,
-                                sequence_length=sequence_length, seed=7)  # fmt: skip
+                                sequence_length=sequence_length, seed=7,
+                                shuffled_rows=shuffled_rows)  # fmt: skip
 
     iterator, batches, states = start(), [], []
     tokens_an_epoch = sum(map(len, expected_targets(documents, tokenizer)))
@@ -123,7 +148,7 @@ def test_resumption_is_exact_after_any_batch(documents, tokenizer, batch_size, s
     for _ in range(count + 4):
         states.append(json.dumps(iterator.get_state()))
         batches.append(next(iterator))
-    chosen = random.Random(0).sample(range(count), k=min(count, 40))
+    chosen = random.Random(0).sample(range(count), k=min(count, 10))
     for i in {0, 1, *chosen}:
         resumed = start()
         resumed.set_state(json.loads(states[i]))
@@ -140,7 +165,7 @@ def test_resumption_is_exact_where_documents_fill_rows(tokenizer):
 
     def start():
         return training_batches(documents, tokenizer, batch_size=2,
-                                sequence_length=length, seed=0)  # fmt: skip
+                                sequence_length=length, seed=0, shuffled_rows=1)  # fmt: skip
 
     iterator = start()
     for _ in range(15):

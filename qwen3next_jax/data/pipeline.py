@@ -1,4 +1,4 @@
-"""From documents to batches: shuffle, tokenise, pack, batch.
+"""From documents to batches: shuffle, tokenise, pack, shuffle rows, batch.
 
 A batch is a dict of [B, T] arrays: tokens, targets, segment_ids, positions (int32) and loss_weights
 (float32), as `packing.py` describes them. Threads tokenise a few documents ahead; the iterator's
@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 
 import grain
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -88,14 +89,21 @@ def training_batches(
     batch_size: int,
     sequence_length: int,
     seed: int,
+    shuffled_rows: int = 1024,
 ) -> grain.DatasetIterator:
-    """Batches without end: each epoch has every document once, in an order of its own.
+    """Batches without end, in which each epoch has every document once.
+
+    Documents are shuffled anew in each epoch. As a long one fills many rows in a row, and would
+    fill whole batches, rows are then shuffled too, `shuffled_rows` at a time.
 
     `get_state()` returns a dict that JSON can hold; `set_state(state)` on a new iterator over the
     same arguments goes on after the batch that was last returned.
     """
     order = grain.MapDataset.source(documents).shuffle(seed=seed).repeat()
-    return _batches(order, tokenizer, batch_size=batch_size, sequence_length=sequence_length)
+    rows = grain.experimental.WindowShuffleIterDataset(
+        _rows(order, tokenizer, sequence_length), window_size=shuffled_rows, seed=seed
+    )
+    return iter(rows.batch(batch_size))
 
 
 def evaluation_batches(
@@ -109,22 +117,17 @@ def evaluation_batches(
 
     The last row, and the last batch by whole rows, are filled up with padding.
     """
-    order = grain.MapDataset.source(documents)
-    return _batches(order, tokenizer, batch_size=batch_size, sequence_length=sequence_length)
+    rows = _rows(grain.MapDataset.source(documents), tokenizer, sequence_length)
+    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    return iter(rows.batch(batch_size, batch_fn=pad))
 
 
-def _batches(
-    documents: grain.MapDataset,
-    tokenizer: SentencePieceTokenizer,
-    *,
-    batch_size: int,
-    sequence_length: int,
-) -> grain.DatasetIterator:
-    def tokenize(document):
+def _rows(
+    documents: grain.MapDataset, tokenizer: SentencePieceTokenizer, sequence_length: int
+) -> grain.IterDataset:
+    def tokenize(document: Document) -> dict[str, np.ndarray]:
         ids = tokenizer.encode(document.text)
         return next_token_pairs(ids, bos=tokenizer.bos_id, eos=tokenizer.eos_id)
 
     read_ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-    rows = pack(documents.map(tokenize).to_iter_dataset(read_ahead), sequence_length)
-    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return iter(rows.batch(batch_size, batch_fn=pad))
+    return pack(documents.map(tokenize).to_iter_dataset(read_ahead), sequence_length)

@@ -44,6 +44,7 @@ def loss(
     chunk: int = 512,
     counts: TokenCounts | None = None,
     earlier_assignments: Float[Array, "L E"] | None = None,
+    router_share: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The loss of one batch or micro-batch, and its terms.
 
@@ -56,6 +57,7 @@ def loss(
       chunk: positions of a row whose logits exist at a time.
       counts: what to divide by, where the batch is one of several micro-batches; None: its own.
       earlier_assignments: to each expert of each layer, in this step's earlier micro-batches.
+      router_share: factor on the router's terms, 1 / the number of micro-batches.
 
     Returns:
       The loss, and the metrics ce, mtp_ce, balance_loss, router_z_loss (those the model has) and
@@ -99,7 +101,8 @@ def loss(
     if stats is not None:
         balance, assignments = _balance_loss(stats, balance_scope, earlier_assignments)
         z_loss = (stats.squared_log_norms.sum(1) / _at_least_one(stats.tokens.sum(1))).mean()
-        value += model.config.router_aux_loss_coef * balance + z_weight * z_loss
+        router = model.config.router_aux_loss_coef * balance + z_weight * z_loss
+        value += router_share * router
         metrics |= {"balance_loss": balance, "router_z_loss": z_loss, "assignments": assignments}
     return value, metrics
 

@@ -1,0 +1,227 @@
+"""A run's checkpoints: whole or not there, the newest good one found, bit for bit what was saved.
+
+Orbax writes each step beside its final place and renames it once complete, so a killed run leaves
+no half step. What a rename cannot catch is damage afterwards: Orbax reports files that are missing
+or cut short, yet reads flipped bits as numbers. So each step also holds an index,
+
+    name: [shape, dtype, checksum]
+
+of its arrays. It tells a damaged checkpoint from one of another model, and names what differs.
+
+Arrays are stored flat, under the names `leaf_name` gives them, so the files depend neither on the
+classes that hold the state (optax's NamedTuples, Flax's variables) nor on how it was sharded.
+"""
+
+import logging
+import pathlib
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+# At absl's INFO level, the default of its applications, Orbax writes some sixty lines a save.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
+)
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint is there but cannot be read, or holds other bits than were saved."""
+
+
+class CheckpointStore:
+    """The checkpoints in one directory, each in a folder named after its step."""
+
+    def __init__(self, directory: str | pathlib.Path, keep: int | None = None):
+        """Opens, and makes where needed, the directory.
+
+        Args:
+          directory: holds nothing but checkpoints.
+          keep: how many of the newest steps stay; None: for reading only, also while a run writes.
+        """
+        self.directory, self._keep = pathlib.Path(directory).absolute(), keep
+        writing = keep is not None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=writing, cleanup_tmp_directories=writing
+        )
+        if not writing and not self.directory.is_dir():
+            raise FileNotFoundError(f"no checkpoint in {self.directory}")
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, step: int, state: Any, extras: Mapping[str, Any]) -> None:
+        """Starts to save; returns once the state is copied, so that its buffers may be donated.
+
+        Steps at or past `step` are deleted: they belong to a course that the run has left by going
+        on from an earlier checkpoint.
+
+        Args:
+          step: names the checkpoint.
+          state: a pytree of arrays, none of size 0.
+          extras: anything that JSON can hold.
+
+        Raises:
+          ValueError: the store is open for reading only.
+          Exception: whatever an earlier save failed with.
+        """
+        if self._keep is None:
+            raise ValueError(f"{self.directory} is open for reading only; give `keep` to save")
+        self.wait()
+        for later in [s for s in self._manager.all_steps() if s >= step]:
+            self._manager.delete(later)
+        arrays = {name: jnp.asarray(x) for name, x in named_leaves(state)}
+        sums = _checksums(arrays)
+        index = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays),
+            index=ocp.args.JsonSave(index),
+            extras=ocp.args.JsonSave(dict(extras)),
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        """Returns when all saves are complete; raises what they failed with."""
+        self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, damaged or not; None where there is none."""
+        return self._manager.latest_step()
+
+    def restore(
+        self, step: int, abstract_state: Any, *, partial: bool = False
+    ) -> tuple[Any, dict[str, Any]]:
+        """Reads one checkpoint.
+
+        Args:
+          step: one of the saved ones.
+          abstract_state: the state's structure with jax.ShapeDtypeStructs for leaves. Arrays get
+            their shardings; without one, the first local device.
+          partial: allows the checkpoint to hold more, say an optimizer's state.
+
+        Returns:
+          The state, its arrays bit for bit as saved, and the extras.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint.
+          ValueError: the checkpoint is of another state; names each array that differs.
+          DamagedCheckpointError: its files are damaged.
+        """
+        if step not in self._manager.all_steps():
+            steps = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self.directory}; steps there: {steps}"
+            )
+        wanted = {
+            name: x if x.sharding else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_one_device())
+            for name, x in named_leaves(abstract_state)
+        }
+        texts = self._read(step, index=ocp.args.JsonRestore(), extras=ocp.args.JsonRestore())
+        index = texts["index"]
+        problems = list(_differences(wanted, index, partial))
+        if problems:
+            raise ValueError(
+                f"{self.directory / str(step)} holds another state:\n  " + "\n  ".join(problems)
+            )
+        arrays = self._read(
+            step,
+            state=ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=partial,
+            ),
+        )["state"]
+        sums = _checksums(arrays)
+        changed = [name for name in wanted if sums[name] != index[name][2]]
+        if changed:
+            raise self._damaged(step, f"changed since they were saved: {', '.join(changed)}")
+        # The leaves of a mapping go in the order of its keys, those of `abstract_state` in its own.
+        leaves = [arrays[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), texts["extras"]
+
+    def restore_latest(
+        self, abstract_state: Any, *, partial: bool = False
+    ) -> tuple[int, Any, dict[str, Any]]:
+        """Reads the newest good checkpoint; warns of each damaged one it passes over.
+
+        Args:
+          abstract_state: see `restore`.
+          partial: see `restore`.
+
+        Returns:
+          The step, its state and its extras.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+          ValueError: the newest undamaged one is of another state.
+          DamagedCheckpointError: there are checkpoints, and all are damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
+            raise FileNotFoundError(f"no checkpoint in {self.directory}")
+        for step in steps:
+            try:
+                return step, *self.restore(step, abstract_state, partial=partial)
+            except DamagedCheckpointError as error:
+                warnings.warn(f"{error}\nTrying the one before it.", stacklevel=2)
+        raise DamagedCheckpointError(f"all checkpoints in {self.directory} are damaged")
+
+    def close(self) -> None:
+        """Waits for saves and frees what the store holds."""
+        self._manager.close()
+
+    def _read(self, step: int, **items: Any) -> Mapping[str, Any]:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        # Missing and cut files reach us as half a dozen types, down to a bare Exception.
+        except Exception as error:
+            raise self._damaged(step, f"{type(error).__name__}: {error}") from error
+
+    def _damaged(self, step: int, why: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"the checkpoint {self.directory / str(step)} is damaged: {why}")
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a pytree, in its order, with their names."""
+    return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf, `groups/layers/0/mlp/router` say, given its JAX key path.
+
+    A Flax variable and the array it holds have one name.
+    """
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _differences(wanted: Mapping[str, Any], index: Mapping[str, Any], partial: bool) -> Iterable[str]:
+    for name, x in wanted.items():
+        if name not in index:
+            yield f"{name}: missing"
+            continue
+        shape, dtype, _ = index[name]
+        if (tuple(shape), dtype) != (x.shape, x.dtype.name):
+            yield f"{name}: expected {x.dtype.name}{list(x.shape)}, found {dtype}{shape}"
+    if not partial:
+        yield from (f"{name}: unexpected" for name in index if name not in wanted)
+
+
+def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    return {name: int(x) for name, x in {k: _checksum(v) for k, v in arrays.items()}.items()}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """Σ of the elements' bits, modulo 2³²: the same however the array is sharded."""
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return bits.sum(dtype=jnp.uint32)
+
+
+def _one_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -1,0 +1,243 @@
+"""A training run, from its config to its last checkpoint; killed anywhere, it goes on from there.
+
+All that a step depends on is the parameters, the optimizer's state and the batch, and the batch is
+the data iterator's next. A checkpoint holds these, so a run that goes on computes what the run
+that was never killed does, bit for bit on the same devices. No random number is drawn in between.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
+from qwen3next_jax.config import RunConfig
+from qwen3next_jax.data.pipeline import Data, training_batches
+from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.ops.grouped_matmul import default_implementation
+from qwen3next_jax.parallel.mesh import BATCH, make_mesh, parameter_shardings
+from qwen3next_jax.training.metrics import MetricWriter, Progress
+from qwen3next_jax.training.optimizer import make_optimizer
+from qwen3next_jax.training.step import (
+    TrainState,
+    first_bad_parameter,
+    initial_state,
+    make_train_step,
+)
+
+Evaluate = Callable[[nnx.GraphDef, nnx.State], dict[str, float]]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a gradient was not finite; the message says where, and what is left."""
+
+
+def train(
+    config: RunConfig, workdir: epath.Path, data: Data, *, evaluate: Evaluate
+) -> tuple[Qwen3Next, int]:
+    """Trains until `config.train.num_steps`, from the work directory's last checkpoint if any.
+
+    Args:
+      config: of the run; `workdir/config.json` keeps it.
+      workdir: holds or will hold config.json, metrics.jsonl, checkpoints/ and tensorboard/.
+      data: what to train on.
+      evaluate: from a split model to metrics; called every `eval_every` steps and at the end.
+
+    Returns:
+      The trained model, and how many steps this call took: 0 for a run that was finished.
+
+    Raises:
+      ValueError: if the directory holds a run of another config.
+      NonFiniteLossError: with the step, the first bad parameter and the last good checkpoint.
+    """
+    _keep_config(config, workdir)
+    t, mesh = config.train, make_mesh(config.mesh)
+    graph, abstract_params = abstract_model(config)
+    optimizer, schedule = make_optimizer(
+        config.optimizer,
+        t.num_steps,
+        abstract_params,
+        moment_dtype=jnp.dtype(config.precision.optimizer),
+        zero_centered_norm=config.model.zero_centered_norm,
+    )
+    abstract_state = _abstract_state(abstract_params, optimizer, mesh)
+    batches = training_batches(
+        data.train,
+        data.tokenizer,
+        batch_size=t.global_batch_size,
+        sequence_length=t.sequence_length,
+        seed=t.seed,
+    )
+    store = CheckpointStore(workdir / "checkpoints", keep=t.keep_checkpoints)
+    if store.latest_step() is None:
+        start, tokens = 0, 0
+        state = _first_state(config, optimizer, abstract_state)
+    else:
+        start, state, extras = store.restore_latest(abstract_state)
+        tokens = extras["tokens"]
+        batches.set_state(extras["data"])
+        logging.info("Going on from the checkpoint of step %d", start)
+    _report(config, mesh, abstract_state)
+
+    writer = MetricWriter(workdir, resume_step=start if start else None)
+    progress = Progress(t.num_steps, start_step=start)
+    train_step = jax.jit(make_train_step(graph, optimizer, config), donate_argnums=0)
+    batch_sharding = NamedSharding(mesh, BATCH)
+    unsettled: deque[tuple[int, dict[str, jax.Array], Any]] = deque()
+    clock = _Clock(tokens)
+    for step in range(start + 1, t.num_steps + 1):
+        if t.profile_steps and step == t.profile_steps[0]:
+            jax.profiler.start_trace(str(workdir / "profile"))
+        batch = jax.device_put(next(batches), batch_sharding)
+        state, metrics = train_step(state, batch)
+        unsettled.append((step, metrics, batch))
+        evaluating = _due(step, t.eval_every, t.num_steps)
+        saving = _due(step, t.checkpoint_every, t.num_steps)
+        profiled = bool(t.profile_steps) and step == t.profile_steps[1]
+        # A step is looked at when the next one is under way, so that the devices never wait.
+        while len(unsettled) > (0 if evaluating or saving or profiled else 1):
+            done, metrics, batch = unsettled.popleft()
+            values = {name: np.asarray(x).item() for name, x in metrics.items()}
+            if values.pop("halted"):
+                store.close()
+                writer.close()
+                raise NonFiniteLossError(
+                    f"The loss or its gradient is not finite at step {done} (loss "
+                    f"{values['loss']}, gradient norm {values['grad_norm']}); the first to be so "
+                    f"is {first_bad_parameter(graph, config, state.params, batch)}. "
+                    + _last_good(store.latest_step(), workdir)
+                )
+            tokens += int(values.pop("tokens"))
+            if done == start + 1:
+                clock.restart(tokens)  # it compiled
+            if done % t.log_every == 0 or done in (start + 1, t.num_steps):
+                speed = clock.tokens_per_second(tokens)
+                rate = float(schedule(done - 1))
+                writer.write(
+                    done,
+                    {**values, "learning_rate": rate, "tokens": tokens, "tokens_per_second": speed},
+                )
+                progress.update(done, loss=values["loss"], tokens_per_second=speed)
+        if profiled:
+            jax.profiler.stop_trace()
+        if evaluating:
+            writer.write(step, evaluate(graph, state.params))
+        if saving:
+            store.save(step, state, {"tokens": tokens, "data": batches.get_state()})
+        if evaluating or saving:
+            clock.restart(tokens)
+    progress.close()
+    writer.close()
+    store.close()
+    return nnx.merge(graph, state.params), max(t.num_steps - start, 0)
+
+
+def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure and the shapes of its parameters; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: _new_model(config)))
+
+
+def _new_model(config: RunConfig) -> Qwen3Next:
+    return Qwen3Next(
+        config.model,
+        rngs=nnx.Rngs(config.train.seed),
+        param_dtype=jnp.dtype(config.precision.parameters),
+        dtype=jnp.dtype(config.precision.compute),
+        remat=config.train.remat,
+    )
+
+
+def _keep_config(config: RunConfig, workdir: epath.Path) -> None:
+    """Writes the config at the first run; later ones may differ from it in a few keys only."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    if path.exists():
+        config.check_resumable_from(json.loads(path.read_text()))
+    beside = workdir / "config.json.tmp"
+    beside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    beside.replace(path)
+
+
+def _abstract_state(
+    params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes and shardings of the whole state; the optimizer's moments lie as their parameters."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    by_name = dict(named_leaves(parameter_shardings(params, mesh)))
+    shapes = {name: x.shape for name, x in named_leaves(params)}
+
+    def place(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        owner = next((p for p in by_name if name.endswith("/" + p) and shapes[p] == x.shape), None)
+        sharding = everywhere if owner is None else by_name[owner]
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.eval_shape(lambda p: initial_state(p, optimizer), params)
+    placed = [place(name, x) for name, x in named_leaves(state)]
+    return jax.tree.unflatten(jax.tree.structure(state), placed)
+
+
+def _first_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, abstract_state: TrainState
+) -> TrainState:
+    """Draws the parameters where they belong: no device ever holds the whole model."""
+
+    def create() -> TrainState:
+        return initial_state(nnx.state(_new_model(config)), optimizer)
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    return jax.jit(create, out_shardings=shardings)()
+
+
+def _report(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    logging.info(
+        "%s parameters, %s of training state, on %d %s devices, mesh %s",
+        f"{parameters:,}",
+        f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e9:.3f} GB",
+        mesh.size,
+        mesh.devices.flat[0].platform,
+        dict(mesh.shape),
+    )
+    logging.info(
+        "Delta rule: chunked; attention: chunked; expert products: %s; compute: %s",
+        default_implementation(),
+        config.precision.compute,
+    )
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _last_good(step: int | None, workdir: epath.Path) -> str:
+    if step is None:
+        return f"There is no checkpoint yet in {workdir}."
+    return (
+        f"The last good checkpoint, of step {step}, is in {workdir / 'checkpoints'}; run the same "
+        "command again to go on from it, in another --workdir with a lower learning rate to avoid it."
+    )
+
+
+class _Clock:
+    """Tokens per second since the last reading, compilation, evaluation and saving left out."""
+
+    def __init__(self, tokens: int):
+        self.restart(tokens)
+
+    def restart(self, tokens: int) -> None:
+        self._start, self._tokens = time.monotonic(), tokens
+
+    def tokens_per_second(self, tokens: int) -> float:
+        speed = (tokens - self._tokens) / max(time.monotonic() - self._start, 1e-9)
+        self.restart(tokens)
+        return speed

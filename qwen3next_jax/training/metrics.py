@@ -1,0 +1,118 @@
+"""What a run reports: `metrics.jsonl`, TensorBoard's event files, and a line on the terminal.
+
+`metrics.jsonl` holds one JSON object a line, the first key `step`. It tells one course: a run that
+goes on from a checkpoint cuts off what came after it. JSON has no word for non-finite numbers; they
+are written as the strings "nan", "inf" and "-inf", which `float` reads.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorboardX
+import tqdm
+
+
+class MetricWriter:
+    """Appends metrics to `metrics.jsonl` and `tensorboard/`. A run has one, in process 0."""
+
+    def __init__(self, workdir: str | pathlib.Path, *, resume_step: int | None = None):
+        """Opens the files of a work directory.
+
+        Args:
+          workdir: is made where needed.
+          resume_step: the checkpoint's step: later lines are cut off, and with them what is not
+            JSON, such as the half line of a killed run. None: a new course, all lines are.
+        """
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        _cut_back(path, -1 if resume_step is None else resume_step)
+        self._lines = path.open("a")
+        # TensorBoard's files can't be cut; a mark in them hides what was written of later steps.
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds a line and flushes it.
+
+        Args:
+          step: the number of updates made.
+          metrics: numbers, or arrays of one.
+        """
+        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        line = {"step": int(step)} | {name: _as_json(value) for name, value in values.items()}
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._lines.close()
+        self._events.close()
+
+
+class Progress:
+    """Loss, speed and time left: a bar on a terminal; elsewhere a plain line each time."""
+
+    def __init__(self, num_steps: int, *, start_step: int = 0):
+        """Starts the clock at `start_step` of `num_steps`."""
+        self._num_steps, self._start_step, self._start = num_steps, start_step, time.monotonic()
+        self._bar = (
+            tqdm.tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+        """Shows where the run is, after `step` updates."""
+        loss_text, speed = f"loss {loss:.4f}", f"{tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{loss_text}, {speed}", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        done = max(1, step - self._start_step)
+        left = (time.monotonic() - self._start) / done * (self._num_steps - step)
+        print(
+            f"step {step}/{self._num_steps}  {loss_text}  {speed}  "
+            f"{tqdm.tqdm.format_interval(left)} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _cut_back(path: pathlib.Path, last_step: int) -> None:
+    """Keeps the lines of steps up to `last_step`. A kill leaves the old file or the new one."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
+    beside = path.with_suffix(".tmp")
+    with beside.open("w") as file:
+        file.writelines(line + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf  # never kept
+
+
+def _as_json(value: Any) -> Any:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,187 @@
+"""How parameters change: one ordered table says, for each, whether it decays and how Muon sees it.
+
+    u = direction(clip(g));  p ← p − rate(step) · (u + weight_decay · p)
+
+AdamW's direction is that of Adam. Muon's is the momentum with its singular values set near 1, for
+each matrix by itself; scaled to AdamW's typical size, so that learning rates carry over. What is
+not a matrix between hidden activations keeps AdamW. All of it is float32, also where parameters
+are bfloat16: with 8 bits, a running mean of squares stops moving.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers as Matrix
+
+from qwen3next_jax.checkpoint.store import leaf_name, named_leaves
+from qwen3next_jax.config import OptimizerConfig
+
+# Of Muon, as published (Jordan, 2024; Liu et al., arXiv:2502.16982): its momentum, and the root
+# mean square of its updates, which is about AdamW's.
+MUON_MOMENTUM, MUON_RMS = 0.95, 0.2
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    num_steps: int,
+    params: Any,
+    *,
+    moment_dtype: Any = jnp.float32,
+    zero_centered_norm: bool = True,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Builds the optimizer of a run.
+
+    Args:
+      config: name, schedule and coefficients.
+      num_steps: of the whole run, where the schedule ends.
+      params: the model's parameters, or their shapes; only their names are used.
+      moment_dtype: of first moments; second moments are float32.
+      zero_centered_norm: whether norms multiply by 1 + w. Where they multiply by w, decay would
+        pull the factor to 0, so their weights don't decay.
+
+    Returns:
+      The optimizer, whose updates are float32 and for `optax.apply_updates`; and its schedule, from
+      the number of updates made so far to the learning rate.
+
+    Raises:
+      ValueError: names each parameter that no rule covers.
+    """
+    unknown = [name for name, _ in named_leaves(params) if _find_rule(name) is None]
+    if unknown:
+        raise ValueError(
+            "No rule of training/optimizer.py says how to update " + ", ".join(unknown)
+        )
+
+    def decays(name: str) -> bool:
+        return _rule(name).decays and (zero_centered_norm or not re.search(_NORM, name))
+
+    direction = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=moment_dtype)
+    if config.name == "muon":
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(
+                beta=MUON_MOMENTUM,
+                mu_dtype=moment_dtype,
+                weight_dimension_numbers=lambda tree: _map_names(lambda n: _rule(n).matrix, tree),
+            ),
+            optax.stateless(_scale_to_adamw),
+        )
+        direction = optax.partition(
+            {"adamw": direction, "muon": muon},
+            lambda tree: _map_names(lambda n: "muon" if _rule(n).matrix else "adamw", tree),
+        )
+    schedule = make_schedule(config, num_steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, lambda tree: _map_names(decays, tree)),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return _in_float32(optimizer), schedule
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """From the number of updates made so far to the learning rate.
+
+    It rises linearly and is at the peak once `warmup_steps` updates are made. It ends at
+    `num_steps`, one past the last update, and starts above 0, so that no update is without effect.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    end, rest = peak * config.final_fraction, max(1, num_steps - warmup)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    elif config.schedule == "wsd":
+        fall = min(rest, round(config.decay_fraction * num_steps))
+        after = optax.linear_schedule(peak, end, fall, transition_begin=rest - fall)
+    else:
+        after = optax.constant_schedule(peak)
+    if warmup == 0:
+        return after
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, after], boundaries=[warmup])
+
+
+class Rule(NamedTuple):
+    """What is done with the parameters whose names end in a match of `pattern`."""
+
+    pattern: str
+    decays: bool
+    matrix: Matrix | None  # Muon's view: axes in, axes out; None: AdamW
+
+
+# Axes of ONE matrix, from the end; those left over (layer groups, experts, the pair of gate and up)
+# count matrices. Heads are no such axis: a projection to all heads is one matrix.
+_MATRIX = Matrix((-2,), (-1,))  # [D, F]
+_TO_HEADS = Matrix((-3,), (-2, -1))  # [D, N, H]
+_FROM_HEADS = Matrix((-3, -2), (-1,))  # [N, P, D]
+_PAIR_TO_PAIR = Matrix((-3,), (-1,))  # [D, 2, F]: two matrices [D, F]
+
+_NORM = r"norm\w*/weight$"
+
+# The first match counts.
+_RULES = (
+    # Rates of forgetting, and a norm that multiplies by w: decay would pull them to no natural zero.
+    Rule(r"linear_attn/(A_log|dt_bias|norm/weight)", False, None),
+    # Without decay, zero-centred norm weights were seen to grow without bound.
+    Rule(r"\w*norm\w*/weight", True, None),
+    # A token's row has a gradient only where the token occurs: one-hot inputs and outputs have no
+    # geometry that orthogonal updates would respect.
+    Rule(r"embed_tokens|lm_head", True, None),
+    # One filter a channel: vectors, however they are stored.
+    Rule(r"linear_attn/[qkv]_conv", True, None),
+    # Gates: each column is a scalar of its own, on a saturating scale.
+    Rule(r"linear_attn/[ab]_proj|mlp/shared_expert_gate", True, None),
+    # A rarely chosen expert's column has a small, noisy gradient; equal singular values would
+    # make it as large as the others'.
+    Rule(r"mlp/router", True, None),
+    Rule(r"linear_attn/[qkvz]_proj|self_attn/(q|k|v|gate)_proj", True, _TO_HEADS),
+    Rule(r"linear_attn/out_proj|self_attn/o_proj", True, _FROM_HEADS),
+    Rule(r"mlp/gate_up_proj", True, _PAIR_TO_PAIR),
+    Rule(r"mlp/(shared_expert/)?(gate|up|down)_proj", True, _MATRIX),
+    # [2, D, D]: two vectors side by side go in.
+    Rule(r"mtp/fc", True, _FROM_HEADS),
+)
+
+
+def _find_rule(name: str) -> Rule | None:
+    matches = (rule for rule in _RULES if re.fullmatch(rf"(.*/)?({rule.pattern})", name))
+    return next(matches, None)
+
+
+def _rule(name: str) -> Rule:
+    rule = _find_rule(name)
+    assert rule is not None, name  # make_optimizer has checked all names
+    return rule
+
+
+def _map_names(f: Callable[[str], Any], tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: f(leaf_name(path)), tree)
+
+
+def _scale_to_adamw(updates: Any, params: Any) -> Any:
+    """Semi-orthogonal [m, n] has a root mean square of max(m, n)**-0.5; makes it MUON_RMS."""
+    del params
+
+    def scale(path, u):
+        size_in, size_out = (
+            math.prod(u.shape[axis] for axis in axes) for axes in _rule(leaf_name(path)).matrix
+        )
+        return u * MUON_RMS * max(size_in, size_out) ** 0.5
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    def init(params):
+        return inner.init(optax.tree.cast(params, jnp.float32))
+
+    def update(updates, state, params=None):
+        return inner.update(
+            optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32)
+        )
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,146 @@
+"""One optimizer step as a pure function: gradients over micro-batches, update, metrics.
+
+Cross-entropy terms are sums over the step's labels divided by their number in the whole step, so
+any number of micro-batches gives the update of the one big batch. The balance loss is not a sum over
+tokens: with scope "global" each micro-batch is balanced against the loads of the step so far, its
+own included, and the terms are averaged.
+
+A step whose loss or gradient is not finite changes nothing, and neither does any step after it:
+the host sees it a step later, and finds the state from before.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from qwen3next_jax.config import RunConfig
+from qwen3next_jax.training.loss import Batch, count_labels, loss
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    step: Int[Array, ""]  # steps taken
+    halted: Bool[Array, ""]  # a loss or gradient was not finite; `step` was not taken
+    params: nnx.State
+    opt_state: Any
+
+
+def initial_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), bool), params, optimizer.init(params))
+
+
+def make_gradients(
+    graph: nnx.GraphDef, config: RunConfig
+) -> Callable[[nnx.State, Batch], tuple[nnx.State, dict[str, Array]]]:
+    """Returns a function from parameters and a step's batch to gradients and metrics.
+
+    Gradients are float32. Metrics: loss and its terms, tokens (labels of the next-token term) and,
+    with experts, expert_load_max, the busiest expert's load over the mean load, the worst layer's.
+    """
+    steps = config.model.mtp_steps
+    parts = config.train.gradient_accumulation_steps
+
+    def micro_loss(params, micro_batch, counts, earlier):
+        return loss(
+            nnx.merge(graph, params),
+            micro_batch,
+            mtp_weight=config.train.mtp_loss_weight,
+            z_weight=config.train.router_z_loss_weight,
+            balance_scope=config.train.balance_scope,
+            chunk=config.train.loss_chunk,
+            counts=counts,
+            earlier_assignments=earlier,
+            router_share=1 / parts,
+        )
+
+    def gradients(params, batch):
+        counts = count_labels(batch, steps)
+        # Rows are dealt out in turn, so that each device's rows of every micro-batch are its own.
+        micro_batches = jax.tree.map(
+            lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def accumulate(carry, micro_batch):
+            total, earlier = carry
+            (value, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
+                params, micro_batch, counts, earlier
+            )
+            total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
+            metrics["loss"] = value
+            return (total, metrics.pop("assignments", earlier)), metrics
+
+        if parts == 1:
+            (value, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
+                params, batch, counts, None
+            )
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+            metrics["loss"] = value
+            assignments = metrics.pop("assignments", None)
+        else:
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+            routed = sum(sparse for _, sparse in config.model.layers)
+            routed += config.model.num_experts > 0 and steps > 0
+            no_loads = jnp.zeros((routed, config.model.num_experts)) if routed else None
+            (grads, assignments), metrics = jax.lax.scan(
+                accumulate, (zeros, no_loads), micro_batches
+            )
+            # Loss terms of one step add up; the router's are means.
+            metrics = {
+                k: v.mean() if k in ("balance_loss", "router_z_loss") else v.sum()
+                for k, v in metrics.items()
+            }
+        metrics["tokens"] = batch["loss_weights"].sum()
+        if assignments is not None:
+            mean = assignments.mean(-1)
+            metrics["expert_load_max"] = (assignments.max(-1) / jnp.maximum(mean, 1)).max()
+        return grads, metrics
+
+    return gradients
+
+
+def make_train_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: RunConfig
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Returns the step: from a state and a batch to the next state and metrics.
+
+    Metrics are those of `make_gradients`, grad_norm (before clipping) and halted.
+    """
+    gradients = make_gradients(graph, config)
+
+    def train_step(state, batch):
+        with jax.default_matmul_precision(config.precision.matmul):
+            grads, metrics = gradients(state.params, batch)
+        norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm))
+        taken = TrainState(state.step + 1, halted, params, opt_state)
+        state = jax.tree.map(lambda new, old: jnp.where(halted, old, new), taken, state)
+        state = state._replace(halted=halted)
+        return state, {**metrics, "grad_norm": norm, "halted": halted}
+
+    return train_step
+
+
+def first_bad_parameter(
+    graph: nnx.GraphDef, config: RunConfig, params: nnx.State, batch: Batch
+) -> str:
+    """Names the first parameter that is not finite, or whose gradient on this batch is not."""
+
+    @jax.jit
+    def finite(params, batch):
+        grads, _ = make_gradients(graph, config)(params, batch)
+        return jax.tree.map(lambda x: jnp.isfinite(x).all(), (params, grads))
+
+    for what, flags in zip(("value", "gradient"), finite(params, batch), strict=True):
+        for path, flag in nnx.to_flat_state(flags):
+            if not flag[...]:
+                return f"the {what} of {'/'.join(map(str, path))}"
+    return "no single parameter (the loss alone)"
