@@ -9,10 +9,10 @@ Run again with the same --workdir, it goes on from the last checkpoint.
 
 import dataclasses
 import os
+import pathlib
 
 import jax
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import config_flags
 
 _ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -36,8 +36,10 @@ def main(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
 
     config = RunConfig.from_dict(_CONFIG.value.to_dict())
-    name = os.path.splitext(os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"])))[0]
-    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", name))
+    name = os.path.splitext(
+        os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
+    )[0]
+    workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", name))
     workdir.mkdir(parents=True, exist_ok=True)
     data = load_data(
         **dataclasses.asdict(config.data),

@@ -385,10 +385,7 @@ class RunConfig:
         if missing:
             raise ValueError(f"The config lacks the sections {', '.join(missing)}")
         model = ModelConfig._from_mapping(dict(given["model"]), refuse_unknown=True)
-        rest = {
-            name: _section(name, kind, given[name])
-            for name, kind in _SECTIONS.items()
-        }
+        rest = {name: _section(name, kind, given[name]) for name, kind in _SECTIONS.items()}
         config = cls(model=model, **rest)
         problems = list(_run_problems(config))
         if problems:

@@ -1,5 +1,7 @@
 """The delta rule against a token-by-token recurrence in float64, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,12 @@ def run(arrays, segments, implementation, dtype=jnp.float32):
     )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
+def values_and_gradients(arrays, segments, cotangents, implementation):
+    values, vjp = jax.vjp(lambda *a: run(a, segments, implementation), *arrays)
+    return values, vjp(cotangents)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_agree_with_the_float64_recurrence(case, implementation):
@@ -130,13 +138,10 @@ def test_values_and_gradients_agree_with_the_float64_recurrence(case, implementa
     d_out, d_final = rng.standard_normal(out.shape), rng.standard_normal(final.shape)
     expected = recurrence_gradients(*arrays, segments, d_out, d_final)
 
-    @jax.jit
-    def values_and_gradients(arrays, cotangents):
-        values, vjp = jax.vjp(lambda *a: run(a, segments, implementation), *arrays)
-        return values, vjp(cotangents)
-
     arrays32, cotangents = jax.tree.map(jnp.float32, (arrays, (d_out, d_final)))
-    (got, got_final), grads = values_and_gradients(arrays32, cotangents)
+    (got, got_final), grads = values_and_gradients(
+        arrays32, jnp.asarray(segments), cotangents, implementation=implementation
+    )
 
     def check(name, got, want, scale=0.0, tolerance=1e-5):
         error = np.linalg.norm(np.asarray(got, np.float64) - want)
@@ -144,7 +149,7 @@ def test_values_and_gradients_agree_with_the_float64_recurrence(case, implementa
 
     check("out", got, out)
     check("final state", got_final, final)
-    for name, gradient, want in zip("q k v g beta state".split(), grads, expected, strict=True):
+    for name, gradient, want in zip(["q", "k", "v", "g", "beta", "state"], grads, expected, strict=True):
         if name == "g":
             # Under strong decay the true dg is a tiny remainder of larger terms: its error is
             # measured against those. Mixed decays cost some more digits of the exponents.

@@ -71,7 +71,9 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
     nnx.update(model, nnx.from_flat_state([(_split(path), p) for path, p in params.items()]))
 
 
-def dump_tensors(params: Any, config: ModelConfig, *, fused_experts: bool = False) -> dict[str, np.ndarray]:
+def dump_tensors(
+    params: Any, config: ModelConfig, *, fused_experts: bool = False
+) -> dict[str, np.ndarray]:
     """Parameters, or anything of their structure such as gradients, under Hugging Face's names."""
     flat = {path: np.asarray(p[...]) for path, p in _by_path(params).items()}
     tensors = {}
@@ -119,7 +121,11 @@ def _attention(c: ModelConfig) -> Iterator[Entry]:
     D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
     if c.attention_output_gate:
         yield _grouped(
-            "self_attn.q_proj.weight", ["self_attn/q_proj", "self_attn/gate_proj"], D, N, [(H,), (H,)]
+            "self_attn.q_proj.weight",
+            ["self_attn/q_proj", "self_attn/gate_proj"],
+            D,
+            N,
+            [(H,), (H,)],
         )
     else:
         yield _linear("self_attn.q_proj.weight", "self_attn/q_proj", (D,), (N, H))
@@ -230,7 +236,9 @@ def _grouped(
 
     def to_ours(a: Arrays) -> Arrays:
         pieces = np.split(a[0].reshape(heads, sum(sizes), D), splits, axis=1)
-        ours = [np.moveaxis(x.reshape(-1, p[-1], D), 2, 0) for x, p in zip(pieces, parts, strict=True)]
+        ours = [
+            np.moveaxis(x.reshape(-1, p[-1], D), 2, 0) for x, p in zip(pieces, parts, strict=True)
+        ]
         return [x[..., 0] for x in ours] if squeeze else ours
 
     def to_theirs(a: Arrays) -> Arrays:

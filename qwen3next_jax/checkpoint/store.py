@@ -2,20 +2,23 @@
 
 Orbax writes each step beside its final place and renames it once complete, so a killed run leaves
 no half step. What a rename cannot catch is damage afterwards: Orbax reports files that are missing
-or cut short, yet reads flipped bits as numbers. So each step also holds an index,
-
-    name: [shape, dtype, checksum]
-
-of its arrays. It tells a damaged checkpoint from one of another model, and names what differs.
+or cut short, yet reads flipped bits as numbers. So each step also holds an index, sealed by its
+SHA-256, of each array's shape, dtype and checksum. It tells a damaged checkpoint from one of
+another model, and names what differs.
 
 Arrays are stored flat, under the names `leaf_name` gives them, so the files depend neither on the
 classes that hold the state (optax's NamedTuples, Flax's variables) nor on how it was sharded.
 """
 
+import contextlib
+import gc
+import hashlib
+import json
 import logging
 import pathlib
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -74,11 +77,11 @@ class CheckpointStore:
             self._manager.delete(later)
         arrays = {name: jnp.asarray(x) for name, x in named_leaves(state)}
         sums = _checksums(arrays)
-        index = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
+        entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
+        index = {"arrays": entries, "extras": dict(extras)}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays),
-            index=ocp.args.JsonSave(index),
-            extras=ocp.args.JsonSave(dict(extras)),
+            index=ocp.args.JsonSave({**index, "sha256": _sha256(index)}),
         )
         self._manager.save(step, args=items, force=True)
 
@@ -115,12 +118,15 @@ class CheckpointStore:
                 f"no checkpoint of step {step} in {self.directory}; steps there: {steps}"
             )
         wanted = {
-            name: x if x.sharding else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_one_device())
+            name: x
+            if x.sharding
+            else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_one_device())
             for name, x in named_leaves(abstract_state)
         }
-        texts = self._read(step, index=ocp.args.JsonRestore(), extras=ocp.args.JsonRestore())
-        index = texts["index"]
-        problems = list(_differences(wanted, index, partial))
+        index = self._read(step, index=ocp.args.JsonRestore())["index"]
+        if index.pop("sha256", None) != _sha256(index):
+            raise self._damaged(step, "its index changed since it was saved")
+        problems = list(_differences(wanted, index["arrays"], partial))
         if problems:
             raise ValueError(
                 f"{self.directory / str(step)} holds another state:\n  " + "\n  ".join(problems)
@@ -134,12 +140,11 @@ class CheckpointStore:
             ),
         )["state"]
         sums = _checksums(arrays)
-        changed = [name for name in wanted if sums[name] != index[name][2]]
+        changed = [name for name in wanted if sums[name] != index["arrays"][name][2]]
         if changed:
             raise self._damaged(step, f"changed since they were saved: {', '.join(changed)}")
-        # The leaves of a mapping go in the order of its keys, those of `abstract_state` in its own.
         leaves = [arrays[name] for name in wanted]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), texts["extras"]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), index["extras"]
 
     def restore_latest(
         self, abstract_state: Any, *, partial: bool = False
@@ -173,14 +178,23 @@ class CheckpointStore:
         self._manager.close()
 
     def _read(self, step: int, **items: Any) -> Mapping[str, Any]:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        # Missing and cut files reach us as half a dozen types, down to a bare Exception.
-        except Exception as error:
-            raise self._damaged(step, f"{type(error).__name__}: {error}") from error
+        with _without_stray_tracebacks():
+            try:
+                return self._manager.restore(step, args=ocp.args.Composite(**items))
+            # Missing and cut files reach us as half a dozen types, down to a bare Exception.
+            except Exception as error:
+                cause: BaseException = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                why = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+                del cause  # holds what was dropped
+            gc.collect()  # what was dropped speaks up now or never
+        raise self._damaged(step, why)
 
     def _damaged(self, step: int, why: str) -> DamagedCheckpointError:
-        return DamagedCheckpointError(f"the checkpoint {self.directory / str(step)} is damaged: {why}")
+        return DamagedCheckpointError(
+            f"the checkpoint {self.directory / str(step)} is damaged: {why}"
+        )
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -198,7 +212,9 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _differences(wanted: Mapping[str, Any], index: Mapping[str, Any], partial: bool) -> Iterable[str]:
+def _differences(
+    wanted: Mapping[str, Any], index: Mapping[str, Any], partial: bool
+) -> Iterable[str]:
     for name, x in wanted.items():
         if name not in index:
             yield f"{name}: missing"
@@ -208,6 +224,11 @@ def _differences(wanted: Mapping[str, Any], index: Mapping[str, Any], partial: b
             yield f"{name}: expected {x.dtype.name}{list(x.shape)}, found {dtype}{shape}"
     if not partial:
         yield from (f"{name}: unexpected" for name in index if name not in wanted)
+
+
+def _sha256(index: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(index))  # as it will be read: all keys strings
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
@@ -225,3 +246,14 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def _one_device() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+@contextlib.contextmanager
+def _without_stray_tracebacks() -> Iterator[None]:
+    """Where one array cannot be read, Orbax drops its other reads, and Python prints each one."""
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    logger.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        yield
+    finally:
+        logger.disabled, sys.unraisablehook = False, hook

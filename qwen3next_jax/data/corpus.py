@@ -54,6 +54,7 @@ def read_corpus(*, source: str, path: str, holdout_fraction: float) -> Corpus:
       ValueError: the source is unknown, no file was found or none could be decoded, or a part of
         the split is empty.
     """
+    decode: Callable[[bytes], str]
     if source == "stdlib":
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
         files, decode = _library_files(root), _decode_python

@@ -102,11 +102,11 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ValueError(_explain(str(error), vocab_size, len(texts))) from error
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}.{os.getpid()}"
+    finished = epath.Path(path)
+    finished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = finished.parent / f".{finished.name}.{os.getpid()}"
     unfinished.write_bytes(model.content)
-    unfinished.replace(path)
+    unfinished.replace(finished)
     return SentencePieceTokenizer(path)
 
 

@@ -15,7 +15,12 @@ from qwen3next_jax.training.loss import Batch, next_token_losses
 
 
 def perplexity(
-    graph: nnx.GraphDef, params: nnx.State, batches: Iterable[Batch], *, text_bytes: int, chunk: int = 512
+    graph: nnx.GraphDef,
+    params: nnx.State,
+    batches: Iterable[Batch],
+    *,
+    text_bytes: int,
+    chunk: int = 512,
 ) -> dict[str, float]:
     """Evaluates next-token prediction; no auxiliary loss is part of it.
 

@@ -43,7 +43,10 @@ def empty_cache(config: ModelConfig, mixer: str, *, batch: int, slots: int, dtyp
         K, H = config.linear_num_key_heads, config.linear_key_head_dim
         N, P = config.linear_num_value_heads, config.linear_value_head_dim
         L = config.linear_conv_kernel_dim - 1
-        key_tail, value_tail = jnp.zeros((batch, L, K, H), dtype), jnp.zeros((batch, L, N, P), dtype)
+        key_tail, value_tail = (
+            jnp.zeros((batch, L, K, H), dtype),
+            jnp.zeros((batch, L, N, P), dtype),
+        )
         return DeltaCache(key_tail, key_tail, value_tail, jnp.zeros((batch, N, H, P)))
     keys = jnp.zeros((batch, slots, config.num_key_value_heads, config.head_dim), dtype)
     return AttentionCache(keys, keys)

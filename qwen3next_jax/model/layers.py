@@ -48,7 +48,7 @@ def constant(value: float) -> Init:
 
 
 def rms_normalize(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
-    """x / rms(x) along the last axis, in float32."""
+    """X / rms(x) along the last axis, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
@@ -83,9 +83,7 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """down(silu(gate(x)) · up(x)), the feed-forward of dense layers and of shared experts."""
 
-    def __init__(
-        self, config: ModelConfig, width: int, *, rngs: nnx.Rngs, param_dtype=jnp.float32
-    ):
+    def __init__(self, config: ModelConfig, width: int, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         """Builds a feed-forward of the given width."""
         D, init = config.hidden_size, normal(config.initializer_range)
         self.gate_proj = weight(rngs, init, param_dtype, embed=D, mlp=width)

@@ -36,9 +36,13 @@ class SparseMoE(nnx.Module):
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
         self.config = config
         init = normal(config.initializer_range)
-        router = _equal_rows(config.initializer_range) if config.router_init == "normalized" else init
+        router = (
+            _equal_rows(config.initializer_range) if config.router_init == "normalized" else init
+        )
         self.router = weight(rngs, router, param_dtype, embed=D, router=E)
-        self.gate_up_proj = weight(rngs, init, param_dtype, experts=E, embed=D, pair=2, expert_mlp=F)
+        self.gate_up_proj = weight(
+            rngs, init, param_dtype, experts=E, embed=D, pair=2, expert_mlp=F
+        )
         self.down_proj = weight(rngs, init, param_dtype, experts=E, expert_mlp=F, embed=D)
         if width := config.shared_expert_intermediate_size:
             self.shared_expert = MLP(config, width, rngs=rngs, param_dtype=param_dtype)
@@ -80,7 +84,9 @@ class SparseMoE(nnx.Module):
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdims=True)
 
-        real = jnp.ones(x.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
+        real = (
+            jnp.ones(x.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
+        )
         log_norms = jax.nn.logsumexp(logits, axis=-1)
         stats = RouterStats(
             counts=(chosen * real[..., None, None]).sum((1, 2)),

@@ -107,7 +107,9 @@ def _pairs_forward(q, k, v, segments):
         norm = shrink * norm + weights.sum(-1)
         total = shrink[..., None] * total
         total += _dot("bkrcd,bkdp->bkrcp", weights.astype(v.dtype), v[j])
-        return tuple(x.at[i].set(y) for x, y in zip(carry, (total, new_peak, norm), strict=True)), None
+        return tuple(
+            x.at[i].set(y) for x, y in zip(carry, (total, new_peak, norm), strict=True)
+        ), None
 
     rows = q.shape[:-1]
     start = (

@@ -41,7 +41,7 @@ def cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(hidden, head, targets, weights, chunk):
     def visit(total, piece):
-        losses, _ = _losses(*piece[:2], head)
+        losses, _, _ = _losses(*piece[:2], head)
         return total + (losses * piece[2]).sum(), losses
 
     pieces = _pieces(chunk, hidden, targets, weights)
@@ -53,9 +53,10 @@ def _forward(hidden, head, targets, weights, chunk):
     def visit(carry, piece):
         total, d_head = carry
         x, y, w = piece
-        losses, log_probabilities = _losses(x, y, head)
-        d_logits = jnp.exp(log_probabilities) - jax.nn.one_hot(y, head.shape[1])
-        d_logits = (d_logits * w[..., None]).astype(hidden.dtype)
+        losses, exps, norms = _losses(x, y, head)
+        d_logits = exps * (w / norms)[..., None]
+        d_logits -= jax.nn.one_hot(y, head.shape[1]) * w[..., None]
+        d_logits = d_logits.astype(hidden.dtype)
         d_x = jnp.einsum("btv,dv->btd", d_logits, head.astype(hidden.dtype))
         d_head += jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
         return (total + (losses * w).sum(), d_head), (losses, d_x)
@@ -70,19 +71,27 @@ def _forward(hidden, head, targets, weights, chunk):
 def _backward(chunk, residuals, cotangents):
     d_hidden, d_head = residuals
     scale = cotangents[0]
-    return (scale * d_hidden).astype(d_hidden.dtype), (scale * d_head).astype(d_head.dtype), None, None
+    return (
+        (scale * d_hidden).astype(d_hidden.dtype),
+        (scale * d_head).astype(d_head.dtype),
+        None,
+        None,
+    )
 
 
 _cross_entropy.defvjp(_forward, _backward)
 
 
 def _losses(hidden, targets, head):
+    """Losses, and the softmax as exponentials and their sums, so that each is taken once."""
     logits = jnp.einsum(
         "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
-    log_probabilities = jax.nn.log_softmax(logits)
-    chosen = jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1, mode="clip")
-    return -chosen[..., 0], log_probabilities
+    peaks = logits.max(-1)
+    exps = jnp.exp(logits - peaks[..., None])
+    norms = exps.sum(-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
+    return jnp.log(norms) + peaks - chosen, exps, norms
 
 
 def _pieces(chunk, *arrays):

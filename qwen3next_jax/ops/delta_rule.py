@@ -230,9 +230,7 @@ def _chunks_backward(residuals, cotangents):
     d_start = (d_queried * queried + d_read * read).sum(-1)
     d_end = jnp.einsum("zbkrch,zbkch->zbkrc", carried, k)
     d_whole = whole * (d_after * states).sum((-1, -2))
-    spans = jnp.einsum(
-        "lc,zbkrcd->zbkrld", _ones_upto(g.shape[-1]).T, d_gamma, precision=_HIGHEST
-    )
+    spans = jnp.einsum("lc,zbkrcd->zbkrld", _ones_upto(g.shape[-1]).T, d_gamma, precision=_HIGHEST)
     d_g = _strictly_lower(spans).sum(-1)
     d_g += jax.lax.cumsum(d_start, axis=4, reverse=True)
     d_g += jnp.pad(jax.lax.cumsum(d_end, axis=4)[..., :-1], [(0, 0)] * 4 + [(1, 0)])
@@ -281,17 +279,16 @@ def _score(q, k, decay):
 
 def _unit_lower_inverse(lower):
     """Inverts I + lower, for a strictly lower triangular matrix in the last two axes."""
-    *batch, C, _ = lower.shape
+    C = lower.shape[-1]
     size = min(_BLOCK, C)
     blocks = _diagonal_blocks(lower, size)
-    # Row i of the inverse is eᵢ − lower[i] · (the rows above it).
-    rows = []
-    for i in range(size):
-        row = jnp.broadcast_to(jnp.eye(size)[i], blocks.shape[:-1][:-1] + (size,))
-        for j in range(i):
-            row = row - blocks[..., i, j, None] * rows[j]
-        rows.append(row)
-    inverse = jnp.stack(rows, axis=-2)
+
+    # Row i of the inverse is eᵢ − lower[i] · inverse, of which only the rows above i count.
+    def fill(i, inverse):
+        above = (blocks[..., i, :, None] * inverse).sum(-2)
+        return inverse.at[..., i, :].set(jnp.eye(size)[i] - above)
+
+    inverse = jax.lax.fori_loop(0, size, fill, jnp.zeros_like(blocks))
     # [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]]: neighbours merge until one is left.
     while size < C:
         above, below = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
@@ -317,4 +314,3 @@ def _strictly_lower(x):
 
 def _ones_upto(size):
     return np.tril(np.ones((size, size), np.float32))
-

@@ -6,6 +6,7 @@ that was never killed does, bit for bit on the same devices. No random number is
 """
 
 import json
+import pathlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from etils import epath
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -43,7 +43,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train(
-    config: RunConfig, workdir: epath.Path, data: Data, *, evaluate: Evaluate
+    config: RunConfig, workdir: pathlib.Path, data: Data, *, evaluate: Evaluate
 ) -> tuple[Qwen3Next, int]:
     """Trains until `config.train.num_steps`, from the work directory's last checkpoint if any.
 
@@ -157,7 +157,7 @@ def _new_model(config: RunConfig) -> Qwen3Next:
     )
 
 
-def _keep_config(config: RunConfig, workdir: epath.Path) -> None:
+def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes the config at the first run; later ones may differ from it in a few keys only."""
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
@@ -219,7 +219,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _last_good(step: int | None, workdir: epath.Path) -> str:
+def _last_good(step: int | None, workdir: pathlib.Path) -> str:
     if step is None:
         return f"There is no checkpoint yet in {workdir}."
     return (

@@ -72,9 +72,7 @@ def loss(
     segments, positions = batch["segment_ids"], batch["positions"]
     hidden, stats, _ = model.hidden_states(batch["tokens"], segments, positions)
     head = model.head()
-    total, _ = cross_entropy(
-        hidden, head, batch["targets"], batch["loss_weights"], chunk=chunk
-    )
+    total, _ = cross_entropy(hidden, head, batch["targets"], batch["loss_weights"], chunk=chunk)
     metrics: dict[str, Any] = {"ce": total / counts.ce}
     value = metrics["ce"]
 
@@ -107,9 +105,7 @@ def loss(
     return value, metrics
 
 
-def next_token_losses(
-    model: Qwen3Next, batch: Batch, *, chunk: int = 512
-) -> Float[Array, "B T"]:
+def next_token_losses(model: Qwen3Next, batch: Batch, *, chunk: int = 512) -> Float[Array, "B T"]:
     """Cross-entropy of each position in nats, 0 where its weight is 0: what evaluation sums up."""
     hidden, _, _ = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
     _, losses = cross_entropy(
@@ -173,7 +169,9 @@ def _stack(a, b):
     return jnp.concatenate([a, b])
 
 
-def complete_batch(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Batch:
+def complete_batch(
+    tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+) -> Batch:
     """A batch from rows of tokens alone: each predicts its successor inside its document."""
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens)

@@ -36,8 +36,10 @@ class MetricWriter:
         _cut_back(path, -1 if resume_step is None else resume_step)
         self._lines = path.open("a")
         # TensorBoard's files can't be cut; a mark in them hides what was written of later steps.
+        # Their names hold the second they were opened, too coarse to tell two courses apart.
+        first = 0 if resume_step is None else resume_step + 1
         self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=0 if resume_step is None else resume_step + 1
+            str(workdir / "tensorboard"), purge_step=first, filename_suffix=f".{first}"
         )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -109,7 +111,7 @@ def _cut_back(path: pathlib.Path, last_step: int) -> None:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf  # never kept
 

@@ -124,7 +124,7 @@ _NORM = r"norm\w*/weight$"
 
 # The first match counts.
 _RULES = (
-    # Rates of forgetting, and a norm that multiplies by w: decay would pull them to no natural zero.
+    # Rates of forgetting, and a norm that multiplies by w: 0 is no natural value of theirs.
     Rule(r"linear_attn/(A_log|dt_bias|norm/weight)", False, None),
     # Without decay, zero-centred norm weights were seen to grow without bound.
     Rule(r"\w*norm\w*/weight", True, None),
@@ -167,9 +167,9 @@ def _scale_to_adamw(updates: Any, params: Any) -> Any:
     del params
 
     def scale(path, u):
-        size_in, size_out = (
-            math.prod(u.shape[axis] for axis in axes) for axes in _rule(leaf_name(path)).matrix
-        )
+        matrix = _rule(leaf_name(path)).matrix
+        assert matrix is not None  # the others went to AdamW
+        size_in, size_out = (math.prod(u.shape[axis] for axis in axes) for axes in matrix)
         return u * MUON_RMS * max(size_in, size_out) ** 0.5
 
     return jax.tree_util.tree_map_with_path(scale, updates)

@@ -1,0 +1,358 @@
+"""What the delta term and the decay are each good for, on three memory tasks.
+
+    python examples/associative_recall.py --output=results [--quick]
+
+A Gated DeltaNet layer keeps one matrix S for all it has read, and updates it token by token:
+
+    S_t = exp(g_t) (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ
+          the decay   the delta term            the write
+
+The write alone is linear attention: whatever was stored before stays in S and is read along with
+the new. The delta term first removes what S holds under *this* key. The decay fades what S holds
+under *every* key. So each should win where its kind of forgetting is asked for. A row of a task is
+8 writes (a key token, a value token), then 16 questions (a key token, to which the model is to
+answer the value):
+
+- recall: multi-query associative recall (MQAR, Arora et al., arXiv:2312.04927). Each key is bound
+  once; more of them make it harder, because the memory has little room.
+- rebinding: a few keys are bound again and again, and the latest value counts. Forgetting one
+  binding without its neighbours is what the delta term does; a decay forgets them all alike.
+- reset: a reset token voids all that was written before it. Keys not bound since are to be answered
+  "none". The delta term cannot do that, it would have to see each key again; one token with a large
+  decay can.
+
+The stack is two layers, mixer(norm(x)) beside a residual and no feed-forward, so that whatever is
+remembered, the mixers remember it. Six kinds: the gated delta rule as the library has it, the same
+without the delta term (gated linear attention), without the decay (DeltaNet), without both (linear
+attention), the hybrid (one delta layer, one of gated attention), and gated attention alone.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import qwen3next_jax as q3n
+
+WRITES, QUESTIONS, KEYS, VALUES = 8, 16, 32, 32
+BLANK, RESET, NONE = 0, 1, 2
+FIRST_KEY, FIRST_VALUE, VOCAB = 3, 3 + KEYS, 3 + KEYS + VALUES
+
+CONFIG = q3n.ModelConfig.from_hf(
+    dict(
+        model_type="qwen3_next", vocab_size=VOCAB, hidden_size=64, max_position_embeddings=32,
+        num_hidden_layers=2, full_attention_interval=2, initializer_range=0.1,
+        linear_conv_kernel_dim=4, linear_num_key_heads=2, linear_num_value_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=16,  # a small state, so that room is scarce
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32,
+        rope_theta=10_000.0, partial_rotary_factor=0.25,
+        # No experts and no feed-forward here, but a config is that of a whole model.
+        num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0,
+        shared_expert_intermediate_size=0, intermediate_size=64,
+    )
+)  # fmt: skip
+
+
+# --- The tasks ---------------------------------------------------------------------------------
+
+
+def make_batch(task, key, batch):
+    """Draws rows of a task.
+
+    Returns:
+      tokens [B, T], the targets of the last QUESTIONS of them, and each row's level [B], an index
+      into the task's LEVELS.
+    """
+    ks = jax.random.split(key, 6)
+    level = jax.random.randint(ks[0], (batch,), 0, len(LEVELS[task]))
+    amount = jnp.array(LEVELS[task])[level][:, None]
+    names = _permutation(ks[1], batch, KEYS)  # which keys the row uses: the first few of these
+    values = jax.random.randint(ks[2], (batch, WRITES), 0, VALUES)
+    slot = jnp.arange(WRITES)
+    blank = reset = jnp.zeros((batch, WRITES), bool)
+    if task == "recall":  # `amount` pairs, behind blanks
+        blank = slot < WRITES - amount
+        written = jnp.broadcast_to(slot, (batch, WRITES))
+        asked = jax.random.randint(ks[3], (batch, QUESTIONS), WRITES - amount, WRITES)
+    elif task == "rebinding":  # all writes go to `amount` keys, of which those written are asked
+        written = jax.random.randint(ks[4], (batch, WRITES), 0, amount)
+        asked = jax.random.randint(ks[3], (batch, QUESTIONS), 0, WRITES)
+        asked = jnp.take_along_axis(written, asked, axis=1)
+    else:  # `amount` of the writes are resets; any of the four keys may be asked
+        written = jax.random.randint(ks[4], (batch, WRITES), 0, 4)
+        reset = _permutation(ks[5], batch, WRITES) < amount
+        asked = jax.random.randint(ks[3], (batch, QUESTIONS), 0, 4)
+
+    # The answer is the last write under the key asked for, if it came after the last reset.
+    matches = (written[:, None] == asked[..., None]) & ~reset[:, None]  # [B, questions, writes]
+    last = jnp.where(matches, slot, -1).max(-1)
+    valid = last > jnp.where(reset, slot, -1).max(-1, keepdims=True)
+    found = jnp.take_along_axis(values, last, axis=1) + FIRST_VALUE
+    targets = jnp.where(valid, found, NONE)
+
+    pairs = jnp.stack([_named(names, written) + FIRST_KEY, values + FIRST_VALUE], axis=-1)
+    pairs = jnp.where(blank[..., None], BLANK, jnp.where(reset[..., None], RESET, pairs))
+    questions = _named(names, asked) + FIRST_KEY
+    return jnp.concatenate([pairs.reshape(batch, -1), questions], axis=1), targets, level
+
+
+# What makes a row harder: pairs to remember; keys the 8 writes share; resets among the writes.
+LEVELS = {"recall": (2, 4, 8), "rebinding": (4, 2, 1), "reset": (1, 2, 3)}
+MEANING = {"recall": "pairs", "rebinding": "keys rebound", "reset": "resets"}
+
+
+def _permutation(key, batch, size):
+    return jnp.argsort(jax.random.uniform(key, (batch, size)), axis=1)
+
+
+def _named(names, index):
+    return jnp.take_along_axis(names, index, axis=1)
+
+
+# --- The models --------------------------------------------------------------------------------
+
+
+class AblatedDeltaNet(q3n.GatedDeltaNet):
+    """The library's layer with parts of its rule taken out; the same parameters otherwise."""
+
+    def __init__(self, config, *, rngs, delta=True, decay=True):
+        super().__init__(config, rngs=rngs)
+        self.delta, self.decay = delta, decay
+
+    def __call__(self, x):
+        def project(w):
+            return jnp.tensordot(x, w[...], axes=1)
+
+        def unit(x):
+            return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+
+        q, k, v = (
+            jax.nn.silu(q3n.ops.causal_conv(project(w), conv[...]))
+            for w, conv in (
+                (self.q_proj, self.q_conv),
+                (self.k_proj, self.k_conv),
+                (self.v_proj, self.v_conv),
+            )
+        )
+        beta = jax.nn.sigmoid(project(self.b_proj))
+        g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(project(self.a_proj) + self.dt_bias[...])
+        rule = q3n.ops.gated_delta_rule if self.delta else gated_linear_attention
+        out, _ = rule(
+            unit(q) * q.shape[-1] ** -0.5, unit(k), v,
+            log_decay=g if self.decay else jnp.zeros_like(g), beta=beta,
+        )  # fmt: skip
+        out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + self.eps)
+        out = out * self.norm.weight[...] * jax.nn.silu(project(self.z_proj))
+        return jnp.tensordot(out, self.out_proj[...], axes=2)
+
+
+def gated_linear_attention(q, k, v, *, log_decay, beta):
+    """S_t = exp(g_t) S_{t−1} + β_t k_t v_tᵀ, o_t = S_tᵀ q_t, all tokens at once; no final state."""
+    total = log_decay.cumsum(1).swapaxes(1, 2)  # [B, N, T]
+    causal = np.tri(q.shape[1], dtype=bool)
+    decay = jnp.exp(jnp.where(causal, total[..., :, None] - total[..., None, :], -jnp.inf))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * decay
+    return jnp.einsum("bnts,bsn,bsnp->btnp", scores, beta, v), None
+
+
+class Stack(nnx.Module):
+    """Token mixers one above the other, each behind a norm and beside a residual."""
+
+    def __init__(self, mixers, rngs):
+        init = nnx.initializers.normal(0.1)
+        self.embed = nnx.Embed(VOCAB, CONFIG.hidden_size, embedding_init=init, rngs=rngs)
+        self.mixers = nnx.List([mixer(CONFIG, rngs=rngs) for mixer in mixers])
+        for mixer in self.mixers:
+            if isinstance(mixer, q3n.GatedDeltaNet):
+                _start_small(mixer)
+        self.norms = nnx.List([q3n.RMSNorm(CONFIG) for _ in mixers])
+        self.norm = q3n.RMSNorm(CONFIG)
+        self.head = nnx.Linear(CONFIG.hidden_size, VOCAB, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for norm, mixer in zip(self.norms, self.mixers, strict=True):
+            x = x + mixer(norm(x))
+        return self.head(self.norm(x))
+
+
+def _start_small(layer):
+    """Initial values for a stack of four heads in all, where the library's are for hundreds.
+
+    As released, most heads start with a memory of less than a token (g is −10 in the median), and
+    filters of random small taps hardly tell a token from the one before it. Of hundreds of heads
+    some are lucky; here learning would not start within the study's time.
+    """
+    layer.dt_bias[...] = jnp.linspace(-7.0, -3.0, layer.dt_bias.shape[0])  # g: −0.4 to −0.001
+    for taps in (layer.q_conv, layer.k_conv, layer.v_conv):
+        taps[...] = (4 * taps[...]).at[-1].add(1.0)  # the token itself, and something of the last three
+
+
+_ablated = functools.partial(functools.partial, AblatedDeltaNet)
+VARIANTS = {
+    "gated delta rule": (q3n.GatedDeltaNet,) * 2,
+    "no delta term": (_ablated(delta=False),) * 2,
+    "no decay": (_ablated(decay=False),) * 2,
+    "neither": (_ablated(delta=False, decay=False),) * 2,
+    "hybrid": (q3n.GatedDeltaNet, q3n.GatedAttention),
+    "attention": (q3n.GatedAttention,) * 2,
+}
+
+
+# --- Training and measuring --------------------------------------------------------------------
+
+
+def make_trainer(mixers, *, steps, learning_rate):
+    """Returns init, step and accuracy of one kind of stack, each over several seeds at once.
+
+    Several models that differ in their seed alone are one `vmap`: compiled once, trained together.
+    """
+    graph = nnx.graphdef(Stack(mixers, nnx.Rngs(0)))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+    def init(key):
+        params = nnx.state(Stack(mixers, nnx.Rngs(key)))
+        return params, optimizer.init(params)
+
+    def loss(params, tokens, targets):
+        logits = nnx.merge(graph, params)(tokens)[:, -QUESTIONS:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    def step(params, optimizer_state, tokens, targets):
+        value, gradients = jax.value_and_grad(loss)(params, tokens, targets)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state)
+        return optax.apply_updates(params, updates), optimizer_state, value
+
+    def correct(params, tokens, targets):
+        logits = nnx.merge(graph, params)(tokens)[:, -QUESTIONS:]
+        return (logits.argmax(-1) == targets).mean(-1)
+
+    return (jax.jit(jax.vmap(f)) for f in (init, step, correct))
+
+
+def study(*, steps=700, batch=32, seeds=2, learning_rate=5e-3, variants=tuple(VARIANTS)):
+    """Trains every variant on every task; a list of records, one a variant and task."""
+    records = []
+    for name in variants:
+        init, step, correct = make_trainer(
+            VARIANTS[name], steps=steps, learning_rate=learning_rate
+        )
+        for task, levels in LEVELS.items():
+            started = time.perf_counter()
+            draw = jax.jit(jax.vmap(functools.partial(make_batch, task, batch=batch)))
+            params, state = init(jax.random.split(jax.random.key(0), seeds))
+            curve = []
+            for i in range(steps):
+                keys = jax.random.split(jax.random.key(1 + i), seeds)
+                tokens, targets, _ = draw(keys)
+                params, state, value = step(params, state, tokens, targets)
+                curve.append(value)
+            # Fresh rows, the same for all variants.
+            hits = np.zeros((seeds, len(levels), 2))  # right, all
+            majority = []
+            for i in range(16):
+                keys = jnp.repeat(jax.random.key(10**6 + i)[None], seeds, axis=0)
+                tokens, targets, level = draw(keys)
+                right = np.asarray(correct(params, tokens, targets))
+                majority.append((targets[0] == NONE).mean())
+                for j in range(len(levels)):
+                    here = np.asarray(level[0]) == j
+                    hits[:, j] += np.stack([right[:, here].sum(1), [here.sum()] * seeds], -1)
+            accuracy = hits[..., 0] / np.maximum(hits[..., 1], 1)
+            # Without any memory: guess a value, or say "none" where that is the usual answer.
+            guess = max(1 / VALUES, float(np.mean(majority)))
+            records.append(
+                dict(
+                    variant=name, task=task, levels=levels, accuracy=accuracy.tolist(),
+                    without_memory=guess, loss=np.stack(curve, 1)[:, :: max(steps // 50, 1)].tolist(),
+                    seconds=time.perf_counter() - started,
+                )
+            )  # fmt: skip
+            means = "  ".join(
+                f"{n:>2}: {a:.3f}" for n, a in zip(levels, accuracy.mean(0), strict=True)
+            )
+            print(
+                f"{task:<10} {name:<17} accuracy by {MEANING[task]:<13} {means}"
+                f"  ({records[-1]['seconds']:.0f} s)",
+                flush=True,
+            )
+    return records
+
+
+# --- Reporting ---------------------------------------------------------------------------------
+
+
+def table(records):
+    """Accuracy by task, level and variant as Markdown: the mean over seeds (lowest–highest)."""
+    columns = [(task, level) for task, levels in LEVELS.items() for level in range(len(levels))]
+    heads = [f"{task}, {LEVELS[task][level]} {MEANING[task]}" for task, level in columns]
+    lines = [["", *heads], ["---"] * (1 + len(heads))]
+    by = {(r["variant"], r["task"]): r for r in records}
+    for name in dict.fromkeys(r["variant"] for r in records):
+        row = []
+        for task, level in columns:
+            seeds = np.array(by[name, task]["accuracy"])[:, level]
+            row.append(f"{seeds.mean():.2f} ({seeds.min():.2f}–{seeds.max():.2f})")
+        lines.append([name, *row])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(records, path):
+    """Draws accuracy over difficulty, a panel a task, a line a variant."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(LEVELS), figsize=(11, 3.6), sharey=True)
+    for panel, (task, levels) in zip(panels, LEVELS.items(), strict=True):
+        here = [r for r in records if r["task"] == task]
+        for i, record in enumerate(here):
+            seeds = np.array(record["accuracy"])
+            style = dict(color=f"C{i}", marker="o^vsDP"[i])
+            panel.plot(range(len(levels)), seeds.mean(0), label=record["variant"], **style)
+            panel.fill_between(
+                range(len(levels)), seeds.min(0), seeds.max(0), color=f"C{i}", alpha=0.12
+            )
+        panel.axhline(here[0]["without_memory"], color="grey", linestyle=":", linewidth=1)
+        panel.set(title=task, xlabel=MEANING[task], ylim=(0, 1.03))
+        panel.set_xticks(range(len(levels)), levels)
+    panels[0].set_ylabel("accuracy")
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("associative_recall"))
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    args = parser.parse_args(argv)
+    sizes = dict(steps=args.steps, seeds=args.seeds, variants=args.variants)
+    if args.quick:
+        sizes |= dict(steps=3, seeds=1, batch=2)
+    records = study(**sizes)
+    args.output.mkdir(parents=True, exist_ok=True)
+    report = dict(date=datetime.date.today().isoformat(), **sizes, records=records)
+    (args.output / "associative_recall.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.output / "associative_recall.md").write_text(table(records) + "\n")
+    plot(records, args.output / "associative_recall.png")
+    print("\n" + table(records))
+    return records
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The same modules in a Flax Linen model, for code that has not moved to NNX.
+
+    python examples/modules_in_linen.py
+
+`flax.nnx.bridge.ToLinen(Module, args=..., kwargs=...)` makes a Linen module of an NNX one. Linen
+calls it with its own random keys, hence `rngs` is not given, and its parameters appear in
+`variables["params"]` like any other's, so that init, apply, optax and checkpoints stay as they were.
+The task is that of modules_in_nnx.py: write a string down from memory.
+"""
+
+import flax.linen as nn
+import jax
+import optax
+from flax.nnx import bridge
+from modules_in_nnx import CONFIG, LETTERS, PERIOD, balance_loss, make_batch
+
+import qwen3next_jax as q3n
+
+
+class Block(nn.Module):
+    """A Linen block with two NNX modules in it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + bridge.ToLinen(q3n.GatedDeltaNet, args=(CONFIG,), name="mixer")(nn.LayerNorm()(x))
+        moe = bridge.ToLinen(q3n.SparseMoE, args=(CONFIG,), name="moe")
+        y, stats = moe(nn.LayerNorm()(x), nnx_method="with_stats")
+        return x + y, balance_loss(stats)
+
+
+class Model(nn.Module):
+    """Embedding, blocks, head."""
+
+    vocabulary: int
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        x, balance = nn.Embed(self.vocabulary, self.width)(tokens), 0.0
+        for _ in range(self.depth):
+            x, block_balance = Block()(x)
+            balance += block_balance / self.depth
+        return nn.Dense(self.vocabulary)(x), balance
+
+
+def main(steps=300):
+    model = Model(LETTERS, CONFIG.hidden_size, depth=2)
+    optimizer = optax.adamw(3e-3)
+    params = model.init(jax.random.key(0), make_batch(jax.random.key(0))[0])["params"]
+    state = optimizer.init(params)
+
+    def loss_fn(params, tokens, targets):
+        logits, balance = model.apply({"params": params}, tokens)
+        ce = optax.softmax_cross_entropy_with_integer_labels(logits[:, PERIOD:], targets[:, PERIOD:]).mean()
+        return ce + CONFIG.router_aux_loss_coef * balance, (ce, balance)
+
+    @jax.jit
+    def train_step(params, state, tokens, targets):
+        (_, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens, targets)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, aux
+
+    losses = []
+    for step in range(steps):
+        tokens, targets = make_batch(jax.random.key(step))
+        params, state, (ce, balance) = train_step(params, state, tokens, targets)
+        losses.append(float(ce))
+        if step % 25 == 0 or step == steps - 1:
+            print(f"step {step:4d}  loss {ce:.3f} nats a letter  balance {balance:.3f}")
+    return losses
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What several tests share: a small shape, models with random weights, packed rows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.model.decoder import Qwen3Next
+
+# config.json of the released Qwen3-Next-80B-A3B, but for keys that name tokens and versions.
+RELEASED = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "decoder_sparse_step": 1,
+    "eos_token_id": 151645,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
+    "output_router_logits": False,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+# One Gated DeltaNet layer, one of attention, no two sizes alike that could be mistaken.
+SMALL = {
+    "model_type": "qwen3_next",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "full_attention_interval": 2,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.25,
+    "linear_conv_kernel_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 24,
+}
+
+
+def small_config(*, mtp_steps: int = 0, **changes) -> ModelConfig:
+    """The config of a model that compiles and runs in seconds."""
+    ours = ("zero_centered_norm", "attention_output_gate", "router_init")
+    given = {**SMALL, **{k: v for k, v in changes.items() if k not in ours}}
+    switches = {k: v for k, v in changes.items() if k in ours}
+    return ModelConfig.from_hf({**given, **switches, "mtp_steps": mtp_steps})
+
+
+def abstract_model(config: ModelConfig, **options) -> Qwen3Next:
+    """A model of shapes alone, which `load_tensors` can fill."""
+    return nnx.eval_shape(lambda: Qwen3Next(config, rngs=nnx.Rngs(0), **options))
+
+
+def random_values(path: str, shape, rng: np.random.Generator, scale: float) -> np.ndarray:
+    """Numbers that are like a trained model's: norms away from their start, decays of all speeds."""
+    if path.endswith("A_log"):
+        return np.log(rng.uniform(0.01, 16, shape))
+    if path.endswith("dt_bias"):
+        return rng.uniform(-2, 2, shape)
+    if "norm" in path.split("/")[-2:][0]:
+        return rng.uniform(-0.5, 0.5, shape) + ("linear_attn" in path)
+    return scale * rng.standard_normal(shape)
+
+
+def random_model(config: ModelConfig, *, seed: int = 0, scale: float = 0.1, **options) -> Qwen3Next:
+    """A model with random weights, norms and gates included; drawn by numpy, so nothing compiles."""
+    rng = np.random.default_rng(seed)
+    graph, params = nnx.split(abstract_model(config, **options))
+    flat = []
+    for path, param in nnx.to_flat_state(params):
+        values = random_values("/".join(map(str, path)), param.shape, rng, scale)
+        flat.append((path, param.replace(jnp.asarray(values, param.dtype))))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def quick_jit(function):
+    """`jax.jit` for what runs a few times only: without LLVM's optimisations compiling halves."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def as_function(model: nnx.Module, function):
+    """function(model, *args) as a function of (params, *args), and the params."""
+    graph, params = nnx.split(model)
+    return lambda params, *args: function(nnx.merge(graph, params), *args), params
+
+
+@functools.cache
+def segments_of(*lengths: int, total: int) -> np.ndarray:
+    """Segment ids [1, total] of documents packed one after the other, then padding."""
+    row = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return np.pad(row, (0, total - len(row)))[None].astype(np.int32)
+
+
+def relative_error(got, want, floor: float = 0.0) -> float:
+    """Norm of the difference over the norm of what is wanted, or over `floor` if that is larger."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), floor, 1e-30))

@@ -1,0 +1,53 @@
+"""Imports point downward only: the floors of docs/architecture.md, read off the source."""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+FLOORS = {
+    "config": 1, "data": 1, "ops": 1, "parallel": 2, "model": 3, "checkpoint": 4,
+    "training": 5, "inference": 5, "evaluation": 6,
+}  # fmt: skip
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the floor"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(module):
+    parts = module.split(".")
+    return parts[1] if parts[0] == "qwen3next_jax" and len(parts) > 1 else None
+
+
+def files():
+    package = ROOT / "qwen3next_jax"
+    return [p for p in package.rglob("*.py") if p != package / "__init__.py"]
+
+
+def test_every_module_is_on_a_floor():
+    for path in files():
+        name = path.relative_to(ROOT / "qwen3next_jax").parts[0].removesuffix(".py")
+        assert name in FLOORS, f"{path} belongs to no floor; add it to the house and to FLOORS"
+
+
+def test_imports_point_downward():
+    for path in files():
+        here = path.relative_to(ROOT / "qwen3next_jax").parts[0].removesuffix(".py")
+        for module in imports(path):
+            there = room(module)
+            # The package's own names, `from qwen3next_jax import ops`, resolve to a room as well.
+            if there in FLOORS and there != here:
+                assert FLOORS[there] < FLOORS[here], (
+                    f"{path} imports {module} from floor {FLOORS[there]}"
+                )
+
+
+def test_data_needs_no_jax():
+    for path in (ROOT / "qwen3next_jax" / "data").glob("*.py"):
+        assert not [m for m in imports(path) if m.split(".")[0] in ("jax", "flax")], path

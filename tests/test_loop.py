@@ -1,0 +1,208 @@
+"""A run can be stopped anywhere and goes on as if it had not been."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from small_run import run, small_config, write_corpus
+
+from qwen3next_jax.training import loop
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("whole")
+    model, steps = run(small_config(corpus), workdir)
+    assert steps == 8
+    return workdir, model
+
+
+def course(workdir):
+    """Metrics but for the speed, by step and kind of line."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def assert_same_model(a, b):
+    for x, y in zip(jax.tree.leaves(nnx.state(a)), jax.tree.leaves(nnx.state(b)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch, step, *, change=None):
+    """Makes the data raise at a step, or changes that step's batch."""
+    original = loop.training_batches
+
+    def training_batches(*args, **kwargs):
+        batches = original(*args, **kwargs)
+
+        class Stopping:
+            # Counts from the restored position on, so that `step` is one of this call.
+            count = 0
+            get_state, set_state = batches.get_state, batches.set_state
+
+            def __next__(self):
+                self.count += 1
+                if self.count == step and change is None:
+                    raise Stop
+                batch = next(batches)
+                return change(batch) if self.count == step else batch
+
+        return Stopping()
+
+    monkeypatch.setattr(loop, "training_batches", training_batches)
+
+
+def test_metrics_have_what_the_docs_promise(whole):
+    training = [line for line in course(whole[0]) if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 9))
+    for line in training:
+        expected = {"loss", "ce", "mtp_ce", "balance_loss", "grad_norm", "learning_rate", "tokens"}
+        assert expected <= line.keys()
+        total = line["ce"] + 0.1 * line["mtp_ce"] + 1e-3 * line["balance_loss"]
+        np.testing.assert_allclose(line["loss"], total, rtol=1e-6)
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert {"eval_ce", "eval_bits_per_byte"} <= course(whole[0])[-1].keys()
+
+
+def test_a_run_stopped_between_checkpoints_ends_with_the_same_losses(
+    whole, corpus, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)  # the last checkpoint is of step 3; metrics go to step 4 or 5
+        with pytest.raises(Stop):
+            run(small_config(corpus), tmp_path)
+    model, steps = run(small_config(corpus), tmp_path)
+    assert steps == 5
+    assert course(tmp_path) == course(whole[0])
+    assert_same_model(model, whole[1])
+
+
+def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(corpus, tmp_path):
+    config = small_config(corpus, train__num_steps=4)
+    run(config, tmp_path)
+    before = course(tmp_path)
+    assert run(config, tmp_path)[1] == 0
+    assert course(tmp_path) == before
+    assert run(small_config(corpus, train__num_steps=6), tmp_path)[1] == 2
+    assert course(tmp_path)[-1]["step"] == 6
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(whole, corpus):
+    changed = small_config(corpus, optimizer__learning_rate=0.5, model__num_experts=8)
+    with pytest.raises(ValueError, match="model.num_experts: was 4, now 8") as error:
+        run(changed, whole[0])
+    assert "optimizer.learning_rate" in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_lost(
+    whole, corpus, tmp_path, monkeypatch
+):
+    def spoil(batch):
+        batch = dict(batch)
+        batch["loss_weights"] = np.full_like(batch["loss_weights"], np.inf)
+        return batch
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, change=spoil)
+        with pytest.raises(loop.NonFiniteLossError) as error:
+            run(small_config(corpus), tmp_path)
+    message = str(error.value)
+    assert "at step 5" in message
+    assert "the gradient of embed_tokens" in message
+    assert "of step 3" in message
+    model, _ = run(small_config(corpus), tmp_path)
+    assert course(tmp_path) == course(whole[0])
+    assert_same_model(model, whole[1])
+
+
+def test_accumulated_micro_batches_take_nearly_the_same_course(whole, corpus, tmp_path):
+    config = small_config(corpus, train__gradient_accumulation_steps=4, train__num_steps=3)
+    run(config, tmp_path)
+    for a, b in zip(course(tmp_path), course(whole[0]), strict=False):
+        # Only the balance term, at a weight of 1e-3, is another one; the schedule is shorter.
+        if a["step"] <= 2 and "loss" in a:
+            np.testing.assert_allclose(a["ce"], b["ce"], rtol=1e-2)
+            assert a["tokens"] == b["tokens"]
+
+
+def test_mtp_and_router_weights_move_in_training(whole, corpus):
+    start = loop._new_model(small_config(corpus))
+    for before, after in (
+        (start.mtp.fc, whole[1].mtp.fc),
+        (start.mtp.layer.mlp.router, whole[1].mtp.layer.mlp.router),
+        (start.groups.layers[0].mlp.router, whole[1].groups.layers[0].mlp.router),
+    ):
+        assert np.abs(np.asarray(after[...]) - np.asarray(before[...])).max() > 1e-4
+
+
+def in_a_process(corpus, workdir, *changes, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, HERE / "small_run.py", corpus, workdir, *changes],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_with_the_same_losses(corpus, tmp_path):
+    steps = "train.num_steps=60"
+    begin = time.monotonic()
+    assert in_a_process(corpus, tmp_path / "whole", steps).wait() == 0
+    length = time.monotonic() - begin
+    rng = random.Random(time.time_ns())
+    kills = 0
+    while True:
+        process = in_a_process(corpus, tmp_path / "killed", steps)
+        try:
+            # The later attempts are left alone, so that the test ends.
+            process.wait(rng.uniform(0.3, 1) * length if kills < 5 else None)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert process.returncode == 0, process.stderr.read().decode()
+        break
+    assert kills > 0
+    assert course(tmp_path / "killed") == course(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "fsdp=4"])
+def test_eight_devices_take_the_course_of_one(corpus, tmp_path, mesh):
+    axis, size = mesh.split("=")
+    changes = [
+        f"mesh.{axis}={size}",
+        f"mesh.{'fsdp' if axis == 'data' else 'data'}={8 // int(size)}",
+    ]
+    single = in_a_process(corpus, tmp_path / "one")
+    assert single.wait() == 0, single.stderr.read().decode()
+    many = in_a_process(corpus, tmp_path / "many", *changes, devices=8)
+    assert many.wait() == 0, many.stderr.read().decode()
+    for a, b in zip(course(tmp_path / "many"), course(tmp_path / "one"), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            # float32 sums in another order, amplified over eight steps of AdamW
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-3, err_msg=key)

@@ -1,0 +1,129 @@
+"""The files a run reports to, also after kills, and the line on the terminal."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from qwen3next_jax.training import metrics as metrics_module
+from qwen3next_jax.training.metrics import MetricWriter, Progress
+
+
+def read(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(workdir, steps, resume_step=None):
+    writer = MetricWriter(workdir, resume_step=resume_step)
+    for step in steps:
+        writer.write(step, {"loss": 1.0 / step})
+    writer.close()
+
+
+def test_each_line_is_on_disk_at_once_and_reads_back_as_written(tmp_path):
+    writer = MetricWriter(tmp_path / "new" / "run")
+    writer.write(10, {"loss": jnp.float32(0.5), "tokens": 12345678901, "rate": 1e-3})
+    expected = {"step": 10, "loss": 0.5, "tokens": 12345678901, "rate": 1e-3}
+    assert read(tmp_path / "new" / "run") == [expected]  # the writer is still open
+    writer.close()
+
+
+def test_non_finite_numbers_are_strings_in_valid_json(tmp_path):
+    writer = MetricWriter(tmp_path)
+    values = {"a": math.nan, "b": jnp.inf, "c": -jnp.float32(jnp.inf)}
+    writer.write(1, values)
+    writer.close()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "a": "nan", "b": "inf", "c": "-inf"}
+    assert [float(line[name]) for name in "bc"] == [math.inf, -math.inf]
+
+
+def test_going_on_from_a_checkpoint_leaves_one_line_a_step(tmp_path):
+    write(tmp_path, [10, 20, 30, 40])
+    write(tmp_path, [30, 40, 50], resume_step=20)
+    assert [line["step"] for line in read(tmp_path)] == [10, 20, 30, 40, 50]
+
+
+def test_a_new_course_drops_the_lines_of_the_old(tmp_path):
+    write(tmp_path, [10, 20])
+    write(tmp_path, [10])
+    assert [line["step"] for line in read(tmp_path)] == [10]
+
+
+@pytest.mark.parametrize(
+    "half", ['{"step": 20, "lo', '{"step": 2', '{"step": 20}', "\0\0", "2", "[]"]
+)
+def test_a_half_written_last_line_is_dropped_or_completed(tmp_path, half):
+    write(tmp_path, [10])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(half)
+    write(tmp_path, [30], resume_step=20)
+    whole = [20] if half == '{"step": 20}' else []  # all there but the line's end
+    assert [line["step"] for line in read(tmp_path)] == [10, *whole, 30]
+
+
+def test_a_kill_while_cutting_back_loses_nothing(tmp_path, monkeypatch):
+    write(tmp_path, [10, 20, 30])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def killed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics_module.os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricWriter(tmp_path, resume_step=10)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    monkeypatch.undo()
+    write(tmp_path, [20], resume_step=10)
+    assert [line["step"] for line in read(tmp_path)] == [10, 20]
+
+
+def events(workdir):
+    """Reads TensorBoard's records: length (8 bytes), a checksum (4), an event, a checksum (4)."""
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            yield Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+
+
+def test_tensorboard_gets_the_same_numbers_and_hides_what_was_cut(tmp_path):
+    write(tmp_path, [1, 2])
+    write(tmp_path, [2], resume_step=1)
+    found = list(events(tmp_path))
+    values = [(e.step, v.tag, v.simple_value) for e in found for v in e.summary.value]
+    assert sorted(values) == [(1, "loss", 1.0), (2, "loss", 0.5), (2, "loss", 0.5)]
+    # A "session start" event tells TensorBoard to drop earlier events from its step on.
+    assert 2 in [e.step for e in found if e.HasField("session_log")]
+
+
+def test_progress_is_plain_lines_where_stderr_is_no_terminal(capsys, monkeypatch):
+    clock = iter([100.0, 130.0, 190.0])  # 20 steps in 30 s, 60 in 90 s
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: next(clock))
+    progress = Progress(200, start_step=40)
+    progress.update(60, loss=2.5, tokens_per_second=12345.6)
+    progress.update(100, loss=2.25, tokens_per_second=9.0)
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "step 60/200  loss 2.5000  12,346 tokens/s  03:30 left",
+        "step 100/200  loss 2.2500  9 tokens/s  02:30 left",
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(metrics_module.sys.stderr, "isatty", lambda: True)
+    progress = Progress(200, start_step=40)
+    progress.update(60, loss=2.5, tokens_per_second=12345.6)
+    progress.close()
+    last = capsys.readouterr().err.rstrip().split("\r")[-1]
+    assert "60/200" in last
+    assert "loss 2.5000, 12,346 tokens/s" in last

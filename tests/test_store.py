@@ -1,0 +1,311 @@
+"""Checkpoints: bit for bit, kept in number, whole after kills, and damage is noticed."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from qwen3next_jax.checkpoint.store import CheckpointStore, DamagedCheckpointError, named_leaves
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def make_state(seed=0, optimizer=optax.adamw(1e-3, mu_dtype=jnp.bfloat16)):  # noqa: B008
+    a, b, c = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "embed": jax.random.normal(a, (64, 48)),
+        "layers": {0: {"w": jax.random.normal(b, (3, 8, 5), jnp.bfloat16)}},
+        "gains": [jnp.float32(jnp.pi), jax.random.normal(c, (7,))],
+    }
+    opt_state = optimizer.init(params)
+    _, opt_state = optimizer.update(params, opt_state, params)  # moments that are not 0
+    odd = jnp.array([jnp.nan, -0.0, jnp.inf, 1e-40])
+    return {
+        "params": params,
+        "optimizer": opt_state,
+        "step": jnp.int32(seed),
+        "odd": odd,
+        "flags": jnp.array([True, False]),
+    }
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (name, x), (_, y) in zip(named_leaves(a), named_leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
+
+
+def save_steps(directory, steps, keep=3):
+    store = CheckpointStore(directory, keep)
+    for step in steps:
+        store.save(step, make_state(step), {"tokens": step * 100})
+    store.close()
+
+
+def test_state_and_extras_come_back_bit_for_bit(tmp_path):
+    state, extras = make_state(), {"data": {"position": [1, 2], "name": "ü"}, "rate": 0.1}
+    store = CheckpointStore(tmp_path / "new" / "checkpoints", keep=1)
+    assert store.latest_step() is None
+    store.save(5, state, extras)
+    store.wait()
+    assert store.latest_step() == 5
+    got, got_extras = store.restore(5, abstract(state))
+    assert got_extras == extras
+    assert_same_bits(state, got)
+    store.close()
+
+
+def test_flax_variables_and_plain_arrays_share_their_files(tmp_path):
+    plain = {"a": {0: jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(4, jnp.bfloat16)}
+    flax_state = nnx.State(jax.tree.map(lambda x: nnx.Param(x, axes=("x",)), plain))
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(1, {"params": flax_state}, {})
+    assert_same_bits({"params": plain}, store.restore_latest({"params": abstract(plain)})[1])
+    got = store.restore_latest(abstract({"params": flax_state}))[1]
+    assert_same_bits({"params": flax_state}, got)
+    assert isinstance(got["params"]["b"], nnx.Param)
+    store.close()
+
+
+def test_arrays_get_the_shardings_asked_for(tmp_path):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"w": jnp.arange(8.0)}, {})
+    wanted = {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)}
+    assert store.restore_latest(wanted)[1]["w"].sharding == sharding
+    store.close()
+
+
+def test_a_saved_buffer_may_be_donated_at_once(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    state = {"w": jnp.arange(1e6)}
+    store.save(1, state, {})
+    jax.jit(lambda x: {"w": 0 * x["w"]}, donate_argnums=0)(state)
+    got = store.restore_latest({"w": jax.ShapeDtypeStruct((10**6,), jnp.float32)})[1]
+    np.testing.assert_array_equal(got["w"], np.arange(1e6, dtype=np.float32))
+    store.close()
+
+
+def test_the_newest_checkpoints_are_kept_and_found_again(tmp_path):
+    save_steps(tmp_path, [10, 20, 30, 40], keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["30", "40"]
+    reader = CheckpointStore(tmp_path)
+    assert reader.latest_step() == 40
+    step, state, extras = reader.restore_latest(abstract(make_state()))
+    assert (step, extras) == (40, {"tokens": 4000})
+    assert_same_bits(make_state(40), state)
+    with pytest.raises(FileNotFoundError, match=r"step 10 in .*; steps there: 30, 40"):
+        reader.restore(10, abstract(make_state()))
+    with pytest.raises(ValueError, match="reading only"):
+        reader.save(50, make_state(), {})
+
+
+def test_saving_an_earlier_step_leaves_the_later_course(tmp_path):
+    save_steps(tmp_path, [10, 20, 30])
+    save_steps(tmp_path, [20])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20"]
+
+
+def test_a_directory_without_checkpoints_says_so(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path}"):
+        store.restore_latest({})
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*absent"):
+        CheckpointStore(tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+
+
+def test_another_state_is_refused_naming_every_difference(tmp_path):
+    save_steps(tmp_path, [1])
+    store = CheckpointStore(tmp_path)
+    other = abstract(make_state())
+    other["params"]["embed"] = jax.ShapeDtypeStruct((64, 50), jnp.float32)
+    other["params"]["layers"][0]["w"] = jax.ShapeDtypeStruct((3, 8, 5), jnp.float32)
+    other["params"]["new"] = jax.ShapeDtypeStruct((), jnp.float32)
+    del other["flags"]
+    with pytest.raises(ValueError, match="holds another state") as error:
+        store.restore_latest(other)
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "params/embed: expected float32[64, 50], found float32[64, 48]",
+        "params/layers/0/w: expected float32[3, 8, 5], found bfloat16[3, 8, 5]",
+        "params/new: missing",
+        "flags: unexpected",
+    ]
+
+
+def test_a_part_of_the_state_can_be_read_alone(tmp_path):
+    save_steps(tmp_path, [1])
+    store = CheckpointStore(tmp_path)
+    params = {"params": make_state(1)["params"]}
+    _, got, _ = store.restore_latest(abstract(params), partial=True)
+    assert_same_bits(params, got)
+    with pytest.raises(ValueError, match=r"odd: unexpected"):
+        store.restore_latest(abstract(params))
+
+
+def remove(path):
+    path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [remove, cut, flip])
+def test_any_harm_to_the_newest_checkpoint_is_named_or_harmless(tmp_path, harm):
+    save_steps(tmp_path / "good", [10, 20])
+    files = [path for path in (tmp_path / "good" / "20").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    noticed = []
+    for number, file in enumerate(files):
+        directory = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", directory)
+        harm(directory / file.relative_to(tmp_path / "good"))
+        store = CheckpointStore(directory)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step, state, extras = store.restore_latest(abstract(make_state()))
+        # Whichever it took, it is right; some of Orbax's files are not needed to read.
+        assert_same_bits(make_state(step), state)
+        assert extras == {"tokens": step * 100}
+        if step == 10:
+            noticed.append(file)
+            assert f"the checkpoint {directory / '20'} is damaged" in str(caught[0].message)
+        store.close()
+    assert largest in noticed
+
+
+def test_training_goes_on_past_a_damaged_checkpoint(tmp_path):
+    save_steps(tmp_path, [10, 20])
+    remove(next((tmp_path / "20").rglob("manifest.ocdbt")))
+    store = CheckpointStore(tmp_path, keep=2)
+    with pytest.warns(UserWarning, match=f"{tmp_path / '20'} is damaged"):
+        assert store.restore_latest(abstract(make_state()))[0] == 10
+    for step in (15, 20):
+        store.save(step, make_state(step), {})
+    store.wait()
+    assert_same_bits(make_state(20), store.restore_latest(abstract(make_state()))[1])
+    store.close()
+
+
+def test_when_all_are_damaged_it_is_an_error(tmp_path):
+    save_steps(tmp_path, [10, 20])
+    for file in tmp_path.glob("*/index/metadata"):
+        file.unlink()
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(DamagedCheckpointError, match=f"all checkpoints in {tmp_path} are damaged"),
+    ):
+        CheckpointStore(tmp_path).restore_latest(abstract(make_state()))
+
+
+# Saves steps 1, 2, 3, ... until it is killed; each state is known from its step.
+WRITER = textwrap.dedent("""
+    import sys
+    import jax.numpy as jnp
+    from qwen3next_jax.checkpoint.store import CheckpointStore
+
+    store = CheckpointStore(sys.argv[1], keep=2)
+    step = store.latest_step() or 0
+    while True:
+        step += 1
+        store.save(step, {"w": jnp.full((300, 1000), step, jnp.float32)}, {"step": step})
+        print(step, flush=True)
+""")
+
+
+def kill_while_saving(directory, rng):
+    """Kills a writer at a random moment; returns the last step it is known to have begun."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(directory)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    begun = int(writer.stdout.readline())
+    time.sleep(rng.uniform(0.0, 0.6))
+    writer.send_signal(signal.SIGKILL)
+    # The last line may be cut.
+    return int((writer.communicate()[0].split("\n")[:-1] or [begun])[-1])
+
+
+def check_after_kill(directory, begun):
+    store = CheckpointStore(directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing half-written is taken for a checkpoint
+        wanted = {"w": jax.ShapeDtypeStruct((300, 1000), jnp.float32)}
+        step, state, extras = store.restore_latest(wanted)
+    # Saving waits for the save before, so all but the last two begun are there.
+    assert begun - 1 <= step <= begun + 1
+    assert extras == {"step": step}
+    np.testing.assert_array_equal(state["w"], np.full((300, 1000), step))
+    store.close()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_kill_while_saving_leaves_whole_checkpoints_only(tmp_path, kills):
+    rng = random.Random(kills)
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(1, {"w": jnp.full((300, 1000), 1.0)}, {"step": 1})
+    store.close()
+    for _ in range(kills):
+        check_after_kill(tmp_path, kill_while_saving(tmp_path, rng))
+    # The next save clears away what the last writer left half-written.
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(10**6, {"w": jnp.ones(3)}, {})
+    store.close()
+    assert all(path.name.isdigit() for path in tmp_path.iterdir())
+
+
+def test_orbax_is_silent_at_the_info_level_of_absl(tmp_path):
+    script = textwrap.dedent("""
+        from absl import app, logging
+        import jax.numpy as jnp
+        from qwen3next_jax.checkpoint.store import CheckpointStore
+
+        def main(argv):
+            store = CheckpointStore(argv[1], keep=1)
+            store.save(1, {"w": jnp.ones(3)}, {})
+            store.close()
+            logging.info("our own line")
+
+        app.run(main)
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), "--verbosity=0"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},  # JAX reports platforms it looks for in vain
+    )  # fmt: skip
+    [line] = done.stderr.splitlines()
+    assert "our own line" in line
+
+
+def test_the_index_names_arrays_as_the_model_does(tmp_path):
+    save_steps(tmp_path, [1])
+    index = json.loads((tmp_path / "1" / "index" / "metadata").read_text())
+    assert index["arrays"]["params/layers/0/w"][:2] == [[3, 8, 5], "bfloat16"]
+    assert "optimizer/0/mu/layers/0/w" in index["arrays"]
+    assert index["extras"] == {"tokens": 100}
