@@ -1,7 +1,7 @@
 """Qwen3-Next-80B-A3B with its MTP module: 81.3 billion parameters, about 3 billion active.
 
-    python train.py --config=configs/80b_a3b.py --workdir=DIR --config.data.path='/corpus/**/*.txt' \
-        --config.data.tokenizer=FILE
+    python train.py --config=configs/80b_a3b.py --workdir=DIR \
+        --config.data.path='/corpus/**/*.txt' --config.data.tokenizer=FILE
 
 Training state is 0.81 TB (float32 parameters and second moments, bfloat16 first moments), which
 `mesh.fsdp` divides; gradients are another 0.33 TB. A step of 4 million tokens is about 0.1 EFLOP by

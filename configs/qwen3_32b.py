@@ -1,7 +1,7 @@
 """Dense Qwen3-32B: the yardstick that Qwen3-Next is measured against, by the same code.
 
-    python train.py --config=configs/qwen3_32b.py --workdir=DIR --config.data.path='/corpus/**/*.txt' \
-        --config.data.tokenizer=FILE
+    python train.py --config=configs/qwen3_32b.py --workdir=DIR \
+        --config.data.path='/corpus/**/*.txt' --config.data.tokenizer=FILE
 
 Every layer is full attention without an output gate, the feed-forward is dense, norms multiply by
 w. Training state is 0.33 TB. Per token it costs 8.8 times the forward operations of

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict(
         dict(
             model_type="qwen3_next",  # "qwen3" is the dense yardstick
-            vocab_size=4096,
+            vocab_size=2048,
             hidden_size=128,
             num_hidden_layers=4,
             full_attention_interval=4,  # three Gated DeltaNet layers, then one of full attention
@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
             name="adamw",  # or "muon"
             learning_rate=4e-3,  # the peak
             schedule="cosine",  # or "wsd" (hold, then decay) or "constant"
-            warmup_steps=50,
+            warmup_steps=20,
             decay_fraction=0.2,  # "wsd": the last share of the steps, in which the rate falls
             final_fraction=0.05,  # the last rate, as a share of the peak
             weight_decay=0.1,
@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict(
         dict(
-            num_steps=600,
+            num_steps=300,
             global_batch_size=8,  # rows a step
             sequence_length=512,  # tokens a row
             gradient_accumulation_steps=1,  # micro-batches a step
@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
             mtp_loss_weight=0.1,
             router_z_loss_weight=0.0,
             balance_scope="global",  # or "micro_batch" or "sequence"
-            loss_chunk=512,  # positions of a row whose logits exist at a time
+            loss_chunk=128,  # positions of a row whose logits exist at a time
             remat="none",  # or "layer": keep only each layer's input for the backward pass
             log_every=10,
             eval_every=0,  # 0: only at the end

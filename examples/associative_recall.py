@@ -106,7 +106,7 @@ def make_batch(task, key, batch):
 
 # What makes a row harder: pairs to remember; keys the 8 writes share; resets among the writes.
 LEVELS = {"recall": (2, 4, 8), "rebinding": (4, 2, 1), "reset": (1, 2, 3)}
-MEANING = {"recall": "pairs", "rebinding": "keys rebound", "reset": "resets"}
+MEANING = {"recall": "pairs", "rebinding": "keys", "reset": "resets"}
 
 
 def _permutation(key, batch, size):
@@ -185,23 +185,23 @@ class Stack(nnx.Module):
 
 
 def _start_small(layer):
-    """Initial values for a stack of four heads in all, where the library's are for hundreds.
+    """Initial values for a stack of four small heads, applied to all delta variants alike.
 
-    As released, most heads start with a memory of less than a token (g is −10 in the median), and
-    filters of random small taps hardly tell a token from the one before it. Of hundreds of heads
-    some are lucky; here learning would not start within the study's time.
+    With the released ones most heads start with a memory of less than a token (g is −10 in the
+    median), and filters of small random taps hardly tell a token from the one before it: stacks
+    of this size then stay at chance for hundreds of steps.
     """
-    layer.dt_bias[...] = jnp.linspace(-7.0, -3.0, layer.dt_bias.shape[0])  # g: −0.4 to −0.001
+    layer.dt_bias[...] = jnp.linspace(-7.0, -3.0, layer.dt_bias.shape[0])  # median g −0.007, −0.4
     for taps in (layer.q_conv, layer.k_conv, layer.v_conv):
-        taps[...] = (4 * taps[...]).at[-1].add(1.0)  # the token itself, and something of the last three
+        # The token itself, and something of the three before it.
+        taps[...] = (4 * taps[...]).at[-1].add(1.0)
 
 
-_ablated = functools.partial(functools.partial, AblatedDeltaNet)
 VARIANTS = {
     "gated delta rule": (q3n.GatedDeltaNet,) * 2,
-    "no delta term": (_ablated(delta=False),) * 2,
-    "no decay": (_ablated(decay=False),) * 2,
-    "neither": (_ablated(delta=False, decay=False),) * 2,
+    "no delta term": (functools.partial(AblatedDeltaNet, delta=False),) * 2,
+    "no decay": (functools.partial(AblatedDeltaNet, decay=False),) * 2,
+    "neither": (functools.partial(AblatedDeltaNet, delta=False, decay=False),) * 2,
     "hybrid": (q3n.GatedDeltaNet, q3n.GatedAttention),
     "attention": (q3n.GatedAttention,) * 2,
 }
@@ -236,78 +236,75 @@ def make_trainer(mixers, *, steps, learning_rate):
         logits = nnx.merge(graph, params)(tokens)[:, -QUESTIONS:]
         return (logits.argmax(-1) == targets).mean(-1)
 
-    return (jax.jit(jax.vmap(f)) for f in (init, step, correct))
+    return tuple(jax.jit(jax.vmap(f)) for f in (init, step, correct))
 
 
-def study(*, steps=700, batch=32, seeds=2, learning_rate=5e-3, variants=tuple(VARIANTS)):
+def study(*, steps=1000, batch=32, seeds=2, learning_rate=1e-2, variants=tuple(VARIANTS)):
     """Trains every variant on every task; a list of records, one a variant and task."""
     records = []
     for name in variants:
-        init, step, correct = make_trainer(
-            VARIANTS[name], steps=steps, learning_rate=learning_rate
-        )
-        for task, levels in LEVELS.items():
+        trainer = make_trainer(VARIANTS[name], steps=steps, learning_rate=learning_rate)
+        for task in LEVELS:
             started = time.perf_counter()
-            draw = jax.jit(jax.vmap(functools.partial(make_batch, task, batch=batch)))
-            params, state = init(jax.random.split(jax.random.key(0), seeds))
-            curve = []
-            for i in range(steps):
-                keys = jax.random.split(jax.random.key(1 + i), seeds)
-                tokens, targets, _ = draw(keys)
-                params, state, value = step(params, state, tokens, targets)
-                curve.append(value)
-            # Fresh rows, the same for all variants.
-            hits = np.zeros((seeds, len(levels), 2))  # right, all
-            majority = []
-            for i in range(16):
-                keys = jnp.repeat(jax.random.key(10**6 + i)[None], seeds, axis=0)
-                tokens, targets, level = draw(keys)
-                right = np.asarray(correct(params, tokens, targets))
-                majority.append((targets[0] == NONE).mean())
-                for j in range(len(levels)):
-                    here = np.asarray(level[0]) == j
-                    hits[:, j] += np.stack([right[:, here].sum(1), [here.sum()] * seeds], -1)
-            accuracy = hits[..., 0] / np.maximum(hits[..., 1], 1)
-            # Without any memory: guess a value, or say "none" where that is the usual answer.
-            guess = max(1 / VALUES, float(np.mean(majority)))
+            accuracy, curve = train(trainer, task, steps=steps, batch=batch, seeds=seeds)
+            seconds = round(time.perf_counter() - started, 1)
             records.append(
-                dict(
-                    variant=name, task=task, levels=levels, accuracy=accuracy.tolist(),
-                    without_memory=guess, loss=np.stack(curve, 1)[:, :: max(steps // 50, 1)].tolist(),
-                    seconds=time.perf_counter() - started,
-                )
-            )  # fmt: skip
-            means = "  ".join(
-                f"{n:>2}: {a:.3f}" for n, a in zip(levels, accuracy.mean(0), strict=True)
+                dict(variant=name, task=task, accuracy=accuracy, loss=curve, seconds=seconds)
             )
-            print(
-                f"{task:<10} {name:<17} accuracy by {MEANING[task]:<13} {means}"
-                f"  ({records[-1]['seconds']:.0f} s)",
-                flush=True,
-            )
+            means = "  ".join(f"{a:.2f}" for a in np.mean(accuracy, axis=0))
+            print(f"{task:<10} {name:<17} accuracy {means}  ({seconds:.0f} s)", flush=True)
     return records
+
+
+def train(trainer, task, *, steps, batch, seeds):
+    """Trains one kind of stack on one task; accuracy [seeds, levels] and some of the losses."""
+    init, step, correct = trainer
+    draw = jax.jit(jax.vmap(functools.partial(make_batch, task, batch=batch)))
+    params, state = init(jax.random.split(jax.random.key(0), seeds))
+    losses = []
+    for i in range(steps):
+        tokens, targets, _ = draw(jax.random.split(jax.random.key(1 + i), seeds))
+        params, state, loss = step(params, state, tokens, targets)
+        losses.append(loss)
+    tokens, targets, level = evaluation_rows(task)
+    right = correct(params, *(jnp.stack([x] * seeds) for x in (tokens, targets)))
+    accuracy = jnp.stack([right[:, level == j].mean(1) for j in range(len(LEVELS[task]))], axis=1)
+    return accuracy.tolist(), np.stack(losses[:: max(steps // 50, 1)], axis=1).tolist()
+
+
+def evaluation_rows(task):
+    """Rows that no training step draws, the same for all variants."""
+    keys = jnp.stack([jax.random.key(10**6 + i) for i in range(16)])
+    rows = jax.vmap(functools.partial(make_batch, task, batch=32))(keys)
+    return tuple(x.reshape(-1, *x.shape[2:]) for x in rows)
+
+
+def without_memory(task):
+    """The accuracy of a guess at each level: some value, or "none" where that is likelier."""
+    _, targets, level = evaluation_rows(task)
+    none = [float((targets[level == j] == NONE).mean()) for j in range(len(LEVELS[task]))]
+    return [max(share, 1 / VALUES) for share in none]
 
 
 # --- Reporting ---------------------------------------------------------------------------------
 
 
 def table(records):
-    """Accuracy by task, level and variant as Markdown: the mean over seeds (lowest–highest)."""
-    columns = [(task, level) for task, levels in LEVELS.items() for level in range(len(levels))]
-    heads = [f"{task}, {LEVELS[task][level]} {MEANING[task]}" for task, level in columns]
-    lines = [["", *heads], ["---"] * (1 + len(heads))]
-    by = {(r["variant"], r["task"]): r for r in records}
-    for name in dict.fromkeys(r["variant"] for r in records):
-        row = []
-        for task, level in columns:
-            seeds = np.array(by[name, task]["accuracy"])[:, level]
-            row.append(f"{seeds.mean():.2f} ({seeds.min():.2f}–{seeds.max():.2f})")
-        lines.append([name, *row])
+    """Accuracy by variant, task and level as Markdown: the mean over seeds (lowest–highest)."""
+    lines = [[""], ["---"], ["guess"]]
+    for task, levels in LEVELS.items():
+        lines[0] += [f"{task}: {level} {MEANING[task]}" for level in levels]
+        lines[1] += ["---"] * len(levels)
+        lines[2] += [f"{guess:.2f}" for guess in without_memory(task)]
+    by = {(r["variant"], r["task"]): np.array(r["accuracy"]) for r in records}
+    for name in dict.fromkeys(variant for variant, _ in by):
+        columns = np.concatenate([by[name, task] for task in LEVELS], axis=1).T
+        lines.append([name] + [f"{x.mean():.2f} ({x.min():.2f}–{x.max():.2f})" for x in columns])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plot(records, path):
-    """Draws accuracy over difficulty, a panel a task, a line a variant."""
+    """Draws accuracy over difficulty: a panel a task, a line a variant, dots for guessing."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -315,19 +312,16 @@ def plot(records, path):
 
     figure, panels = plt.subplots(1, len(LEVELS), figsize=(11, 3.6), sharey=True)
     for panel, (task, levels) in zip(panels, LEVELS.items(), strict=True):
-        here = [r for r in records if r["task"] == task]
-        for i, record in enumerate(here):
-            seeds = np.array(record["accuracy"])
-            style = dict(color=f"C{i}", marker="o^vsDP"[i])
-            panel.plot(range(len(levels)), seeds.mean(0), label=record["variant"], **style)
-            panel.fill_between(
-                range(len(levels)), seeds.min(0), seeds.max(0), color=f"C{i}", alpha=0.12
-            )
-        panel.axhline(here[0]["without_memory"], color="grey", linestyle=":", linewidth=1)
+        x = range(len(levels))
+        for i, record in enumerate(r for r in records if r["task"] == task):
+            y = np.array(record["accuracy"])
+            panel.plot(x, y.mean(0), f"C{i}{'o^vsDP'[i]}-", label=record["variant"])
+            panel.fill_between(x, y.min(0), y.max(0), color=f"C{i}", alpha=0.12)
+        panel.plot(x, without_memory(task), "k:", linewidth=1, label="guess")
         panel.set(title=task, xlabel=MEANING[task], ylim=(0, 1.03))
-        panel.set_xticks(range(len(levels)), levels)
+        panel.set_xticks(x, levels)
     panels[0].set_ylabel("accuracy")
-    panels[0].legend(fontsize=8)
+    panels[-1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -336,7 +330,7 @@ def plot(records, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("associative_recall"))
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")

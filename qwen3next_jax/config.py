@@ -188,9 +188,9 @@ class ModelConfig:
         if all(k in given for k in ("hidden_size", "num_attention_heads")):
             given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
         # Released sparse files give it although no layer uses it; some writers leave it out.
-        if given.get("decoder_sparse_step", 1) == 1 and not given.get("mlp_only_layers"):
-            if given.get("num_experts"):
-                given.setdefault("intermediate_size", 0)
+        all_sparse = given.get("num_experts") and given.get("decoder_sparse_step", 1) == 1
+        if all_sparse and not given.get("mlp_only_layers"):
+            given.setdefault("intermediate_size", 0)
 
         fields = {field.name: field for field in dataclasses.fields(cls)}
         known = {k: v for k, v in given.items() if k in fields and k != "extra"}
@@ -251,7 +251,10 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
     if c.rope_scaling is not None:
         kind = c.rope_scaling.get("rope_type", c.rope_scaling.get("type"))
         if kind != "yarn" or "factor" not in c.rope_scaling:
-            yield f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and a factor"
+            yield (
+                f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and "
+                "a factor"
+            )
     if LINEAR in c.mixers:
         sizes = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
                  "linear_key_head_dim", "linear_value_head_dim")  # fmt: skip
@@ -270,7 +273,9 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         if c.moe_intermediate_size < 1:
             yield f"moe_intermediate_size={c.moe_intermediate_size} must be at least 1"
     if any(not sparse for _, sparse in c.layers) and c.intermediate_size < 1:
-        yield f"intermediate_size={c.intermediate_size} must be at least 1 for layers without experts"
+        yield (
+            f"intermediate_size={c.intermediate_size} must be at least 1 for layers without experts"
+        )
     if c.mtp_steps < 0:
         yield f"mtp_steps={c.mtp_steps} must be at least 0 (0: no MTP module)"
     if c.router_init not in ("normalized", "normal"):
@@ -398,7 +403,7 @@ class RunConfig:
         return json.loads(json.dumps({**dataclasses.asdict(self), "model": model}))
 
     def check_resumable_from(self, old: Mapping[str, Any]) -> None:
-        """Raises a ValueError that names the keys in which `old`, a run's config, may not differ."""
+        """Raises a ValueError naming the keys in which the run's old config may not differ."""
         now, before = _flatten(self.to_dict()), _flatten(old)
         changed = [
             f"{key}: was {before.get(key)!r}, now {now.get(key)!r}"
@@ -434,7 +439,7 @@ def _section(name: str, kind: type, given: Mapping[str, Any]) -> Any:
             value = tuple(value)
         elif types[key] is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        expected = tuple if types[key] == tuple[int, ...] else types[key]
+        expected: Any = tuple if types[key] == tuple[int, ...] else types[key]
         if type(value) is not expected:
             raise ValueError(f"{name}.{key}={value!r} must be of type {expected.__name__}")
         values[key] = value

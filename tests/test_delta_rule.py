@@ -32,7 +32,7 @@ def recurrence(q, k, v, g, beta, state, segments):
 
 def recurrence_gradients(q, k, v, g, beta, state, segments, d_out, d_final):
     """Reverse mode of `recurrence`, step by step, in float64."""
-    B, T, N, P = v.shape
+    B, T, N, _ = v.shape
     R = N // k.shape[2]
     grads = [np.zeros_like(x) for x in (q, k, v, g, beta, state)]
     dq, dk, dv, dg, dbeta, dstate = grads
@@ -51,7 +51,8 @@ def recurrence_gradients(q, k, v, g, beta, state, segments, d_out, d_final):
                 previous = segments[b, t]
             dS = d_final[b, n].copy()
             for t, fresh, before in reversed(tape):
-                Q, K, V, e, w = q[b, t, n // R], k[b, t, n // R], v[b, t, n], np.exp(g[b, t, n]), beta[b, t, n]
+                Q, K, V = q[b, t, n // R], k[b, t, n // R], v[b, t, n]
+                e, w = np.exp(g[b, t, n]), beta[b, t, n]
                 D = e * before
                 error = V - D.T @ K
                 after = D + np.outer(K, w * error)
@@ -149,11 +150,12 @@ def test_values_and_gradients_agree_with_the_float64_recurrence(case, implementa
 
     check("out", got, out)
     check("final state", got_final, final)
-    for name, gradient, want in zip(["q", "k", "v", "g", "beta", "state"], grads, expected, strict=True):
+    names = ["q", "k", "v", "g", "beta", "state"]
+    for name, gradient, want in zip(names, grads, expected, strict=True):
         if name == "g":
             # Under strong decay the true dg is a tiny remainder of larger terms: its error is
             # measured against those. Mixed decays cost some more digits of the exponents.
-            terms = np.linalg.norm(arrays[0] * expected[0]) + np.linalg.norm(arrays[1] * expected[1])
+            terms = sum(np.linalg.norm(x * dx) for x, dx in zip(arrays[:2], expected, strict=False))
             check(name, gradient, want, terms, 5e-5 if case == "decays in turn" else 1e-5)
         else:
             check(name, gradient, want)
@@ -190,8 +192,7 @@ def test_a_packed_document_gives_what_it_gives_alone_whatever_its_neighbours(imp
         for x, factor in zip(rest, (1e3, -1, 1e3), strict=False):  # keys stay of unit length
             x[:, :start], x[:, end:] = factor * x[:, :start], -factor * x[:, end:]
         joined = [
-            jnp.asarray(x).at[:1, start:end].set(d)
-            for x, d in zip(rest, document, strict=False)
+            jnp.asarray(x).at[:1, start:end].set(d) for x, d in zip(rest, document, strict=False)
         ]
         return run([*joined, rest[-1]], segments, implementation)[0][:1, start:end]
 
@@ -226,7 +227,8 @@ def test_gradients_in_bfloat16_keep_the_direction_of_float32():
         def loss(*a):
             return (run(a, segments, "chunked", dtype)[0].astype(jnp.float32) * d_out).sum()
 
-        return jax.jit(jax.grad(loss, argnums=range(5)))(*(jnp.asarray(x, jnp.float32) for x in arrays))
+        gradient = jax.jit(jax.grad(loss, argnums=range(5)))
+        return gradient(*(jnp.asarray(x, jnp.float32) for x in arrays))
 
     for a, b in zip(gradients(jnp.float32), gradients(jnp.bfloat16), strict=True):
         a, b = np.ravel(a), np.ravel(b)

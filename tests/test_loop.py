@@ -110,7 +110,7 @@ def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(corpus, tmp_pa
 
 def test_another_config_is_refused_with_the_keys_that_differ(whole, corpus):
     changed = small_config(corpus, optimizer__learning_rate=0.5, model__num_experts=8)
-    with pytest.raises(ValueError, match="model.num_experts: was 4, now 8") as error:
+    with pytest.raises(ValueError, match=r"model\.num_experts: was 4, now 8") as error:
         run(changed, whole[0])
     assert "optimizer.learning_rate" in str(error.value)
 

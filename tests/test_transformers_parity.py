@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from oracles import SMALL, abstract_model, quick_jit, relative_error
+from oracles import SMALL, abstract_model, quick_jit, random_model, relative_error
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
@@ -43,8 +43,8 @@ CASES = {
     ),
     "length 65, every other layer dense, tied": Case(
         2, 65,
-        dict(num_hidden_layers=4, decoder_sparse_step=2, intermediate_size=40,
-             tie_word_embeddings=True, num_key_value_heads=4, partial_rotary_factor=0.5),
+        dict(decoder_sparse_step=2, intermediate_size=40, tie_word_embeddings=True,
+             num_key_value_heads=4, partial_rotary_factor=0.5),
     ),
     "interval 3, one expert a token": Case(
         2, 33,
@@ -130,8 +130,8 @@ def test_logits_and_gradients_are_those_of_transformers(name, weights, monkeypat
         best = router.softmax(-1).sort(descending=True).values
         gap = (best[:, A - 1] - best[:, A]).min()
         assert gap > 3e-6, "this seed brings a router within rounding of a tie; choose another"
-    # Two float32 computations in another order; the logits are of size 1.
-    np.testing.assert_allclose(logits, out.logits, atol=1e-4, rtol=0)
+    # Two float32 computations in another order; the logits are of size 1, and differ by 2e-6.
+    np.testing.assert_allclose(logits, out.logits, atol=1e-5, rtol=0)
 
     # transformers' chunked form takes differences of running sums of decays. Where decays are
     # strong, its gradients of A_log and dt_bias are wrong in their first digit (measured against
@@ -147,9 +147,80 @@ def test_logits_and_gradients_are_those_of_transformers(name, weights, monkeypat
     model.zero_grad()
     assert grads.keys() == expected.keys()
     # Float32 noise of sums over tokens is a few 1e-6. What is zero on paper, such as the keys'
-    # gradients where there is one key, is rounding on both sides: at least 1e-7 of the whole
-    # gradient is allowed.
+    # gradients where there is one key, is rounding on both sides: 1e-7 of the whole gradient.
     whole = np.sqrt(sum((g**2).sum() for g in expected.values()))
-    errors = {name: relative_error(grads[name], g, 1e-4 * whole) for name, g in expected.items()}
-    print(np.abs(logits-out.logits.detach().numpy()).max(), sorted(errors.items(), key=lambda x: -x[1])[:5])
-    assert not {name: e for name, e in errors.items() if e > 1e-3}
+    errors = {name: relative_error(grads[name], g, 1e-3 * whole) for name, g in expected.items()}
+    assert not {name: e for name, e in errors.items() if e > 1e-4}
+
+
+@functools.cache
+def released_tensors():
+    """A checkpoint of the released layout: transformers' tensors, and those of an MTP module."""
+    model, config = transformers_model("released pattern")
+    tensors = tensors_of(model)
+    rng = np.random.default_rng(0)
+    D = config.hidden_size
+    tensors["mtp.fc.weight"] = rng.standard_normal((D, 2 * D), np.float32)
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        tensors[f"mtp.{name}.weight"] = rng.standard_normal(D, np.float32)
+    for name, tensor in list(tensors.items()):
+        if name.startswith("model.layers.3."):
+            name = name.replace("model.layers.3.", "mtp.layers.0.")
+            tensors[name] = rng.standard_normal(tensor.shape, np.float32)
+    return tensors, dataclasses.replace(config, mtp_steps=1)
+
+
+def one_by_one(tensors):
+    """Fused experts as the released files hold them."""
+    apart = {}
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            for e, both in enumerate(tensor):
+                gate, up = np.split(both, 2)
+                apart[name.replace("gate_up_proj", f"{e}.gate_proj.weight")] = gate
+                apart[name.replace("gate_up_proj", f"{e}.up_proj.weight")] = up
+        elif name.endswith("experts.down_proj"):
+            for e, down in enumerate(tensor):
+                apart[name.replace("down_proj", f"{e}.down_proj.weight")] = down
+        else:
+            apart[name] = tensor
+    return apart
+
+
+@pytest.mark.parametrize("written", ["fused", "per expert"])
+@pytest.mark.parametrize("read", ["fused", "per expert"])
+def test_loading_and_dumping_gives_the_same_bits_under_the_same_names(read, written):
+    tensors, config = released_tensors()
+    layouts = {"fused": tensors, "per expert": one_by_one(tensors)}
+    model = abstract_model(config)
+    load_tensors(model, layouts[read])
+    dumped = dump_tensors(nnx.state(model), config, fused_experts=written == "fused")
+    expected = layouts[written]
+    assert dumped.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(dumped[name], tensor, err_msg=name)
+
+
+def test_all_that_does_not_fit_is_reported_together_and_nothing_is_loaded():
+    tensors, config = released_tensors()
+    tensors = dict(tensors)
+    del tensors["model.layers.2.linear_attn.A_log"]
+    tensors["model.layers.0.self_attn.k_proj.weight"] = np.zeros((3, 5), np.float32)
+    tensors["model.norm.weight"] = np.zeros(7, np.float32)
+    model = random_model(config)
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    with pytest.raises(ValueError, match="do not fit") as error:
+        load_tensors(model, tensors)
+    for complaint in (
+        "missing: model.layers.2.linear_attn.A_log [2]",
+        "unexpected: model.layers.0.self_attn.k_proj.weight [3, 5]",
+        "wrong shape: model.norm.weight is [7], expected [32]",
+    ):
+        assert complaint in str(error.value)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+
+
+def test_tensors_of_another_model_are_refused():
+    tensors, config = released_tensors()
+    with pytest.raises(ValueError, match=r"unexpected: mtp\.fc\.weight"):
+        load_tensors(abstract_model(dataclasses.replace(config, mtp_steps=0)), tensors)

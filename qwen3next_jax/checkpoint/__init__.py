@@ -1,0 +1,1 @@
+"""Parameters on disk: our checkpoints and Hugging Face's tensors."""

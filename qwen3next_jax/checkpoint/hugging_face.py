@@ -76,7 +76,7 @@ def dump_tensors(
 ) -> dict[str, np.ndarray]:
     """Parameters, or anything of their structure such as gradients, under Hugging Face's names."""
     flat = {path: np.asarray(p[...]) for path, p in _by_path(params).items()}
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for entry in entries(config, fused_experts=fused_experts):
         ours = [flat[path][() if entry.repeat is None else entry.repeat] for path in entry.paths]
         tensors |= dict(zip(entry.names, entry.to_theirs(ours), strict=True))

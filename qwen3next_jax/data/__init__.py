@@ -1,1 +1,1 @@
-"""Text to batches of tokens, with numpy and Grain; nothing here imports JAX."""
+"""From text to packed batches; numpy and Grain, no JAX."""

@@ -149,9 +149,9 @@ class Qwen3Next(nnx.Module):
                 )
                 stats.append(layer_stats)
                 next_caches.append(layer_cache)
-            stats = [s for s in stats if s is not None]
-            stats = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
-            return x, (stats, None if caches is None else tuple(next_caches))
+            routed = [s for s in stats if s is not None]
+            group_stats = jax.tree.map(lambda *s: jnp.stack(s), *routed) if routed else None
+            return x, (group_stats, None if caches is None else tuple(next_caches))
 
         x, (stats, cache) = jax.lax.scan(group, self.embed(tokens), (stacked, cache))
         # [groups, layers with experts in a group, ...] → [layers with experts, ...]

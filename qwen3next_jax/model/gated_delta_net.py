@@ -110,8 +110,10 @@ class GatedDeltaNet(nnx.Module):
         if cache is None:
             return y
         added = jnp.full(B, T) if segment_ids is None else (segment_ids != 0).sum(1)
-        new = [next_tail(tail, x, added) for tail, x in zip(cache[:3], inputs, strict=True)]
-        return y, DeltaCache(*new, state)
+        q_tail, k_tail, v_tail = (
+            next_tail(tail, x, added) for tail, x in zip(cache[:3], inputs, strict=True)
+        )
+        return y, DeltaCache(q_tail, k_tail, v_tail, state)
 
 
 def _log_uniform(key, shape):

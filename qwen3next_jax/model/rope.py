@@ -32,9 +32,13 @@ def apply_rope(
 def _frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Angle per position of each pair, and the factor on queries and keys alike."""
     r, theta = config.rotary_dim, config.rope_theta
-    frequencies = theta ** (-np.arange(0, r, 2) / r)
+    # Rounded to float32 where PyTorch rounds, since the released models learnt those angles: at
+    # position 10⁶ the last bit of a frequency is worth up to 0.03 radians.
+    exponents = np.arange(0, r, 2, dtype=np.float32) / np.float32(r)
+    periods = np.power(float(theta), exponents, dtype=np.float64).astype(np.float32)
+    frequencies = 1 / periods
     if config.rope_scaling is None:
-        return frequencies.astype(np.float32), 1.0
+        return frequencies, 1.0
     scaling = config.rope_scaling
     factor = scaling["factor"]
     original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -43,11 +47,12 @@ def _frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
         """Which pair turns this many times within the original context."""
         return r * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    fast = max(math.floor(pair_turning(scaling.get("beta_fast") or 32)), 0)
-    slow = min(math.ceil(pair_turning(scaling.get("beta_slow") or 1)), r - 1)
-    slowed = np.clip((np.arange(r // 2) - fast) / max(slow - fast, 1e-3), 0, 1)
-    frequencies = frequencies * (1 - slowed) + frequencies / factor * slowed
+    fast = max(math.floor(pair_turning(float(scaling.get("beta_fast") or 32))), 0)
+    slow = min(math.ceil(pair_turning(float(scaling.get("beta_slow") or 1))), r - 1)
+    index = np.arange(r // 2, dtype=np.float32)
+    kept = 1 - np.clip((index - fast) / max(slow - fast, 1e-3), 0, 1)
+    frequencies = 1 / (factor * periods) * (1 - kept) + frequencies * kept
     magnitude = scaling.get("attention_factor")
     if magnitude is None:
         magnitude = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    return frequencies.astype(np.float32), magnitude
+    return frequencies, magnitude

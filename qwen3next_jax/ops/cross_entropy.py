@@ -41,8 +41,9 @@ def cross_entropy(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(hidden, head, targets, weights, chunk):
     def visit(total, piece):
-        losses, _, _ = _losses(*piece[:2], head)
-        return total + (losses * piece[2]).sum(), losses
+        x, y, w = piece
+        losses, _, _ = _losses(x, y, head)
+        return total + (losses * w).sum(), losses
 
     pieces = _pieces(chunk, hidden, targets, weights)
     total, losses = jax.lax.scan(visit, jnp.zeros(()), pieces)
@@ -69,14 +70,8 @@ def _forward(hidden, head, targets, weights, chunk):
 
 
 def _backward(chunk, residuals, cotangents):
-    d_hidden, d_head = residuals
-    scale = cotangents[0]
-    return (
-        (scale * d_hidden).astype(d_hidden.dtype),
-        (scale * d_head).astype(d_head.dtype),
-        None,
-        None,
-    )
+    d_hidden, d_head = ((cotangents[0] * x).astype(x.dtype) for x in residuals)
+    return d_hidden, d_head, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -10,6 +10,8 @@ Implementations differ in what the platform is good at:
 - "reference": a sum over groups of masked products.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -48,7 +50,11 @@ def grouped_matmul(
     Raises:
       ValueError: for an unknown implementation, or rows that "blocked" cannot cut into blocks.
     """
-    implementations = {"ragged": _ragged, "blocked": _blocked, "reference": _reference}
+    implementations: dict[str, Callable[..., Array]] = {
+        "ragged": _ragged,
+        "blocked": _blocked,
+        "reference": _reference,
+    }
     implementation = implementation or default_implementation()
     if implementation not in implementations:
         raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")

@@ -195,7 +195,9 @@ def _first_state(
         return initial_state(nnx.state(_new_model(config)), optimizer)
 
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-    return jax.jit(create, out_shardings=shardings)()
+    # It runs once, and a CPU would spend half a minute optimising the random number generators.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
 
 def _report(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
@@ -224,7 +226,7 @@ def _last_good(step: int | None, workdir: pathlib.Path) -> str:
         return f"There is no checkpoint yet in {workdir}."
     return (
         f"The last good checkpoint, of step {step}, is in {workdir / 'checkpoints'}; run the same "
-        "command again to go on from it, in another --workdir with a lower learning rate to avoid it."
+        "command again to go on from it, or another --workdir with a lower learning rate."
     )
 
 

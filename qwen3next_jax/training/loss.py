@@ -3,8 +3,8 @@
     loss = ce + w_mtp · mtp_ce + c · balance_loss + w_z · router_z_loss
 
 - `ce`: nats a token, next token only; what evaluation reports, alone.
-- `mtp_ce`: the same for the tokens beyond the next, the mean over MTP steps of each step's mean over
-  its own tokens. Labels are shifted inside a document only: its last tokens have none.
+- `mtp_ce`: the same for the tokens beyond the next, the mean over MTP steps of each step's mean
+  over its own tokens. Labels are shifted inside a document only: its last tokens have none.
 - `balance_loss`: per layer E · Σ_e f_e P_e with f the share of assignments and P the mean
   probability of each expert; the mean over layers, the MTP module's among them. It is 1 when loads
   are even. Over which tokens f is taken decides whether experts may specialise (Qiu et al.,
@@ -115,14 +115,14 @@ def next_token_losses(model: Qwen3Next, batch: Batch, *, chunk: int = 512) -> Fl
 
 
 def count_labels(batch: Batch, mtp_steps: int) -> TokenCounts:
-    """Sums the weights of the next-token labels and of each MTP step's; at least 1, to divide by."""
+    """Sums the weights of the next-token labels and of each MTP step's; at least 1."""
     ahead = [_ahead(batch, step)["loss_weights"].sum() for step in range(1, mtp_steps + 1)]
     mtp = jnp.stack(ahead) if ahead else jnp.zeros(0)
     return TokenCounts(_at_least_one(batch["loss_weights"].sum()), _at_least_one(mtp))
 
 
 def _ahead(batch: Batch, step: int) -> dict[str, Array]:
-    """What MTP step s reads and predicts at t: the batch at t + s, where that is in t's document."""
+    """What an MTP step reads and predicts at t: the batch at t + step, inside t's document."""
 
     def shift(x):
         return jnp.pad(x[:, step:], ((0, 0), (0, step)))

@@ -1,9 +1,9 @@
 """One optimizer step as a pure function: gradients over micro-batches, update, metrics.
 
 Cross-entropy terms are sums over the step's labels divided by their number in the whole step, so
-any number of micro-batches gives the update of the one big batch. The balance loss is not a sum over
-tokens: with scope "global" each micro-batch is balanced against the loads of the step so far, its
-own included, and the terms are averaged.
+any number of micro-batches gives the update of the one big batch. The balance loss is not a sum
+over tokens: with scope "global" each micro-batch is balanced against the loads of the step so far,
+its own included, and the terms are averaged.
 
 A step whose loss or gradient is not finite changes nothing, and neither does any step after it:
 the host sees it a step later, and finds the state from before.

@@ -1,0 +1,110 @@
+"""Attention against PyTorch's in float64: values, gradients, blocks, slots."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from oracles import quick_jit
+
+from qwen3next_jax.ops.attention import attention
+
+IMPLEMENTATIONS = ["reference", "chunked"]
+
+
+def float64_attention(q, k, v, segments=None):
+    """softmax(q kᵀ / √H) v with an explicit mask, heads repeated; torch tensors."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    mask = torch.ones(q.shape[2], k.shape[2]).tril().bool()[None]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~mask[:, None], -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def make(T, *, B=2, N=4, K=2, H=8, P=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        rng.standard_normal((B, T, heads, size)).astype(np.float32)
+        for heads, size in ((N, H), (K, H), (K, P))
+    ]
+
+
+@functools.cache
+def with_gradients(implementation):
+    def f(arrays, cotangent, segments):
+        out, vjp = jax.vjp(
+            lambda *a: attention(*a, segment_ids=segments, implementation=implementation), *arrays
+        )
+        return out, vjp(cotangent)
+
+    return quick_jit(f)
+
+
+# 1100 tokens are three blocks, the last one not full.
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("T, heads", [(1, (4, 1)), (37, (4, 4)), (1100, (4, 2))])
+def test_values_and_gradients_are_those_of_float64(T, heads, implementation):
+    N, K = heads
+    arrays = make(T, N=N, K=K, P=12)
+    cotangent = np.random.default_rng(1).standard_normal((2, T, N, 12)).astype(np.float32)
+    tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays]
+    want = float64_attention(*tensors)
+    want.backward(torch.tensor(cotangent, dtype=torch.float64))
+    out, grads = with_gradients(implementation)(
+        [jnp.asarray(x) for x in arrays], jnp.asarray(cotangent), None
+    )
+    # Means of values of size 1 in float32; a key's gradient sums over up to 1100 queries.
+    np.testing.assert_allclose(out, want.detach(), atol=2e-6)
+    for got, tensor in zip(grads, tensors, strict=True):
+        np.testing.assert_allclose(got, tensor.grad, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scores_of_thousands_neither_overflow_nor_lose_the_largest(implementation):
+    q, k, v = make(600)
+    q *= 1e3
+    want = float64_attention(*(torch.tensor(x, dtype=torch.float64) for x in (q, k, v)))
+    out, grads = with_gradients(implementation)(
+        [jnp.asarray(x) for x in (q, k, v)], jnp.ones((2, 600, 4, 8)), None
+    )
+    # Scores of size 1e4 are known to 1e-3, and so are the weights.
+    np.testing.assert_allclose(out, want, atol=1e-2)
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_inputs_give_bfloat16_outputs_close_to_float64(implementation):
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in make(600)]
+    tensors = [torch.tensor(np.asarray(x, np.float64)) for x in arrays]
+    want = float64_attention(*tensors)
+    out = attention(*arrays, implementation=implementation)
+    assert out.dtype == jnp.bfloat16
+    # Weights and outputs are rounded to 8 bits: 1/256 of values up to 3.
+    np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=2e-2)
+
+
+def test_queries_see_the_slots_up_to_their_own():
+    q, k, v = (jnp.asarray(x) for x in make(20))
+    whole = attention(q, k, v)
+    slots = jnp.array([[4, 5, 6], [11, 12, 13]])
+    row = jnp.arange(2)[:, None]
+    # What lies in later slots must not matter, whatever it is.
+    later = (jnp.arange(20) > slots[:, -1:])[..., None, None]
+    out = attention(
+        q[row, slots], jnp.where(later, 1e4, k), jnp.where(later, 1e4, v),
+        query_slots=slots, implementation="reference",
+    )  # fmt: skip
+    np.testing.assert_allclose(out, whole[row, slots], atol=2e-6)  # float32 sums, reordered
+
+
+def test_what_cannot_be_done_is_refused():
+    q, k, v = (jnp.asarray(x) for x in make(4))
+    with pytest.raises(ValueError, match="'flash' is unknown; expected 'chunked' or 'reference'"):
+        attention(q, k, v, implementation="flash")
+    with pytest.raises(ValueError, match="cannot take query_slots; use 'reference'"):
+        attention(q, k, v, query_slots=jnp.zeros((2, 4), int))

@@ -1,0 +1,87 @@
+"""Chunked cross-entropy against PyTorch's in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from oracles import quick_jit
+
+from qwen3next_jax.ops.cross_entropy import cross_entropy
+
+B, T, D, V = 2, 13, 6, 29
+
+
+def make():
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((B, T, D)).astype(np.float32)
+    head = rng.standard_normal((D, V)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T), dtype=np.int32)
+    weights = rng.choice([0, 0.5, 1], (B, T)).astype(np.float32)
+    targets[weights == 0] = V + 7  # what stands there must not matter
+    return hidden, head, targets, weights
+
+
+def float64_cross_entropy(hidden, head, targets, weights):
+    hidden, head = (
+        torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (hidden, head)
+    )
+    losses = torch.nn.functional.cross_entropy(
+        (hidden @ head).flatten(0, 1),
+        torch.tensor(np.where(weights > 0, targets, 0)).long().flatten(),
+        reduction="none",
+    ).reshape(B, T)
+    total = (losses * torch.tensor(weights)).sum()
+    total.backward()
+    return total.item(), losses.detach().numpy(), hidden.grad.numpy(), head.grad.numpy()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 13, 512])
+def test_values_and_gradients_are_those_of_float64_whatever_the_chunk(chunk):
+    arrays = make()
+    total, losses, d_hidden, d_head = float64_cross_entropy(*arrays)
+    hidden, head, targets, weights = (jnp.asarray(x) for x in arrays)
+
+    @quick_jit
+    def run(hidden, head):
+        def scaled(hidden, head):  # the factor behind the sum must reach the gradients
+            total, losses = cross_entropy(hidden, head, targets, weights, chunk=chunk)
+            return 3 * total, (total, losses)
+
+        return jax.grad(scaled, argnums=(0, 1), has_aux=True)(hidden, head)
+
+    grads, (got, got_losses) = run(hidden, head)
+    # Losses up to 15 in float32, and sums of two dozen of them.
+    np.testing.assert_allclose(got, total, rtol=2e-6)
+    counted = np.asarray(weights) > 0
+    np.testing.assert_allclose(got_losses[counted], losses[counted], atol=5e-6)
+    np.testing.assert_allclose(grads[0], 3 * d_hidden, atol=1e-5)
+    np.testing.assert_allclose(grads[1], 3 * d_head, atol=1e-5)
+    without_gradient = cross_entropy(hidden, head, targets, weights, chunk=chunk)[0]
+    np.testing.assert_allclose(without_gradient, total, rtol=2e-6)
+
+
+def test_large_logits_neither_overflow_nor_lose_their_gradients():
+    hidden, head, targets, weights = (jnp.asarray(x) for x in make())
+    total, grads = jax.value_and_grad(lambda h: cross_entropy(h, head, targets, weights)[0])(
+        1e4 * hidden
+    )
+    assert np.isfinite(total)
+    assert np.isfinite(grads).all()
+    assert np.abs(grads).max() > 0.1
+
+
+def test_bfloat16_hidden_states_get_float32_losses():
+    hidden, head, targets, weights = make()
+    hidden = np.asarray(jnp.asarray(hidden, jnp.bfloat16), np.float32)
+    head = np.asarray(jnp.asarray(head, jnp.bfloat16), np.float32)
+    total, _, d_hidden, _ = float64_cross_entropy(hidden, head, targets, weights)
+    (got, losses), vjp = jax.vjp(
+        lambda h: cross_entropy(h, jnp.asarray(head), jnp.asarray(targets), jnp.asarray(weights)),
+        jnp.asarray(hidden, jnp.bfloat16),
+    )
+    (gradient,) = vjp((jnp.ones(()), jnp.zeros((B, T))))
+    assert got.dtype == losses.dtype == jnp.float32
+    # The products are exact in float32: only the gradients are rounded, to 8 bits.
+    np.testing.assert_allclose(got, total, rtol=2e-6)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), d_hidden, atol=0.05)

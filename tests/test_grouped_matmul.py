@@ -1,0 +1,69 @@
+"""Grouped matrix products against one product a group, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import quick_jit
+
+from qwen3next_jax.ops.grouped_matmul import grouped_matmul
+
+IMPLEMENTATIONS = ["reference", "ragged", "blocked"]
+# Groups of no, one and several blocks; the last 64 rows belong to no group.
+SIZES = [0, 64, 0, 192, 64, 0]
+ROWS, D, F = 384, 6, 5
+
+
+def make():
+    rng = np.random.default_rng(0)
+    shapes = (ROWS, D), (len(SIZES), D, F), (ROWS, F)
+    return [rng.standard_normal(s).astype(np.float32) for s in shapes]
+
+
+def group_by_group(rows, weights, d_out):
+    out, d_rows, d_weights = np.zeros((ROWS, F)), np.zeros((ROWS, D)), np.zeros(weights.shape)
+    start = 0
+    for e, size in enumerate(SIZES):
+        here = slice(start, start + size)
+        x, w, d_y = (a.astype(np.float64) for a in (rows[here], weights[e], d_out[here]))
+        out[here], d_rows[here], d_weights[e] = x @ w, d_y @ w.T, x.T @ d_y
+        start += size
+    return out, d_rows, d_weights
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values_and_gradients_are_those_of_one_product_a_group(implementation):
+    arrays = make()
+    expected = group_by_group(*arrays)
+    rows, weights, d_out = (jnp.asarray(x) for x in arrays)
+    sizes = jnp.asarray(SIZES)
+
+    @quick_jit
+    def run(rows, weights, d_out):
+        out, vjp = jax.vjp(
+            lambda r, w: grouped_matmul(r, w, sizes, implementation=implementation), rows, weights
+        )
+        return out, *vjp(d_out)
+
+    # Products of six terms of size 1; a weight's gradient sums over up to 192 rows.
+    for got, want in zip(run(rows, weights, d_out), expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_products_keep_their_dtype(implementation):
+    rows, weights, d_out = make()
+    rows, weights = jnp.asarray(rows, jnp.bfloat16), jnp.asarray(weights, jnp.bfloat16)
+    expected = group_by_group(np.asarray(rows, np.float32), np.asarray(weights, np.float32), d_out)
+    out = grouped_matmul(rows, weights, jnp.asarray(SIZES), implementation=implementation)
+    assert out.dtype == jnp.bfloat16
+    # One rounding to 8 bits of values up to 10.
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected[0], atol=0.05)
+
+
+def test_bad_input_is_refused_with_the_values():
+    rows, weights, _ = (jnp.asarray(x) for x in make())
+    with pytest.raises(ValueError, match="'dense' is unknown; expected one of"):
+        grouped_matmul(rows, weights, jnp.asarray(SIZES), implementation="dense")
+    with pytest.raises(ValueError, match="multiple of 64 rows, got 100"):
+        grouped_matmul(rows[:100], weights, jnp.asarray(SIZES), implementation="blocked")
