@@ -10,6 +10,7 @@ import pathlib
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -95,50 +96,41 @@ def train(
     batch_sharding = NamedSharding(mesh, BATCH)
     unsettled: deque[tuple[int, dict[str, jax.Array], Any]] = deque()
     clock = _Clock(tokens)
-    for step in range(start + 1, t.num_steps + 1):
-        if t.profile_steps and step == t.profile_steps[0]:
-            jax.profiler.start_trace(str(workdir / "profile"))
-        batch = jax.device_put(next(batches), batch_sharding)
-        state, metrics = train_step(state, batch)
-        unsettled.append((step, metrics, batch))
-        evaluating = _due(step, t.eval_every, t.num_steps)
-        saving = _due(step, t.checkpoint_every, t.num_steps)
-        profiled = bool(t.profile_steps) and step == t.profile_steps[1]
-        # A step is looked at when the next one is under way, so that the devices never wait.
-        while len(unsettled) > (0 if evaluating or saving or profiled else 1):
-            done, metrics, batch = unsettled.popleft()
-            values = {name: np.asarray(x).item() for name, x in metrics.items()}
-            if values.pop("halted"):
-                store.close()
-                writer.close()
-                raise NonFiniteLossError(
-                    f"The loss or its gradient is not finite at step {done} (loss "
-                    f"{values['loss']}, gradient norm {values['grad_norm']}); the first to be so "
-                    f"is {first_bad_parameter(graph, config, state.params, batch)}. "
-                    + _last_good(store.latest_step(), workdir)
-                )
-            tokens += int(values.pop("tokens"))
-            if done == start + 1:
-                clock.restart(tokens)  # it compiled
-            if done % t.log_every == 0 or done in (start + 1, t.num_steps):
-                speed = clock.tokens_per_second(tokens)
-                rate = float(schedule(done - 1))
-                writer.write(
-                    done,
-                    {**values, "learning_rate": rate, "tokens": tokens, "tokens_per_second": speed},
-                )
-                progress.update(done, loss=values["loss"], tokens_per_second=speed)
-        if profiled:
-            jax.profiler.stop_trace()
-        if evaluating:
-            writer.write(step, evaluate(graph, state.params))
-        if saving:
-            store.save(step, state, {"tokens": tokens, "data": batches.get_state()})
-        if evaluating or saving:
-            clock.restart(tokens)
-    progress.close()
-    writer.close()
-    store.close()
+    # However the loop ends, a save under way is completed and the metrics are on disk.
+    with closing(store), closing(writer), closing(progress):
+        for step in range(start + 1, t.num_steps + 1):
+            if t.profile_steps and step == t.profile_steps[0]:
+                jax.profiler.start_trace(str(workdir / "profile"))
+            batch = jax.device_put(next(batches), batch_sharding)
+            state, metrics = train_step(state, batch)
+            unsettled.append((step, metrics, batch))
+            evaluating = _due(step, t.eval_every, t.num_steps)
+            saving = _due(step, t.checkpoint_every, t.num_steps)
+            profiled = bool(t.profile_steps) and step == t.profile_steps[1]
+            # A step is looked at when the next one is under way, so that the devices never wait.
+            while len(unsettled) > (0 if evaluating or saving or profiled else 1):
+                done, metrics, batch = unsettled.popleft()
+                values = {name: np.asarray(x).item() for name, x in metrics.items()}
+                if values.pop("halted"):
+                    bad = first_bad_parameter(graph, config, state.params, batch)
+                    store.wait()
+                    raise _non_finite(done, values, bad, store.latest_step(), workdir)
+                tokens += int(values.pop("tokens"))
+                if done == start + 1:
+                    clock.restart(tokens)  # it compiled
+                if done % t.log_every == 0 or done in (1, t.num_steps):
+                    values["learning_rate"] = float(schedule(done - 1))
+                    speed = clock.tokens_per_second(tokens)
+                    writer.write(done, {**values, "tokens": tokens, "tokens_per_second": speed})
+                    progress.update(done, loss=values["loss"], tokens_per_second=speed)
+            if profiled:
+                jax.profiler.stop_trace()
+            if evaluating:
+                writer.write(step, evaluate(graph, state.params))
+            if saving:
+                store.save(step, state, {"tokens": tokens, "data": batches.get_state()})
+            if evaluating or saving:
+                clock.restart(tokens)
     return nnx.merge(graph, state.params), max(t.num_steps - start, 0)
 
 
@@ -221,12 +213,19 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _last_good(step: int | None, workdir: pathlib.Path) -> str:
-    if step is None:
-        return f"There is no checkpoint yet in {workdir}."
-    return (
-        f"The last good checkpoint, of step {step}, is in {workdir / 'checkpoints'}; run the same "
-        "command again to go on from it, or another --workdir with a lower learning rate."
+def _non_finite(
+    step: int, values: dict[str, float], bad: str, last_good: int | None, workdir: pathlib.Path
+) -> NonFiniteLossError:
+    left = f"There is no checkpoint yet in {workdir}."
+    if last_good is not None:
+        left = (
+            f"The last good checkpoint, of step {last_good}, is in {workdir / 'checkpoints'}: run "
+            "the same command again to go on from it, or another --workdir with a lower learning "
+            "rate."
+        )
+    return NonFiniteLossError(
+        f"The loss or its gradient is not finite at step {step} (loss {values['loss']}, gradient "
+        f"norm {values['grad_norm']}). The first to be so is {bad}. {left}"
     )
 
 

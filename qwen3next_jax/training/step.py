@@ -117,7 +117,7 @@ def make_train_step(
     def train_step(state, batch):
         with jax.default_matmul_precision(config.precision.matmul):
             grads, metrics = gradients(state.params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm))

@@ -1,0 +1,63 @@
+"""Text read in pieces, then token by token, against reading it at once."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from oracles import quick_jit, random_model, small_config
+
+from qwen3next_jax.model.cache import next_tail
+
+PROMPTS, LENGTH, PIECE = (23, 9, 16), 30, 8
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_only_layers": [0, 1], "intermediate_size": 24}])
+def test_prefill_in_pieces_then_steps_equals_the_full_forward_at_every_position(changes):
+    graph, params = nnx.split(random_model(small_config(**changes)))
+    tokens = np.random.default_rng(0).integers(1, 61, (3, LENGTH), dtype=np.int32)
+    full = quick_jit(lambda params, tokens: nnx.merge(graph, params).hidden_states(tokens)[0])
+    want = np.asarray(full(params, jnp.asarray(tokens)))
+
+    @quick_jit
+    def extend(params, *args):
+        hidden, _, cache = nnx.merge(graph, params).hidden_states(*args)
+        return hidden, cache
+
+    cache = nnx.merge(graph, params).empty_cache(batch=3, slots=LENGTH)
+    got = np.full(want.shape, np.nan)
+
+    def add(first, count):
+        """Rows b's tokens first[b] to first[b] + count[b], padded to a common width."""
+        nonlocal cache
+        width = PIECE if count.max() > 1 else 1
+        index = first[:, None] + np.arange(width)
+        real = np.arange(width) < count[:, None]
+        padded = np.where(real, np.take_along_axis(tokens, index.clip(max=LENGTH - 1), 1), 7)
+        hidden, cache = extend(
+            params,
+            jnp.asarray(padded),
+            jnp.asarray(real.astype(np.int32)),
+            jnp.asarray(index.astype(np.int32)),
+            cache,
+        )
+        for b in range(3):
+            got[b, first[b] : first[b] + count[b]] = hidden[b, : count[b]]
+
+    prompts = np.array(PROMPTS)
+    for start in range(0, max(PROMPTS), PIECE):  # short prompts sit out the last pieces
+        first = np.minimum(start, prompts)
+        add(first, np.minimum(prompts, start + PIECE) - first)
+    for step in range(LENGTH - min(PROMPTS)):  # and long ones the last steps
+        first = np.minimum(prompts + step, LENGTH)
+        add(first, np.minimum(LENGTH - first, 1))
+
+    # Hidden states of size 1 through two float32 layers, the recurrence in another order.
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_the_tail_holds_the_last_inputs_of_each_row_without_padding():
+    tail = jnp.array([[1.0, 2, 3], [4, 5, 6]])[..., None]
+    x = jnp.array([[10.0, 11, 12, 13], [20, 0, 0, 0]])[..., None]
+    new = next_tail(tail, x, jnp.array([4, 1]))
+    np.testing.assert_array_equal(new[..., 0], [[11, 12, 13], [5, 6, 20]])
+    np.testing.assert_array_equal(next_tail(tail, x, jnp.array([0, 0])), tail)

@@ -1,0 +1,233 @@
+"""Configs: two dialects in, one out; everything wrong is named, with what would be right."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+from configs import tiny
+from oracles import RELEASED, SMALL, small_config
+from transformers import Qwen3Config, Qwen3NextConfig
+
+from qwen3next_jax.config import ModelConfig, RunConfig
+
+
+def run_dict(**changes):
+    """The tiny run's config; `changes` are section__key=value."""
+    given = tiny.get_config().to_dict()
+    for name, value in changes.items():
+        section, key = name.split("__")
+        given[section][key] = value
+    return given
+
+
+def test_the_released_dialect_is_read():
+    config = ModelConfig.from_hf(RELEASED)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_experts) == (48, 2048, 512)
+    assert config.mixers == (("linear_attention",) * 3 + ("full_attention",)) * 12
+    assert config.group == tuple((mixer, True) for mixer in config.mixers[:4])
+    assert config.rotary_dim == 64
+    assert config.rope_theta == 1e7
+    assert config.rope_scaling is None
+    assert config.mtp_steps == 0
+
+
+def test_the_dialect_of_transformers_5_means_the_same():
+    written = Qwen3NextConfig(**RELEASED).to_dict()
+    assert "rope_theta" not in written, "transformers no longer writes the newer dialect"
+    assert "full_attention_interval" not in written
+    assert ModelConfig.from_hf(written) == ModelConfig.from_hf(RELEASED)
+
+
+def test_yarn_is_read_from_both_dialects():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+    released = ModelConfig.from_hf({**RELEASED, "rope_scaling": yarn})
+    written = Qwen3NextConfig(**{**RELEASED, "rope_scaling": yarn}).to_dict()
+    newer = ModelConfig.from_hf(written)
+    for config in (released, newer):
+        assert {**yarn, **config.rope_scaling} == dict(config.rope_scaling)
+        assert (config.rope_theta, config.partial_rotary_factor) == (1e7, 0.25)
+
+
+def test_layer_types_that_no_interval_describes_are_kept():
+    pattern = ["full_attention", "linear_attention"]
+    config = small_config(layer_types=pattern, full_attention_interval=None)
+    assert config.mixers == tuple(pattern)
+    assert config.to_hf()["layer_types"] == pattern
+
+
+def test_the_dense_model_is_read():
+    config = ModelConfig.from_hf(Qwen3Config().to_dict())
+    assert set(config.layers) == {("full_attention", False)}
+    assert (config.zero_centered_norm, config.attention_output_gate) == (False, False)
+    assert config.rotary_dim == config.head_dim == 128
+
+
+@pytest.mark.parametrize("source", ["dict", "file", "directory"])
+def test_it_is_read_from_a_dict_a_file_or_a_directory(source, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(RELEASED))
+    given = {"dict": RELEASED, "file": path, "directory": str(tmp_path)}[source]
+    assert ModelConfig.from_hf(given).vocab_size == 151936
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        ModelConfig.from_hf(tmp_path)
+
+
+def test_what_the_model_has_no_use_for_is_kept_and_written_back():
+    written = ModelConfig.from_hf(RELEASED).to_hf()
+    # All the released keys come back but those that say what is the only possibility, and null.
+    only = ("hidden_act", "attention_bias", "attention_dropout", "rope_scaling")
+    for key, value in RELEASED.items():
+        if key not in only:
+            assert written[key] == value, key
+    assert written["eos_token_id"] == 151645
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        RELEASED,
+        {**RELEASED, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {**SMALL, "layer_types": ["full_attention", "linear_attention"]},
+        {**SMALL, "mlp_only_layers": [1], "intermediate_size": 8, "tie_word_embeddings": True},
+        Qwen3Config().to_dict(),
+    ],
+)
+def test_writing_and_reading_changes_nothing(given):
+    config = ModelConfig.from_hf(given)
+    again = ModelConfig.from_hf(json.loads(json.dumps(config.to_hf())))
+    assert again == config
+    assert again.to_hf() == config.to_hf()
+
+
+def test_transformers_builds_the_same_model_from_what_we_write():
+    config = small_config(num_hidden_layers=4, partial_rotary_factor=0.5, rope_theta=77.0)
+    theirs = Qwen3NextConfig(**config.to_hf())
+    assert tuple(theirs.layer_types) == config.mixers
+    for name in ("hidden_size", "num_experts", "head_dim", "linear_num_value_heads", "vocab_size"):
+        assert getattr(theirs, name) == getattr(config, name)
+    assert theirs.rope_parameters["rope_theta"] == 77.0
+    assert theirs.rope_parameters["partial_rotary_factor"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe' is not supported; expected 'qwen3_next' or"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout must be 0"),
+        ({"hidden_size": None}, "lacks hidden_size; sizes have no defaults"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by .*=3; choose"),
+        ({"linear_num_key_heads": 3}, "linear_num_value_heads=4 is not divisible by"),
+        ({"num_experts_per_tok": 8}, "num_experts_per_tok=8 must lie between 1 and num_experts=7"),
+        ({"partial_rotary_factor": 0.2}, "rotates 3 entries; expected an even number"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "give rope_type 'yarn'"),
+        ({"layer_types": ["full_attention"]}, "must name 2 layers"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "must name 2 layers"),
+        ({"mlp_only_layers": [0]}, "intermediate_size"),
+        ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
+        ({"mtp_steps": -1}, "mtp_steps=-1 must be at least 0"),
+        ({"router_init": "zeros"}, "router_init='zeros' is unknown; expected 'normalized' or"),
+        ({"linear_key_head_dim": 0}, "linear_key_head_dim must be at least 1"),
+    ],
+)
+def test_impossible_models_are_refused_with_the_value_and_what_would_do(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf({**SMALL, **changes})
+
+
+def test_all_the_problems_of_a_model_are_named_at_once():
+    with pytest.raises(ValueError, match="cannot be built") as error:
+        ModelConfig.from_hf({**SMALL, "num_key_value_heads": 3, "num_experts_per_tok": 9})
+    assert "num_key_value_heads=3" in str(error.value)
+    assert "num_experts_per_tok=9" in str(error.value)
+
+
+def test_a_run_s_config_survives_json():
+    config = RunConfig.from_dict(run_dict())
+    again = RunConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    config.check_resumable_from(json.loads(json.dumps(config.to_dict())))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"train__num_step": 3}, r"Unknown keys in train: 'num_step' \(did you mean 'num_steps'"),
+        ({"model__num_expert": 3}, r"Unknown keys in model: 'num_expert' \(did you mean 'num_exp"),
+        ({"model__hidden_sise": 3}, "'hidden_sise'.*'hidden_size'"),
+        ({"train__balance_scope": "batch"}, "train.balance_scope='batch' is unknown; expected"),
+        ({"train__num_steps": 0}, "train.num_steps=0 must be at least 1"),
+        ({"train__num_steps": "many"}, "train.num_steps='many' must be of type int"),
+        ({"train__gradient_accumulation_steps": 3}, "global_batch_size=8 is not divisible by"),
+        ({"train__sequence_length": 10**6}, "exceeds model.max_position_embeddings"),
+        ({"optimizer__final_fraction": 1.5}, "final_fraction=1.5 must lie between 0 and 1"),
+        ({"train__profile_steps": (3,)}, r"profile_steps=\(3,\) must be \(\) or \(first, last\)"),
+        ({"data__source": "text"}, "needs data.path"),
+        ({"data__path": "/x"}, "is not used by data.source='stdlib'"),
+        ({"precision__parameters": "bfloat16"}, "contradicts parameters='bfloat16'"),
+        ({"mesh__fsdp": -1}, "both -1"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why(change, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_dict(run_dict(**change))
+
+
+def test_missing_sections_and_keys_are_named():
+    given = run_dict()
+    del given["mesh"], given["data"]
+    with pytest.raises(ValueError, match="lacks the sections data, mesh"):
+        RunConfig.from_dict(given)
+    given = run_dict()
+    del given["train"]["seed"]
+    with pytest.raises(ValueError, match=r"lacks train\.seed"):
+        RunConfig.from_dict(given)
+    with pytest.raises(ValueError, match=r"Unknown keys in config: 'trian' \(did you mean 'train'"):
+        RunConfig.from_dict({**run_dict(), "trian": {}})
+
+
+def test_several_problems_of_a_run_are_named_at_once():
+    with pytest.raises(ValueError, match="cannot start") as error:
+        RunConfig.from_dict(run_dict(train__num_steps=0, train__remat="all", mesh__data=0))
+    for part in ("train.num_steps=0", "train.remat='all'", "mesh.data=0"):
+        assert part in str(error.value)
+
+
+def test_a_run_goes_on_only_where_nothing_changed_but_what_may():
+    before = RunConfig.from_dict(run_dict()).to_dict()
+    longer = RunConfig.from_dict(run_dict(train__num_steps=900, train__log_every=7, mesh__fsdp=2))
+    longer.check_resumable_from(before)
+    other = RunConfig.from_dict(
+        run_dict(train__seed=1, model__num_experts=32, optimizer__weight_decay=0.2)
+    )
+    with pytest.raises(ValueError, match="another config") as error:
+        other.check_resumable_from(before)
+    for line in (
+        "train.seed: was 0, now 1",
+        "model.num_experts: was 16, now 32",
+        "optimizer.weight_decay: was 0.1, now 0.2",
+    ):
+        assert line in str(error.value)
+    assert "num_steps" not in str(error.value)
+
+
+def test_what_may_change_are_keys_that_exist():
+    flat = {
+        f"{section}.{key}"
+        for section, keys in RunConfig.from_dict(run_dict()).to_dict().items()
+        for key in keys
+    }
+    assert set(RunConfig.MUTABLE) <= flat
+
+
+def test_configs_cannot_be_changed_nor_shared_by_accident():
+    given = copy.deepcopy(RELEASED)
+    config = ModelConfig.from_hf(given)
+    assert given == RELEASED
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hidden_size = 1

@@ -1,0 +1,263 @@
+"""The loss term by term: what is counted, over what it is averaged, and where gradients go."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from oracles import quick_jit, random_model, relative_error, small_config
+from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+import qwen3next_jax as q3n
+from qwen3next_jax.training.loss import complete_batch, count_labels, next_token_losses
+
+E, A, LAYERS = 7, 3, 3  # experts, experts a token; two decoder layers and the MTP module
+
+
+def build(**changes):
+    """Two attention layers, which are enough for a loss."""
+    given = dict(full_attention_interval=1, mtp_steps=2, router_aux_loss_coef=1e-3) | changes
+    return random_model(small_config(**given), scale=0.3)
+
+
+def make_batch():
+    """Four rows with 19, 18, 15 and 8 labels; the last one is half padding."""
+    tokens = np.random.default_rng(0).integers(0, 61, (4, 20), dtype=np.int32)
+    segments = np.ones((4, 20), np.int32)
+    segments[1, 7:] = 2
+    segments[2, 3:], segments[2, 16:] = 2, 0
+    segments[3, 4:], segments[3, 10:] = 2, 0
+    return complete_batch(jnp.asarray(tokens), jnp.asarray(segments))
+
+
+def rows(batch, *which):
+    return {name: x[np.array(which)] for name, x in batch.items()}
+
+
+@functools.cache
+def model_and_stats():
+    """A model, its parameters, and what its routers did with each row of the batch, [L, B, ...].
+
+    The MTP module's statistics are taken from its own call, both steps together.
+    """
+    graph, params = nnx.split(build())
+    return graph, params
+
+
+@functools.cache
+def metrics_of(scope, with_earlier=False):
+    graph, _ = model_and_stats()
+
+    def f(params, batch, earlier):
+        value, metrics = q3n.loss(
+            nnx.merge(graph, params),
+            batch,
+            balance_scope=scope,
+            z_weight=0.5,
+            earlier_assignments=earlier,
+        )
+        return {**metrics, "loss": value}
+
+    return quick_jit(f)
+
+
+def test_the_loss_is_the_sum_of_its_terms_with_their_weights():
+    graph, params = model_and_stats()
+    m = metrics_of("global")(params, make_batch(), None)
+    total = m["ce"] + 0.1 * m["mtp_ce"] + 1e-3 * m["balance_loss"] + 0.5 * m["router_z_loss"]
+    np.testing.assert_allclose(m["loss"], total, rtol=1e-6)
+    assert m["assignments"].shape == (LAYERS, E)
+    # Both MTP steps count into one layer: 60 - 8 labels' tokens each read the next token.
+    tokens = (make_batch()["segment_ids"] > 0).sum()
+    np.testing.assert_array_equal(m["assignments"].sum(1)[:2], A * tokens)
+
+
+def test_four_micro_batches_give_the_gradients_of_one_batch():
+    graph, params = nnx.split(build(router_aux_loss_coef=0.0))
+    batch = make_batch()
+
+    def value(params, batch, counts):
+        return q3n.loss(nnx.merge(graph, params), batch, counts=counts)[0]
+
+    gradient = quick_jit(jax.grad(value))
+    counts = count_labels(batch, 2)
+    assert counts.ce == 19 + 18 + 14 + 8
+    whole = gradient(params, batch, counts)
+    parts = [gradient(params, rows(batch, i), counts) for i in range(4)]
+    summed = jax.tree.map(lambda *g: sum(g), *parts)
+    # The same float32 terms, summed in another order.
+    floor = 1e-3 * np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(whole)))
+    errors = jax.tree.map(lambda a, b: relative_error(a, b, floor), summed, whole)
+    assert max(jax.tree.leaves(errors)) < 1e-5
+
+
+def router_statistics(params, batch):
+    """Of the first layer's router, counts and summed probabilities [B, E] and tokens [B]."""
+    graph, _ = model_and_stats()
+    model = nnx.merge(graph, params)
+    stats = quick_jit(
+        lambda params, b: nnx.merge(graph, params).hidden_states(
+            b["tokens"], b["segment_ids"], b["positions"]
+        )[1]
+    )(params, batch)
+    del model
+    return jax.tree.map(np.asarray, stats)
+
+
+@functools.cache
+def without_mtp():
+    return nnx.split(build(mtp_steps=0))
+
+
+@functools.cache
+def balance(scope):
+    graph, _ = without_mtp()
+
+    @quick_jit
+    def f(params, batch, earlier):
+        metrics = q3n.loss(
+            nnx.merge(graph, params), batch, balance_scope=scope, earlier_assignments=earlier
+        )[1]
+        return metrics["balance_loss"], metrics["assignments"]
+
+    return f
+
+
+@functools.cache
+def statistics():
+    """What the two layers' routers did with each row, from the model itself: [L, B, E], [B]."""
+    graph, params = without_mtp()
+    b = make_batch()
+    stats = quick_jit(
+        lambda params: nnx.merge(graph, params).hidden_states(
+            b["tokens"], b["segment_ids"], b["positions"]
+        )[1]
+    )(params)
+    return np.asarray(stats.counts), np.asarray(stats.probabilities), np.asarray(stats.tokens[0])
+
+
+def test_the_global_scope_is_transformers_balance_loss_layer_by_layer():
+    graph, params = without_mtp()
+    b = make_batch()
+    got, assignments = balance("global")(params, b, None)
+    counts, probabilities, tokens = statistics()
+    np.testing.assert_array_equal(assignments, counts.sum(1))
+    # From the definition, E Σ f P of each layer, with Σ f = 1.
+    f = counts.sum(1) / counts.sum((1, 2))[:, None]
+    P = probabilities.sum(1) / tokens.sum()
+    np.testing.assert_allclose(got, (E * (f * P).sum(1)).mean(), rtol=1e-5)
+
+
+def test_transformers_balance_loss_is_ours_times_the_experts_a_token():
+    from qwen3next_jax.model.moe import SparseMoE
+
+    config = small_config()
+    layer = SparseMoE(config, rngs=nnx.Rngs(0))
+    layer.router[...] = 5 * jax.random.normal(jax.random.key(1), layer.router[...].shape)
+    x = jax.random.normal(jax.random.key(0), (2, 9, 32))
+    stats = layer.with_stats(x)[1]
+    f = stats.counts.sum(0) / stats.counts.sum()
+    P = stats.probabilities.sum(0) / stats.tokens.sum()
+    logits = torch.tensor(np.asarray(x.reshape(-1, 32) @ layer.router[...]))
+    want = theirs.load_balancing_loss_func((logits,), E, A) / A
+    np.testing.assert_allclose(E * (f * P).sum(), want.item(), rtol=1e-5)
+
+
+def test_scopes_differ_in_the_tokens_that_the_loads_are_taken_over():
+    graph, params = without_mtp()
+    batch = make_batch()
+    counts, probabilities, tokens = statistics()
+
+    def product(counts, probabilities, tokens):
+        share = counts / counts.sum(-1, keepdims=True)
+        return (E * (share * probabilities / tokens).sum(-1)).mean()
+
+    # The second half of the rows after the first: "global" counts the loads of both.
+    first, second = rows(batch, 0, 1), rows(batch, 2, 3)
+    _, earlier = balance("global")(params, first, jnp.zeros((2, E)))
+    np.testing.assert_array_equal(earlier, counts[:, :2].sum(1))
+    P, T = probabilities[:, 2:].sum(1), tokens[2:].sum()
+    got, total = balance("global")(params, second, earlier)
+    np.testing.assert_array_equal(total, counts.sum(1))
+    np.testing.assert_allclose(got, product(counts.sum(1), P, T), rtol=1e-5)
+    got, total = balance("micro_batch")(params, second, earlier)
+    np.testing.assert_array_equal(total, counts.sum(1))
+    np.testing.assert_allclose(got, product(counts[:, 2:].sum(1), P, T), rtol=1e-5)
+    # "sequence" takes each row by itself.
+    got, _ = balance("sequence")(params, second, earlier)
+    want = product(counts[:, 2:], probabilities[:, 2:], tokens[2:, None])
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    with pytest.raises(ValueError, match="'batch' is unknown; expected 'global'"):
+        q3n.loss(nnx.merge(graph, params), batch, balance_scope="batch")
+
+
+def with_router(params, change):
+    """The parameters with each router replaced by change(router)."""
+    flat = [
+        (path, p.replace(change(p[...])) if path[-1] == "router" else p)
+        for path, p in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+@pytest.mark.parametrize("scope", ["global", "micro_batch", "sequence"])
+def test_an_even_router_has_a_balance_loss_of_one(scope):
+    _, params = without_mtp()
+    even = with_router(params, jnp.zeros_like)
+    got, _ = balance(scope)(even, make_batch(), jnp.zeros((2, E)))
+    np.testing.assert_allclose(got, 1, rtol=1e-6)
+
+
+def test_the_balance_loss_alone_evens_out_a_skewed_router():
+    graph, params = without_mtp()
+    batch = make_batch()
+    f = quick_jit(
+        jax.value_and_grad(lambda params: balance("global")(params, batch, None), has_aux=True)
+    )
+    # All routers prefer the same few experts: their columns point where the hidden states do.
+    skewed = with_router(params, lambda r: r.at[..., :3].add(0.3 * r[..., :1]))
+
+    def spread(assignments):
+        return (assignments.std(-1) / assignments.mean(-1)).max()
+
+    history = []
+    for _ in range(30):
+        (value, assignments), grads = f(skewed)
+        history.append((value, spread(assignments)))
+        slopes = dict(nnx.to_flat_state(grads))
+        assert all(
+            np.abs(g[...]).max() > 0 for path, g in slopes.items() if path[-1] == "router"
+        )
+        flat = [
+            (path, p.replace(p[...] - 0.5 * slopes[path][...]) if path[-1] == "router" else p)
+            for path, p in nnx.to_flat_state(skewed)
+        ]
+        skewed = nnx.from_flat_state(flat)
+    assert history[-1][0] < history[0][0]
+    assert history[-1][1] < 0.6 * history[0][1]
+
+
+def test_evaluation_takes_the_next_token_alone_whatever_the_chunk():
+    graph, params = model_and_stats()
+    batch = make_batch()
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def losses(params, batch, chunk):
+        return next_token_losses(nnx.merge(graph, params), batch, chunk=chunk)
+
+    logits = quick_jit(lambda params, b: nnx.merge(graph, params)(b["tokens"], b["segment_ids"]))(
+        params, batch
+    )
+    want = torch.nn.functional.cross_entropy(
+        torch.tensor(np.asarray(logits)).flatten(0, 1),
+        torch.tensor(np.asarray(batch["targets"])).long().flatten(),
+        reduction="none",
+    ).reshape(4, 20).numpy() * np.asarray(batch["loss_weights"])
+    for chunk in (3, 512):
+        got = losses(params, batch, chunk)
+        np.testing.assert_allclose(got, want, atol=1e-5)  # losses of size 4 in float32
+        metrics = metrics_of("global")(params, batch, None)
+        np.testing.assert_allclose(got.sum() / 59, metrics["ce"], rtol=1e-5)

@@ -1,0 +1,182 @@
+"""The whole model: its size, its switches, its dtypes, and what rematerialisation may not change."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from oracles import (
+    RELEASED,
+    abstract_model,
+    quick_jit,
+    random_model,
+    relative_error,
+    small_config,
+)
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+import qwen3next_jax as q3n
+from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.training.loss import complete_batch
+
+
+def sizes(model):
+    """Number of parameters by path."""
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): int(np.prod(p.shape)) for path, p in params}
+
+
+@functools.cache
+def released_sizes(mtp_steps):
+    return sizes(abstract_model(ModelConfig.from_hf({**RELEASED, "mtp_steps": mtp_steps})))
+
+
+def test_the_released_model_has_exactly_the_parameters_that_transformers_counts():
+    with torch.device("meta"):
+        theirs = Qwen3NextForCausalLM(Qwen3NextConfig(**RELEASED))
+    total = sum(p.numel() for p in theirs.parameters())
+    assert total == 79_674_391_296
+    assert sum(released_sizes(0).values()) == total
+
+
+def test_the_released_model_with_mtp_has_the_published_sizes():
+    sizes = released_sizes(1)
+    main = {path: n for path, n in sizes.items() if not path.startswith("mtp/")}
+    assert main == released_sizes(0)
+    mtp, total = sum(sizes.values()) - sum(main.values()), sum(sizes.values())
+    assert round(mtp / 1e9, 2) == 1.65
+    assert round(total / 1e9, 2) == 81.32
+    inner = sum(n for path, n in main.items() if path not in ("embed_tokens", "lm_head"))
+    assert round(inner / 1e9, 2) == 79.05
+    experts = sum(n for path, n in main.items() if path.split("/")[-2:][0] == "mlp"
+                  and path.endswith(("mlp/gate_up_proj", "mlp/down_proj")))  # fmt: skip
+    assert round((inner - experts * 502 / 512) / 1e9, 2) == 3.25
+
+
+def test_initial_values_are_the_published_ones():
+    config = small_config(hidden_size=64, mtp_steps=1, linear_num_value_heads=32)
+    state = nnx.split(abstract_model(config))[1]
+    model = jax.jit(lambda: nnx.state(q3n.Qwen3Next(config, rngs=nnx.Rngs(0))))()
+    assert jax.tree.structure(model) == jax.tree.structure(state)
+    for path, param in nnx.to_flat_state(model):
+        name, value = "/".join(map(str, path)), np.asarray(param[...])
+        if name.endswith("A_log"):
+            assert (np.exp(value) > 0.01).all()
+            assert (np.exp(value) < 16).all()
+            assert np.ptp(np.exp(value)) > 8
+        elif name.endswith(("dt_bias", "linear_attn/norm/weight")):
+            assert (value == 1).all(), name
+        elif "norm" in name:
+            assert (value == 0).all(), name
+        else:
+            # The standard deviation of n numbers is known to a share of 1 / √(2n).
+            assert abs(value.std() / 0.02 - 1) < 5 / np.sqrt(2 * value.size), name
+            assert abs(value.mean()) < 5 * 0.02 / np.sqrt(value.size), name
+
+
+def test_repeated_groups_start_with_weights_of_their_own():
+    config = small_config(num_hidden_layers=2, full_attention_interval=1)
+    state = jax.jit(lambda: nnx.state(q3n.Qwen3Next(config, rngs=nnx.Rngs(0))))()
+    for path, param in nnx.to_flat_state(state["groups"]):
+        if "norm" not in str(path):
+            assert (param[...][0] != param[...][1]).all(), path
+
+
+@functools.cache
+def gradients(**options):
+    """Loss and gradients of one batch, for a model with the same weights whatever the options."""
+    config = small_config(mtp_steps=1)
+    graph, params = nnx.split(random_model(config, **options))
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 70), dtype=np.int32)
+    batch = complete_batch(jnp.asarray(tokens))
+
+    def value(params, batch):
+        return q3n.loss(nnx.merge(graph, params), batch)[0]
+
+    return quick_jit(jax.value_and_grad(value))(params, batch)
+
+
+def test_rematerialisation_changes_neither_loss_nor_gradients():
+    (plain, grads), (again, remat) = gradients(), gradients(remat="layer")
+    np.testing.assert_allclose(again, plain, rtol=1e-6)
+    # The same operations, which the compiler may fuse in another way.
+    floor = 1e-3 * np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+    errors = jax.tree.map(lambda a, b: relative_error(a, b, floor), remat, grads)
+    assert max(jax.tree.leaves(errors)) < 1e-5
+    with pytest.raises(ValueError, match="'all' is unknown; expected 'none' or 'layer'"):
+        abstract_model(small_config(), remat="all")
+
+
+def test_bfloat16_compute_keeps_the_direction_of_the_gradients_of_the_gates():
+    (_, wanted), (_, got) = gradients(), gradients(dtype=jnp.bfloat16)
+    wanted, got = dict(nnx.to_flat_state(wanted)), dict(nnx.to_flat_state(got))
+    checked = 0
+    for path, a in wanted.items():
+        if path[-1] in ("A_log", "dt_bias"):
+            a, b = np.ravel(a[...]), np.ravel(got[path][...])
+            assert b.dtype == np.float32
+            assert a @ b >= 0.99 * np.linalg.norm(a) * np.linalg.norm(b), path
+            checked += 1
+    assert checked == 2
+
+
+def test_gates_stay_float32_when_all_other_parameters_are_bfloat16():
+    model = abstract_model(small_config(mtp_steps=1), param_dtype=jnp.bfloat16)
+    assert model.dtype == jnp.bfloat16
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        gate = path[-1] in ("A_log", "dt_bias")
+        assert param.dtype == (jnp.float32 if gate else jnp.bfloat16), path
+
+
+def test_logits_are_float32_whatever_the_compute_dtype():
+    model = abstract_model(small_config(), param_dtype=jnp.bfloat16)
+    tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    assert nnx.eval_shape(lambda m, t: m(t), model, tokens).dtype == jnp.float32
+
+
+def test_without_zero_centring_the_norms_multiply_by_the_weight_itself():
+    changes = dict(num_hidden_layers=1, full_attention_interval=1)
+    centred = random_model(small_config(**changes))
+    plain = abstract_model(small_config(**changes, zero_centered_norm=False))
+    shifted = [
+        (path, p.replace(p[...] + 1) if "norm" in str(path[-2]) else p)
+        for path, p in nnx.to_flat_state(nnx.state(centred))
+    ]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 9), dtype=np.int32))
+
+    def logits(graph, params):
+        return quick_jit(lambda params: nnx.merge(graph, params)(tokens))(params)
+
+    got = logits(nnx.split(plain)[0], nnx.from_flat_state(shifted))
+    # 1 + w is rounded before rather than after it is stored.
+    np.testing.assert_allclose(got, logits(*nnx.split(centred)), atol=1e-5)
+    for config, start in ((centred.config, 0), (plain.config, 1)):
+        assert (q3n.RMSNorm(config).weight[...] == start).all()
+
+
+def test_without_the_output_gate_attention_is_that_of_a_gate_wide_open():
+    gated = q3n.GatedAttention(small_config(), rngs=nnx.Rngs(0))
+    plain = q3n.GatedAttention(small_config(attention_output_gate=False), rngs=nnx.Rngs(0))
+    assert plain.gate_proj is None
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        getattr(plain, name)[...] = getattr(gated, name)[...]
+    gated.gate_proj[...] = jnp.zeros_like(gated.gate_proj[...])
+    x = jax.random.normal(jax.random.key(0), (2, 9, 32))
+    # sigmoid(0) halves, which is exact.
+    np.testing.assert_allclose(2 * gated(x), plain(x), rtol=1e-6)
+
+
+def test_the_router_s_initial_values_follow_the_switch():
+    def norms(router_init):
+        config = small_config(
+            num_hidden_layers=1, full_attention_interval=1, router_init=router_init
+        )
+        state = jax.jit(lambda: nnx.state(q3n.Qwen3Next(config, rngs=nnx.Rngs(0))))()
+        (router,) = (p for path, p in nnx.to_flat_state(state) if path[-1] == "router")
+        return np.linalg.norm(router[...][0], axis=0)
+
+    np.testing.assert_allclose(norms("normalized"), 0.02 * 32**0.5, rtol=1e-5)
+    assert np.ptp(norms("normal")) > 0.1 * 0.02 * 32**0.5
