@@ -14,7 +14,8 @@ under *every* key. So each should win where its kind of forgetting is asked for.
 answer the value):
 
 - recall: multi-query associative recall (MQAR, Arora et al., arXiv:2312.04927). Each key is bound
-  once; more of them make it harder, because the memory has little room.
+  once. Up to 8 keys out of 16 share heads of 8 dimensions, where no 16 keys are orthogonal, so one
+  binding is heard in the answer of another; the delta term writes only what differs.
 - rebinding: a few keys are bound again and again, and the latest value counts. Forgetting one
   binding without its neighbours is what the delta term does; a decay forgets them all alike.
 - reset: a reset token voids all that was written before it. Keys not bound since are to be answered
@@ -51,7 +52,7 @@ CONFIG = q3n.ModelConfig.from_hf(
         model_type="qwen3_next", vocab_size=VOCAB, hidden_size=64, max_position_embeddings=32,
         num_hidden_layers=2, full_attention_interval=2, initializer_range=0.1,
         linear_conv_kernel_dim=4, linear_num_key_heads=2, linear_num_value_heads=2,
-        linear_key_head_dim=8, linear_value_head_dim=16,  # 16 keys are not orthogonal in 8 dimensions
+        linear_key_head_dim=8, linear_value_head_dim=16,  # less room than 16 keys need
         num_attention_heads=2, num_key_value_heads=2, head_dim=32,
         rope_theta=10_000.0, partial_rotary_factor=0.25,
         # No experts and no feed-forward here, but a config is that of a whole model.

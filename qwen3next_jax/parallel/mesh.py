@@ -6,6 +6,7 @@ that the table does not know is an error. Mesh axes: `data` holds copies of the 
 holds slices of them; the batch is split over both.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -70,19 +71,21 @@ def parameter_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
     """
     flat = []
     for path, param in nnx.to_flat_state(params):
-        spec = _spec("/".join(map(str, path)), param.axes, param.shape, mesh)
+        spec = _spec("/".join(map(str, path)), param.axes, param.shape, mesh.shape)
         flat.append((path, param.replace(NamedSharding(mesh, spec))))
     return nnx.from_flat_state(flat)
 
 
-def _spec(name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(
+    name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int]
+) -> PartitionSpec:
     # Parameters of layers have one axis more than their declaration, the stacked one in front.
     entries: list[Any] = [None] * (len(shape) - len(axes))
     for axis, size in zip(axes, shape[len(entries) :], strict=True):
         if axis not in TABLE:
             raise ValueError(f"{name}: the axis {axis!r} is not in parallel/mesh.py's TABLE")
         mesh_axis = TABLE[axis]
-        if mesh_axis is not None and (ways := mesh.shape[mesh_axis]) and size % ways:
+        if mesh_axis is not None and (ways := mesh[mesh_axis]) and size % ways:
             choices = [d for d in range(1, size + 1) if size % d == 0 and d <= 2 * ways]
             raise ValueError(
                 f"{name}: {axis}={size} is not divisible by mesh axis {mesh_axis}={ways}; choose a "

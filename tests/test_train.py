@@ -1,0 +1,71 @@
+"""`python train.py` as a user types it."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def train(*arguments, workdir):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, ROOT / "train.py", f"--workdir={workdir}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_mistyped_key_is_refused_before_anything_else(tmp_path):
+    result = train("--config.train.num_stepz=3", workdir=tmp_path / "run")
+    assert result.returncode != 0
+    assert "num_stepz" in result.stderr
+    assert "num_steps" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_impossible_sizes_are_all_named(tmp_path):
+    result = train(
+        "--config.train.gradient_accumulation_steps=3", "--config.train.sequence_length=9999",
+        workdir=tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "train.global_batch_size=8 is not divisible by" in result.stderr
+    assert "train.sequence_length=9999 exceeds" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_tiny_model_writes_python_better_than_gzip_packs_it(tmp_path):
+    result = train(workdir=tmp_path)
+    assert result.returncode == 0, result.stderr
+    bits, gzip_bits = map(
+        float,
+        re.search(r"([\d.]+) bits per byte \(gzip -9: ([\d.]+)\)", result.stderr).groups(),
+    )
+    assert bits < gzip_bits
+    assert "What the model writes by itself:" in result.stdout
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert abs(last["eval_bits_per_byte"] - bits) < 1e-4
+    assert list((tmp_path / "tensorboard").iterdir())
+
+    again = train(workdir=tmp_path)
+    assert again.returncode == 0
+    assert "is finished: 300 steps" in again.stdout
+    more = train("--config.train.num_steps=302", workdir=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert "Going on from the checkpoint of step 300" in more.stderr
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "loss" in x][-2:] == [300, 302]
+
+
+@pytest.mark.slow
+def test_a_profile_is_written_for_the_steps_asked_for(tmp_path):
+    result = train(
+        "--config.train.num_steps=3", "--config.train.profile_steps=(2, 3)",
+        "--config.train.sequence_length=64", "--config.train.sample_tokens=0",
+        workdir=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
