@@ -102,10 +102,10 @@ def random_values(path: str, shape, rng: np.random.Generator, scale: float) -> n
     return scale * rng.standard_normal(shape)
 
 
-def random_model(config: ModelConfig, *, seed: int = 0, scale: float = 0.1, **options) -> Qwen3Next:
-    """A model with random weights, norms and gates included; drawn by numpy, so nothing compiles."""
+def random_module(abstract: nnx.Module, *, seed: int = 0, scale: float = 0.1):
+    """Fills a module of shapes alone; numpy draws, so that nothing compiles."""
     rng = np.random.default_rng(seed)
-    graph, params = nnx.split(abstract_model(config, **options))
+    graph, params = nnx.split(abstract)
     flat = []
     for path, param in nnx.to_flat_state(params):
         values = random_values("/".join(map(str, path)), param.shape, rng, scale)
@@ -113,15 +113,15 @@ def random_model(config: ModelConfig, *, seed: int = 0, scale: float = 0.1, **op
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def random_model(config: ModelConfig, *, seed: int = 0, scale: float = 0.1, **options) -> Qwen3Next:
+    """A model with random weights, norms and gates included."""
+    return random_module(abstract_model(config, **options), seed=seed, scale=scale)
+
+
 def quick_jit(function):
-    """`jax.jit` for what runs a few times only: without LLVM's optimisations compiling halves."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def as_function(model: nnx.Module, function):
-    """function(model, *args) as a function of (params, *args), and the params."""
-    graph, params = nnx.split(model)
-    return lambda params, *args: function(nnx.merge(graph, params), *args), params
+    """`jax.jit` for what runs a few times only: compiling without optimisations takes a quarter."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return jax.jit(function, compiler_options=options)
 
 
 @functools.cache

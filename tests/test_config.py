@@ -5,10 +5,10 @@ import dataclasses
 import json
 
 import pytest
-from configs import tiny
 from oracles import RELEASED, SMALL, small_config
 from transformers import Qwen3Config, Qwen3NextConfig
 
+from configs import tiny
 from qwen3next_jax.config import ModelConfig, RunConfig
 
 

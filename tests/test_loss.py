@@ -8,23 +8,24 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from oracles import quick_jit, random_model, relative_error, small_config
+from oracles import quick_jit, random_model, random_module, relative_error, small_config
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
 import qwen3next_jax as q3n
+from qwen3next_jax.model.moe import SparseMoE
 from qwen3next_jax.training.loss import complete_batch, count_labels, next_token_losses
 
-E, A, LAYERS = 7, 3, 3  # experts, experts a token; two decoder layers and the MTP module
+E, A = 7, 3  # experts, experts a token
 
 
 def build(**changes):
-    """Two attention layers, which are enough for a loss."""
-    given = dict(full_attention_interval=1, mtp_steps=2, router_aux_loss_coef=1e-3) | changes
+    """Attention layers alone, which are enough for a loss."""
+    given = dict(num_hidden_layers=1, full_attention_interval=1, mtp_steps=2) | changes
     return random_model(small_config(**given), scale=0.3)
 
 
 def make_batch():
-    """Four rows with 19, 18, 15 and 8 labels; the last one is half padding."""
+    """Four rows of one or two documents, some with padding behind."""
     tokens = np.random.default_rng(0).integers(0, 61, (4, 20), dtype=np.int32)
     segments = np.ones((4, 20), np.int32)
     segments[1, 7:] = 2
@@ -33,58 +34,46 @@ def make_batch():
     return complete_batch(jnp.asarray(tokens), jnp.asarray(segments))
 
 
+LABELS, DOCUMENTS = 19 + 18 + 14 + 8, 7
+
+
 def rows(batch, *which):
     return {name: x[np.array(which)] for name, x in batch.items()}
 
 
 @functools.cache
-def model_and_stats():
-    """A model, its parameters, and what its routers did with each row of the batch, [L, B, ...].
-
-    The MTP module's statistics are taken from its own call, both steps together.
-    """
-    graph, params = nnx.split(build())
-    return graph, params
+def with_mtp():
+    return nnx.split(build())
 
 
 @functools.cache
-def metrics_of(scope, with_earlier=False):
-    graph, _ = model_and_stats()
-
-    def f(params, batch, earlier):
-        value, metrics = q3n.loss(
-            nnx.merge(graph, params),
-            batch,
-            balance_scope=scope,
-            z_weight=0.5,
-            earlier_assignments=earlier,
-        )
-        return {**metrics, "loss": value}
-
-    return quick_jit(f)
+def metrics():
+    graph, params = with_mtp()
+    value, metrics = quick_jit(lambda p, b: q3n.loss(nnx.merge(graph, p), b, z_weight=0.5))(
+        params, make_batch()
+    )
+    return {**metrics, "loss": value}
 
 
 def test_the_loss_is_the_sum_of_its_terms_with_their_weights():
-    graph, params = model_and_stats()
-    m = metrics_of("global")(params, make_batch(), None)
+    m = metrics()
     total = m["ce"] + 0.1 * m["mtp_ce"] + 1e-3 * m["balance_loss"] + 0.5 * m["router_z_loss"]
     np.testing.assert_allclose(m["loss"], total, rtol=1e-6)
-    assert m["assignments"].shape == (LAYERS, E)
-    # Both MTP steps count into one layer: 60 - 8 labels' tokens each read the next token.
-    tokens = (make_batch()["segment_ids"] > 0).sum()
-    np.testing.assert_array_equal(m["assignments"].sum(1)[:2], A * tokens)
+    # The MTP module is one more layer, whose two steps take the tokens with one or two after them.
+    tokens = [int((make_batch()["segment_ids"] > 0).sum()), LABELS + LABELS - DOCUMENTS]
+    np.testing.assert_array_equal(m["assignments"].sum(1), A * np.array(tokens))
 
 
 def test_four_micro_batches_give_the_gradients_of_one_batch():
-    graph, params = nnx.split(build(router_aux_loss_coef=0.0))
+    graph, params = nnx.split(build(router_aux_loss_coef=0.0, mtp_steps=1))
     batch = make_batch()
 
     def value(params, batch, counts):
         return q3n.loss(nnx.merge(graph, params), batch, counts=counts)[0]
 
     gradient = quick_jit(jax.grad(value))
-    counts = count_labels(batch, 2)
-    assert counts.ce == 19 + 18 + 14 + 8
+    counts = count_labels(batch, 1)
+    assert counts.ce == LABELS
     whole = gradient(params, batch, counts)
     parts = [gradient(params, rows(batch, i), counts) for i in range(4)]
     summed = jax.tree.map(lambda *g: sum(g), *parts)
@@ -94,22 +83,9 @@ def test_four_micro_batches_give_the_gradients_of_one_batch():
     assert max(jax.tree.leaves(errors)) < 1e-5
 
 
-def router_statistics(params, batch):
-    """Of the first layer's router, counts and summed probabilities [B, E] and tokens [B]."""
-    graph, _ = model_and_stats()
-    model = nnx.merge(graph, params)
-    stats = quick_jit(
-        lambda params, b: nnx.merge(graph, params).hidden_states(
-            b["tokens"], b["segment_ids"], b["positions"]
-        )[1]
-    )(params, batch)
-    del model
-    return jax.tree.map(np.asarray, stats)
-
-
 @functools.cache
 def without_mtp():
-    return nnx.split(build(mtp_steps=0))
+    return nnx.split(build(num_hidden_layers=2, mtp_steps=0))
 
 
 @functools.cache
@@ -152,13 +128,10 @@ def test_the_global_scope_is_transformers_balance_loss_layer_by_layer():
 
 
 def test_transformers_balance_loss_is_ours_times_the_experts_a_token():
-    from qwen3next_jax.model.moe import SparseMoE
-
     config = small_config()
-    layer = SparseMoE(config, rngs=nnx.Rngs(0))
-    layer.router[...] = 5 * jax.random.normal(jax.random.key(1), layer.router[...].shape)
-    x = jax.random.normal(jax.random.key(0), (2, 9, 32))
-    stats = layer.with_stats(x)[1]
+    layer = random_module(nnx.eval_shape(lambda: SparseMoE(config, rngs=nnx.Rngs(0))), scale=0.5)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 32)), jnp.float32)
+    stats = quick_jit(layer.with_stats)(x)[1]
     f = stats.counts.sum(0) / stats.counts.sum()
     P = stats.probabilities.sum(0) / stats.tokens.sum()
     logits = torch.tensor(np.asarray(x.reshape(-1, 32) @ layer.router[...]))
@@ -228,9 +201,7 @@ def test_the_balance_loss_alone_evens_out_a_skewed_router():
         (value, assignments), grads = f(skewed)
         history.append((value, spread(assignments)))
         slopes = dict(nnx.to_flat_state(grads))
-        assert all(
-            np.abs(g[...]).max() > 0 for path, g in slopes.items() if path[-1] == "router"
-        )
+        assert all(np.abs(g[...]).max() > 0 for path, g in slopes.items() if path[-1] == "router")
         flat = [
             (path, p.replace(p[...] - 0.5 * slopes[path][...]) if path[-1] == "router" else p)
             for path, p in nnx.to_flat_state(skewed)
@@ -241,23 +212,20 @@ def test_the_balance_loss_alone_evens_out_a_skewed_router():
 
 
 def test_evaluation_takes_the_next_token_alone_whatever_the_chunk():
-    graph, params = model_and_stats()
+    graph, params = with_mtp()
     batch = make_batch()
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def losses(params, batch, chunk):
-        return next_token_losses(nnx.merge(graph, params), batch, chunk=chunk)
-
-    logits = quick_jit(lambda params, b: nnx.merge(graph, params)(b["tokens"], b["segment_ids"]))(
+    logits = quick_jit(lambda p, b: nnx.merge(graph, p)(b["tokens"], b["segment_ids"]))(
         params, batch
     )
-    want = torch.nn.functional.cross_entropy(
+    losses = torch.nn.functional.cross_entropy(
         torch.tensor(np.asarray(logits)).flatten(0, 1),
         torch.tensor(np.asarray(batch["targets"])).long().flatten(),
         reduction="none",
-    ).reshape(4, 20).numpy() * np.asarray(batch["loss_weights"])
+    )
+    want = losses.reshape(4, 20).numpy() * np.asarray(batch["loss_weights"])
     for chunk in (3, 512):
-        got = losses(params, batch, chunk)
+        got = quick_jit(
+            lambda p, b, chunk=chunk: next_token_losses(nnx.merge(graph, p), b, chunk=chunk)
+        )(params, batch)
         np.testing.assert_allclose(got, want, atol=1e-5)  # losses of size 4 in float32
-        metrics = metrics_of("global")(params, batch, None)
-        np.testing.assert_allclose(got.sum() / 59, metrics["ce"], rtol=1e-5)
+        np.testing.assert_allclose(got.sum() / LABELS, metrics()["ce"], rtol=1e-5)

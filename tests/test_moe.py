@@ -4,21 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oracles import random_values, small_config
+from oracles import quick_jit, random_module, small_config
 
 from qwen3next_jax.model.moe import SparseMoE
 
 
-def build(config, seed=0):
+def build(config):
     """A layer with random weights, and these as float64 by name."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: SparseMoE(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(seed)
-    flat, values = [], {}
-    for path, param in nnx.to_flat_state(params):
-        name = "/".join(map(str, path))
-        values[name] = random_values(name, param.shape, rng, 0.5)
-        flat.append((path, param.replace(jnp.asarray(values[name], jnp.float32))))
-    return nnx.merge(graph, nnx.from_flat_state(flat)), values
+    layer = random_module(nnx.eval_shape(lambda: SparseMoE(config, rngs=nnx.Rngs(0))), scale=0.5)
+    flat = nnx.to_flat_state(nnx.state(layer))
+    return layer, {"/".join(map(str, path)): np.float64(p[...]) for path, p in flat}
 
 
 def silu(x):
@@ -51,7 +46,12 @@ def token_by_token(x, w, config):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"norm_topk_prob": False}, {"num_experts_per_tok": 7}, {"shared_expert_intermediate_size": 0}],
+    [
+        {},
+        {"norm_topk_prob": False},
+        {"num_experts_per_tok": 7},
+        {"shared_expert_intermediate_size": 0},
+    ],
     ids=["plain", "not normalised", "every expert", "none shared"],
 )
 def test_outputs_are_those_of_a_loop_over_tokens(changes):
@@ -59,7 +59,7 @@ def test_outputs_are_those_of_a_loop_over_tokens(changes):
     layer, weights = build(config)
     x = np.random.default_rng(1).standard_normal((2, 11, config.hidden_size))
     want = token_by_token(x, weights, config)[0]
-    got = layer(jnp.asarray(x, jnp.float32))
+    got = quick_jit(layer)(jnp.asarray(x, jnp.float32))
     # Values up to 100 in float32, through two products of 32 terms.
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
@@ -69,7 +69,8 @@ def test_statistics_count_each_row_without_its_padding():
     layer, weights = build(config)
     x = np.random.default_rng(1).standard_normal((2, 11, config.hidden_size))
     segments = np.array([[1] * 4 + [2] * 3 + [0] * 4, [1] * 11], np.int32)
-    out, stats = layer.with_stats(jnp.asarray(x, jnp.float32), segment_ids=jnp.asarray(segments))
+    with_stats = quick_jit(lambda x, ids: layer.with_stats(x, segment_ids=ids))
+    out, stats = with_stats(jnp.asarray(x, jnp.float32), jnp.asarray(segments))
     _, chosen, probabilities, log_norms = token_by_token(x, weights, config)
     real = segments > 0
     np.testing.assert_array_equal(stats.counts, (chosen * real[..., None]).sum(1))
@@ -80,7 +81,8 @@ def test_statistics_count_each_row_without_its_padding():
     )
     np.testing.assert_allclose(stats.squared_log_norms, (log_norms**2 * real).sum(1), rtol=1e-5)
     # Padding is routed like any token: it is only not counted.
-    np.testing.assert_array_equal(out, layer(jnp.asarray(x, jnp.float32)))
+    unpadded = with_stats(jnp.asarray(x, jnp.float32), jnp.ones((2, 11), jnp.int32))
+    np.testing.assert_array_equal(out, unpadded[0])
 
 
 def test_router_rows_start_with_equal_norms_unless_told_otherwise():

@@ -85,7 +85,8 @@ def _spec(
         if axis not in TABLE:
             raise ValueError(f"{name}: the axis {axis!r} is not in parallel/mesh.py's TABLE")
         mesh_axis = TABLE[axis]
-        if mesh_axis is not None and (ways := mesh[mesh_axis]) and size % ways:
+        ways = 1 if mesh_axis is None else mesh[mesh_axis]
+        if size % ways:
             choices = [d for d in range(1, size + 1) if size % d == 0 and d <= 2 * ways]
             raise ValueError(
                 f"{name}: {axis}={size} is not divisible by mesh axis {mesh_axis}={ways}; choose a "
