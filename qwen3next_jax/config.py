@@ -173,6 +173,8 @@ class ModelConfig:
                 given[key] = rope.pop(key)
         if rope.get("rope_type", "default") != "default":
             given["rope_scaling"] = rope
+        if given.get("rope_scaling"):
+            given["rope_scaling"] = dict(given["rope_scaling"])  # the caller may change theirs
         if given.get("rope_scaling") and given["rope_scaling"].get("rope_type") == "default":
             del given["rope_scaling"]
 
@@ -195,6 +197,8 @@ class ModelConfig:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         known = {k: v for k, v in given.items() if k in fields and k != "extra"}
         unknown = {k: v for k, v in given.items() if k not in known}
+        # JSON writers drop the point of a round number.
+        known = {k: float(v) if fields[k].type is float else v for k, v in known.items()}
         if refuse_unknown:
             _refuse_unknown("model", unknown, fields)
         missing = [
@@ -255,6 +259,8 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
                 f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and "
                 "a factor"
             )
+        for key in sorted({"mscale", "mscale_all_dim", "truncate"} & c.rope_scaling.keys()):
+            yield f"rope_scaling.{key} is not supported; released Qwen3-Next files have none"
     if LINEAR in c.mixers:
         sizes = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
                  "linear_key_head_dim", "linear_value_head_dim")  # fmt: skip

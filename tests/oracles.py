@@ -92,12 +92,12 @@ def abstract_model(config: ModelConfig, **options) -> Qwen3Next:
 
 
 def random_values(path: str, shape, rng: np.random.Generator, scale: float) -> np.ndarray:
-    """Numbers that are like a trained model's: norms away from their start, decays of all speeds."""
+    """Numbers like a trained model's: norms away from their start, decays of all speeds."""
     if path.endswith("A_log"):
         return np.log(rng.uniform(0.01, 16, shape))
     if path.endswith("dt_bias"):
         return rng.uniform(-2, 2, shape)
-    if "norm" in path.split("/")[-2:][0]:
+    if path.endswith("norm/weight") or "_norm_" in path:
         return rng.uniform(-0.5, 0.5, shape) + ("linear_attn" in path)
     return scale * rng.standard_normal(shape)
 

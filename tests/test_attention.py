@@ -47,7 +47,7 @@ def with_gradients(implementation):
 
 # 1100 tokens are three blocks, the last one not full.
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("T, heads", [(1, (4, 1)), (37, (4, 4)), (1100, (4, 2))])
+@pytest.mark.parametrize(("T", "heads"), [(1, (4, 1)), (37, (4, 4)), (1100, (4, 2))])
 def test_values_and_gradients_are_those_of_float64(T, heads, implementation):
     N, K = heads
     arrays = make(T, N=N, K=K, P=12)

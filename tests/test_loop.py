@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from oracles import quick_jit
 from small_run import run, small_config, write_corpus
 
+from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.training import loop
 
 HERE = pathlib.Path(__file__).parent
@@ -147,13 +149,11 @@ def test_accumulated_micro_batches_take_nearly_the_same_course(whole, corpus, tm
 
 
 def test_mtp_and_router_weights_move_in_training(whole, corpus):
-    start = loop._new_model(small_config(corpus))
-    for before, after in (
-        (start.mtp.fc, whole[1].mtp.fc),
-        (start.mtp.layer.mlp.router, whole[1].mtp.layer.mlp.router),
-        (start.groups.layers[0].mlp.router, whole[1].groups.layers[0].mlp.router),
-    ):
-        assert np.abs(np.asarray(after[...]) - np.asarray(before[...])).max() > 1e-4
+    create = quick_jit(lambda: nnx.state(loop._new_model(small_config(corpus))))
+    start = dict(named_leaves(create()))
+    end = dict(named_leaves(nnx.state(whole[1])))
+    for name in ("mtp/fc", "mtp/layer/mlp/router", "groups/layers/0/mlp/router"):
+        assert np.abs(np.asarray(end[name]) - np.asarray(start[name])).max() > 1e-4, name
 
 
 def in_a_process(corpus, workdir, *changes, devices=1):
@@ -190,7 +190,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_losses(corpus, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "fsdp=4"])
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=4"])
 def test_eight_devices_take_the_course_of_one(corpus, tmp_path, mesh):
     axis, size = mesh.split("=")
     changes = [

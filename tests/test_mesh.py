@@ -8,7 +8,6 @@ from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.parallel import mesh as mesh_module
 from qwen3next_jax.parallel.mesh import make_mesh, parameter_shardings
 
-
 EIGHT_WAYS = dict(data=1, fsdp=8)
 
 

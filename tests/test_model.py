@@ -1,4 +1,4 @@
-"""The whole model: its size, its switches, its dtypes, and what rematerialisation may not change."""
+"""The whole model: its size, switches and dtypes, and what rematerialisation may not change."""
 
 import functools
 
@@ -60,8 +60,8 @@ def test_the_released_model_with_mtp_has_the_published_sizes():
 def test_initial_values_are_the_published_ones_and_each_layer_draws_its_own():
     config = small_config(num_hidden_layers=4, hidden_size=64, linear_num_value_heads=32)
     # This generator compiles to one instruction a draw; the default one to hundreds.
-    rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
-    params = quick_jit(lambda: nnx.state(q3n.Qwen3Next(config, rngs=rngs)))()
+    key = jax.random.key(0, impl="rbg")
+    params = quick_jit(lambda key: nnx.state(q3n.Qwen3Next(config, rngs=nnx.Rngs(key))))(key)
     for path, param in nnx.to_flat_state(params):
         name, value = "/".join(map(str, path)), np.asarray(param[...])
         if name.endswith("A_log"):

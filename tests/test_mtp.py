@@ -28,7 +28,7 @@ MTP_WEIGHT = 0.1
 
 
 class TorchMTP(torch.nn.Module):
-    """fc([norm(embed(next token)) | norm(hidden)]), one attention + MoE layer, a norm of its own."""
+    """fc([norm(embed(next token)) | norm(hidden)]), an attention + MoE layer, its own norm."""
 
     def __init__(self, model):
         super().__init__()

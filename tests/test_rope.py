@@ -74,11 +74,8 @@ def test_both_dialects_of_the_config_rotate_alike():
     x, positions = example(4000)
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
     released = small_config(**SIZES, rope_scaling=rope)
-    given = {
-        k: v
-        for k, v in {**SMALL, **SIZES}.items()
-        if k not in ("rope_theta", "partial_rotary_factor")
-    }
+    given = {**SMALL, **SIZES}
+    del given["rope_theta"], given["partial_rotary_factor"]
     parameters = {**rope, "rope_theta": 1e7, "partial_rotary_factor": 0.25}
     newer = ModelConfig.from_hf({**given, "rope_parameters": parameters})
     a, b = (apply_rope(jnp.asarray(x), jnp.asarray(positions), c) for c in (released, newer))

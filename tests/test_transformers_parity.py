@@ -16,6 +16,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 from qwen3next_jax.checkpoint.hugging_face import dump_tensors, load_tensors
 from qwen3next_jax.config import ModelConfig
 
+torch.set_num_threads(1)  # for tensors of a few hundred numbers a second thread only costs
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -54,8 +56,9 @@ CASES = {
 }  # fmt: skip
 DENSE = Case(
     2, 75,
-    dict(model_type="qwen3", vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-         num_key_value_heads=2, head_dim=12, intermediate_size=40, max_position_embeddings=512),
+    dict(model_type="qwen3", vocab_size=61, hidden_size=32, num_hidden_layers=2,
+         num_attention_heads=4, num_key_value_heads=2, head_dim=12, intermediate_size=40,
+         max_position_embeddings=512),
 )  # fmt: skip
 
 

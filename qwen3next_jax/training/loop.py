@@ -95,6 +95,9 @@ def train(
     train_step = jax.jit(make_train_step(graph, optimizer, config), donate_argnums=0)
     batch_sharding = NamedSharding(mesh, BATCH)
     unsettled: deque[tuple[int, dict[str, jax.Array], Any]] = deque()
+    # A step is looked at when the next one is under way, so that the devices never wait. Virtual
+    # devices of a CPU share its threads: two steps with collectives could wait for each other.
+    ahead = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 1
     clock = _Clock(tokens)
     # However the loop ends, a save under way is completed and the metrics are on disk.
     with closing(store), closing(writer), closing(progress):
@@ -107,8 +110,7 @@ def train(
             evaluating = _due(step, t.eval_every, t.num_steps)
             saving = _due(step, t.checkpoint_every, t.num_steps)
             profiled = bool(t.profile_steps) and step == t.profile_steps[1]
-            # A step is looked at when the next one is under way, so that the devices never wait.
-            while len(unsettled) > (0 if evaluating or saving or profiled else 1):
+            while len(unsettled) > (0 if evaluating or saving or profiled else ahead):
                 done, metrics, batch = unsettled.popleft()
                 values = {name: np.asarray(x).item() for name, x in metrics.items()}
                 if values.pop("halted"):
