@@ -32,6 +32,9 @@ _QWEN3 = {
     "attention_output_gate": False,
 }
 
+# Keys that are read in order to refuse any other value.
+_FIXED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -155,12 +158,12 @@ class ModelConfig:
             raise ValueError(
                 f"model_type={model_type!r} is not supported; expected 'qwen3_next' or 'qwen3'"
             )
-        given = {key: value for key, value in given.items() if value is not None}
-        for key, only in (("hidden_act", "silu"), ("attention_bias", False)):
-            if (value := given.pop(key, only)) != only:
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        read = fields.keys() | {"rope_parameters"}
+        given = {k: v for k, v in given.items() if v is not None or k not in read}
+        for key, only in _FIXED.items():
+            if (value := given.get(key, only)) != only:
                 raise ValueError(f"{key}={value!r} is not supported; expected {only!r}")
-        if given.pop("attention_dropout", 0.0) != 0.0:
-            raise ValueError("attention_dropout must be 0: the model is trained without dropout")
         if model_type == "qwen3":
             if given.get("use_sliding_window"):
                 raise ValueError("use_sliding_window=true is not supported; set it to false")
@@ -194,7 +197,6 @@ class ModelConfig:
         if all_sparse and not given.get("mlp_only_layers"):
             given.setdefault("intermediate_size", 0)
 
-        fields = {field.name: field for field in dataclasses.fields(cls)}
         known = {k: v for k, v in given.items() if k in fields and k != "extra"}
         unknown = {k: v for k, v in given.items() if k not in known}
         # JSON writers drop the point of a round number.

@@ -119,7 +119,7 @@ def test_transformers_builds_the_same_model_from_what_we_write():
         ({"model_type": "qwen2_moe"}, "'qwen2_moe' is not supported; expected 'qwen3_next' or"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; expected 'silu'"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"attention_dropout": 0.1}, "attention_dropout must be 0"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported; expected 0.0"),
         ({"hidden_size": None}, "lacks hidden_size; sizes have no defaults"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by .*=3; choose"),
         ({"linear_num_key_heads": 3}, "linear_num_value_heads=4 is not divisible by"),
