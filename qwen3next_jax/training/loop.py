@@ -87,7 +87,8 @@ def train(
         start, state, extras = store.restore_latest(abstract_state)
         tokens = extras["tokens"]
         batches.set_state(extras["data"])
-        logging.info("Going on from the checkpoint of step %d", start)
+        if start < t.num_steps:
+            logging.info("Going on from the checkpoint of step %d", start)
     _report(config, mesh, abstract_state)
 
     writer = MetricWriter(workdir, resume_step=start if start else None)
