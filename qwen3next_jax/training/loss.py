@@ -98,7 +98,7 @@ def loss(
 
     if stats is not None:
         balance, assignments = _balance_loss(stats, balance_scope, earlier_assignments)
-        z_loss = (stats.squared_log_norms.sum(1) / _at_least_one(stats.tokens.sum(1))).mean()
+        z_loss = (stats.squared_log_norms.sum(1) / _or_one(stats.tokens.sum(1))).mean()
         router = model.config.router_aux_loss_coef * balance + z_weight * z_loss
         value += router_share * router
         metrics |= {"balance_loss": balance, "router_z_loss": z_loss, "assignments": assignments}
@@ -115,10 +115,10 @@ def next_token_losses(model: Qwen3Next, batch: Batch, *, chunk: int = 512) -> Fl
 
 
 def count_labels(batch: Batch, mtp_steps: int) -> TokenCounts:
-    """Sums the weights of the next-token labels and of each MTP step's; at least 1."""
+    """Sums the weights of the next-token labels and of each MTP step's; 1 for none."""
     ahead = [_ahead(batch, step)["loss_weights"].sum() for step in range(1, mtp_steps + 1)]
     mtp = jnp.stack(ahead) if ahead else jnp.zeros(0)
-    return TokenCounts(_at_least_one(batch["loss_weights"].sum()), _at_least_one(mtp))
+    return TokenCounts(_or_one(batch["loss_weights"].sum()), _or_one(mtp))
 
 
 def _ahead(batch: Batch, step: int) -> dict[str, Array]:
@@ -147,22 +147,23 @@ def _balance_loss(
     if earlier is not None:
         assignments += earlier
     if scope == "sequence":
-        share = stats.counts / _at_least_one(stats.counts.sum(-1, keepdims=True))
-        mean = stats.probabilities / _at_least_one(stats.tokens)[..., None]
+        share = stats.counts / _or_one(stats.counts.sum(-1, keepdims=True))
+        mean = stats.probabilities / _or_one(stats.tokens)[..., None]
         per_row = E * (share * mean).sum(-1)
         # Rows that are all padding say nothing.
         seen = stats.tokens > 0
-        balance = ((per_row * seen).sum(1) / _at_least_one(seen.sum(1))).mean()
+        balance = ((per_row * seen).sum(1) / _or_one(seen.sum(1))).mean()
     else:
         counted = assignments if scope == "global" else stats.counts.sum(1)
-        share = counted / _at_least_one(counted.sum(-1, keepdims=True))
-        mean = stats.probabilities.sum(1) / _at_least_one(stats.tokens.sum(1))[:, None]
+        share = counted / _or_one(counted.sum(-1, keepdims=True))
+        mean = stats.probabilities.sum(1) / _or_one(stats.tokens.sum(1))[:, None]
         balance = E * (share * mean).sum(-1).mean()
     return balance, jax.lax.stop_gradient(assignments)
 
 
-def _at_least_one(x):
-    return jnp.maximum(x, 1)
+def _or_one(x):
+    """What to divide by: 1 where there is nothing to average."""
+    return jnp.where(x > 0, x, 1)
 
 
 def _stack(a, b):
