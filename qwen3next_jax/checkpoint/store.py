@@ -232,7 +232,9 @@ def _sha256(index: Mapping[str, Any]) -> str:
 
 
 def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    return {name: int(x) for name, x in {k: _checksum(v) for k, v in arrays.items()}.items()}
+    # One at a time: the virtual devices of a CPU share its threads, and several sums over sliced
+    # arrays under way at once wait for each other for ever.
+    return {name: int(_checksum(x)) for name, x in arrays.items()}
 
 
 @jax.jit
