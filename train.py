@@ -59,7 +59,13 @@ def main(argv: list[str]) -> None:
             batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
         )
-        result = perplexity(graph, params, batches, text_bytes=data.held_out_bytes)
+        result = perplexity(
+            graph,
+            params,
+            batches,
+            text_bytes=data.held_out_bytes,
+            chunk=config.train.loss_chunk,
+        )
         logging.info(
             "Held-out text: %.4f nats a token, %.4f bits per byte (gzip -9: %.4f)",
             result["eval_ce"], result["eval_bits_per_byte"], data.gzip_bits_per_byte(),
