@@ -133,6 +133,15 @@ class ModelConfig:
         """How many of a head's `head_dim` entries are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def context_length(self) -> int:
+        """The most tokens in a sequence: as trained, or with YaRN its factor times the original."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        original = self.rope_scaling.get("original_max_position_embeddings")
+        scaled = self.rope_scaling["factor"] * (original or self.max_position_embeddings)
+        return max(self.max_position_embeddings, int(scaled))
+
     @classmethod
     def from_hf(cls, source: str | pathlib.Path | Mapping[str, Any]) -> "ModelConfig":
         """Reads a `config.json`: a mapping, the file, or the directory that holds it.
@@ -492,11 +501,11 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         yield _not_divisible("train.global_batch_size", train.global_batch_size,
                              "train.gradient_accumulation_steps",
                              train.gradient_accumulation_steps)  # fmt: skip
-    if train.sequence_length > c.model.max_position_embeddings:
+    if train.sequence_length > c.model.context_length:
         yield (
             f"train.sequence_length={train.sequence_length} exceeds "
-            f"model.max_position_embeddings={c.model.max_position_embeddings}; shorten the rows "
-            "or give model.rope_scaling and a longer max_position_embeddings"
+            f"model.max_position_embeddings={c.model.max_position_embeddings} (with YaRN "
+            f"{c.model.context_length}); shorten the rows or raise model.rope_scaling.factor"
         )
     if len(train.profile_steps) not in (0, 2):
         yield f"train.profile_steps={train.profile_steps} must be () or (first, last)"

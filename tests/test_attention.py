@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import quick_jit
 
-from qwen3next_jax.ops.attention import attention
+from qwen3next_jax.ops.attention import attention, cached_attention
 
 IMPLEMENTATIONS = ["reference", "chunked"]
 
@@ -88,23 +88,22 @@ def test_bfloat16_inputs_give_bfloat16_outputs_close_to_float64(implementation):
     np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=2e-2)
 
 
-def test_queries_see_the_slots_up_to_their_own():
-    q, k, v = (jnp.asarray(x) for x in make(20))
+@pytest.mark.parametrize("queries", [3, 40])
+@pytest.mark.parametrize("slots", [45, 1300])
+def test_queries_see_the_slots_of_a_cache_up_to_their_own(queries, slots):
+    q, k, v = (jnp.asarray(x) for x in make(slots))
     whole = attention(q, k, v)
-    slots = jnp.array([[4, 5, 6], [11, 12, 13]])
+    own = jnp.array([[0], [slots - queries]]) + jnp.arange(queries)
     row = jnp.arange(2)[:, None]
     # What lies in later slots must not matter, whatever it is.
-    later = (jnp.arange(20) > slots[:, -1:])[..., None, None]
-    out = attention(
-        q[row, slots], jnp.where(later, 1e4, k), jnp.where(later, 1e4, v),
-        query_slots=slots, implementation="reference",
-    )  # fmt: skip
-    np.testing.assert_allclose(out, whole[row, slots], atol=2e-6)  # float32 sums, reordered
+    later = (jnp.arange(slots) > own[:, -1:])[..., None, None]
+    k, v = (jnp.where(later, 1e4, x) for x in (k, v))
+    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+    out = cached_attention(q[row, own], k, v, query_slots=own)
+    np.testing.assert_allclose(out, whole[row, own], atol=2e-6)  # float32 sums, reordered
 
 
 def test_what_cannot_be_done_is_refused():
     q, k, v = (jnp.asarray(x) for x in make(4))
     with pytest.raises(ValueError, match="'flash' is unknown; expected 'chunked' or 'reference'"):
         attention(q, k, v, implementation="flash")
-    with pytest.raises(ValueError, match="cannot take query_slots; use 'reference'"):
-        attention(q, k, v, query_slots=jnp.zeros((2, 4), int))

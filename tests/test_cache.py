@@ -11,19 +11,21 @@ from qwen3next_jax.model.cache import next_tail
 PROMPTS, LENGTH, PIECE = (23, 9, 16), 30, 8
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"mlp_only_layers": [0, 1], "intermediate_size": 24}])
-def test_prefill_in_pieces_then_steps_equals_the_full_forward_at_every_position(changes):
+def test_prefill_in_pieces_then_steps_equals_the_full_forward_at_every_position(changes, apart):
     graph, params = nnx.split(random_model(small_config(**changes)))
     tokens = np.random.default_rng(0).integers(1, 61, (3, LENGTH), dtype=np.int32)
     full = quick_jit(lambda params, tokens: nnx.merge(graph, params).hidden_states(tokens)[0])
     want = np.asarray(full(params, jnp.asarray(tokens)))
+    if apart:
+        graph, params = nnx.split(nnx.merge(graph, params).unstacked())
 
     @quick_jit
     def extend(params, *args):
-        hidden, _, cache = nnx.merge(graph, params).hidden_states(*args)
-        return hidden, cache
+        return nnx.merge(graph, params).extend(*args)
 
-    cache = nnx.merge(graph, params).empty_cache(batch=3, slots=LENGTH)
+    cache = nnx.merge(graph, params).empty_cache(batch=3, slots=LENGTH + PIECE)
     got = np.full(want.shape, np.nan)
 
     def add(first, count):

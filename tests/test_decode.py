@@ -1,14 +1,18 @@
 """Generated tokens are those of the full forward pass, whatever shares the batch."""
 
-import jax
+import os
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import quick_jit, random_model, small_config
 
-from qwen3next_jax.inference.decode import _choose, generate
+from qwen3next_jax.inference import decode
+from qwen3next_jax.inference.decode import Generation, generate
 
-PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 30, 12, 4]]
+PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 30, 12, 4] * 6]
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +20,16 @@ def model():
     return random_model(small_config(), scale=0.3)
 
 
-def test_greedy_tokens_are_the_full_forward_pass_s_likeliest(model):
-    new = generate(model, PROMPTS, max_new_tokens=6)
+@pytest.mark.parametrize("piece", [16, 512])
+def test_greedy_tokens_are_the_full_forward_pass_s_likeliest(model, piece, monkeypatch):
+    monkeypatch.setattr(decode, "_PREFILL", piece)  # the long prompt is read in three, or at once
+    new = generate(model, PROMPTS, max_new_tokens=20)
     forward = quick_jit(lambda tokens: model(tokens))
     for prompt, continuation in zip(PROMPTS, new, strict=True):
-        assert len(continuation) == 6
+        assert len(continuation) == 20
         # All positions in one pass, padded to one length: what follows does not matter.
         tokens = prompt + continuation
-        logits = forward(jnp.array([tokens + [0] * (13 - len(tokens))]))[0]
+        logits = forward(jnp.array([tokens + [0] * (62 - len(tokens))]))[0]
         for t, token in enumerate(continuation):
             scores = np.asarray(logits[len(prompt) + t - 1])
             # Two float32 computations may disagree on a near tie only.
@@ -38,14 +44,22 @@ def test_a_stop_token_ends_its_row_alone_and_is_not_returned(model):
         assert row == (whole[: whole.index(stop)] if stop in whole else whole)
 
 
-def test_samples_follow_the_distribution_and_top_p_cuts_its_tail():
-    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    many = jnp.broadcast_to(logits, (20_000, 4))
-    drawn = np.bincount(_choose(many, jax.random.key(0), 1.0, None), minlength=4) / 20_000
-    # Five standard deviations of a share of 20,000 draws are at most 0.018.
-    np.testing.assert_allclose(drawn, [0.5, 0.3, 0.15, 0.05], atol=0.018)
-    drawn = np.bincount(_choose(many, jax.random.key(1), 1.0, 0.7), minlength=4) / 20_000
-    np.testing.assert_allclose(drawn, [0.625, 0.375, 0, 0], atol=0.018)
+def test_tokens_come_in_parts_and_a_row_can_be_ended(model):
+    whole = generate(model, PROMPTS, max_new_tokens=20)
+    generation, new = Generation(model, PROMPTS, max_new_tokens=20), [[], [], []]
+    looks = 0
+    for tokens in generation:
+        looks += 1
+        for row, more in zip(new, tokens, strict=True):
+            row += more
+        if len(new[1]) >= 3:
+            generation.stop(1)
+    assert looks > 3
+    assert new[0] == whole[0]
+    assert new[2] == whole[2]
+    assert 3 <= len(new[1]) < 20
+    assert new[1] == whole[1][: len(new[1])]
+    assert generation.passes == 19  # reading the prompts gave the first token
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(model):
@@ -55,8 +69,53 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(model):
     assert first == again != other
 
 
-def test_prompts_that_do_not_fit_are_refused(model):
-    with pytest.raises(ValueError, match="begin it with the tokenizer's BOS"):
+def test_a_repetition_penalty_counts_the_prompt_and_what_was_generated(model):
+    new = generate(model, PROMPTS, max_new_tokens=20, repetition_penalty=1e6)
+    for prompt, continuation in zip(PROMPTS, new, strict=True):
+        assert len(set(continuation)) == 20
+        assert not set(continuation) & set(prompt)
+
+
+def test_no_prompts_and_no_new_tokens_give_nothing(model):
+    assert generate(model, []) == []
+    assert generate(model, PROMPTS, max_new_tokens=0) == [[], [], []]
+
+
+def test_what_does_not_fit_is_refused(model):
+    with pytest.raises(ValueError, match="Prompt 1 is empty; begin it with the tokenizer's BOS"):
         generate(model, [[1], []])
-    with pytest.raises(ValueError, match="max_position_embeddings=512"):
+    with pytest.raises(ValueError, match="500 tokens and 20 new ones exceed the model's context"):
         generate(model, [[1] * 500], max_new_tokens=20)
+    with pytest.raises(ValueError, match=r"tokens from 3 to 61; this model's lie in \[0, 61\)"):
+        generate(model, [[3, 61]])
+    with pytest.raises(ValueError, match="max_new_tokens=-1 must"):
+        generate(model, [[3]], max_new_tokens=-1)
+    with pytest.raises(ValueError, match="top_k=0 must"):
+        generate(model, [[3]], top_k=0)
+
+
+ON_A_MESH = """
+import jax
+from flax import nnx
+from oracles import random_model, small_config
+from qwen3next_jax.config import MeshConfig
+from qwen3next_jax.inference.decode import generate
+from qwen3next_jax.parallel.mesh import make_mesh, parameter_shardings
+
+model = random_model(small_config(mtp_steps=1), scale=0.3)
+graph, params = nnx.split(model)
+mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+split = nnx.merge(graph, jax.device_put(params, parameter_shardings(params, mesh)))
+for prompts in ([[5, 9, 2], [7], [3, 3, 8]], [[i, 1] for i in range(8)]):
+    for options in (dict(), dict(speculative=False), dict(temperature=0.8, top_p=0.9)):
+        options["max_new_tokens"] = 8
+        assert generate(split, prompts, **options) == generate(model, prompts, **options)
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_write_what_one_writes():
+    flags = "--xla_force_host_platform_device_count=8"
+    paths = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", ON_A_MESH], env=environment, check=True, timeout=600)

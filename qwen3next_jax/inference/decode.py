@@ -1,98 +1,433 @@
-"""Text from a model: read the prompts at once, then one token at a time from the cache."""
+"""Text from a model: read the prompts in pieces, then a few tokens a pass, all from one cache.
 
+The state of all sequences is one pytree that stays on the devices; its buffers are reused from pass
+to pass. A pass runs the model over each sequence's newest token and the K tokens that were drafted
+behind it (K = 0 without speculation), keeps what stands, and drafts again. Several passes run
+between two looks of the host, as many as fit into a blink.
+
+What a sequence's tokens are depends on its prompt and the seed, not on how often the host looks.
+Rows of a batch do not see each other, but they do share the random numbers' key: with sampling, the
+same prompt in another batch gives another sample.
+"""
+
+import dataclasses
 import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int, Key
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from qwen3next_jax.config import FULL
+from qwen3next_jax.inference.sampling import Sampling
+from qwen3next_jax.inference.speculative import draft, verify
+from qwen3next_jax.model.cache import empty_cache, keep
 from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.parallel.mesh import BATCH
+
+DRAFTS = 2  # by default, where the model can draft
+_PREFILL = 512  # tokens of each prompt read at a time
+_SLOTS = 128  # caches grow by so many slots, so that similar requests share a compiled program
+_PASSES = 32  # at most, between two looks of the host
+_BLINK = 0.1  # seconds
 
 
 def generate(
     model: Qwen3Next,
-    prompts: list[list[int]],
-    *,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    top_k: int | None = None,
     top_p: float | None = None,
-    stop_tokens: tuple[int, ...] = (),
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_tokens: Sequence[int] = (),
     seed: int = 0,
+    speculative: bool | int | None = None,
 ) -> list[list[int]]:
     """Continues each prompt.
 
     Args:
-      model: any of ours.
+      model: any of ours, on any mesh.
       prompts: token lists, of unequal lengths as they come, none empty.
       max_new_tokens: the most that is added to each.
-      temperature: 0 takes the likeliest token, 1 samples the model's distribution.
-      top_p: sample from the likeliest tokens that together have this probability.
+      temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
       stop_tokens: end a continuation; the stop token itself is not returned.
       seed: of the sampling.
+      speculative: whether the MTP module drafts tokens, or how many; None: where the model has one.
+        It changes how fast tokens come, not which: greedy ones stay the same but for near ties,
+        sampled ones keep their distribution.
 
     Returns:
       The new tokens of each prompt.
 
     Raises:
-      ValueError: for an empty prompt, or one that leaves the model's context.
+      ValueError: for an empty prompt, one that leaves the model's context, an unknown token, a
+        sampling option out of range, or speculation without an MTP module.
     """
-    longest = max(map(len, prompts))
-    slots = longest + max_new_tokens
-    if min(map(len, prompts)) == 0:
-        raise ValueError("A prompt is empty; begin it with the tokenizer's BOS token")
-    if slots > model.config.max_position_embeddings:
-        raise ValueError(
-            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"max_position_embeddings={model.config.max_position_embeddings}"
-        )
-    graph, params = nnx.split(model)
-    lengths = jnp.array([len(p) for p in prompts])
-    padded = jnp.array([p + [0] * (longest - len(p)) for p in prompts])
-    cache = model.empty_cache(batch=len(prompts), slots=slots)
-    index = jnp.broadcast_to(jnp.arange(longest), padded.shape)
-    segments = (index < lengths[:, None]).astype(jnp.int32)
-    logits, cache = _extend(graph, params, padded, segments, index, cache)
-    logits = jnp.take_along_axis(logits, lengths[:, None, None] - 1, axis=1)[:, 0]
-
-    keys = jax.random.split(jax.random.key(seed), max_new_tokens)
+    generation = Generation(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop_tokens=stop_tokens,
+        seed=seed,
+        speculative=speculative,
+    )
     new: list[list[int]] = [[] for _ in prompts]
-    going = [True] * len(prompts)
-    for t in range(max_new_tokens):
-        tokens = _choose(logits, keys[t], temperature, top_p)
-        for row, token in enumerate(tokens.tolist()):
-            going[row] = going[row] and token not in stop_tokens
-            if going[row]:
-                new[row].append(token)
-        if not any(going) or t + 1 == max_new_tokens:
-            break
-        positions = (lengths + t)[:, None]
-        logits, cache = _extend(
-            graph, params, tokens[:, None], jnp.ones_like(positions), positions, cache
-        )
-        logits = logits[:, 0]
+    for tokens in generation:
+        for row, more in zip(new, tokens, strict=True):
+            row += more
     return new
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _extend(graph, params, tokens, segments, positions, cache):
+class Generation:
+    """Continuations as they come: iterating gives each row's new tokens since the last time.
+
+    Attributes:
+      passes: how often the model was run over new tokens, reading the prompts aside.
+      drafted, accepted: of each place in a draft, how many tokens were drafted there and how many
+        were kept; empty without speculation.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3Next,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        stop_tokens: Sequence[int] = (),
+        seed: int = 0,
+        speculative: bool | int | None = None,
+        **sampling: Any,
+    ):
+        """Checks the request; nothing is computed before the first iteration.
+
+        Args:
+          model, prompts, max_new_tokens, stop_tokens, seed, speculative: as `generate` takes them.
+          sampling: fields of `Sampling`.
+        """
+        self._rules = _Rules(
+            sampling=Sampling(**sampling),
+            drafts=_number_of_drafts(model, speculative),
+            stop_tokens=tuple(sorted(set(stop_tokens))),
+        )
+        self._prompts = [list(prompt) for prompt in prompts]
+        self._max_new_tokens, self._seed = max_new_tokens, seed
+        _check(model, self._prompts, max_new_tokens)
+        self._model = model
+        self._ended: set[int] = set()
+        self.passes = 0
+        self.drafted = [0] * self._rules.drafts
+        self.accepted = [0] * self._rules.drafts
+
+    def stop(self, row: int) -> None:
+        """Ends a row: it gets no more tokens."""
+        self._ended.add(row)
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        """Yields, until all rows have ended, a list of each row's new tokens, which may be none."""
+        if not self._prompts or self._max_new_tokens == 0:
+            return
+        graph, params = _for_decoding(self._model)
+        state, first = self._read_prompts(graph, params)
+        yield _rows(first, state.made)
+        passes = 1
+        while True:
+            ended = np.isin(np.arange(len(self._prompts)), sorted(self._ended))
+            state = state._replace(budget=jnp.where(ended, 0, state.budget))
+            if not np.asarray(state.budget).any():
+                return
+            start = time.monotonic()
+            state, out, ran = _run(graph, self._rules, params, state, passes)
+            new = _rows(out, state.made)
+            self.passes += int(ran)
+            self.drafted = np.asarray(state.drafted).tolist()
+            self.accepted = np.asarray(state.accepted).tolist()
+            quick = time.monotonic() - start < _BLINK
+            passes = min(2 * passes, _PASSES) if quick else max(passes // 2, 1)
+            yield new
+
+    def _read_prompts(self, graph, params):
+        lengths = np.array([len(p) for p in self._prompts], np.int32)
+        B, longest = len(lengths), int(lengths.max())
+        pieces = _pieces(longest)
+        room = max(sum(pieces), longest + self._max_new_tokens + self._rules.drafts + 1)
+        model = nnx.merge(graph, params)
+        place = _placement(params, B)
+        slots = -(-room // _SLOTS) * _SLOTS
+        cache = place(model.empty_cache(batch=B, slots=slots))
+        mtp_cache = None
+        if self._rules.drafts:
+            mtp_cache = place(
+                empty_cache(model.config, FULL, batch=B, slots=slots, dtype=model.dtype)
+            )
+        last_hidden = place(jnp.zeros((B, model.config.hidden_size), model.dtype))
+
+        padded = np.zeros((B, sum(pieces) + 1), np.int32)
+        for row, prompt in zip(padded, self._prompts, strict=True):
+            row[: len(prompt)] = prompt
+        start = 0
+        for width in pieces:
+            # A row that has been read sits out, behind its last token.
+            first = np.minimum(lengths, start)
+            index = first[:, None] + np.arange(width)
+            cache, mtp_cache, last_hidden = _prefill(
+                graph,
+                params,
+                place(jnp.asarray(np.take_along_axis(padded, index, 1))),
+                place(jnp.asarray(np.take_along_axis(padded, index + 1, 1))),
+                place(jnp.asarray(first)),
+                place(jnp.asarray(lengths)),
+                cache,
+                mtp_cache,
+                last_hidden,
+            )
+            start += width
+        seen = None
+        if self._rules.sampling.needs_seen:
+            mask = np.zeros((B, model.config.vocab_size), bool)
+            for row, prompt in zip(mask, self._prompts, strict=True):
+                row[prompt] = True
+            seen = place(jnp.asarray(mask))
+        budget = place(jnp.full(B, self._max_new_tokens, jnp.int32))
+        return _first(
+            graph, self._rules, params, cache, mtp_cache, last_hidden,
+            place(jnp.asarray(lengths)), seen, budget, jax.random.key(self._seed),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """What a compiled program depends on."""
+
+    sampling: Sampling
+    drafts: int
+    stop_tokens: tuple[int, ...]
+
+
+class _State(NamedTuple):
+    cache: Any
+    mtp_cache: Any  # None without speculation
+    length: Int[Array, "B"]  # tokens in the cache
+    newest: Int[Array, "B"]  # the token behind them
+    drafts: Int[Array, "B K"]  # and what may follow it,
+    q: Float[Array, "B K V"]  # drawn from these
+    seen: Bool[Array, "B V"] | None
+    budget: Int[Array, "B"]  # tokens that may still be added; 0: the row has ended
+    made: Int[Array, "B"]  # tokens added since the host last looked
+    key: Key[Array, ""]
+    drafted: Int[Array, "K"]
+    accepted: Int[Array, "K"]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(6, 7, 8))
+def _prefill(graph, params, tokens, following, first, lengths, cache, mtp_cache, last_hidden):
+    """Reads a piece of each prompt, and keeps the hidden state of its last token."""
     model = nnx.merge(graph, params)
-    hidden, _, cache = model.hidden_states(tokens, segments, positions, cache)
-    return model.logits(hidden), cache
+    positions = first[:, None] + jnp.arange(tokens.shape[1])
+    real = positions < lengths[:, None]
+    hidden, cache = model.extend(tokens, real.astype(jnp.int32), positions, cache)
+    if mtp_cache is not None:
+        # The token behind a prompt's last one is not known yet; what is written there now will be
+        # overwritten when it is.
+        mtp_cache = model.mtp(hidden, model.embed(following), positions=positions, cache=mtp_cache)[
+            2
+        ]
+    is_last = positions == lengths[:, None] - 1
+    last_hidden = jnp.where(
+        is_last.any(1)[:, None], hidden[jnp.arange(len(hidden)), is_last.argmax(1)], last_hidden
+    )
+    return cache, mtp_cache, last_hidden
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _choose(
-    logits: Array, key: Key[Array, ""], temperature: float, top_p: float | None
-) -> Int[Array, "B"]:
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_p is not None:
-        descending = jnp.sort(logits, axis=-1)[:, ::-1]
-        probabilities = jax.nn.softmax(descending)
-        # Kept while what is likelier has not yet reached top_p, so the likeliest always is.
-        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-        least = jnp.where(kept, descending, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return jax.random.categorical(key, logits)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
+def _first(graph, rules, params, cache, mtp_cache, hidden, length, seen, budget, key):
+    """Draws the first token of each row from the hidden state of its prompt's last one."""
+    model, K = nnx.merge(graph, params), rules.drafts
+    key, draw_key = jax.random.split(key)
+    p = rules.sampling.probabilities(model.logits(hidden[:, None])[:, 0], seen)
+    tokens = rules.sampling.draw(p, draw_key)[:, None]
+    B, V = p.shape
+    state = _State(
+        cache, mtp_cache, length, tokens[:, 0], jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K, V)),
+        seen, budget, jnp.zeros_like(budget), key, jnp.zeros(K, jnp.int32), jnp.zeros(K, jnp.int32),
+    )  # fmt: skip
+    state = _add(state, rules, tokens, jnp.zeros_like(length))
+    state = _draft(model, rules, state, hidden[:, None], tokens, length[:, None] - 1, 0 * length)
+    return state, tokens
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _run(graph, rules, params, state, passes):
+    """Takes passes until all rows have ended, `passes` at most; see `_PASSES`."""
+    model = nnx.merge(graph, params)
+    width = rules.drafts + 1
+    B = len(state.length)
+
+    def go_on(carry):
+        i, state, _ = carry
+        return (i < passes) & (state.budget > 0).any()
+
+    def go(carry):
+        i, state, out = carry
+        made = state.made
+        state, tokens = _pass(model, rules, state)
+        # What lies beyond a row's new tokens is overwritten by its next ones.
+        write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+        return i + 1, state, write(out, tokens, made)
+
+    state = state._replace(made=jnp.zeros_like(state.made))
+    out = jnp.zeros((B, _PASSES * width), jnp.int32)
+    ran, state, out = jax.lax.while_loop(go_on, go, (0, state, out))
+    return state, out, ran
+
+
+def _pass(model, rules, state):
+    """One pass of the model over the newest tokens and the drafts behind them."""
+    K, B = rules.drafts, len(state.length)
+    tokens = jnp.concatenate([state.newest[:, None], state.drafts], axis=1)
+    positions = state.length[:, None] + jnp.arange(K + 1)
+    going = state.budget > 0
+    segments = jnp.broadcast_to(going[:, None], tokens.shape).astype(jnp.int32)
+    hidden, cache = model.extend(tokens, segments, positions, state.cache, draft=K > 0)
+
+    seen = state.seen
+    if seen is not None:  # at each place, also the drafts before it
+        drafted = jax.nn.one_hot(state.drafts, seen.shape[1], dtype=jnp.int32).cumsum(1) > 0
+        seen = seen[:, None] | jnp.pad(drafted, ((0, 0), (1, 0), (0, 0)))
+    p = rules.sampling.probabilities(model.logits(hidden), seen)
+    key, verify_key = jax.random.split(state.key)
+    tokens, kept = verify(state.drafts, state.q, p, sampling=rules.sampling, key=verify_key)
+
+    if K:
+        cache = keep(cache, jnp.where(going, kept + 1, 0))
+    place = jnp.arange(K)
+    state = state._replace(
+        cache=cache,
+        length=jnp.where(going, state.length + kept + 1, state.length),
+        newest=tokens[jnp.arange(B), kept],
+        key=key,
+        drafted=state.drafted + going.sum(),
+        accepted=state.accepted + (going[:, None] & (place < kept[:, None])).sum(0),
+    )
+    state = _add(state, rules, tokens, kept)
+    return _draft(model, rules, state, hidden, tokens, positions, kept), tokens
+
+
+def _add(state, rules, tokens, kept):
+    """Counts the new tokens [B, T], of which the first kept + 1 are real, and ends rows."""
+    index = jnp.arange(tokens.shape[1])
+    real = (index <= kept[:, None]) & (index < state.budget[:, None])
+    stops = real & jnp.isin(tokens, jnp.array(rules.stop_tokens, jnp.int32))
+    added = (real & (jnp.cumsum(stops, axis=1) == 0)).sum(1)
+    seen = state.seen
+    if seen is not None:
+        new = jax.nn.one_hot(tokens, seen.shape[1], dtype=bool) & real[..., None]
+        seen = seen | new.any(1)
+    return state._replace(
+        seen=seen,
+        budget=jnp.where(stops.any(1), 0, state.budget - added),
+        made=state.made + added,
+    )
+
+
+def _draft(model, rules, state, hidden, tokens, positions, kept):
+    """Drafts behind the newest tokens, whose predecessors' hidden states are now known."""
+    if not rules.drafts:
+        return state
+    key, draft_key = jax.random.split(state.key)
+    drafts, q, mtp_cache = draft(
+        model, hidden, tokens, positions, kept, state.mtp_cache,
+        count=rules.drafts, sampling=rules.sampling, seen=state.seen, key=draft_key,
+    )  # fmt: skip
+    return state._replace(drafts=drafts, q=q, mtp_cache=mtp_cache, key=key)
+
+
+@functools.lru_cache(maxsize=8)
+def _decoding_graph(graph):
+    """The structure that `unstacked` gives a model of this one, and the function that makes it."""
+
+    def unstack(params):
+        return nnx.split(nnx.merge(graph, params).unstacked())[1]
+
+    def structure(params):
+        return nnx.merge(graph, params).unstacked()
+
+    return jax.jit(unstack), structure
+
+
+def _for_decoding(model):
+    if isinstance(model.groups, nnx.List):
+        return nnx.split(model)
+    graph, params = nnx.split(model)
+    unstack, structure = _decoding_graph(graph)
+    return nnx.graphdef(nnx.eval_shape(structure, params)), unstack(params)
+
+
+def _pieces(longest: int) -> list[int]:
+    """Widths in which prompts are read: few different ones, since each is compiled."""
+    whole, rest = divmod(longest, _PREFILL)
+    last = [max(16, 1 << (rest - 1).bit_length())] if rest else []
+    return [_PREFILL] * whole + last
+
+
+def _rows(tokens, counts) -> list[list[int]]:
+    lists = np.asarray(tokens).tolist()
+    return [row[:n] for row, n in zip(lists, np.asarray(counts).tolist(), strict=True)]
+
+
+def _placement(params, batch: int):
+    """How arrays with a batch axis in front are placed: with a mesh, split where they can be."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return lambda tree: tree
+    ways = 1
+    for axis in BATCH[0]:
+        ways *= sharding.mesh.shape[axis]
+    spec = BATCH if batch % ways == 0 else PartitionSpec()
+    return lambda tree: jax.device_put(tree, NamedSharding(sharding.mesh, spec))
+
+
+def _number_of_drafts(model: Qwen3Next, speculative: bool | int | None) -> int:
+    has_mtp = model.mtp is not None
+    if speculative is None or speculative is True:
+        drafts = DRAFTS if has_mtp or speculative else 0
+    else:
+        drafts = int(speculative)
+    if drafts < 0:
+        raise ValueError(f"{speculative=} must be a number of drafts, at least 0")
+    if drafts and not has_mtp:
+        raise ValueError(
+            f"{speculative=} needs an MTP module, and this model has none (mtp_steps=0); give "
+            "speculative=False"
+        )
+    return drafts
+
+
+def _check(model: Qwen3Next, prompts: list[list[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"{max_new_tokens=} must be at least 0")
+    vocabulary, context = model.config.vocab_size, model.config.context_length
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"Prompt {row} is empty; begin it with the tokenizer's BOS token")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise ValueError(
+                f"Prompt {row} holds tokens from {min(prompt)} to {max(prompt)}; this model's lie "
+                f"in [0, {vocabulary})"
+            )
+        if len(prompt) + max_new_tokens > context:
+            raise ValueError(
+                f"Prompt {row} of {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
+                f"model's context of {context}; shorten them, or extend it by rope_scaling (YaRN)"
+            )

@@ -3,21 +3,28 @@
 Each row of a batch is one sequence whose tokens occupy slots 0, 1, 2, ... without gaps. A call adds
 the tokens whose segment id is not 0; padding behind them is ignored, so that prompts of unequal
 lengths share a batch.
+
+Tokens can be taken back, which speculative decoding needs. An attention layer needs nothing for
+that: slots beyond the sequence are never looked at and are written again. A delta layer's state
+cannot be undone, so it is asked to hand out a `DeltaDraft`: the cache from before the call, beside
+what the call's tokens would do to it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import LINEAR, ModelConfig
+from qwen3next_jax.ops.delta_rule import gated_delta_rule
 
 
 class AttentionCache(NamedTuple):
-    """Keys and values of the tokens so far, by slot."""
+    """Keys and values of the tokens so far, by slot, as the two products of attention read them."""
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    k: Float[Array, "B K H S"]
+    v: Float[Array, "B K S H"]
 
 
 class DeltaCache(NamedTuple):
@@ -27,6 +34,39 @@ class DeltaCache(NamedTuple):
     k_tail: Float[Array, "B L K H"]
     v_tail: Float[Array, "B L N P"]
     state: Float[Array, "B N H P"]
+
+
+class DeltaDraft(NamedTuple):
+    """A delta layer's cache, and tokens behind it of which the first few will be kept."""
+
+    before: DeltaCache
+    conv_inputs: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T N P"]]
+    k: Float[Array, "B T K H"]  # these four as the delta rule takes them
+    v: Float[Array, "B T N P"]
+    log_decay: Float[Array, "B T N"]
+    beta: Float[Array, "B T N"]
+
+    def keep(self, lengths: Int[Array, "B"]) -> DeltaCache:
+        """The cache after the first `lengths` of the drafted tokens of each row."""
+        kept = (jnp.arange(self.k.shape[1]) < lengths[:, None]).astype(jnp.int32)
+        _, state = gated_delta_rule(
+            self.k, self.k, self.v, log_decay=self.log_decay, beta=self.beta, segment_ids=kept,
+            initial_state=self.before.state, implementation="reference",
+        )  # fmt: skip
+        q_tail, k_tail, v_tail = (
+            next_tail(tail, x, lengths)
+            for tail, x in zip(self.before[:3], self.conv_inputs, strict=True)
+        )
+        return DeltaCache(q_tail, k_tail, v_tail, state)
+
+
+def keep(cache: Any, lengths: Int[Array, "B"]) -> Any:
+    """Resolves all drafts in a cache: of each row, the first `lengths` tokens are kept."""
+
+    def is_draft(x):
+        return isinstance(x, DeltaDraft)
+
+    return jax.tree.map(lambda x: x.keep(lengths) if is_draft(x) else x, cache, is_leaf=is_draft)
 
 
 def empty_cache(config: ModelConfig, mixer: str, *, batch: int, slots: int, dtype=jnp.float32):
@@ -43,13 +83,37 @@ def empty_cache(config: ModelConfig, mixer: str, *, batch: int, slots: int, dtyp
         K, H = config.linear_num_key_heads, config.linear_key_head_dim
         N, P = config.linear_num_value_heads, config.linear_value_head_dim
         L = config.linear_conv_kernel_dim - 1
-        key_tail, value_tail = (
-            jnp.zeros((batch, L, K, H), dtype),
-            jnp.zeros((batch, L, N, P), dtype),
+
+        def tail(heads, size):
+            return jnp.zeros((batch, L, heads, size), dtype)
+
+        return DeltaCache(tail(K, H), tail(K, H), tail(N, P), jnp.zeros((batch, N, H, P)))
+    heads, size = config.num_key_value_heads, config.head_dim
+    return AttentionCache(
+        jnp.zeros((batch, heads, size, slots), dtype), jnp.zeros((batch, heads, slots, size), dtype)
+    )
+
+
+def add_to_slots(
+    cache: AttentionCache,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    first: Int[Array, "B"],
+) -> AttentionCache:
+    """Writes T tokens' keys and values into the slots from `first` on, of each row.
+
+    All T slots must exist: what would lie beyond the last one is moved back over earlier tokens.
+    """
+
+    @jax.vmap
+    def write(k_row, v_row, k, v, first):
+        k, v = k.transpose(1, 2, 0).astype(k_row.dtype), v.swapaxes(0, 1).astype(v_row.dtype)
+        return AttentionCache(
+            jax.lax.dynamic_update_slice(k_row, k, (0, 0, first)),
+            jax.lax.dynamic_update_slice(v_row, v, (0, first, 0)),
         )
-        return DeltaCache(key_tail, key_tail, value_tail, jnp.zeros((batch, N, H, P)))
-    keys = jnp.zeros((batch, slots, config.num_key_value_heads, config.head_dim), dtype)
-    return AttentionCache(keys, keys)
+
+    return write(*cache, k, v, first)
 
 
 def next_tail(

@@ -6,6 +6,7 @@ with depth. Rematerialisation is per layer: with it the backward pass keeps the 
 and computes the rest again.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -121,62 +122,105 @@ class Qwen3Next(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        cache: Any = None,
-    ) -> tuple[Float[Array, "B T D"], RouterStats | None, Any]:
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Runs all layers.
 
         Args:
           tokens, segment_ids, positions: as in a call.
-          cache: from `empty_cache`, or the last call's; then `positions` are needed, and are where
-            each row's tokens stand in its sequence. Segment id 0 marks padding behind them.
 
         Returns:
           Hidden states after the final norm; router statistics of the L layers with experts, their
-          fields [L, B, ...], None where no layer has any; the next cache, None without one.
+          fields [L, B, ...], None where no layer has any.
         """
         if positions is None:
             positions = default_positions(tokens, segment_ids)
         graph, stacked = nnx.split(self.groups)
 
-        def group(x, scanned):
-            params, caches = scanned
-            layers = nnx.merge(graph, params).layers
-            stats, next_caches = [], []
-            for i, layer in enumerate(layers):
-                layer_cache = None if caches is None else caches[i]
-                x, layer_stats, layer_cache = self._run_layer(
-                    layer, x, segment_ids, positions, layer_cache
-                )
-                stats.append(layer_stats)
-                next_caches.append(layer_cache)
-            routed = [s for s in stats if s is not None]
-            group_stats = jax.tree.map(lambda *s: jnp.stack(s), *routed) if routed else None
-            return x, (group_stats, None if caches is None else tuple(next_caches))
+        def group(x, params):
+            stats = []
+            for layer in nnx.merge(graph, params).layers:
+                x, layer_stats = self._run_layer(layer, x, segment_ids, positions)
+                if layer_stats is not None:
+                    stats.append(layer_stats)
+            return x, jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
 
-        x, (stats, cache) = jax.lax.scan(group, self.embed(tokens), (stacked, cache))
+        x, stats = jax.lax.scan(group, self.embed(tokens), stacked)
         # [groups, layers with experts in a group, ...] → [layers with experts, ...]
         stats = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
-        return self.norm(x), stats, cache
+        return self.norm(x), stats
 
-    def empty_cache(self, *, batch: int, slots: int) -> Any:
-        """The cache before the first token, for sequences of up to `slots` tokens."""
-        repeats = self.config.num_hidden_layers // len(self.config.group)
-        caches = tuple(
+    def empty_cache(self, *, batch: int, slots: int) -> list[Any]:
+        """The layers' caches before the first token, for sequences of up to `slots` tokens."""
+        return [
             empty_cache(self.config, mixer, batch=batch, slots=slots, dtype=self.dtype)
-            for mixer, _ in self.config.group
-        )
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), caches)
+            for mixer in self.config.mixers
+        ]
 
-    def _run_layer(self, layer, x, segment_ids, positions, cache):
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: list[Any],
+        *,
+        draft: bool = False,
+    ) -> tuple[Float[Array, "B T D"], list[Any]]:
+        """Runs all layers over the next tokens of sequences.
+
+        Layers are not scanned here but follow one another: a scan would copy every parameter and
+        every cached key at each token.
+
+        Args:
+          tokens: in [0, vocab_size).
+          segment_ids: 1 for tokens, 0 for padding behind them.
+          positions: of each row, T neighbouring positions from where its sequence goes on; the
+            cache must have slots for all of them, padding included.
+          cache: from `empty_cache`, or the last call's.
+          draft: some of the tokens may be taken back: `cache.keep` says how many stay.
+
+        Returns:
+          Hidden states after the final norm, and the next cache.
+        """
+        x, next_cache = self.embed(tokens), []
+        for layer, layer_cache in zip(self._layers(), cache, strict=True):
+            x, _, layer_cache = layer(
+                x, segment_ids=segment_ids, positions=positions, cache=layer_cache, draft=draft
+            )
+            next_cache.append(layer_cache)
+        return self.norm(x), next_cache
+
+    def _layers(self) -> Iterator[DecoderLayer]:
+        """All layers in order, as `extend` needs them."""
+        unstacked = isinstance(self.groups, nnx.List)
+        for group in self.groups if unstacked else _apart(self.groups):
+            yield from group.layers
+
+    def unstacked(self) -> "Qwen3Next":
+        """A copy for `extend`, with each group's parameters in arrays of their own.
+
+        Cut out of the stacked arrays at each call, they would be copied each time.
+        """
+        graph, params = nnx.split(self)
+        model = nnx.merge(graph, params)
+        model.groups = nnx.List(_apart(self.groups))
+        return model
+
+    def _run_layer(self, layer, x, segment_ids, positions):
         graph, params = nnx.split(layer)
 
-        def run(params, x, cache):
+        def run(params, x):
             layer = nnx.merge(graph, params)
-            return layer(x, segment_ids=segment_ids, positions=positions, cache=cache)
+            return layer(x, segment_ids=segment_ids, positions=positions)[:2]
 
         if self.remat == "layer":
             run = jax.checkpoint(run, prevent_cse=False)  # inside a scan nothing can be merged
-        return run(params, x, cache)
+        return run(params, x)
+
+
+def _apart(stacked: Group) -> list[Group]:
+    graph, params = nnx.split(stacked)
+    repeats = jax.tree.leaves(params)[0].shape[0]
+    return [nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], params)) for i in range(repeats)]
 
 
 def default_positions(

@@ -15,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.model.cache import AttentionCache
+from qwen3next_jax.model.cache import AttentionCache, add_to_slots
 from qwen3next_jax.model.layers import RMSNorm, normal, weight
 from qwen3next_jax.model.rope import apply_rope
-from qwen3next_jax.ops.attention import attention
+from qwen3next_jax.ops.attention import attention, cached_attention
 
 
 class GatedAttention(nnx.Module):
@@ -58,8 +58,8 @@ class GatedAttention(nnx.Module):
         Args:
           x: hidden states.
           segment_ids: documents packed in a row, 0 is padding; None: one document.
-          positions: for the rotary embedding, and with a cache the slot of each token; None:
-            0, 1, 2, ... along the row.
+          positions: for the rotary embedding, and with a cache the slot of each token, T
+            neighbouring ones that exist; None: 0, 1, 2, ... along the row.
           cache: keys and values so far; then the result is (y, the next cache).
           implementation: of `ops.attention`, where there is no cache.
 
@@ -79,15 +79,10 @@ class GatedAttention(nnx.Module):
         if cache is None:
             out = attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
         else:
-            # Padding goes to a slot that does not exist, and writing there does nothing.
-            S = cache.k.shape[1]
-            slots = positions if segment_ids is None else jnp.where(segment_ids > 0, positions, S)
-            row = jnp.arange(B)[:, None]
-            cache = AttentionCache(
-                cache.k.at[row, slots].set(k.astype(cache.k.dtype), mode="drop"),
-                cache.v.at[row, slots].set(v.astype(cache.v.dtype), mode="drop"),
-            )
-            out = attention(q, cache.k, cache.v, query_slots=positions, implementation="reference")
+            # Padding is written too, behind the sequence, where nothing looks before the next
+            # tokens overwrite it.
+            cache = add_to_slots(cache, k, v, positions[:, 0])
+            out = cached_attention(q, cache.k, cache.v, query_slots=positions)
         out = out.astype(x.dtype)
         if self.gate_proj is not None:
             gate = project(self.gate_proj).astype(jnp.float32)

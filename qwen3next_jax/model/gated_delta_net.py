@@ -19,10 +19,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.model.cache import DeltaCache, next_tail
+from qwen3next_jax.model.cache import DeltaCache, DeltaDraft, next_tail
 from qwen3next_jax.model.layers import constant, normal, rms_normalize, weight
 from qwen3next_jax.ops.causal_conv import causal_conv
 from qwen3next_jax.ops.delta_rule import gated_delta_rule
+
+_FEW = 8  # tokens, for which the recurrence is less work than a chunk
 
 
 class GatedDeltaNet(nnx.Module):
@@ -61,6 +63,7 @@ class GatedDeltaNet(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         cache: DeltaCache | None = None,
+        draft: bool = False,
         implementation: str = "chunked",
     ) -> Any:
         """Mixes tokens within their documents.
@@ -71,7 +74,10 @@ class GatedDeltaNet(nnx.Module):
             1 for tokens of the sequence, 0 for padding behind them.
           positions: not used; the recurrence knows the order.
           cache: the state so far; then the result is (y, the next cache).
-          implementation: of `ops.gated_delta_rule`; a single token takes the recurrence itself.
+          draft: with a cache, whether some of the tokens may be taken back; then the next cache is
+            a `DeltaDraft`.
+          implementation: of `ops.gated_delta_rule`; a few tokens behind a cache take the recurrence
+            itself.
 
         Returns:
           y [B, T, D] in x's dtype, or with a cache (y, cache).
@@ -94,21 +100,25 @@ class GatedDeltaNet(nnx.Module):
         )
         beta = jax.nn.sigmoid(project(self.b_proj, into=jnp.float32))
         step = jax.nn.softplus(project(self.a_proj, into=jnp.float32) + self.dt_bias[...])
+        q, k = _unit_length(q) * q.shape[-1] ** -0.5, _unit_length(k)
+        log_decay = -jnp.exp(self.A_log[...].astype(jnp.float32)) * step
         out, state = gated_delta_rule(
-            _unit_length(q) * q.shape[-1] ** -0.5,
-            _unit_length(k),
+            q,
+            k,
             v,
-            log_decay=-jnp.exp(self.A_log[...]) * step,
+            log_decay=log_decay,
             beta=beta,
             segment_ids=segment_ids,
             initial_state=None if cache is None else cache.state,
-            implementation="reference" if cache is not None and T == 1 else implementation,
+            implementation="reference" if cache is not None and T <= _FEW else implementation,
         )
         out = rms_normalize(out, self.eps) * self.norm.weight[...].astype(jnp.float32)
         out = out * jax.nn.silu(project(self.z_proj).astype(jnp.float32))
         y = jnp.einsum("btnp,npd->btd", out.astype(x.dtype), self.out_proj[...].astype(x.dtype))
         if cache is None:
             return y
+        if draft:
+            return y, DeltaDraft(cache, tuple(inputs), k, v, log_decay, beta)
         added = jnp.full(B, T) if segment_ids is None else (segment_ids != 0).sum(1)
         q_tail, k_tail, v_tail = (
             next_tail(tail, x, added) for tail, x in zip(cache[:3], inputs, strict=True)

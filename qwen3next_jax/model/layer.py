@@ -53,18 +53,25 @@ class DecoderLayer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         cache: Any = None,
+        draft: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, Any]:
-        """Returns the next hidden states, the router's statistics and the next cache, or None."""
-        mixer = self.linear_attn if hasattr(self, "linear_attn") else self.self_attn
-        mixed = mixer(
-            self.input_layernorm(x), segment_ids=segment_ids, positions=positions, cache=cache
-        )
+        """Returns the next hidden states, the router's statistics and the next cache, or None.
+
+        With `draft`, which needs a cache, the next cache can give tokens back (`model/cache.py`).
+        """
+        given = dict(segment_ids=segment_ids, positions=positions, cache=cache)
+        if hasattr(self, "linear_attn"):
+            mixed = self.linear_attn(self.input_layernorm(x), draft=draft, **given)
+        else:
+            mixed = self.self_attn(self.input_layernorm(x), **given)
         if cache is not None:
             mixed, cache = mixed
         x = x + mixed
         normed, stats = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, SparseMoE):
-            out, stats = self.mlp.with_stats(normed, segment_ids=segment_ids)
+            out, stats = self.mlp.with_stats(
+                normed, segment_ids=segment_ids, decoding=cache is not None
+            )
         else:
             out = self.mlp(normed)
         return x + out, stats, cache

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.layers import MLP, normal, weight
 from qwen3next_jax.ops.grouped_matmul import default_implementation, grouped_matmul, row_alignment
-from qwen3next_jax.parallel.expert import apply_experts
+from qwen3next_jax.parallel.expert import apply_experts, apply_used_experts
 
 
 class RouterStats(NamedTuple):
@@ -53,19 +53,29 @@ class SparseMoE(nnx.Module):
         return self.with_stats(x)[0]
 
     def with_stats(
-        self, x: Float[Array, "B T D"], *, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        decoding: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Like a call, with the router's statistics over all tokens but padding (segment id 0)."""
-        B, T, D = x.shape
+        """Like a call, with the router's statistics over all tokens but padding (segment id 0).
+
+        `decoding` says that no gradient will be asked for, which allows the way for few tokens.
+        """
         experts, weights, stats = self._route(x, segment_ids)
-        y = apply_experts(
-            x.reshape(B * T, D),
-            experts.reshape(B * T, -1),
-            weights.reshape(B * T, -1),
-            self._experts,
-            num_experts=self.config.num_experts,
-            alignment=row_alignment(default_implementation()),
-        ).reshape(B, T, D)
+        tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
+        given = dict(num_experts=self.config.num_experts)
+        implementation = default_implementation()
+        if decoding and implementation == "blocked" and len(tokens) <= row_alignment("blocked"):
+            # Even an expert with all of the tokens would not fill its block.
+            y = apply_used_experts(
+                tokens, experts, weights, lambda e: self._expert(tokens, e), **given
+            )
+        else:
+            alignment = row_alignment(implementation)
+            y = apply_experts(tokens, experts, weights, self._experts, alignment=alignment, **given)
+        y = y.reshape(x.shape)
         if self.config.shared_expert_intermediate_size:
             gate = x.astype(jnp.float32) @ self.shared_expert_gate[...].astype(jnp.float32)
             y += (jax.nn.sigmoid(gate)[..., None] * self.shared_expert(x)).astype(x.dtype)
@@ -102,6 +112,12 @@ class SparseMoE(nnx.Module):
         hidden = grouped_matmul(rows, gate_up.reshape(E, D, 2 * F), group_sizes)
         hidden = jax.nn.silu(hidden[:, :F]) * hidden[:, F:]
         return grouped_matmul(hidden, self.down_proj[...].astype(rows.dtype), group_sizes)
+
+    def _expert(self, x, e):
+        gate_up, down = self.gate_up_proj[e].astype(x.dtype), self.down_proj[e].astype(x.dtype)
+        D, _, F = gate_up.shape
+        hidden = x @ gate_up.reshape(D, 2 * F)
+        return (jax.nn.silu(hidden[:, :F]) * hidden[:, F:]) @ down
 
 
 def _equal_rows(stddev):

@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 _BLOCK = 128  # small enough that a block's scores stay in a CPU's cache
+_SLOTS = 512  # of a cache at a time
+_FEW = 16  # queries whose scores with all slots are no burden
 # Large and finite: a row whose block is masked as a whole then gets weights of exp(0) that the
 # first real score multiplies by zero, where −inf would give NaN. Every token sees itself at last.
 _MASKED = -1e30
@@ -23,46 +25,92 @@ _MASKED = -1e30
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K P"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K P"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
-    query_slots: Int[Array, "B T"] | None = None,
     implementation: str = "chunked",
 ) -> Float[Array, "B T N P"]:
     """Attends causally; KV head i serves the N / K neighbouring query heads from i · N / K on.
 
     Args:
       q, k, v: queries, keys and values; the scale is H**-0.5.
-      segment_ids: documents packed in a row, each a contiguous run of one id; needs S = T.
-      query_slots: where k and v are a cache, the slot of each query: it sees slots up to its own.
-        Only "reference" takes it. None: query t has slot t, and S = T.
+      segment_ids: documents packed in a row, each a contiguous run of one id.
       implementation: "chunked" or "reference".
 
     Returns:
       Outputs in v's dtype.
 
     Raises:
-      ValueError: for an unknown implementation, or one that cannot take `query_slots`.
+      ValueError: for an unknown implementation.
     """
     if implementation not in ("chunked", "reference"):
         raise ValueError(f"{implementation=} is unknown; expected 'chunked' or 'reference'")
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
-    if query_slots is not None and implementation == "chunked":
-        raise ValueError("implementation='chunked' cannot take query_slots; use 'reference'")
     if implementation == "chunked":
         out = _chunked(q, k, v, segment_ids)
     else:
-        out = _reference(q, k, v, segment_ids, query_slots)
+        out = _reference(q, k, v, segment_ids)
     return out.reshape(B, T, N, -1)
 
 
-def _reference(q, k, v, segment_ids, query_slots):
-    T, S = q.shape[1], k.shape[1]
-    slots = jnp.arange(T)[None] if query_slots is None else query_slots
-    mask = jnp.arange(S) <= slots[..., None]
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K H S"],
+    v: Float[Array, "B K S P"],
+    *,
+    query_slots: Int[Array, "B T"],
+) -> Float[Array, "B T N P"]:
+    """Attends to a cache: each query to the slots up to its own; not differentiable.
+
+    A few queries look at all slots at once. Many walk blocks of slots, as far as the furthest
+    query sees, so that memory does not grow with the context and unused slots cost nothing.
+
+    Args:
+      q: queries.
+      k, v: keys and values by slot, each laid out as the product that reads it is fastest.
+      query_slots: the slot of each query.
+
+    Returns:
+      Outputs in v's dtype.
+    """
+    B, T, N, H = q.shape
+    K, S = v.shape[1:3]
+    # The queries of a KV head are rows of one matrix.
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    slots = jnp.tile(query_slots, (1, N // K))[:, None, :, None]
+    scale = H**-0.5
+    if T <= _FEW:
+        scores = jnp.where(jnp.arange(S) <= slots, scale * _dot("bkqh,bkhs->bkqs", q, k), _MASKED)
+        weights = jax.nn.softmax(scores, axis=-1)
+        out = _dot("bkqs,bksp->bkqp", weights.astype(v.dtype), v)
+    else:
+        block = min(_SLOTS, S)
+
+        def visit(i, carry):
+            # The last block may reach back into the one before it: those slots are masked.
+            start = jnp.minimum(i * block, S - block)
+            k_block = jax.lax.dynamic_slice_in_dim(k, start, block, axis=3)
+            v_block = jax.lax.dynamic_slice_in_dim(v, start, block, axis=2)
+            index = start + jnp.arange(block)
+            mask = (index <= slots) & (index >= i * block)
+            scores = jnp.where(mask, scale * _dot("bkqh,bkhs->bkqs", q, k_block), _MASKED)
+            return _add_block(carry, scores, v_block, "bkqs,bksp->bkqp")
+
+        rows = q.shape[:-1]
+        start = (jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, _MASKED), jnp.zeros(rows))
+        blocks = query_slots.max() // block + 1
+        total, _, norm = jax.lax.fori_loop(0, blocks, visit, start)
+        out = total / norm[..., None]
+    out = out.astype(v.dtype).reshape(B, K, N // K, T, -1)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+
+
+def _reference(q, k, v, segment_ids):
+    T = q.shape[1]
+    mask = jnp.tril(jnp.ones((1, T, T), bool))
     if segment_ids is not None:
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     scores = _dot("btkrh,bskh->bkrts", q, k) * q.shape[-1] ** -0.5
@@ -99,17 +147,9 @@ def _pairs(q, k, v, segments):
 def _pairs_forward(q, k, v, segments):
     def visit(carry, pair):
         i, j = pair
-        total, peak, norm = (x[i] for x in carry)
         scores, _ = _scores(q, k, segments, i, j)
-        new_peak = jnp.maximum(peak, scores.max(-1))
-        weights = jnp.exp(scores - new_peak[..., None])
-        shrink = jnp.exp(peak - new_peak)
-        norm = shrink * norm + weights.sum(-1)
-        total = shrink[..., None] * total
-        total += _dot("bkrcd,bkdp->bkrcp", weights.astype(v.dtype), v[j])
-        return tuple(
-            x.at[i].set(y) for x, y in zip(carry, (total, new_peak, norm), strict=True)
-        ), None
+        after = _add_block(tuple(x[i] for x in carry), scores, v[j], "bkrcd,bkdp->bkrcp")
+        return tuple(x.at[i].set(y) for x, y in zip(carry, after, strict=True)), None
 
     rows = q.shape[:-1]
     start = (
@@ -146,6 +186,16 @@ def _pairs_backward(residuals, d_out):
 
 
 _pairs.defvjp(_pairs_forward, _pairs_backward)
+
+
+def _add_block(carry, scores, v, product):
+    """Running sum, maximum and norm of a softmax after one more block of sources."""
+    total, peak, norm = carry
+    new_peak = jnp.maximum(peak, scores.max(-1))
+    weights = jnp.exp(scores - new_peak[..., None])
+    shrink = jnp.exp(peak - new_peak)
+    total = shrink[..., None] * total + _dot(product, weights.astype(v.dtype), v)
+    return total, new_peak, shrink * norm + weights.sum(-1)
 
 
 def _scores(q, k, segments, i, j):

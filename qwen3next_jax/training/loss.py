@@ -70,7 +70,7 @@ def loss(
     steps = model.config.mtp_steps
     counts = counts or count_labels(batch, steps)
     segments, positions = batch["segment_ids"], batch["positions"]
-    hidden, stats, _ = model.hidden_states(batch["tokens"], segments, positions)
+    hidden, stats = model.hidden_states(batch["tokens"], segments, positions)
     head = model.head()
     total, _ = cross_entropy(hidden, head, batch["targets"], batch["loss_weights"], chunk=chunk)
     metrics: dict[str, Any] = {"ce": total / counts.ce}
@@ -107,7 +107,7 @@ def loss(
 
 def next_token_losses(model: Qwen3Next, batch: Batch, *, chunk: int = 512) -> Float[Array, "B T"]:
     """Cross-entropy of each position in nats, 0 where its weight is 0: what evaluation sums up."""
-    hidden, _, _ = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
+    hidden, _ = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
     _, losses = cross_entropy(
         hidden, model.head(), batch["targets"], batch["loss_weights"], chunk=chunk
     )

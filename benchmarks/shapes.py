@@ -1,0 +1,33 @@
+"""The model shapes that benchmarks are run at."""
+
+from qwen3next_jax.config import ModelConfig
+
+# A sparse hybrid that two CPU cores can train: 27 M parameters, 7 M of them active.
+SMALL = {
+    "model_type": "qwen3_next",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "num_hidden_layers": 8,
+    "full_attention_interval": 4,
+    "max_position_embeddings": 262144,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rope_theta": 10_000_000.0,
+    "partial_rotary_factor": 0.25,
+    "linear_conv_kernel_dim": 4,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+}
+
+SHAPES = {"small": SMALL}
+
+
+def config(shape: str, **changes) -> ModelConfig:
+    return ModelConfig.from_hf({**SHAPES[shape], **changes})

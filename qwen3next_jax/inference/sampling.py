@@ -1,0 +1,112 @@
+"""From logits to the distribution that the next token is drawn from.
+
+The options are applied in the order that transformers applies them: repetition penalty,
+temperature, top-k, top-p, min-p. Greedy decoding is the distribution that has all its mass on the
+likeliest token, so whatever compares or draws from distributions needs no second case for it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: keep the k likeliest tokens.
+      top_p: keep the likeliest tokens that together have this probability (Holtzman et al.,
+        arXiv:1904.09751).
+      min_p: keep tokens of at least this share of the likeliest one's probability (Nguyen et al.,
+        arXiv:2407.01082).
+      repetition_penalty: logits of tokens already in the sequence, the prompt included, are
+        divided by it where positive and multiplied where negative (Keskar et al.,
+        arXiv:1909.05858); 1 changes nothing.
+
+    Raises:
+      ValueError: for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0 (0: greedy)")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or None to keep all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or be None")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must lie in [0, 1], or be None")
+        if not self.repetition_penalty > 0:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} must be above 0 (1: none)"
+            )
+
+    @property
+    def needs_seen(self) -> bool:
+        """Whether the distribution depends on which tokens came before."""
+        return self.repetition_penalty != 1
+
+    def probabilities(
+        self, logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"] | None = None
+    ) -> Float[Array, "*B V"]:
+        """The distribution, float32.
+
+        Args:
+          logits: of the model, float32.
+          seen: which tokens the sequence holds already; only a repetition penalty needs it.
+        """
+        if self.needs_seen:
+            penalty = self.repetition_penalty
+            penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
+            logits = jnp.where(jnp.asarray(seen), penalized, logits)
+        if self.temperature == 0:
+            return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
+            logits = jnp.where(logits >= least, logits, -jnp.inf)
+        probabilities = jax.nn.softmax(logits)
+        if self.top_p is not None and self.top_p < 1:
+            probabilities = _at_least(probabilities, _least_of_top(probabilities, self.top_p))
+        if self.min_p is not None:
+            least = self.min_p * probabilities.max(-1, keepdims=True)
+            probabilities = _at_least(probabilities, least)
+        return probabilities
+
+    def draw(self, weights: Float[Array, "*B V"], key: Key[Array, ""]) -> Int[Array, "*B"]:
+        """Draws tokens, each with a probability in proportion to its weight."""
+        if self.temperature == 0:
+            return weights.argmax(-1).astype(jnp.int32)
+        return jax.random.categorical(key, jnp.log(weights)).astype(jnp.int32)
+
+
+def _at_least(probabilities, least):
+    kept = jnp.where(probabilities >= least, probabilities, 0)
+    return kept / kept.sum(-1, keepdims=True)
+
+
+def _least_of_top(probabilities, mass):
+    """The smallest probability among the likeliest tokens that together have `mass`.
+
+    Found bit by bit, from the highest: a float that is not negative is ordered as its bits are,
+    and 31 sums cost less than sorting the vocabulary.
+    """
+
+    def try_bit(i, least):
+        candidate = least | (1 << (30 - i))
+        floor = jax.lax.bitcast_convert_type(candidate, jnp.float32)
+        enough = jnp.where(probabilities >= floor, probabilities, 0).sum(-1, keepdims=True) >= mass
+        return jnp.where(enough, candidate, least)
+
+    none = jnp.zeros((*probabilities.shape[:-1], 1), jnp.int32)
+    return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, 31, try_bit, none), jnp.float32)

@@ -1,0 +1,84 @@
+"""Distributions of the next token against transformers' processors, and draws against them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from qwen3next_jax.inference.sampling import Sampling
+
+OPTIONS = [
+    {},
+    dict(temperature=0.6),
+    dict(top_k=5),
+    dict(top_k=1000),
+    dict(top_p=0.7),
+    dict(top_p=0.01),
+    dict(min_p=0.1),
+    dict(repetition_penalty=1.7),
+    dict(repetition_penalty=0.6, temperature=1.4, top_k=30, top_p=0.9, min_p=0.02),
+]
+
+
+def theirs(options, logits, sequences):
+    """What transformers makes of logits, its processors in the order of its own `generate`."""
+    processors = {
+        "repetition_penalty": transformers.RepetitionPenaltyLogitsProcessor,
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    scores = torch.tensor(logits)
+    for name, kind in processors.items():
+        if name in options:
+            scores = kind(options[name])(torch.tensor(sequences), scores)
+    return scores.softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_distributions_are_those_of_transformers(options):
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.standard_normal((4, 200), np.float32)
+    sequences = rng.integers(0, 200, (4, 60))
+    seen = np.zeros((4, 200), bool)
+    np.put_along_axis(seen, sequences, True, axis=1)
+    sampling = Sampling(**{"temperature": 1.0, **options})
+    got = sampling.probabilities(jnp.asarray(logits), jnp.asarray(seen))
+    # Two float32 softmaxes.
+    np.testing.assert_allclose(got, theirs(options, logits, sequences), atol=1e-6)
+
+
+def test_top_p_of_half_a_uniform_distribution_keeps_all_that_tie():
+    # Any half would do; keeping what ties is what a threshold can say.
+    got = Sampling(temperature=1.0, top_p=0.5).probabilities(jnp.zeros((1, 8)))
+    np.testing.assert_allclose(got, np.full((1, 8), 1 / 8))
+
+
+def test_temperature_0_has_all_mass_on_the_likeliest_token_after_the_penalty():
+    logits = jnp.array([[2.0, 1.5, -1.0]])
+    greedy = Sampling(repetition_penalty=2.0)
+    seen = jnp.array([[True, False, False]])
+    np.testing.assert_array_equal(greedy.probabilities(logits, seen), [[0, 1, 0]])
+    assert greedy.draw(greedy.probabilities(logits, seen), jax.random.key(0)).tolist() == [1]
+
+
+def test_draws_follow_their_weights():
+    weights = jnp.broadcast_to(jnp.array([1.0, 0.6, 0.3, 0.0, 0.1]), (20_000, 5))
+    drawn = Sampling(temperature=1.0).draw(weights, jax.random.key(0))
+    shares = np.bincount(drawn, minlength=5) / 20_000
+    # Five standard deviations of a share of 20,000 draws are at most 0.018.
+    np.testing.assert_allclose(shares, [0.5, 0.3, 0.15, 0, 0.05], atol=0.018)
+    assert shares[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0),
+     ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0)],
+)  # fmt: skip
+def test_options_out_of_range_are_refused_by_name(option, value):
+    with pytest.raises(ValueError, match=f"{option}={value} must"):
+        Sampling(**{option: value})
