@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
         dict(
             source="stdlib",  # Python's standard library; or "text", files that `path` matches
             path="",  # a glob such as "/corpus/**/*.txt"; each file is a document
-            tokenizer="",  # a SentencePiece model; "": train one at the first run and keep it
+            tokenizer="",  # a SentencePiece model or tokenizer.json; "": train one and keep it
             holdout_fraction=0.05,  # share of the files kept for evaluation
         )
     )

@@ -49,6 +49,32 @@ def test_yarn_is_read_from_both_dialects():
         assert (config.rope_theta, config.partial_rotary_factor) == (1e7, 0.25)
 
 
+def test_the_context_is_what_was_trained_or_what_yarn_makes_of_it():
+    def context(**changes):
+        return ModelConfig.from_hf({**RELEASED, **changes}).context_length
+
+    def yarn(factor, **more):
+        return {"rope_type": "yarn", "factor": factor, **more}
+
+    original = {"original_max_position_embeddings": 262_144}
+    assert context() == 262_144
+    assert context(rope_scaling=yarn(4.0, **original)) == 1_048_576 >= 1_010_000
+    assert context(rope_scaling=yarn(2)) == 524_288  # the original length is the config's
+    # Some files state the longer context as well; it is not scaled twice.
+    longer = {"max_position_embeddings": 1_010_000}
+    assert context(**longer, rope_scaling=yarn(3.0, **original)) == 1_010_000
+    assert context(**longer, rope_scaling=yarn(4.0, **original)) == 1_048_576
+    assert isinstance(context(rope_scaling=yarn(2.5)), int)
+
+
+def test_yarn_lengthens_the_rows_that_a_run_may_have():
+    given = run_dict(train__sequence_length=10_000)
+    with pytest.raises(ValueError, match=r"=4096 \(with YaRN 4096\); shorten the rows or raise"):
+        RunConfig.from_dict(given)
+    given["model"]["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    assert RunConfig.from_dict(given).model.context_length == 16_384
+
+
 def test_layer_types_that_no_interval_describes_are_kept():
     pattern = ["full_attention", "linear_attention"]
     config = small_config(layer_types=pattern, full_attention_interval=None)

@@ -1,14 +1,26 @@
-"""The tokenizer loses nothing, depends on the texts only, and is refused where it cannot serve."""
+"""The tokenizer loses nothing, depends on the texts only, and is refused where it cannot serve.
 
+A `tokenizer.json` is read as transformers reads it, with what the files beside it say.
+"""
+
+import json
 import random
 import subprocess
 import sys
 
 import pytest
 import sentencepiece
+from hf_tokenizer import make_tokenizer_json
+from transformers import PreTrainedTokenizerFast
 
 from qwen3next_jax.data import tokenizer as tokenizer_module
-from qwen3next_jax.data.tokenizer import SentencePieceTokenizer, check_vocabulary, train_tokenizer
+from qwen3next_jax.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 TEXTS = [
     "".join(
@@ -51,6 +63,12 @@ def test_encode_adds_neither_bos_nor_eos(tokenizer):
     ids = tokenizer.encode("<s>" + TEXTS[0] + "</s>")
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
     assert max(ids) < tokenizer.vocab_size
+
+
+def test_tokens_written_in_text_are_parsed_only_when_asked(tokenizer):
+    ids = tokenizer.encode("<s>a b</s>", parse_special=True)
+    assert ids == [tokenizer.bos_id, *tokenizer.encode("a b"), tokenizer.eos_id]
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 def test_decode_leaves_out_bos_and_eos(tokenizer):
@@ -143,3 +161,136 @@ def test_a_model_without_bos_is_refused(tmp_path):
         )  # fmt: skip
     with pytest.raises(ValueError, match="has bos_id=-1"):
         SentencePieceTokenizer(tmp_path / "model")
+
+
+THEIR_TEXTS = [
+    "",
+    " ",
+    "a  b\n\n",
+    "日本語🎉 e\u0301",
+    "<|im_start|>user\n<think>x</think>",
+    TEXTS[0],
+]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A Hugging Face directory's tokenizer, and transformers' own of the same file."""
+    path = make_tokenizer_json(tmp_path_factory.mktemp("theirs"))
+    return HuggingFaceTokenizer(path), PreTrainedTokenizerFast(tokenizer_file=str(path))
+
+
+@pytest.mark.parametrize("text", THEIR_TEXTS)
+def test_tokens_of_a_tokenizer_json_are_those_of_transformers(theirs, text):
+    ours, reference = theirs
+    assert ours.encode(text, parse_special=True) == reference.encode(text)
+    as_text = reference.encode(text, split_special_tokens=True)
+    assert ours.encode(text) == as_text
+    assert ours.decode(as_text) == text
+    specials = [ours.bos_id, *as_text, ours.eos_id]
+    assert ours.decode(specials) == reference.decode(specials, skip_special_tokens=True) == text
+
+
+def test_special_tokens_written_in_text_are_parsed_only_when_asked(theirs):
+    ours = theirs[0]
+    assert ours.eos_id not in ours.encode("<|im_end|>")
+    assert ours.encode("<|im_end|>", parse_special=True) == [ours.eos_id]
+    # A token that was added without being special is one either way, as for transformers.
+    assert ours.encode("<think>") == ours.encode("<think>", parse_special=True)
+    assert ours.decode(ours.encode("<think>")) == "<think>"
+
+
+def test_all_ids_are_below_the_vocabulary_s_size_and_others_decode_to_nothing(theirs):
+    ours = theirs[0]
+    assert max(ours.encode("</think>")) == ours.vocab_size - 1  # added last
+    assert ours.decode([*ours.encode("a"), ours.vocab_size, 151_935]) == "a"
+    with pytest.raises(ValueError, match=f"has {ours.vocab_size} tokens but model"):
+        check_vocabulary(ours, 100)
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_bos_and_eos_are_those_of_the_first_file_that_names_them(tmp_path):
+    path = make_tokenizer_json(tmp_path)  # eos_token <|im_end|> 2, bos_token null, as Qwen's
+    write(
+        tmp_path,
+        generation_config={"bos_token_id": 0, "eos_token_id": [2, 0]},
+        config={"bos_token_id": 7, "eos_token_id": 7},
+    )
+    tokenizer = HuggingFaceTokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (0, 2, (2, 0))
+    assert tokenizer.adds_bos is False
+    assert tokenizer.special_tokens == {"eos_token": "<|im_end|>"}
+
+    bos = {"content": "<|im_start|>", "special": True}
+    write(tmp_path, tokenizer_config={"bos_token": bos, "add_bos_token": True})
+    tokenizer = HuggingFaceTokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (1, 2, (2, 0))
+    assert tokenizer.adds_bos is True
+
+    for name in ("tokenizer_config", "generation_config"):
+        (tmp_path / f"{name}.json").unlink()
+    tokenizer = HuggingFaceTokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (7, 7, (7,))
+    # A work directory's config.json has sections.
+    write(tmp_path, config={"model": {"bos_token_id": 5, "eos_token_id": 6}})
+    tokenizer = HuggingFaceTokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (5, 6)
+
+
+def test_where_nothing_names_a_bos_the_eos_is_both(tmp_path):
+    tokenizer = HuggingFaceTokenizer(make_tokenizer_json(tmp_path))
+    assert tokenizer.bos_id == tokenizer.eos_id == 2
+
+
+def test_a_tokenizer_json_without_or_with_an_unknown_eos_is_refused(tmp_path):
+    path = make_tokenizer_json(tmp_path, eos_token=None)
+    with pytest.raises(ValueError, match=r"names the EOS token; expected tokenizer_config\.json"):
+        HuggingFaceTokenizer(path)
+    make_tokenizer_json(tmp_path, eos_token="</s>")
+    with pytest.raises(ValueError, match="lacks the eos_token '</s>'"):
+        HuggingFaceTokenizer(path)
+
+
+def test_padding_and_truncation_stored_in_the_file_are_not_applied(tmp_path):
+    path = make_tokenizer_json(tmp_path)
+    content = json.loads(path.read_text())
+    content["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    tokenizer = HuggingFaceTokenizer(path)
+    assert tokenizer.decode(tokenizer.encode("a long text")) == "a long text"
+
+
+def test_a_tokenizer_is_found_by_file_or_by_directory(tmp_path):
+    run, model = tmp_path / "run", tmp_path / "model"
+    train_tokenizer(TEXTS, run / "tokenizer.model", vocab_size=400)
+    write(run, config={"model": {}, "data": {"tokenizer": ""}})
+    (run / "checkpoints" / "300").mkdir(parents=True)
+    for path in (run, run / "tokenizer.model", run / "checkpoints" / "300"):
+        assert load_tokenizer(path).vocab_size == 400
+    file = make_tokenizer_json(model)
+    for path in (model, file, str(model)):
+        assert isinstance(load_tokenizer(path), HuggingFaceTokenizer)
+    # A run whose config names a tokenizer was trained with that one.
+    write(run, config={"model": {}, "data": {"tokenizer": str(file)}})
+    assert isinstance(load_tokenizer(run), HuggingFaceTokenizer)
+
+
+def test_where_no_tokenizer_is_the_error_says_what_was_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected tokenizer\.json or tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nothing does not exist; expected a Sentence"):
+        load_tokenizer(tmp_path / "nothing")
+    (tmp_path / "vocab.txt").write_text("a")
+    with pytest.raises(
+        ValueError, match=r"vocab\.txt is not a SentencePiece model; expected .* or a tok"
+    ):
+        load_tokenizer(tmp_path / "vocab.txt")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json: "):
+        load_tokenizer(tmp_path)

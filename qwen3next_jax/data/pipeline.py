@@ -20,8 +20,9 @@ from etils import epath
 from qwen3next_jax.data.corpus import Document, read_corpus
 from qwen3next_jax.data.packing import next_token_pairs, pack
 from qwen3next_jax.data.tokenizer import (
-    SentencePieceTokenizer,
+    Tokenizer,
     check_vocabulary,
+    load_tokenizer,
     train_tokenizer,
 )
 
@@ -32,7 +33,7 @@ class Data:
 
     train: list[Document]
     held_out: list[Document]
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer
 
     @functools.cached_property
     def held_out_bytes(self) -> int:
@@ -62,7 +63,7 @@ def load_data(
     Args:
       source: "stdlib" or "text"; see `read_corpus`.
       path: the glob of "text".
-      tokenizer: a SentencePiece model; "" stands for `trained_tokenizer`.
+      tokenizer: what `load_tokenizer` takes; "" stands for `trained_tokenizer`.
       holdout_fraction: share of the documents held out.
       vocab_size: of the model, hence the most that the tokenizer may have.
       trained_tokenizer: where the tokenizer is kept; it is trained if there is no such file.
@@ -73,7 +74,7 @@ def load_data(
     """
     corpus = read_corpus(source=source, path=path, holdout_fraction=holdout_fraction)
     if tokenizer or epath.Path(trained_tokenizer).exists():
-        loaded = SentencePieceTokenizer(tokenizer or trained_tokenizer)
+        loaded: Tokenizer = load_tokenizer(tokenizer or trained_tokenizer)
     else:
         logging.info("Training a tokenizer of %d tokens: %s", vocab_size, trained_tokenizer)
         texts = [document.text for document in corpus.train]
@@ -84,7 +85,7 @@ def load_data(
 
 def training_batches(
     documents: Sequence[Document],
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     *,
     batch_size: int,
     sequence_length: int,
@@ -108,7 +109,7 @@ def training_batches(
 
 def evaluation_batches(
     documents: Sequence[Document],
-    tokenizer: SentencePieceTokenizer,
+    tokenizer: Tokenizer,
     *,
     batch_size: int,
     sequence_length: int,
@@ -123,7 +124,7 @@ def evaluation_batches(
 
 
 def _rows(
-    documents: grain.MapDataset, tokenizer: SentencePieceTokenizer, sequence_length: int
+    documents: grain.MapDataset, tokenizer: Tokenizer, sequence_length: int
 ) -> grain.IterDataset:
     def tokenize(document: Document) -> dict[str, np.ndarray]:
         ids = tokenizer.encode(document.text)

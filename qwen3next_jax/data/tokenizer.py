@@ -1,24 +1,70 @@
-"""Text to token ids and back with SentencePiece, without losing a character.
+"""Text to token ids and back: SentencePiece for models trained here, `tokenizer.json` for others.
+
+`load_tokenizer` finds either in a directory. Both kinds have the same few members, and text is
+text: "<|im_end|>" in a document stands for its characters, not for the token of that name, unless
+the caller asks for tokens, as one does who encodes a rendered chat.
 
 What a model's bits per byte mean depends on every byte being predicted, so the tokenizers trained
 here change nothing: no Unicode normalisation, no space put before the text, no run of spaces
 shortened, and bytes for whatever has no piece. Pieces stay between the spaces, but may span letters
 and punctuation (`self.`, `):` with its line end), and a run of spaces, an indentation, can be one.
 
-One trap is left. SentencePiece writes a space as "▁" (U+2581) and turns every such piece back into
-a space, so `encode` hands over a "▁" of the text itself as its three bytes.
+One trap is left in these. SentencePiece writes a space as "▁" (U+2581) and turns every such piece
+back into a space, so `encode` hands over a "▁" of the text itself as its three bytes.
 """
 
+import functools
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import sentencepiece
+import tokenizers
 from etils import epath
 
 _SPACE = "▁"
 _RESERVED = "▅"  # SentencePiece skips training text that holds its mark for unknown pieces
 _TRAINING_CHARACTERS = 50_000_000  # enough for any vocabulary; takes about 15 seconds
+
+
+def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
+    """The tokenizer of a file or of a directory.
+
+    Args:
+      path: a `tokenizer.json`, a SentencePiece model of any other name, or a directory: a Hugging
+        Face model, a work directory of ours, or one of its step folders.
+
+    In a directory the tokenizer is, in this order: the one that `data.tokenizer` of our run's
+    `config.json` names, `tokenizer.json`, `tokenizer.model`.
+
+    Raises:
+      FileNotFoundError: there is nothing of this kind at `path`.
+      ValueError: the file is of another kind, or says too little; see the two classes.
+    """
+    file = epath.Path(path)
+    if file.is_dir():
+        file = _tokenizer_file(file)
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; expected {_EXPECTED}, or a directory")
+    return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+
+
+_EXPECTED = "a SentencePiece model or a tokenizer.json"
+
+
+def _tokenizer_file(directory: epath.Path) -> epath.Path:
+    run = directory
+    if directory.name.isdigit() and directory.parent.name == "checkpoints":
+        run = directory.parent.parent  # a step folder
+    named = _read_json(run / "config.json").get("data", {}).get("tokenizer")
+    if named:
+        return epath.Path(named)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (run / name).exists():
+            return run / name
+    raise FileNotFoundError(f"{run} holds no tokenizer; expected tokenizer.json or tokenizer.model")
 
 
 class SentencePieceTokenizer:
@@ -36,7 +82,9 @@ class SentencePieceTokenizer:
         try:
             self._pieces.load_from_serialized_proto(epath.Path(path).read_bytes())
         except RuntimeError as error:
-            raise ValueError(f"{path} is not a SentencePiece model") from error
+            raise ValueError(
+                f"{path} is not a SentencePiece model; expected {_EXPECTED}"
+            ) from error
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
@@ -47,14 +95,39 @@ class SentencePieceTokenizer:
         bytes_of_space = [self._pieces.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
         has_bytes = all(map(self._pieces.is_byte, bytes_of_space))
         self._literal_space = bytes_of_space if has_bytes else self._pieces.encode(_SPACE)
+        self.stop_ids: tuple[int, ...] = (self.eos_id,)
+        self.adds_bos = True  # our documents are delimited by it
+        self.special_tokens: dict[str, str] = {
+            "bos_token": self._pieces.id_to_piece(self.bos_id),
+            "eos_token": self._pieces.id_to_piece(self.eos_id),
+        }
 
     @property
     def vocab_size(self) -> int:
         """Number of pieces; ids are below it."""
         return self._pieces.vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, with neither BOS nor EOS."""
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The ids of `text`, with neither BOS nor EOS unless it has them and they are asked for.
+
+        Args:
+          text: any.
+          parse_special: "<s>" in the text is the token of that name, not three characters.
+        """
+        if not parse_special:
+            return self._encode_text(text)
+        ids = []
+        for part in re.split("(" + "|".join(map(re.escape, self._control)) + ")", text):
+            ids += [self._control[part]] if part in self._control else self._encode_text(part)
+        return ids
+
+    @functools.cached_property
+    def _control(self) -> dict[str, int]:
+        """The tokens that stand for no text."""
+        ids = filter(self._pieces.is_control, range(self.vocab_size))
+        return {self._pieces.id_to_piece(i): i for i in ids}
+
+    def _encode_text(self, text: str) -> list[int]:
         first, *rest = text.split(_SPACE)
         ids = self._pieces.encode(first)
         for part in rest:
@@ -68,6 +141,99 @@ class SentencePieceTokenizer:
         """
         unknown = self._pieces.unk_id()
         return self._pieces.decode([int(i) if i < self.vocab_size else unknown for i in ids])
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, read from `path`, with what the files beside it say about it.
+
+    Which tokens begin and end a document is not in `tokenizer.json`. They are the first that these
+    files name, in this order: `tokenizer_config.json` (`bos_token`, `eos_token`),
+    `generation_config.json` and `config.json` (`bos_token_id`, `eos_token_id`; of several EOS the
+    first). So it is "<|endoftext|>" 151643 and "<|im_end|>" 151645 for an instruction-tuned Qwen.
+    Where no file names a BOS, the EOS is what stands between documents, and serves as both.
+
+    Attributes:
+      bos_id, eos_id: the two tokens.
+      stop_ids: all the tokens that end a text: the EOS, and those of `generation_config.json`.
+      adds_bos: whether a prompt begins with BOS (`add_bos_token`); not so for Qwen.
+      special_tokens: name → text of those that `tokenizer_config.json` names, for chat templates.
+
+    Raises:
+      ValueError: the file is no `tokenizer.json`, or no EOS is named, or one that it lacks.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = epath.Path(path)
+        content = self._path.read_text()
+        try:
+            self._parsing = tokenizers.Tokenizer.from_str(content)
+            self._literal = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises nothing more particular
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        # A property of the whole tokenizer; two of them are safe where threads share this one.
+        self._literal.encode_special_tokens = True
+        for tokenizer in (self._parsing, self._literal):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+
+        folder = self._path.parent
+        config = _read_json(folder / "tokenizer_config.json")
+        ids = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
+        ids[1] = ids[1].get("model", ids[1])  # a work directory's has sections
+        self.special_tokens: dict[str, str] = {
+            name: token["content"] if isinstance(token, Mapping) else token
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+            if (token := config.get(name)) is not None
+        }
+        eos = self._named("eos", ids)
+        if eos is None:
+            raise ValueError(
+                f"No file beside {path} names the EOS token; expected tokenizer_config.json with "
+                "eos_token, or generation_config.json or config.json with eos_token_id"
+            )
+        bos = self._named("bos", ids)
+        self.eos_id: int = eos
+        self.bos_id: int = eos if bos is None else bos
+        self.stop_ids: tuple[int, ...] = tuple(
+            dict.fromkeys([eos, *_as_list(ids[0].get("eos_token_id"))])
+        )
+        self.adds_bos: bool = bool(config.get("add_bos_token"))
+        self._vocab_size = 1 + max(self._parsing.get_vocab().values())
+
+    def _named(self, which: str, ids: Iterable[Mapping[str, Any]]) -> int | None:
+        token = self.special_tokens.get(f"{which}_token")
+        if token is not None:
+            found = self._parsing.token_to_id(token)
+            if found is None:
+                raise ValueError(
+                    f"{self._path} lacks the {which}_token {token!r} that tokenizer_config.json "
+                    "beside it names"
+                )
+            return found
+        return next((i for given in ids for i in _as_list(given.get(f"{which}_token_id"))), None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included; a model's vocabulary may be larger."""
+        return self._vocab_size
+
+    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The ids of `text`, with neither BOS nor EOS unless it has them and they are asked for.
+
+        Args:
+          text: any.
+          parse_special: "<|im_end|>" in the text is the token of that name, not its characters.
+            Tokens that were added but are not special, Qwen's "<think>" say, always are.
+        """
+        tokenizer = self._parsing if parse_special else self._literal
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; nothing for special tokens and for ids that only the model knows."""
+        return self._parsing.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
 
 
 def train_tokenizer(
@@ -110,13 +276,22 @@ def train_tokenizer(
     return SentencePieceTokenizer(path)
 
 
-def check_vocabulary(tokenizer: SentencePieceTokenizer, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Refuses a tokenizer with ids that a model of `vocab_size` tokens lacks."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size={vocab_size}; "
             f"set model.vocab_size to {tokenizer.vocab_size} or more, or choose another tokenizer"
         )
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    """A file that need not be there."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _as_list(given: int | list[int] | None) -> list[int]:
+    return [] if given is None else given if isinstance(given, list) else [given]
 
 
 class _Bytes:

@@ -29,6 +29,18 @@ def apply_rope(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
 
 
+def describe_positions(config: ModelConfig) -> str:
+    """One line for the log: how far positions reach, and by what YaRN."""
+    if config.rope_scaling is None:
+        return f"Positions to {config.context_length}, without YaRN"
+    scaling = config.rope_scaling
+    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    return (
+        f"Positions to {config.context_length}: YaRN with factor {scaling['factor']:g} over the "
+        f"original {original}, queries and keys times {_frequencies(config)[1]:.4f}"
+    )
+
+
 def _frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Angle per position of each pair, and the factor on queries and keys alike."""
     r, theta = config.rotary_dim, config.rope_theta

@@ -1,0 +1,128 @@
+"""From messages to the text that a chat model was trained on, by the model's own Jinja template.
+
+A template is code from whoever published the model, so it runs in Jinja's sandbox, where it can
+change nothing and reach no file. Around it stand the conventions that templates are written for,
+those of transformers' `apply_chat_template`. In the rendered text "<|im_start|>" and its like are
+tokens: encode it with `parse_special=True`, and with no BOS, which the template writes if need be.
+"""
+
+import datetime
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+from etils import epath
+
+Message = Mapping[str, Any]
+
+
+def render_chat(
+    messages: Sequence[Message],
+    template: str,
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **switches: Any,
+) -> str:
+    """The text of a conversation.
+
+    Args:
+      messages: `{"role": "user", "content": "..."}` and so on, as the template expects them.
+      template: Jinja, as `load_chat_template` returns it.
+      special_tokens: the tokenizer's; templates read `bos_token` and its like by these names.
+      add_generation_prompt: end with the head of the assistant's answer, to be written next.
+      tools: JSON schemas of functions that the model may call.
+      switches: what else the template reads, `enable_thinking` say.
+
+    Raises:
+      ValueError: the template is no Jinja, refuses these messages, or fails on them.
+    """
+    try:
+        return _compile(template).render(
+            messages=messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **{**(special_tokens or {}), **switches},
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"Line {error.lineno} of the chat template: {error.message}") from error
+    except (jinja2.TemplateError, TypeError) as error:
+        # A TypeError is Python's word for a message without its content: None + "<|im_end|>".
+        raise ValueError(f"The chat template cannot render these messages: {error}") from error
+
+
+def load_chat_template(directory: str | os.PathLike, *, name: str = "default") -> str:
+    """The chat template of a Hugging Face model directory.
+
+    It is in `chat_template.jinja` or under `chat_template` of `tokenizer_config.json`, where it can
+    be a list of several, each with a name.
+
+    Raises:
+      FileNotFoundError: the directory has no chat template.
+      ValueError: there are several, and none is called `name`.
+    """
+    folder = epath.Path(directory)
+    alone = folder / "chat_template.jinja"
+    if alone.exists():
+        return alone.read_text()
+    config = folder / "tokenizer_config.json"
+    given = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+    if given is None:
+        raise FileNotFoundError(
+            f"{directory} holds no chat template; expected chat_template.jinja, or chat_template "
+            "in tokenizer_config.json. Base models have none: prompt them with plain text"
+        )
+    if isinstance(given, str):
+        return given
+    named = {template["name"]: template["template"] for template in given}
+    if name not in named:
+        raise ValueError(f"{config} has no chat template {name!r}; choose from {sorted(named)}")
+    return named[name]
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, _Generation],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter writes < and & so that a web page can hold them.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)  # fmt: skip
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks what the assistant wrote; here it is text."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Leaves the body in its place."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
