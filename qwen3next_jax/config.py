@@ -314,7 +314,7 @@ class DataConfig:
 
     source: str  # "stdlib": Python's own library; "text": the files that `path` matches
     path: str  # a glob of text files, each a document; "" for "stdlib"
-    # A SentencePiece model or a tokenizer.json; "": train one on the training part at the first run.
+    # A SentencePiece model or a tokenizer.json; "": one is trained on the training part and kept.
     tokenizer: str
     holdout_fraction: float  # share of the files held out for evaluation, chosen by their names
 

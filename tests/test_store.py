@@ -19,7 +19,14 @@ import optax
 import pytest
 from flax import nnx
 
-from qwen3next_jax.checkpoint.store import CheckpointStore, DamagedCheckpointError, named_leaves
+from qwen3next_jax.checkpoint import store as store_module
+from qwen3next_jax.checkpoint.store import (
+    CheckpointStore,
+    DamagedCheckpointError,
+    Streamed,
+    named_leaves,
+    save_streamed,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -309,3 +316,72 @@ def test_the_index_names_arrays_as_the_model_does(tmp_path):
     assert index["arrays"]["params/layers/0/w"][:2] == [[3, 8, 5], "bfloat16"]
     assert "optimizer/0/mu/layers/0/w" in index["arrays"]
     assert index["extras"] == {"tokens": 100}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(store_module, "_CHUNK_BYTES", 2**21)
+    monkeypatch.setattr(store_module, "_COMMIT_BYTES", 2**22)
+
+
+def large_arrays():
+    rng = np.random.default_rng(0)
+    layers = rng.standard_normal((3, 4, 128, 2, 1025), np.float32)  # an expert of 1 MiB and a bit
+    return {
+        "params/layers": layers.astype(jnp.bfloat16),
+        "params/experts": layers,
+        "params/embed": rng.standard_normal((1500, 700), np.float32),
+        "step": np.asarray(7, np.int32),
+    }
+
+
+def test_what_is_saved_as_a_stream_is_restored_like_the_rest(tmp_path, small_chunks):
+    arrays, largest = large_arrays(), 0
+
+    def streamed(array):
+        def read(block):
+            nonlocal largest
+            values = np.asarray(array[block])
+            largest = max(largest, values.nbytes)
+            return values
+
+        return Streamed(array.shape, array.dtype, read)
+
+    save_streamed(tmp_path, 5, {name: streamed(x) for name, x in arrays.items()}, {"from": "here"})
+    assert 2**20 < largest <= 2**21
+    store = CheckpointStore(tmp_path)
+    wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+    step, got, extras = store.restore_latest(wanted)
+    assert (step, extras) == (5, {"from": "here"})
+    assert_same_bits(got, arrays)
+    store.close()
+
+
+def test_a_saved_array_is_read_in_chunks_of_a_layer_and_an_expert(tmp_path, small_chunks):
+    arrays = large_arrays()
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, arrays, {})
+    store.wait()
+    described, _ = store.describe(1)
+    assert described == {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in arrays.items()}
+    for name, array in arrays.items():
+        got = np.zeros_like(array)
+        for block, values in store.read_blocks(1, name):
+            assert values.nbytes <= 2**21
+            if name == "params/experts":
+                assert values.shape == (1, 1, *array.shape[2:])
+            got[block] = values
+        assert got.tobytes() == array.tobytes()
+    store.close()
+
+
+@pytest.mark.parametrize("damage", [remove, cut, flip])
+def test_damage_is_noticed_when_reading_in_chunks(damage, tmp_path):
+    save_steps(tmp_path, [1])
+    files = (f for f in (tmp_path / "1" / "state").rglob("*") if f.is_file())
+    damage(max(files, key=lambda f: f.stat().st_size))
+    store = CheckpointStore(tmp_path)
+    names = store.describe(1)[0]
+    with pytest.raises(DamagedCheckpointError, match=r"1 is damaged: "):
+        [list(store.read_blocks(1, name)) for name in names]
+    store.close()

@@ -1,39 +1,138 @@
-"""Hugging Face tensors to and from ours, as one table.
+"""Hugging Face directories: opened with all their faults in one report, loaded, and written whole.
 
-Each `Entry` of the table ties tensors of a Hugging Face checkpoint to parameters of one of our
-layers, with a rearrangement each way that moves numbers and changes none. What the two sides do
-differently:
-- a Linear's matrix is [out, in] there, and [in, heads..., ...] here;
-- `in_proj_qkvz` holds, key head by key head, [q | k | its value heads' v | their z];
-  `in_proj_ba` likewise [b | a]; `conv1d` holds all q channels, then all k, then all v;
-- with an output gate, `q_proj` holds [query | gate] head by head;
-- experts are one tensor each, or fused as [E, 2F, D] and [E, D, F]; both are read;
-- layers are apart there, and stacked over the repeats of their group here.
+What their tensors have to do with our parameters is said in `tensor_table.py` alone. Here a
+directory is checked against it before anything is read, so that a missing shard, a truncated one,
+an extra tensor and a wrong shape come in one error and not in four attempts; and one that is
+written stands beside its place and is renamed at the end.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from qwen3next_jax.config import FULL, LINEAR, ModelConfig
+from qwen3next_jax.checkpoint import safetensors_files
+from qwen3next_jax.checkpoint.tensor_table import Layout, TensorTable
+from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.parallel.mesh import parameter_shardings
 
-Arrays = list[np.ndarray]
+# What stands beside the weights and goes where they go.
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+EXPERT_LAYOUTS = {"per_expert": (), "fused": ("model", "mtp")}
+_ARCHITECTURES = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """Tensors that correspond: names there with shapes, paths here, and the way between."""
+class HFCheckpoint(NamedTuple):
+    """A directory in which nothing is wrong, as far as headers tell."""
 
-    names: dict[str, tuple[int, ...]]
-    paths: tuple[str, ...]
-    to_ours: Callable[[Arrays], Arrays]
-    to_theirs: Callable[[Arrays], Arrays]
-    repeat: int | None = None  # index into the stacked axis of our parameters
+    config: ModelConfig
+    layout: Layout
+    table: TensorTable
+    tensors: Mapping[str, np.ndarray]
+    dtypes: dict[str, np.dtype]  # of our parameters, by path
+
+
+def load_hf(
+    directory: str | os.PathLike[str],
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    *,
+    rope_scaling: Mapping[str, Any] | None = None,
+) -> Qwen3Next:
+    """Loads a Hugging Face checkpoint, one file or sharded, experts one by one or fused.
+
+    Args:
+      directory: holds config.json and safetensors.
+      dtype: of the parameters and of activations; `A_log` and `dt_bias` stay as stored. None: as
+        stored; activations take the embedding's.
+      mesh: over which the parameters are split by `parallel/mesh.py`; each process then reads what
+        its devices hold. None: one device.
+      rope_scaling: replaces the config's.
+
+    Returns:
+      The model. It has an MTP module where the files hold one, and `source`, the directory.
+
+    Raises:
+      ValueError: names all that is wrong with the directory.
+    """
+    path = pathlib.Path(directory)
+    hf = open_hf(path, dtype)
+    config = hf.config
+    if rope_scaling is not None:
+        config = dataclasses.replace(config, rope_scaling=dict(rope_scaling))
+
+    def value(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+        def read(block: tuple[slice, ...] | None) -> np.ndarray:
+            assert block is not None
+            return hf.table.read(hf.tensors, name, block, hf.dtypes[name])
+
+        return jax.make_array_from_callback(hf.table.parameters[name], sharding, read)
+
+    model = build_model(config, value, dtype=hf.dtypes["embed_tokens"], mesh=mesh)
+    # Not a field of the model: only for `save_hf`, which takes the tokenizer from there.
+    model.source = str(path.absolute())  # type: ignore[attr-defined]
+    return model
+
+
+def save_hf(
+    model: Qwen3Next,
+    directory: str | os.PathLike[str],
+    dtype: Any = None,
+    expert_layout: str = "per_expert",
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a Hugging Face checkpoint, MTP included.
+
+    Args:
+      model: all of it on this process's devices.
+      directory: does not exist, or is empty.
+      dtype: of the tensors; `A_log` and `dt_bias` stay as they are. None: the parameters'.
+      expert_layout: "per_expert", one tensor for each projection of each expert, or "fused".
+      max_shard_size: of a file, in bytes or such as "5GB".
+
+    Raises:
+      FileExistsError: the directory holds something.
+      ValueError: an argument is unknown, or Hugging Face has no such model.
+    """
+    params = parameters_by_path(nnx.state(model, nnx.Param))
+    away = [path for path, p in params.items() if not p[...].is_fully_addressable]
+    if away:
+        raise ValueError(
+            f"{away[0]} is split over several processes; save a checkpoint and convert it with "
+            "python -m qwen3next_jax.convert to-hf"
+        )
+    arrays = {path: p[...] for path, p in params.items()}
+
+    def blocks(path: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        for shard in arrays[path].addressable_shards:
+            if shard.replica_id == 0:
+                yield shard.index, np.asarray(shard.data)
+
+    source = getattr(model, "source", None)
+    write_hf(
+        pathlib.Path(directory),
+        model.config,
+        {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in arrays.items()},
+        blocks,
+        dtype=dtype,
+        layout=Layout(fused=expert_layouts(expert_layout)),
+        max_shard_size=max_shard_size,
+        companions=None if source is None else pathlib.Path(source),
+    )
 
 
 def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
@@ -46,28 +145,15 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
     Raises:
       ValueError: names every missing, unexpected and misshapen tensor; the model is unchanged.
     """
-    fused = any(name.endswith("experts.gate_up_proj") for name in tensors)
-    table = list(entries(model.config, fused_experts=fused))
-    expected = {name: shape for entry in table for name, shape in entry.names.items()}
-    problems = [f"missing: {name} {list(s)}" for name, s in expected.items() if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in expected:
-            problems.append(f"unexpected: {name} {list(tensor.shape)}")
-        elif tuple(tensor.shape) != expected[name]:
-            problems.append(
-                f"wrong shape: {name} is {list(tensor.shape)}, expected {list(expected[name])}"
-            )
+    params = parameters_by_path(nnx.state(model, nnx.Param))
+    table = _table(model.config, Layout.of(tensors, model.config), params)
+    arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    problems = _misfits(table, {name: x.shape for name, x in arrays.items()})
     if problems:
         raise ValueError("The tensors do not fit the config:\n  " + "\n  ".join(problems))
-
-    params = _by_path(nnx.state(model, nnx.Param))
-    filled = {path: np.empty(p.shape, p.dtype) for path, p in params.items()}
-    for entry in table:
-        ours = entry.to_ours([np.asarray(tensors[name]) for name in entry.names])
-        for path, array in zip(entry.paths, ours, strict=True):
-            filled[path][() if entry.repeat is None else entry.repeat] = array
     for path, param in params.items():
-        param.set_value(jax.numpy.asarray(filled[path]))
+        block = (slice(None),) * len(param.shape)
+        param.set_value(jax.numpy.asarray(table.read(arrays, path, block, param.dtype)))
     nnx.update(model, nnx.from_flat_state([(_split(path), p) for path, p in params.items()]))
 
 
@@ -75,193 +161,273 @@ def dump_tensors(
     params: Any, config: ModelConfig, *, fused_experts: bool = False
 ) -> dict[str, np.ndarray]:
     """Parameters, or anything of their structure such as gradients, under Hugging Face's names."""
-    flat = {path: np.asarray(p[...]) for path, p in _by_path(params).items()}
-    tensors: dict[str, np.ndarray] = {}
-    for entry in entries(config, fused_experts=fused_experts):
-        ours = [flat[path][() if entry.repeat is None else entry.repeat] for path in entry.paths]
-        tensors |= dict(zip(entry.names, entry.to_theirs(ours), strict=True))
+    flat = {path: np.asarray(p[...]) for path, p in parameters_by_path(params).items()}
+    layout = Layout(fused=expert_layouts("fused" if fused_experts else "per_expert"))
+    table = _table(config, layout, flat)
+    dtypes = {name: x.dtype for path, x in flat.items() for name in table.tensors_of(path)}
+    tensors = {name: np.empty(shape, dtypes[name]) for name, shape in table.shapes.items()}
+    for path, x in flat.items():
+        table.write(tensors, path, (slice(None),) * x.ndim, x)
     return tensors
 
 
-def entries(config: ModelConfig, *, fused_experts: bool = False) -> Iterator[Entry]:
-    """The table: every tensor and every parameter of a model, each once."""
-    c, D = config, config.hidden_size
-    yield _same("model.embed_tokens.weight", "embed_tokens", (c.vocab_size, D))
-    yield _same("model.norm.weight", "norm/weight", (D,))
-    if not c.tie_word_embeddings:
-        yield _linear("lm_head.weight", "lm_head", (D,), (c.vocab_size,))
-    period = len(c.group)
-    for i, (mixer, sparse) in enumerate(c.layers):
-        repeat, place = divmod(i, period)
-        for entry in _layer(c, mixer, sparse, fused_experts):
-            yield _placed(entry, f"model.layers.{i}.", f"groups/layers/{place}/", repeat)
-    if c.mtp_steps:
-        for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
-            yield _same(f"mtp.{name}.weight", f"mtp/{name}/weight", (D,))
-        yield _linear("mtp.fc.weight", "mtp/fc", (2, D), (D,))
-        for entry in _layer(c, FULL, c.num_experts > 0, fused_experts):
-            yield _placed(entry, "mtp.layers.0.", "mtp/layer/", None)
+def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
+    """Checks a directory and says how its tensors make up our parameters; reads headers only.
 
+    Args:
+      directory: holds config.json and safetensors.
+      dtype: that the parameters but `A_log` and `dt_bias` shall have; None: as stored.
 
-def _layer(c: ModelConfig, mixer: str, sparse: bool, fused_experts: bool) -> Iterator[Entry]:
-    D = c.hidden_size
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield _same(f"{norm}.weight", f"{norm}/weight", (D,))
-    if mixer == LINEAR:
-        yield from _delta_net(c)
-    else:
-        yield from _attention(c)
-    if sparse:
-        yield from _experts(c, fused_experts)
-    else:
-        yield from _mlp("mlp.", "mlp/", D, c.intermediate_size)
-
-
-def _attention(c: ModelConfig) -> Iterator[Entry]:
-    D, N, K, H = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    if c.attention_output_gate:
-        yield _grouped(
-            "self_attn.q_proj.weight",
-            ["self_attn/q_proj", "self_attn/gate_proj"],
-            D,
-            N,
-            [(H,), (H,)],
-        )
-    else:
-        yield _linear("self_attn.q_proj.weight", "self_attn/q_proj", (D,), (N, H))
-    for name in ("k_proj", "v_proj"):
-        yield _linear(f"self_attn.{name}.weight", f"self_attn/{name}", (D,), (K, H))
-    yield _linear("self_attn.o_proj.weight", "self_attn/o_proj", (N, H), (D,))
-    for name in ("q_norm", "k_norm"):
-        yield _same(f"self_attn.{name}.weight", f"self_attn/{name}/weight", (H,))
-
-
-def _delta_net(c: ModelConfig) -> Iterator[Entry]:
-    D, W = c.hidden_size, c.linear_conv_kernel_dim
-    K, H = c.linear_num_key_heads, c.linear_key_head_dim
-    N, P = c.linear_num_value_heads, c.linear_value_head_dim
-    R = N // K
-    there, here = "linear_attn.", "linear_attn/"
-    yield _grouped(
-        there + "in_proj_qkvz.weight",
-        [here + f"{x}_proj" for x in "qkvz"], D, K, [(H,), (H,), (R, P), (R, P)],
-    )  # fmt: skip
-    yield _grouped(
-        there + "in_proj_ba.weight", [here + "b_proj", here + "a_proj"], D, K, [(R, 1), (R, 1)],
-        squeeze=True,
-    )  # fmt: skip
-    heads = [(K, H), (K, H), (N, P)]
-    ends = np.cumsum([0] + [n * size for n, size in heads])
-    yield Entry(
-        {there + "conv1d.weight": (int(ends[-1]), 1, W)},
-        tuple(here + f"{x}_conv" for x in "qkv"),
-        lambda a: [
-            a[0][start:end, 0].T.reshape(W, *shape)
-            for start, end, shape in zip(ends, ends[1:], heads, strict=False)
-        ],
-        lambda a: [np.concatenate([x.reshape(W, -1).T for x in a])[:, None]],
-    )
-    yield _same(there + "A_log", here + "A_log", (N,))
-    yield _same(there + "dt_bias", here + "dt_bias", (N,))
-    yield _same(there + "norm.weight", here + "norm/weight", (P,))
-    yield _linear(there + "out_proj.weight", here + "out_proj", (N, P), (D,))
-
-
-def _experts(c: ModelConfig, fused: bool) -> Iterator[Entry]:
-    D, E, F = c.hidden_size, c.num_experts, c.moe_intermediate_size
-    yield _linear("mlp.gate.weight", "mlp/router", (D,), (E,))
-    if fused:
-        yield Entry(
-            {"mlp.experts.gate_up_proj": (E, 2 * F, D)},
-            ("mlp/gate_up_proj",),
-            lambda a: [a[0].reshape(E, 2, F, D).transpose(0, 3, 1, 2)],
-            lambda a: [a[0].transpose(0, 2, 3, 1).reshape(E, 2 * F, D)],
-        )
-        yield Entry(
-            {"mlp.experts.down_proj": (E, D, F)},
-            ("mlp/down_proj",),
-            lambda a: [a[0].swapaxes(1, 2)],
-            lambda a: [a[0].swapaxes(1, 2)],
-        )
-    else:
-        names = [f"mlp.experts.{e}.{p}_proj.weight" for e in range(E) for p in ("gate", "up")]
-        yield Entry(
-            dict.fromkeys(names, (F, D)),
-            ("mlp/gate_up_proj",),
-            lambda a: [np.stack(a).reshape(E, 2, F, D).transpose(0, 3, 1, 2)],
-            lambda a: list(a[0].transpose(0, 2, 3, 1).reshape(2 * E, F, D)),
-        )
-        names = [f"mlp.experts.{e}.down_proj.weight" for e in range(E)]
-        yield Entry(
-            dict.fromkeys(names, (D, F)),
-            ("mlp/down_proj",),
-            lambda a: [np.stack(a).swapaxes(1, 2)],
-            lambda a: list(a[0].swapaxes(1, 2)),
-        )
-    if width := c.shared_expert_intermediate_size:
-        yield from _mlp("mlp.shared_expert.", "mlp/shared_expert/", D, width)
-        yield _linear("mlp.shared_expert_gate.weight", "mlp/shared_expert_gate", (D,), ())
-
-
-def _mlp(there: str, here: str, D: int, width: int) -> Iterator[Entry]:
-    yield _linear(f"{there}gate_proj.weight", f"{here}gate_proj", (D,), (width,))
-    yield _linear(f"{there}up_proj.weight", f"{here}up_proj", (D,), (width,))
-    yield _linear(f"{there}down_proj.weight", f"{here}down_proj", (width,), (D,))
-
-
-def _same(name: str, path: str, shape: tuple[int, ...]) -> Entry:
-    return Entry({name: shape}, (path,), lambda a: a, lambda a: a)
-
-
-def _linear(name: str, path: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Entry:
-    """A Linear's [out, in] as ours [inputs..., outputs...]."""
-    shape = (int(np.prod(outputs)), int(np.prod(inputs)))
-    return Entry(
-        {name: shape},
-        (path,),
-        lambda a: [a[0].T.reshape(*inputs, *outputs)],
-        lambda a: [a[0].reshape(shape[::-1]).T],
-    )
-
-
-def _grouped(
-    name: str, paths: list[str], D: int, heads: int, parts: list[tuple[int, ...]], squeeze=False
-) -> Entry:
-    """A Linear whose outputs are, head by head, several parts, as one parameter for each part.
-
-    A part (R, P) of each of K heads becomes [D, K · R, P]; `squeeze` drops P = 1.
+    Raises:
+      ValueError: names all that is wrong with it.
     """
-    sizes = [int(np.prod(part)) for part in parts]
-    splits = list(np.cumsum(sizes)[:-1])
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory; expected a Hugging Face checkpoint")
+    tensors, problems, lost = safetensors_files.read_directory(directory)
+    stored = tensors.stored
+    try:
+        config = ModelConfig.from_hf(directory)
+    except (ValueError, OSError) as error:
+        raise _refused(directory, [f"config.json: {error}", *problems]) from None
+    mtp_steps = int(any(name.startswith("mtp.") for name in [*stored, *lost]))
+    config = dataclasses.replace(config, mtp_steps=mtp_steps)
+    layout = Layout.of([*stored, *lost], config)
+    table = _table(config, layout, abstract_parameters(config))
+    if stored or not problems:
+        problems += _misfits(table, {name: s.shape for name, s in stored.items()}, lost)
+    dtypes = {}
+    for path in table.parameters:
+        found = {stored[name].dtype for name in table.tensors_of(path) if name in stored}
+        found &= set(safetensors_files.DTYPES.values())
+        dtypes[path] = cast(path, next(iter(found), np.dtype(np.float32)), dtype)
+        if len(found) > 1 and cast(path, None, dtype) is None:  # none was chosen
+            names = table.tensors_of(path)
+            problems.append(
+                f"mixed dtypes: {names[0]} to {names[-1]}, one parameter of ours, are "
+                + " and ".join(sorted(d.name for d in found))
+            )
+    if not problems and layout.tied_head and not _same_bits(tensors, *table.tensors_of(_EMBED)):
+        problems.append(
+            "lm_head.weight differs from model.embed_tokens.weight, but config.json says "
+            "tie_word_embeddings"
+        )
+    if problems:
+        raise _refused(directory, problems)
+    return HFCheckpoint(config, layout, table, tensors, dtypes)
 
-    def to_ours(a: Arrays) -> Arrays:
-        pieces = np.split(a[0].reshape(heads, sum(sizes), D), splits, axis=1)
-        ours = [
-            np.moveaxis(x.reshape(-1, p[-1], D), 2, 0) for x, p in zip(pieces, parts, strict=True)
-        ]
-        return [x[..., 0] for x in ours] if squeeze else ours
 
-    def to_theirs(a: Arrays) -> Arrays:
-        pieces = [
-            np.moveaxis(x.reshape(D, -1), 0, 1).reshape(heads, size, D)
-            for x, size in zip(a, sizes, strict=True)
-        ]
-        return [np.concatenate(pieces, axis=1).reshape(-1, D)]
+def write_hf(
+    directory: pathlib.Path,
+    config: ModelConfig,
+    parameters: Mapping[str, jax.ShapeDtypeStruct],
+    blocks: Callable[[str], Iterable[tuple[tuple[slice, ...], np.ndarray]]],
+    *,
+    dtype: Any,
+    layout: Layout,
+    max_shard_size: int | str,
+    companions: pathlib.Path | None,
+) -> None:
+    """Writes a directory from blocks of parameters, in memory one at a time.
 
-    return Entry({name: (heads * sum(sizes), D)}, tuple(paths), to_ours, to_theirs)
+    Args:
+      directory: does not exist, or is empty.
+      config: the model's.
+      parameters: their shapes and dtypes by path.
+      blocks: of a path, blocks that cover the parameter, and where in it they stand.
+      dtype: of the tensors but `A_log` and `dt_bias`; None: the parameters'.
+      layout: of the files.
+      max_shard_size: of a file.
+      companions: a directory to copy tokenizer files from, where it has any.
+
+    Raises:
+      FileExistsError: the directory holds something.
+      ValueError: Hugging Face has no such model.
+      OSError: the disk is full.
+    """
+    dtypes = {path: cast(path, x.dtype, dtype) for path, x in parameters.items()}
+    table = _table(config, layout, parameters)
+    described = hf_config(config, dtypes[_EMBED])
+    tensor_dtypes = {name: dtypes[path] for path in dtypes for name in table.tensors_of(path)}
+    for found in sorted(
+        set(tensor_dtypes.values()) - set(safetensors_files.DTYPES.values()), key=str
+    ):
+        raise ValueError(f"dtype={found.name!r} is not supported; expected 'float32' or 'bfloat16'")
+    safetensors_files.parse_size(max_shard_size)
+    with written_whole(directory) as beside:
+        tensors = safetensors_files.create(
+            beside,
+            {name: (tensor_dtypes[name], shape) for name, shape in table.shapes.items()},
+            max_shard_size,
+        )
+        for path in parameters:
+            for block, values in blocks(path):
+                table.write(tensors, path, block, values)
+                del values  # before the next one is made
+        tensors.sync()
+        (beside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        copy_companions(companions, beside)
 
 
-def _placed(entry: Entry, there: str, here: str, repeat: int | None) -> Entry:
-    return dataclasses.replace(
-        entry,
-        names={there + name: shape for name, shape in entry.names.items()},
-        paths=tuple(here + path for path in entry.paths),
-        repeat=repeat,
+def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
+    """The `config.json` of a model whose weights have this dtype.
+
+    Raises:
+      ValueError: names the fields that cannot be said in it.
+    """
+    described = config.to_hf()
+    back = dataclasses.replace(
+        ModelConfig.from_hf(described), mtp_steps=config.mtp_steps, router_init=config.router_init
+    )
+    lost = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name != "extra" and getattr(config, field.name) != getattr(back, field.name)
+    ]
+    if lost:
+        raise ValueError(
+            f"Hugging Face's {config.model_type} has no {', '.join(lost)}; such a model can be "
+            "kept in our checkpoints only"
+        )
+    if not described.get("architectures"):
+        described["architectures"] = [_ARCHITECTURES[config.model_type]]
+    keys = [key for key in ("torch_dtype", "dtype") if key in described] or ["torch_dtype"]
+    return {**described, **dict.fromkeys(keys, dtype.name)}
+
+
+def build_model(
+    config: ModelConfig,
+    value: Callable[[str, jax.sharding.Sharding], jax.Array],
+    *,
+    dtype: Any,
+    mesh: Mesh | None,
+) -> Qwen3Next:
+    """A model whose parameters are what `value` makes of their paths and shardings.
+
+    Args:
+      config: its shape.
+      value: from path and sharding to the parameter.
+      dtype: of activations.
+      mesh: over which parameters are split; None: one device.
+    """
+    graph, params = nnx.split(
+        nnx.eval_shape(lambda: Qwen3Next(config, rngs=nnx.Rngs(0), dtype=dtype))
+    )
+    if mesh is None:
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = dict.fromkeys(parameters_by_path(params), one)
+    else:
+        placed = parameters_by_path(parameter_shardings(params, mesh))
+        shardings = {path: param.get_value() for path, param in placed.items()}
+    filled = [
+        (path, param.replace(value("/".join(map(str, path)), shardings["/".join(map(str, path))])))
+        for path, param in nnx.to_flat_state(params)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def abstract_parameters(config: ModelConfig) -> dict[str, nnx.Param]:
+    """The shapes of a model's parameters by path; nothing is allocated."""
+    model = nnx.eval_shape(lambda: Qwen3Next(config, rngs=nnx.Rngs(0)))
+    return parameters_by_path(nnx.state(model, nnx.Param))
+
+
+def parameters_by_path(params: Any) -> dict[str, Any]:
+    """The parameters of a model's state, `groups/layers/0/mlp/router` say."""
+    return {"/".join(map(str, path)): p for path, p in nnx.to_flat_state(params)}
+
+
+def cast(path: str, stored: Any, dtype: Any) -> Any:
+    """The dtype of a parameter that is stored in one and wanted in another, or None."""
+    kept = path.endswith(("/A_log", "/dt_bias"))
+    return stored if dtype is None or kept else np.dtype(dtype)
+
+
+def expert_layouts(name: str) -> tuple[str, ...]:
+    """The parts of a model whose experts are fused.
+
+    Raises:
+      ValueError: there is no such layout.
+    """
+    if name not in EXPERT_LAYOUTS:
+        raise ValueError(
+            f"expert_layout={name!r} is unknown; expected {' or '.join(map(repr, EXPERT_LAYOUTS))}"
+        )
+    return EXPERT_LAYOUTS[name]
+
+
+@contextlib.contextmanager
+def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Lends a directory beside this one, which takes its place at the end, or leaves no trace.
+
+    Raises:
+      FileExistsError: the directory holds something.
+    """
+    directory = directory.absolute()
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} exists; nothing is overwritten, name another or empty it"
+        )
+    beside = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        safetensors_files.sync(beside)
+        beside.rename(directory)  # takes the place of an empty directory, too
+    except BaseException:
+        # Threads of an interrupted writer may still be adding to it.
+        for _ in range(100):
+            shutil.rmtree(beside, ignore_errors=True)
+            if not beside.exists():
+                break
+            time.sleep(0.1)
+        raise
+    safetensors_files.sync(directory.parent)
+
+
+def copy_companions(source: pathlib.Path | None, directory: pathlib.Path) -> None:
+    """Copies the tokenizer files that there are."""
+    if source is None:
+        return
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+_EMBED = "embed_tokens"
+
+
+def _table(config: ModelConfig, layout: Layout, parameters: Mapping[str, Any]) -> TensorTable:
+    return TensorTable(config, layout, {path: tuple(p.shape) for path, p in parameters.items()})
+
+
+def _misfits(
+    table: TensorTable, shapes: Mapping[str, tuple[int, ...]], lost: Collection[str] = ()
+) -> list[str]:
+    """What differs between the tensors there are and those of the table, but for lost ones."""
+    known = {*shapes, *lost}
+    problems = [
+        f"missing: {name} {list(s)}" for name, s in table.shapes.items() if name not in known
+    ]
+    for name, shape in shapes.items():
+        if name not in table.shapes:
+            problems.append(f"unexpected: {name} {list(shape)}")
+        elif tuple(shape) != table.shapes[name]:
+            problems.append(
+                f"wrong shape: {name} is {list(shape)}, expected {list(table.shapes[name])}"
+            )
+    return problems
+
+
+def _same_bits(tensors: Mapping[str, np.ndarray], a: str, b: str) -> bool:
+    rows = max(1, 2**24 // tensors[a].shape[1])
+    return all(
+        tensors[a][i : i + rows].tobytes() == tensors[b][i : i + rows].tobytes()
+        for i in range(0, len(tensors[a]), rows)
     )
 
 
-def _by_path(params: Any) -> dict[str, nnx.Param]:
-    return {"/".join(map(str, path)): p for path, p in nnx.to_flat_state(params)}
+def _refused(directory: pathlib.Path, problems: list[str]) -> ValueError:
+    return ValueError(f"{directory} cannot be loaded:\n  " + "\n  ".join(problems))
 
 
 def _split(path: str) -> tuple[str | int, ...]:

@@ -7,24 +7,30 @@ SHA-256, of each array's shape, dtype and checksum. It tells a damaged checkpoin
 another model, and names what differs.
 
 Arrays are stored flat, under the names `leaf_name` gives them, so the files depend neither on the
-classes that hold the state (optax's NamedTuples, Flax's variables) nor on how it was sharded.
+classes that hold the state (optax's NamedTuples, Flax's variables) nor on how it was sharded. Large
+ones lie in chunks of at most 16 MiB, each of one layer and one expert where such axes come first,
+so that a checkpoint that no memory holds is written and read chunk by chunk.
 """
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
+import itertools
 import json
 import logging
+import math
 import pathlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 # At absl's INFO level, the default of its applications, Orbax writes some sixty lines a save.
 logging.getLogger("absl").addFilter(
@@ -32,8 +38,33 @@ logging.getLogger("absl").addFilter(
 )
 
 
+_CHUNK_BYTES = 2**24
+_COMMIT_BYTES = 2**25
+
+Block = tuple[slice, ...]
+
+
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint is there but cannot be read, or holds other bits than were saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """An array that is made block by block while it is saved."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Block], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it has."""
+        return self.size * self.dtype.itemsize
 
 
 class CheckpointStore:
@@ -80,7 +111,7 @@ class CheckpointStore:
         entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
         index = {"arrays": entries, "extras": dict(extras)}
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(arrays),
+            state=ocp.args.PyTreeSave(arrays, save_args=_save_args(arrays)),
             index=ocp.args.JsonSave({**index, "sha256": _sha256(index)}),
         )
         self._manager.save(step, args=items, force=True)
@@ -88,6 +119,47 @@ class CheckpointStore:
     def wait(self) -> None:
         """Returns when all saves are complete; raises what they failed with."""
         self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """All complete steps, damaged or not, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def describe(self, step: int) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
+        """The shapes and dtypes of a checkpoint's arrays, by name, and its extras.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint.
+          DamagedCheckpointError: its index is damaged.
+        """
+        index = self._index(step)
+        arrays = {
+            name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+            for name, (shape, dtype, _) in index["arrays"].items()
+        }
+        return arrays, index["extras"]
+
+    def read_blocks(self, step: int, name: str) -> Iterator[tuple[Block, np.ndarray]]:
+        """Reads one array a chunk at a time, with each where in the array it stands.
+
+        Raises:
+          DamagedCheckpointError: its files are damaged; after the last chunk, if its bits are.
+        """
+        state = self.directory / str(step) / "state"
+        kvstore = {
+            "driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"
+        }  # fmt: skip
+        total = 0
+        try:
+            array = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+            for block in _blocks(array.shape, array.chunk_layout.read_chunk.shape):
+                values = array[block].read().result()
+                total += _bit_sum(values)
+                yield block, values
+                del values
+        except ValueError as error:
+            raise self._damaged(step, f"{name}: {str(error).partition(chr(10))[0]}") from None
+        if total % 2**32 != self._index(step)["arrays"][name][2]:
+            raise self._damaged(step, f"changed since they were saved: {name}")
 
     def latest_step(self) -> int | None:
         """The newest complete step, damaged or not; None where there is none."""
@@ -112,20 +184,13 @@ class CheckpointStore:
           ValueError: the checkpoint is of another state; names each array that differs.
           DamagedCheckpointError: its files are damaged.
         """
-        if step not in self._manager.all_steps():
-            steps = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
-            raise FileNotFoundError(
-                f"no checkpoint of step {step} in {self.directory}; steps there: {steps}"
-            )
+        index = self._index(step)
         wanted = {
             name: x
             if x.sharding
             else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_one_device())
             for name, x in named_leaves(abstract_state)
         }
-        index = self._read(step, index=ocp.args.JsonRestore())["index"]
-        if index.pop("sha256", None) != _sha256(index):
-            raise self._damaged(step, "its index changed since it was saved")
         problems = list(_differences(wanted, index["arrays"], partial))
         if problems:
             raise ValueError(
@@ -163,8 +228,7 @@ class CheckpointStore:
           ValueError: the newest undamaged one is of another state.
           DamagedCheckpointError: there are checkpoints, and all are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if not steps:
+        if not (steps := self.steps()):
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
         for step in steps:
             try:
@@ -176,6 +240,17 @@ class CheckpointStore:
     def close(self) -> None:
         """Waits for saves and frees what the store holds."""
         self._manager.close()
+
+    def _index(self, step: int) -> dict[str, Any]:
+        if step not in self._manager.all_steps():
+            steps = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self.directory}; steps there: {steps}"
+            )
+        index = self._read(step, index=ocp.args.JsonRestore())["index"]
+        if index.pop("sha256", None) != _sha256(index):
+            raise self._damaged(step, "its index changed since it was saved")
+        return index
 
     def _read(self, step: int, **items: Any) -> Mapping[str, Any]:
         with _without_stray_tracebacks():
@@ -197,6 +272,114 @@ class CheckpointStore:
         )
 
 
+def save_streamed(
+    directory: str | pathlib.Path,
+    step: int,
+    arrays: Mapping[str, Streamed],
+    extras: Mapping[str, Any],
+) -> None:
+    """Saves arrays that memory need not hold, as `CheckpointStore.save` does; returns when done.
+
+    The index is sealed last. A checkpoint that was cut off before that counts as damaged, so the
+    caller keeps it out of sight until then.
+
+    Args:
+      directory: new, or holds nothing but checkpoints.
+      step: names the checkpoint.
+      arrays: by their leaf names.
+      extras: anything that JSON can hold.
+    """
+    sums = dict.fromkeys(arrays, 0)
+
+    def summed(name: str, array: Streamed) -> Streamed:
+        def read(block: Block) -> np.ndarray:
+            values = array.read(block)
+            sums[name] = (sums[name] + _bit_sum(values)) % 2**32
+            return values
+
+        return dataclasses.replace(array, read=read)
+
+    leaves = {name: summed(name, array) for name, array in arrays.items()}
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Streamed, _StreamedHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        "index": ocp.JsonCheckpointHandler(),
+    }
+    directory = pathlib.Path(directory).absolute()
+    with contextlib.closing(
+        ocp.CheckpointManager(
+            directory,
+            # In the foreground, so that an interrupt ends it.
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+            item_handlers=handlers,
+        )
+    ) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(leaves, save_args=_save_args(leaves)),
+            index=ocp.args.JsonSave({}),
+        )
+        manager.save(step, args=items, force=True)
+    entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
+    index = {"arrays": entries, "extras": dict(extras)}
+    path = directory / str(step) / "index" / "metadata"
+    path.write_text(json.dumps({**index, "sha256": _sha256(index)}))
+
+
+class _StreamedHandler(ocp.type_handlers.NumpyHandler):
+    """Lets Orbax save a `Streamed` array, which is read back as any other."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+        """Writes all blocks of all arrays."""
+        batch = _Batch()
+        try:
+            for value, info, arg in zip(values, infos, args, strict=True):
+                await info.await_path_creation()
+                spec = ocp.type_handlers.get_json_tspec_write(
+                    info,
+                    use_ocdbt=info.is_ocdbt_checkpoint,
+                    global_shape=value.shape,
+                    local_shape=value.shape,
+                    dtype=value.dtype,
+                    process_index=jax.process_index(),
+                    arg=arg,
+                )
+                array = await ts.open(
+                    ts.Spec(spec), create=True, open=True, context=info.ts_context
+                )
+                for block in _blocks(value.shape, array.chunk_layout.write_chunk.shape):
+                    batch.write(array[block], value.read(block))
+            batch.commit()
+        finally:
+            batch.settle()
+        return []
+
+
+class _Batch:
+    """Blocks that are committed together: each commit writes the tree of all chunks' names anew."""
+
+    def __init__(self):
+        self._transaction, self._bytes = ts.Transaction(), 0
+
+    def write(self, target: Any, values: np.ndarray) -> None:
+        """Adds a block; commits those before it where they would be too many."""
+        if self._bytes + values.nbytes > _COMMIT_BYTES:
+            self.commit()
+            self._transaction, self._bytes = ts.Transaction(), 0
+        target.with_transaction(self._transaction).write(values).copy.result()
+        self._bytes += values.nbytes
+
+    def commit(self) -> None:
+        """Returns when what was added is on disk."""
+        self._transaction.commit_async().result()
+
+    def settle(self) -> None:
+        """Gives up what is not committed, so that nothing is written from here on."""
+        self._transaction.abort()
+        self._transaction.future.exception()
+
+
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a pytree, in its order, with their names."""
     return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
@@ -210,6 +393,37 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _save_args(arrays: Mapping[str, Any]) -> dict[str, ocp.SaveArgs]:
+    """Small arrays are one chunk; of large ones, each layer and each expert is at least one."""
+
+    def leading(x: Any) -> tuple[int, ...]:
+        if x.nbytes <= _CHUNK_BYTES:
+            return ()
+        rests = (math.prod(x.shape[axis + 1 :]) for axis in range(len(x.shape)))
+        axes = itertools.takewhile(lambda rest: rest * x.dtype.itemsize >= 2**20, rests)
+        return tuple(range(len(list(axes))))
+
+    return {
+        name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=leading(x))
+        for name, x in arrays.items()
+    }
+
+
+def _blocks(shape: tuple[int, ...], chunk: Any) -> Iterator[Block]:
+    """The parts of an array that are a chunk each, or what of one is left at the ends."""
+    ranges = [
+        [slice(i, min(i + step, size)) for i in range(0, size, step)]
+        for size, step in zip(shape, chunk or (), strict=True)  # None for a scalar
+    ]
+    return itertools.product(*ranges)
+
+
+def _bit_sum(values: np.ndarray) -> int:
+    """Σ of the elements' bits, modulo 2³²; see `_checksum`."""
+    bits = np.ascontiguousarray(values).view(f"uint{8 * values.dtype.itemsize}")
+    return int(bits.sum(dtype=np.uint32))
 
 
 def _differences(

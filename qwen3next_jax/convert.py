@@ -1,0 +1,146 @@
+"""Converts checkpoints between Hugging Face directories and ours, and back bit for bit.
+
+    python -m qwen3next_jax.convert from-hf SRC DST [--dtype=bfloat16]
+    python -m qwen3next_jax.convert to-hf   SRC DST [--dtype=bfloat16] [--expert_layout=fused]
+                                                    [--max_shard_size=5GB]
+
+Ours is a work directory (config.json, checkpoints/), a run's or one made here; `to-hf` also takes
+one of its step folders. Chunk after chunk goes from the one to the other, so the memory it takes
+does not depend on the model's size. DST appears when it is whole.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import signal
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+
+from qwen3next_jax.checkpoint import hugging_face as hf
+from qwen3next_jax.checkpoint.load import find_checkpoint, from_step, stored_parameters
+from qwen3next_jax.checkpoint.store import (
+    CheckpointStore,
+    DamagedCheckpointError,
+    Streamed,
+    save_streamed,
+)
+from qwen3next_jax.checkpoint.tensor_table import Layout
+
+_NOT_IN_HF = ("mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command line."""
+    parser = argparse.ArgumentParser(prog="python -m qwen3next_jax.convert",
+                                     description=(__doc__ or "").partition("\n")[0])  # fmt: skip
+    commands = parser.add_subparsers(required=True)
+    for name, run, source in (
+        ("from-hf", from_hf, "a Hugging Face directory"),
+        ("to-hf", to_hf, "a work directory, or one of its step folders"),
+    ):
+        sub = commands.add_parser(name)
+        sub.set_defaults(run=run)
+        sub.add_argument("src", type=pathlib.Path, help=source)
+        sub.add_argument("dst", type=pathlib.Path, help="a new or empty directory")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16"),
+                         help="of all but A_log and dt_bias; as stored if not given")  # fmt: skip
+    sub.add_argument("--expert_layout", choices=tuple(hf.EXPERT_LAYOUTS),
+                     help="the source's if not given, per_expert for a run's")  # fmt: skip
+    sub.add_argument("--max_shard_size", default="5GB", help="of a file, such as 5GB")
+    args = vars(parser.parse_args(argv))
+    run = args.pop("run")
+
+    jax.config.update("jax_platforms", "cpu")  # no accelerator is needed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated; nothing was written."))
+    try:
+        run(**args)
+    except (ValueError, OSError, DamagedCheckpointError) as error:
+        sys.exit(f"{error}\nNothing was written.")
+    print(f"Wrote {args['dst']}")
+
+
+def from_hf(src: pathlib.Path, dst: pathlib.Path, *, dtype: Any = None) -> None:
+    """Makes a work directory of a Hugging Face directory: its checkpoint is of step 0.
+
+    Args:
+      src: holds config.json and safetensors.
+      dst: does not exist, or is empty.
+      dtype: of the parameters but `A_log` and `dt_bias`; None: as stored.
+
+    Raises:
+      FileExistsError: `dst` holds something.
+      ValueError: names all that is wrong with `src`.
+    """
+    with hf.written_whole(dst) as beside:
+        found = hf.open_hf(src, dtype)
+
+        def read(path, dtype, block):
+            return found.table.read(found.tensors, path, block, dtype)
+
+        arrays = {
+            f"params/{path}": Streamed(shape, found.dtypes[path],
+                                       partial(read, path, found.dtypes[path]))
+            for path, shape in found.table.parameters.items()
+        }  # fmt: skip
+        layout = dataclasses.asdict(found.layout)
+        save_streamed(beside / "checkpoints", 0, arrays, {"hugging_face_layout": layout})
+        ours = {key: getattr(found.config, key) for key in _NOT_IN_HF}
+        described = {"model": {**found.config.to_hf(), **ours}}
+        (beside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        hf.copy_companions(src, beside)
+
+
+def to_hf(
+    src: pathlib.Path,
+    dst: pathlib.Path,
+    *,
+    dtype: Any = None,
+    expert_layout: str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Makes a Hugging Face directory of a checkpoint of ours.
+
+    Args:
+      src: a work directory, whose newest good checkpoint is taken, or one of its step folders.
+      dst: does not exist, or is empty.
+      dtype: of the tensors but `A_log` and `dt_bias`; None: as stored.
+      expert_layout: "per_expert" or "fused"; None: that of the files it was converted from, or
+        "per_expert".
+      max_shard_size: of a file, in bytes or such as "5GB".
+
+    Raises:
+      FileExistsError: `dst` holds something.
+      FileNotFoundError: there is no checkpoint.
+      ValueError: `src` is no checkpoint of ours, or of a model that Hugging Face has not.
+      DamagedCheckpointError: what could be meant is damaged.
+    """
+    ours = find_checkpoint(src)
+    if ours is None:
+        raise ValueError(f"{src} is a Hugging Face directory already")
+
+    def write(store: CheckpointStore, step: int) -> None:
+        parameters = stored_parameters(store, step, ours.config)
+        remembered = store.describe(step)[1].get("hugging_face_layout")
+        layout = Layout() if remembered is None else Layout.from_dict(remembered)
+        if expert_layout is not None:
+            layout = dataclasses.replace(layout, fused=hf.expert_layouts(expert_layout))
+        hf.write_hf(
+            dst,
+            ours.config,
+            parameters,
+            lambda path: store.read_blocks(step, f"params/{path}"),
+            dtype=dtype,
+            layout=layout,
+            max_shard_size=max_shard_size,
+            companions=ours.workdir,
+        )
+
+    from_step(ours, write)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Writes text from a checkpoint, to the terminal while it comes.
+
+    python -m qwen3next_jax.sample --checkpoint=DIR --prompt="Once upon a time"
+    python -m qwen3next_jax.sample --checkpoint=DIR --chat --prompt="Who are you?" --temperature=0.7
+
+The text goes to stdout and nothing else does; what is said about it goes to stderr.
+"""
+
+import dataclasses
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from qwen3next_jax.checkpoint.load import find_checkpoint, load_checkpoint
+from qwen3next_jax.config import MeshConfig, ModelConfig
+from qwen3next_jax.data.chat import load_chat_template, render_chat
+from qwen3next_jax.data.text_stream import TextStream
+from qwen3next_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from qwen3next_jax.inference.decode import Generation
+from qwen3next_jax.model.rope import describe_positions
+from qwen3next_jax.parallel.mesh import make_mesh
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A Hugging Face directory, a work directory, or one of its step folders."
+)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "File or directory; else the checkpoint's.")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", [""], "Text to continue. Given several times, the rows of a batch: printed at the end"
+)
+_CHAT = flags.DEFINE_bool("chat", False, "Prompts are messages to the checkpoint's chat template.")
+_SYSTEM = flags.DEFINE_string("system", None, "With --chat: the system message.")
+_STOP = flags.DEFINE_multi_string("stop", [], "End before this string. May be given several times.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens to add.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0: the likeliest token; 1: the model's distribution.", lower_bound=0
+)
+_TOP_K = flags.DEFINE_integer("top_k", None, "Sample from this many likeliest.", lower_bound=1)
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "Sample from the likeliest that together have this probability.",
+    lower_bound=0, upper_bound=1,
+)  # fmt: skip
+_MIN_P = flags.DEFINE_float(
+    "min_p", None, "Sample from those at least this times as likely as the likeliest.",
+    lower_bound=0, upper_bound=1,
+)  # fmt: skip
+_REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Above 1: tokens that were there become less likely."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+_SPECULATIVE = flags.DEFINE_bool(
+    "speculative", None, "Draft tokens with the MTP module; else done where the model has one."
+)
+_DRAFTS = flags.DEFINE_integer("drafts", None, "Tokens drafted at a time.", lower_bound=1)
+_YARN_FACTOR = flags.DEFINE_float(
+    "yarn_factor", None, "YaRN: so many times the original context.", lower_bound=1
+)
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Else as stored.")
+_MESH_FSDP = flags.DEFINE_integer(
+    "mesh_fsdp", None, "Split the parameters over this many devices, -1: all.", lower_bound=-1
+)
+
+
+def main(argv: list[str]) -> None:
+    """Loads the checkpoint and continues the prompts."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments {argv[1:]}; give text as --prompt='...'")
+    if not _CHECKPOINT.value:
+        raise app.UsageError("Where is the model? Give --checkpoint=DIR")
+    if _SYSTEM.value is not None and not _CHAT.value:
+        raise app.UsageError("--system is a message of a chat; give --chat as well")
+    if _DRAFTS.value is not None and _SPECULATIVE.value is False:
+        raise app.UsageError(f"--nospeculative contradicts --drafts={_DRAFTS.value}")
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = os.path.join(os.path.expanduser("~"), ".cache", "qwen3next_jax", "compiled")
+        jax.config.update("jax_compilation_cache_dir", cache)
+
+    # What is quick to be found wrong comes before the model is read.
+    path = pathlib.Path(_CHECKPOINT.value)
+    ours = find_checkpoint(path)
+    folder = path if ours is None else ours.workdir
+    config = ModelConfig.from_hf(path) if ours is None else ours.config
+    tokenizer = load_tokenizer(_TOKENIZER.value or folder)
+    check_vocabulary(tokenizer, config.vocab_size)
+    prompts = [_prompt_tokens(text, tokenizer, folder) for text in _PROMPT.value]
+    mesh = None
+    if _MESH_FSDP.value is not None:
+        mesh = make_mesh(MeshConfig(data=1, fsdp=_MESH_FSDP.value))
+    yarn = None if _YARN_FACTOR.value is None else _yarn(_YARN_FACTOR.value, config)
+    model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh, rope_scaling=yarn)
+    logging.info("%s", describe_positions(model.config))
+    generation = Generation(
+        model,
+        prompts,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+        repetition_penalty=_REPETITION_PENALTY.value,
+        stop_tokens=tokenizer.stop_ids,
+        seed=_SEED.value,
+        speculative=_DRAFTS.value or _SPECULATIVE.value,
+    )
+    speed = _write(generation, tokenizer)
+    print(_report(speed, generation), file=sys.stderr)
+
+
+def _prompt_tokens(text: str, tokenizer: Tokenizer, folder: pathlib.Path) -> list[int]:
+    if _CHAT.value:
+        messages = [{"role": "user", "content": text}]
+        if _SYSTEM.value is not None:
+            messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
+        rendered = render_chat(
+            messages, load_chat_template(folder), special_tokens=tokenizer.special_tokens
+        )
+        return tokenizer.encode(rendered, parse_special=True)
+    tokens = tokenizer.encode(text)
+    return [tokenizer.bos_id, *tokens] if tokenizer.adds_bos or not tokens else tokens
+
+
+def _yarn(factor: float, config: ModelConfig) -> dict[str, Any]:
+    """`rope_scaling` for a factor over the context that the model was trained on."""
+    original = (config.rope_scaling or {}).get("original_max_position_embeddings")
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": original or config.max_position_embeddings,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Speed:
+    tokens: int
+    later_tokens: int  # after the first ones, which wait for the prompt and for compilation
+    first_seconds: float
+    later_seconds: float
+
+
+def _write(generation: Generation, tokenizer: Tokenizer) -> _Speed:
+    """Prints a `Generation`'s text: a single row's while it comes, several rows' at the end."""
+    streams = [TextStream(tokenizer, _STOP.value) for _ in _PROMPT.value]
+    single = len(streams) == 1
+    start = first = time.perf_counter()
+    tokens = first_tokens = 0
+    for item in generation:
+        for row, new in enumerate(item):
+            stream = streams[row]
+            if stream.stopped:
+                continue
+            tokens += len(new)
+            text = stream.feed(new)
+            if single:
+                print(text, end="", flush=True)
+            if stream.stopped:
+                generation.stop(row)
+        if not first_tokens:
+            first, first_tokens = time.perf_counter(), tokens
+    end = time.perf_counter()
+    for row, stream in enumerate(streams):
+        rest = stream.finish()
+        if single:
+            print(rest, flush=True)
+        else:
+            print(f"=== {row + 1} ===\n{stream.text}")
+    return _Speed(tokens, tokens - first_tokens, first - start, end - first)
+
+
+def _report(speed: _Speed, generation: Generation) -> str:
+    line = f"{speed.tokens} tokens, the first after {speed.first_seconds:.1f} s"
+    if speed.later_tokens:
+        rate = speed.later_tokens / speed.later_seconds
+        line += f", then {rate:.1f} tokens/s in {speed.later_seconds:.1f} s"
+    if generation.drafted and generation.passes:
+        line += f", {speed.later_tokens / generation.passes:.2f} tokens a pass"
+        shares = [
+            f"{accepted / drafted:.0%} of {drafted}" if drafted else "none drafted"
+            for accepted, drafted in zip(generation.accepted, generation.drafted, strict=True)
+        ]
+        line += f"; drafts accepted, by position: {', '.join(shares)}"
+    return line
+
+
+if __name__ == "__main__":
+    app.run(main)

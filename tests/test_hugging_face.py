@@ -1,0 +1,358 @@
+"""Hugging Face directories: transformers' files here, ours there, faults in one report."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import hf_directory
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hf_directory import transformers_model
+from oracles import quick_jit, random_model, small_config
+from transformers import AutoModelForCausalLM
+
+import qwen3next_jax as q3n
+from qwen3next_jax.checkpoint.hugging_face import abstract_parameters, hf_config, open_hf
+from qwen3next_jax.checkpoint.tensor_table import Layout, entries
+
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 70))
+
+
+@functools.cache
+def jitted(graph):
+    return quick_jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
+
+
+def our_logits(model):
+    graph, params = nnx.split(model)
+    return np.asarray(jitted(graph)(params, jnp.asarray(TOKENS, jnp.int32)))
+
+
+def their_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS), use_cache=False).logits.float().numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sparse", {"max_shard_size": "100KB"}),
+        ("sparse", {"save_original_format": False}),  # experts fused
+        ("one dense layer, tied", {}),
+        ("dense", {}),
+    ],
+)
+def test_what_transformers_writes_gives_its_logits_here(name, options, tmp_path):
+    theirs = transformers_model(name)
+    theirs.save_pretrained(tmp_path, **options)
+    assert bool(list(tmp_path.glob("*index.json"))) == ("max_shard_size" in options)
+    model = q3n.load_hf(tmp_path)
+    assert model.config.mtp_steps == 0
+    # Two float32 computations in another order; logits are of size 1.
+    np.testing.assert_allclose(our_logits(model), their_logits(theirs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sparse", "one dense layer, tied", "dense"])
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+def test_transformers_loads_what_we_write_and_gives_our_logits(name, layout, tmp_path):
+    transformers_model(name).save_pretrained(tmp_path / "theirs")
+    sparse = name != "dense"
+    config = q3n.ModelConfig.from_hf(tmp_path / "theirs")
+    model = random_model(dataclasses.replace(config, mtp_steps=int(sparse)), seed=3)
+    q3n.save_hf(model, tmp_path / "ours", expert_layout=layout, max_shard_size="100KB")
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, experts_implementation="eager"
+    )
+    assert not report["missing_keys"]
+    assert not report["mismatched_keys"]
+    assert not [k for k in report["unexpected_keys"] if not k.startswith("mtp.")]
+    assert theirs.dtype == torch.float32
+    assert type(theirs) is type(transformers_model(name))
+    np.testing.assert_allclose(our_logits(model), their_logits(theirs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+def test_loading_and_saving_changes_no_bit_and_no_name(layout, shards, tmp_path):
+    fused = ("model", "mtp") if layout == "fused" else ()
+    given = hf_directory.released(tmp_path / "given", fused=fused, shards=shards)
+    model = q3n.load_hf(tmp_path / "given")
+    assert model.config.mtp_steps == 1
+    assert model.dtype == jnp.bfloat16
+    q3n.save_hf(model, tmp_path / "new", expert_layout=layout, max_shard_size="150KB")
+    assert hf_directory.read(tmp_path / "new") == {
+        name: hf_directory.bits(tensor) for name, tensor in given.items()
+    }
+    names = {path.name for path in (tmp_path / "new").iterdir() if "safetensors" not in path.name}
+    assert names == {"config.json", "tokenizer.json"}
+    shards = list((tmp_path / "new").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert max(path.stat().st_size for path in shards) < 150_000 + 50_000  # and the headers
+    described = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert described["architectures"] == ["Qwen3NextForCausalLM"]
+    assert described["dtype"] == "bfloat16"  # the key that transformers 5 writes, and its value
+    assert "torch_dtype" not in described
+    assert q3n.ModelConfig.from_hf(described) == dataclasses.replace(model.config, mtp_steps=0)
+
+
+def test_experts_may_be_fused_in_the_model_and_apart_in_the_mtp(tmp_path):
+    given = hf_directory.released(tmp_path / "given", fused=("model",))
+    assert "mtp.layers.0.mlp.experts.0.up_proj.weight" in given
+    model = q3n.load_hf(tmp_path / "given")
+    q3n.save_hf(model, tmp_path / "new", expert_layout="fused")
+    new = hf_directory.read(tmp_path / "new")
+    apart = hf_directory.apart(
+        "mtp.layers.0.mlp.experts.gate_up_proj",
+        torch.frombuffer(
+            bytearray(new["mtp.layers.0.mlp.experts.gate_up_proj"][2]), dtype=torch.bfloat16
+        ).reshape(7, 40, 32),
+    )
+    for name, tensor in apart.items():
+        assert torch.equal(given[name], tensor), name
+
+
+def test_a_chosen_dtype_is_that_of_all_but_the_decays(tmp_path):
+    hf_directory.released(tmp_path / "given", dtype=torch.float32)
+    model = q3n.load_hf(tmp_path / "given", dtype="bfloat16")
+    assert model.dtype == jnp.bfloat16
+    kept = ("A_log", "dt_bias")
+    for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        assert param.dtype == (jnp.float32 if path[-1] in kept else jnp.bfloat16), path
+    q3n.save_hf(model, tmp_path / "new", dtype=jnp.float32)
+    new, given = (hf_directory.read(tmp_path / name) for name in ("new", "given"))
+    assert {n: x[:2] for n, x in new.items()} == {n: x[:2] for n, x in given.items()}
+    assert all(new[n] == given[n] for n in given if n.endswith(kept))
+
+
+def test_a_written_tied_head_is_read_if_it_is_the_embedding(tmp_path):
+    model = transformers_model("one dense layer, tied")
+    model.config.save_pretrained(tmp_path)
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    hf_directory.write(tmp_path, tensors, 1)
+    assert q3n.load_hf(tmp_path).lm_head is None
+    tensors["lm_head.weight"][3, 4] += 1
+    hf_directory.write(tmp_path, tensors, 1)
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs .* tie_word_embeddings"):
+        q3n.load_hf(tmp_path)
+
+
+def change_shard(directory, number, change):
+    """Rewrites one file with the library; `change` edits its tensors in place."""
+    file = directory / f"model-{number:05}-of-00003.safetensors"
+    tensors = hf_directory.safetensors.torch.load_file(file)
+    change(tensors)
+    hf_directory.safetensors.torch.save_file(tensors, file)
+
+
+def broken(directory):
+    """A checkpoint with every fault at once; returns what a report of them has to say."""
+    names = sorted(hf_directory.released(directory))
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    lost, scaled = names[3], next(n for n in names[2::3] if n.endswith("gate_proj.weight"))
+    assert names[0] == "lm_head.weight"
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
+        tensors["model.layers.9.extra"] = torch.zeros(2)
+        del tensors[lost]
+
+    change_shard(directory, 1, change)
+
+    def quantise(tensors):
+        tensors[scaled] = tensors[scaled].to(torch.float8_e4m3fn)
+
+    change_shard(directory, 3, quantise)
+    third = directory / "model-00003-of-00003.safetensors"
+    os.truncate(third, third.stat().st_size - 7)
+    size = third.stat().st_size
+    return [
+        "missing shard: model-00002-of-00003.safetensors",
+        f"truncated shard: model-00003-of-00003.safetensors has {size} of {size + 7} bytes",
+        f"unsupported dtype: {scaled} is F8_E4M3, expected F32 or BF16",
+        f"missing: {lost}, in model-00001-of-00003.safetensors by model.safetensors.index.json",
+        "unexpected: model.layers.9.extra [2]",
+        "wrong shape: lm_head.weight is [60, 32], expected [61, 32]",
+    ]
+
+
+def test_all_faults_come_in_one_report(tmp_path):
+    complaints = broken(tmp_path / "given")
+    with pytest.raises(ValueError, match="cannot be loaded") as error:
+        q3n.load_hf(tmp_path / "given")
+    assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == sorted(complaints)
+
+    config = json.loads((tmp_path / "given" / "config.json").read_text())
+    changed = {**config, "model_type": "llama"}
+    (tmp_path / "given" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="model_type='llama' is not supported") as error:
+        q3n.load_hf(tmp_path / "given")
+    for complaint in complaints[:4]:  # that need no model to be told
+        assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda d: (d / "model.safetensors.index.json").unlink(),
+         r"missing: model\.safetensors\.index\.json or model\.safetensors"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{"), "unreadable index"),
+        (lambda d: (d / "config.json").unlink(), r"config\.json does not exist"),
+        (lambda d: os.truncate(d / "model-00001-of-00003.safetensors", 100),
+         r"truncated shard: model-00001-of-00003\.safetensors ends within its header"),
+        (lambda d: os.truncate(d / "model-00001-of-00003.safetensors", 3), "truncated shard"),
+        (lambda d: (d / "model-00001-of-00003.safetensors").write_bytes(
+            (10).to_bytes(8, "little") + b"not JSON.."), "header of .* is damaged"),
+        (lambda d: (d / "model-00004-of-00003.safetensors").write_bytes(b""),
+         r"unexpected shard: model-00004-of-00003\.safetensors"),
+        (lambda d: change_shard(d, 1, lambda t: t.update({"lm_head.weight": t["lm_head.weight"],
+                                                          "model.norm.weight": torch.ones(32)})),
+         r"twice: model\.norm\.weight"),
+        (lambda d: change_shard(d, 1, lambda t: t.update(
+            {n: x.float() for n, x in t.items() if n.endswith("1.self_attn.k_proj.weight")})),
+         r"mixed dtypes: model\.layers\.1\.self_attn\.k_proj.* are bfloat16 and float32"),
+    ],
+)  # fmt: skip
+def test_single_faults_are_named(spoil, complaint, tmp_path):
+    hf_directory.released(tmp_path / "given")
+    spoil(tmp_path / "given")
+    with pytest.raises(ValueError, match=complaint) as error:
+        q3n.load_hf(tmp_path / "given")
+    assert len(str(error.value).splitlines()) == 2, error.value  # nothing follows from it
+
+
+def test_a_full_disk_or_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+    model = random_model(small_config())
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail)
+        with pytest.raises(OSError, match="No space left"):
+            q3n.save_hf(model, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen3next_jax.checkpoint.hugging_face.copy_companions", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            q3n.save_hf(model, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "precious").touch()
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        q3n.save_hf(model, tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["precious"]
+    (tmp_path / "new" / "precious").unlink()
+    q3n.save_hf(model, tmp_path / "new")  # an empty one may be there
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (dict(expert_layout="stacked"), "expert_layout='stacked' is unknown"),
+        (dict(max_shard_size="5 apples"), "max_shard_size='5 apples' is no size"),
+        (dict(max_shard_size=0), "max_shard_size=0 is no size"),
+        (dict(dtype="float16"), "dtype='float16' is not supported"),
+    ],
+)
+def test_impossible_wishes_are_refused(options, complaint, tmp_path):
+    with pytest.raises(ValueError, match=complaint):
+        q3n.save_hf(random_model(small_config()), tmp_path / "new", **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("switch", ["zero_centered_norm", "attention_output_gate"])
+def test_a_model_that_config_json_cannot_describe_is_refused(switch, tmp_path):
+    config = small_config(**{switch: False})
+    with pytest.raises(ValueError, match=f"qwen3_next has no {switch}=False"):
+        hf_config(config, np.dtype(np.float32))
+    with pytest.raises(ValueError, match=f"{switch}=False"):
+        q3n.save_hf(random_model(config), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+SHARDED = """
+import sys
+import jax
+import numpy as np
+from flax import nnx
+import qwen3next_jax as q3n
+from qwen3next_jax.config import MeshConfig
+from qwen3next_jax.parallel.mesh import make_mesh, parameter_shardings
+
+source, target = sys.argv[1:]
+mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+model = q3n.load_hf(source, mesh=mesh)
+plain = q3n.load_hf(source)
+params = nnx.state(model, nnx.Param)
+wanted = parameter_shardings(params, mesh)
+split = 0
+for (path, x), (_, sharding), (_, y) in zip(
+    nnx.to_flat_state(params), nnx.to_flat_state(wanted),
+    nnx.to_flat_state(nnx.state(plain, nnx.Param)), strict=True,
+):
+    assert x[...].sharding == sharding.get_value(), path
+    split += not x[...].sharding.is_fully_replicated
+    assert np.asarray(x[...]).tobytes() == np.asarray(y[...]).tobytes(), path
+assert split > 20, split
+q3n.save_hf(model, target)
+"""
+
+
+def test_a_model_is_loaded_and_saved_split_over_a_mesh(tmp_path):
+    given = hf_directory.released(tmp_path / "given")
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run(
+        [sys.executable, "-c", SHARDED, str(tmp_path / "given"), str(tmp_path / "new")],
+        check=True, env=environment,
+    )  # fmt: skip
+    assert hf_directory.read(tmp_path / "new") == {
+        name: hf_directory.bits(tensor) for name, tensor in given.items()
+    }
+
+
+@pytest.mark.parametrize("fused", [(), ("model", "mtp")])
+@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen3", "intermediate_size": 24}])
+def test_the_table_places_every_number_once_by_views(fused, changes):
+    config = small_config(mtp_steps=1, num_hidden_layers=4, **changes)
+    places = {path: np.zeros(p.shape, int) for path, p in abstract_parameters(config).items()}
+    for name, shape, parts in entries(config, Layout(fused=fused)):
+        tensor, seen = np.zeros(shape, int), 0
+        for path, place, view in parts:
+            met = view(tensor)
+            assert np.shares_memory(met, tensor), name  # a copy would be written in vain
+            assert met.shape == places[path][place].shape, name
+            met += 1
+            places[path][place] += 1
+            seen += met.size
+        assert seen == tensor.size
+        assert (tensor == 1).all(), name
+    for path, count in places.items():
+        assert (count == 1).all(), path
+
+
+def test_a_block_reads_only_the_tensors_that_meet_it(tmp_path):
+    hf_directory.released(tmp_path / "given")
+    hf = open_hf(tmp_path / "given")
+    asked = []
+
+    class Watched(dict):
+        def __missing__(self, name):
+            asked.append(name)
+            return hf.tensors[name]
+
+    block = (slice(1, 2), slice(2, 4), slice(0, 16), slice(1, 2), slice(None))
+    hf.table.read(Watched(), "groups/layers/1/mlp/gate_up_proj", block, np.dtype(jnp.bfloat16))
+    assert asked == [f"model.layers.3.mlp.experts.{e}.up_proj.weight" for e in (2, 3)]
