@@ -138,8 +138,8 @@ class Generation:
         """Yields, until all rows have ended, a list of each row's new tokens, which may be none."""
         if not self._prompts or self._max_new_tokens == 0:
             return
-        graph, params = _for_decoding(self._model)
-        state, first = self._read_prompts(graph, params)
+        structure, params = _for_decoding(self._model)
+        state, first = self._read_prompts(structure, params)
         yield _rows(first, state.made)
         passes = 1
         while True:
@@ -148,21 +148,22 @@ class Generation:
             if not np.asarray(state.budget).any():
                 return
             start = time.monotonic()
-            state, out, ran = _run(graph, self._rules, params, state, passes)
+            state, out, ran = _run(structure, self._rules, params, state, passes)
             new = _rows(out, state.made)
             self.passes += int(ran)
             self.drafted = np.asarray(state.drafted).tolist()
             self.accepted = np.asarray(state.accepted).tolist()
-            quick = time.monotonic() - start < _BLINK
-            passes = min(2 * passes, _PASSES) if quick else max(passes // 2, 1)
+            # The first time it also compiled, and then one pass is the next guess as well.
+            passes = int(passes * _BLINK / (time.monotonic() - start))
+            passes = min(max(passes, 1), _PASSES)
             yield new
 
-    def _read_prompts(self, graph, params):
+    def _read_prompts(self, structure, params):
         lengths = np.array([len(p) for p in self._prompts], np.int32)
         B, longest = len(lengths), int(lengths.max())
         pieces = _pieces(longest)
         room = max(sum(pieces), longest + self._max_new_tokens + self._rules.drafts + 1)
-        model = nnx.merge(graph, params)
+        model = structure.model(params)
         place = _placement(params, B)
         slots = -(-room // _SLOTS) * _SLOTS
         cache = place(model.empty_cache(batch=B, slots=slots))
@@ -182,7 +183,7 @@ class Generation:
             first = np.minimum(lengths, start)
             index = first[:, None] + np.arange(width)
             cache, mtp_cache, last_hidden = _prefill(
-                graph,
+                structure,
                 params,
                 place(jnp.asarray(np.take_along_axis(padded, index, 1))),
                 place(jnp.asarray(np.take_along_axis(padded, index + 1, 1))),
@@ -201,7 +202,7 @@ class Generation:
             seen = place(jnp.asarray(mask))
         budget = place(jnp.full(B, self._max_new_tokens, jnp.int32))
         return _first(
-            graph, self._rules, params, cache, mtp_cache, last_hidden,
+            structure, self._rules, params, cache, mtp_cache, last_hidden,
             place(jnp.asarray(lengths)), seen, budget, jax.random.key(self._seed),
         )  # fmt: skip
 
@@ -231,9 +232,9 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(6, 7, 8))
-def _prefill(graph, params, tokens, following, first, lengths, cache, mtp_cache, last_hidden):
+def _prefill(structure, params, tokens, following, first, lengths, cache, mtp_cache, last_hidden):
     """Reads a piece of each prompt, and keeps the hidden state of its last token."""
-    model = nnx.merge(graph, params)
+    model = structure.model(params)
     positions = first[:, None] + jnp.arange(tokens.shape[1])
     real = positions < lengths[:, None]
     hidden, cache = model.extend(tokens, real.astype(jnp.int32), positions, cache)
@@ -251,9 +252,9 @@ def _prefill(graph, params, tokens, following, first, lengths, cache, mtp_cache,
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
-def _first(graph, rules, params, cache, mtp_cache, hidden, length, seen, budget, key):
+def _first(structure, rules, params, cache, mtp_cache, hidden, length, seen, budget, key):
     """Draws the first token of each row from the hidden state of its prompt's last one."""
-    model, K = nnx.merge(graph, params), rules.drafts
+    model, K = structure.model(params), rules.drafts
     key, draw_key = jax.random.split(key)
     p = rules.sampling.probabilities(model.logits(hidden[:, None])[:, 0], seen)
     tokens = rules.sampling.draw(p, draw_key)[:, None]
@@ -268,9 +269,9 @@ def _first(graph, rules, params, cache, mtp_cache, hidden, length, seen, budget,
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _run(graph, rules, params, state, passes):
+def _run(structure, rules, params, state, passes):
     """Takes passes until all rows have ended, `passes` at most; see `_PASSES`."""
-    model = nnx.merge(graph, params)
+    model = structure.model(params)
     width = rules.drafts + 1
     B = len(state.length)
 
@@ -353,25 +354,46 @@ def _draft(model, rules, state, hidden, tokens, positions, kept):
     return state._replace(drafts=drafts, q=q, mtp_cache=mtp_cache, key=key)
 
 
-@functools.lru_cache(maxsize=8)
-def _decoding_graph(graph):
-    """The structure that `unstacked` gives a model of this one, and the function that makes it."""
+class _Structure:
+    """A model's graph definition, hashed once: it takes half a millisecond each time."""
 
-    def unstack(params):
-        return nnx.split(nnx.merge(graph, params).unstacked())[1]
+    def __init__(self, graph: nnx.GraphDef):
+        self.graph, self._hash = graph, hash(graph)
 
-    def structure(params):
-        return nnx.merge(graph, params).unstacked()
+    def __hash__(self):
+        return self._hash
 
-    return jax.jit(unstack), structure
+    def __eq__(self, other):
+        return isinstance(other, _Structure) and self.graph == other.graph
+
+    def model(self, params: nnx.State) -> Qwen3Next:
+        return nnx.merge(self.graph, params)
 
 
-def _for_decoding(model):
-    if isinstance(model.groups, nnx.List):
-        return nnx.split(model)
+def _for_decoding(model: Qwen3Next) -> tuple[_Structure, nnx.State]:
+    """The model in two parts, as the compiled programs take it."""
     graph, params = nnx.split(model)
-    unstack, structure = _decoding_graph(graph)
-    return nnx.graphdef(nnx.eval_shape(structure, params)), unstack(params)
+    structure = _Structure(graph)
+    return (structure, params) if model.is_unstacked else _unstacking(structure)(params)
+
+
+@functools.lru_cache(maxsize=8)
+def _unstacking(stacked: _Structure):
+    """Takes the parameters of a model of this structure; gives the unstacked model in two parts."""
+    structure = None
+
+    @jax.jit
+    def unstack(params):
+        nonlocal structure  # known once this is traced
+        graph, apart = nnx.split(stacked.model(params).unstacked())
+        structure = _Structure(graph)
+        return apart
+
+    def both(params):
+        apart = unstack(params)
+        return structure, apart
+
+    return both
 
 
 def _pieces(longest: int) -> list[int]:

@@ -191,9 +191,13 @@ class Qwen3Next(nnx.Module):
 
     def _layers(self) -> Iterator[DecoderLayer]:
         """All layers in order, as `extend` needs them."""
-        unstacked = isinstance(self.groups, nnx.List)
-        for group in self.groups if unstacked else _apart(self.groups):
+        for group in self.groups if self.is_unstacked else _apart(self.groups):
             yield from group.layers
+
+    @property
+    def is_unstacked(self) -> bool:
+        """Whether this is an `unstacked` copy."""
+        return isinstance(self.groups, nnx.List)
 
     def unstacked(self) -> "Qwen3Next":
         """A copy for `extend`, with each group's parameters in arrays of their own.
