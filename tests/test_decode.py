@@ -45,8 +45,8 @@ def test_a_stop_token_ends_its_row_alone_and_is_not_returned(model):
 
 
 def test_tokens_come_in_parts_and_a_row_can_be_ended(model):
-    whole = generate(model, PROMPTS, max_new_tokens=20)
-    generation, new = Generation(model, PROMPTS, max_new_tokens=20), [[], [], []]
+    whole = generate(model, PROMPTS, max_new_tokens=100)
+    generation, new = Generation(model, PROMPTS, max_new_tokens=100), [[], [], []]
     looks = 0
     for tokens in generation:
         looks += 1
@@ -57,9 +57,9 @@ def test_tokens_come_in_parts_and_a_row_can_be_ended(model):
     assert looks > 3
     assert new[0] == whole[0]
     assert new[2] == whole[2]
-    assert 3 <= len(new[1]) < 20
+    assert 3 <= len(new[1]) < 100
     assert new[1] == whole[1][: len(new[1])]
-    assert generation.passes == 19  # reading the prompts gave the first token
+    assert generation.passes == 99  # reading the prompts gave the first token
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(model):
