@@ -112,5 +112,14 @@ def get_config() -> ConfigDict:
     )
 
     # Sizes of the mesh axes; -1 takes the devices that are left.
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1))
+    config.mesh = ConfigDict(
+        dict(
+            data=-1,  # copies of the parameters, each with its own rows of the batch
+            fsdp=1,  # slices of the parameters, put together where they are used; own rows
+            expert=1,  # each its own experts, to which tokens travel; own rows
+            context=1,  # each its own stretch of every row's tokens
+            tensor=1,  # each its own heads and columns
+            num_slices=1,  # TPU slices joined by a slower network, along data; -1: as found
+        )
+    )
     return config

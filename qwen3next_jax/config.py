@@ -370,10 +370,14 @@ class PrecisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh axes; -1 takes what is left."""
+    """Sizes of the mesh axes (`parallel/mesh.py` says what each is for); -1 takes what is left."""
 
     data: int
     fsdp: int
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+    num_slices: int = 1  # of TPUs, joined by a slower network; -1: as many as the devices lie in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -392,7 +396,8 @@ class RunConfig:
     MUTABLE: ClassVar[tuple[str, ...]] = (
         "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
         "train.keep_checkpoints", "train.sample_tokens", "train.profile_steps", "train.remat",
-        "train.loss_chunk", "mesh.data", "mesh.fsdp",
+        "train.loss_chunk", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
+        "mesh.num_slices",
     )  # fmt: skip
 
     @classmethod
@@ -448,7 +453,11 @@ _MODEL_EXTRAS = ("mtp_steps", "zero_centered_norm", "attention_output_gate", "ro
 def _section(name: str, kind: type, given: Mapping[str, Any]) -> Any:
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     _refuse_unknown(name, set(given) - set(types), types)
-    missing = [key for key in types if key not in given]
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.name not in given
+    ]
     if missing:
         raise ValueError(f"The config lacks {', '.join(f'{name}.{key}' for key in missing)}")
     values = {}
@@ -516,9 +525,11 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         yield f"data.path={c.data.path!r} is not used by data.source='stdlib'; set it to ''"
     if c.precision.parameters == "bfloat16" and c.precision.compute == "float32":
         yield "precision.compute='float32' contradicts parameters='bfloat16'; use bfloat16 for both"
-    if c.mesh.data == -1 and c.mesh.fsdp == -1:
-        yield "mesh.data and mesh.fsdp are both -1; only one axis can take what is left"
-    for axis in ("data", "fsdp"):
+    axes = ("data", "fsdp", "expert", "context", "tensor")
+    greedy = [f"mesh.{axis}" for axis in axes if getattr(c.mesh, axis) == -1]
+    if len(greedy) > 1:
+        yield f"{' and '.join(greedy)} are all -1; only one axis can take what is left"
+    for axis in (*axes, "num_slices"):
         if (size := getattr(c.mesh, axis)) < 1 and size != -1:
             yield f"mesh.{axis}={size} must be at least 1, or -1 for what is left"
 

@@ -196,7 +196,7 @@ def test_a_run_s_config_survives_json():
         ({"data__source": "text"}, "needs data.path"),
         ({"data__path": "/x"}, "is not used by data.source='stdlib'"),
         ({"precision__parameters": "bfloat16"}, "contradicts parameters='bfloat16'"),
-        ({"mesh__fsdp": -1}, "both -1"),
+        ({"mesh__fsdp": -1}, "mesh.data and mesh.fsdp are all -1"),
     ],
 )
 def test_a_run_that_cannot_start_says_why(change, message):

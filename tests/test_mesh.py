@@ -5,17 +5,16 @@ from jax.sharding import PartitionSpec as P
 from oracles import abstract_model, small_config
 
 from qwen3next_jax.config import MeshConfig
-from qwen3next_jax.parallel import mesh as mesh_module
-from qwen3next_jax.parallel.mesh import make_mesh, parameter_shardings
+from qwen3next_jax.parallel.mesh import make_mesh, parameter_shardings, partition
 
-EIGHT_WAYS = dict(data=1, fsdp=8)
+EIGHT_WAYS = dict(data=1, fsdp=8, expert=1, context=1, tensor=1)
 
 
 def specs(config):
     found = {}
     for path, param in nnx.to_flat_state(nnx.state(abstract_model(config))):
         name = "/".join(map(str, path))
-        found[name] = mesh_module._spec(name, param.axes, param.shape, EIGHT_WAYS)
+        found[name] = partition(name, param.axes, param.shape, EIGHT_WAYS)
     return found
 
 
@@ -32,18 +31,19 @@ def test_matrices_are_split_along_the_model_dimension_and_vectors_are_not():
 
 
 def test_a_dimension_that_does_not_divide_is_refused_with_a_choice():
-    with pytest.raises(ValueError, match=r"embed=36 is not divisible by mesh axis fsdp=8.*as 12"):
+    with pytest.raises(ValueError, match=r"embed=36 is not divisible by the mesh's fsdp=8.*as 12"):
         specs(small_config(hidden_size=36))
 
 
 def test_an_unknown_axis_name_is_refused():
     with pytest.raises(ValueError, match="gate: the axis 'gatez' is not in"):
-        mesh_module._spec("gate", ("gatez",), (4,), EIGHT_WAYS)
+        partition("gate", ("gatez",), (4,), EIGHT_WAYS)
 
 
 def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
     devices = jax.devices()[:1]
-    assert dict(make_mesh(MeshConfig(data=-1, fsdp=1), devices).shape) == dict(data=1, fsdp=1)
+    sizes = dict(make_mesh(MeshConfig(data=-1, fsdp=1), devices).shape)
+    assert sizes == dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
     with pytest.raises(ValueError, match=r"has 6 places for 1 devices; set one of mesh\.data"):
         make_mesh(MeshConfig(data=2, fsdp=3), devices)
 

@@ -28,7 +28,7 @@ from qwen3next_jax.inference.sampling import Sampling
 from qwen3next_jax.inference.speculative import draft, verify
 from qwen3next_jax.model.cache import empty_cache, keep
 from qwen3next_jax.model.decoder import Qwen3Next
-from qwen3next_jax.parallel.mesh import BATCH
+from qwen3next_jax.parallel.mesh import ROWS
 
 DRAFTS = 2  # by default, where the model can draft
 _PREFILL = 512  # tokens of each prompt read at a time
@@ -414,9 +414,9 @@ def _placement(params, batch: int):
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return lambda tree: tree
     ways = 1
-    for axis in BATCH[0]:
+    for axis in ROWS:
         ways *= sharding.mesh.shape[axis]
-    spec = BATCH if batch % ways == 0 else PartitionSpec()
+    spec = PartitionSpec(ROWS) if batch % ways == 0 else PartitionSpec()
     return lambda tree: jax.device_put(tree, NamedSharding(sharding.mesh, spec))
 
 

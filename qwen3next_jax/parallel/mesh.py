@@ -1,65 +1,138 @@
 """The device mesh, and THE table that says over which of its axes each kind of dimension is split.
 
-Parameters name their axes logically where they are declared ("embed", "experts", ...). Nothing but
-the table below maps these to the mesh, so a change of layout is a change of one line, and a name
-that the table does not know is an error. Mesh axes: `data` holds copies of the parameters, `fsdp`
-holds slices of them; the batch is split over both.
+Parameters name their axes logically where they are declared ("embed", "experts", ...), activations
+where they are constrained ("batch", "tokens", ...). Nothing but the table below maps these to the
+mesh, so a change of layout is a change of one line, and a name that the table does not know is an
+error. Mesh axes, from the slowest links to the fastest:
+
+- `data`: copies of the parameters; each its own rows of the batch. Slices of TPUs lie along it.
+- `fsdp`: slices of the parameters, put together where they are used; each its own rows.
+- `expert`: each its own experts, to which tokens travel; otherwise like `fsdp`.
+- `context`: each its own stretch of every row's tokens; otherwise like `fsdp`.
+- `tensor`: each its own heads and columns, of all tokens of its row.
+
+Modules are written for global arrays. They learn of the mesh by `jax.set_mesh`, which the training
+loop calls around everything; without it, or on one device, they run as plain code.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwen3next_jax.config import MeshConfig
 
-AXES = ("data", "fsdp")
-BATCH = PartitionSpec(AXES)
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+ROWS = ("data", "fsdp", "expert")  # over these the rows of a batch are split
+BATCH = PartitionSpec(ROWS, "context")  # of arrays [B, T, ...]
 
-TABLE: dict[str, str | None] = {
-    "embed": "fsdp",
-    "vocab": None,
-    "heads": None,
-    "kv_heads": None,
-    "key_heads": None,
-    "value_heads": None,
-    "head_dim": None,
-    "conv": None,
-    "mlp": None,
-    "experts": None,
-    "expert_mlp": None,
-    "router": None,
-    "pair": None,
-    "norm": None,
+# The axes that split a dimension, but for those that an earlier dimension of the array has taken:
+# the model dimension of an expert's matrix is split over fsdp and context only.
+TABLE: dict[str, tuple[str, ...]] = {
+    # Parameters.
+    "embed": ("fsdp", "context", "expert"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "key_heads": ("tensor",),
+    "value_heads": ("tensor",),
+    "head_dim": (),
+    "conv": (),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "expert_mlp": ("tensor",),
+    "router": (),
+    "pair": (),
+    "norm": (),
+    # Activations.
+    "batch": ROWS,
+    "tokens": ("context",),
+    "hidden": (),
 }
+# Held whole where the mesh axes have more places than there are heads: two KV heads on tensor=8.
+_WHOLE_IF_FEWER = ("kv_heads",)
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Arranges the devices; an axis of -1 takes what the other leaves.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges the devices; an axis of -1 takes what the others leave.
+
+    With `num_slices`, the slices of TPUs (or, where devices know of none, equal runs of them) lie
+    along `data`, so that nothing but gradients crosses the slow network between them.
 
     Raises:
       ValueError: if the axes' sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = axis_sizes(config, len(devices))
+    slices = _slices(config, devices)
+    if sizes["data"] % len(slices):
+        raise ValueError(
+            f"mesh.data={sizes['data']} is not divisible by mesh.num_slices={len(slices)}; slices "
+            f"lie along data: make it {len(slices)} or a multiple"
+        )
+    shape = (sizes["data"] // len(slices), *(sizes[axis] for axis in AXES[1:]))
+    blocks = [mesh_utils.create_device_mesh(shape, devices=part) for part in slices]
+    return Mesh(np.concatenate(blocks), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of each mesh axis on so many devices.
+
+    Raises:
+      ValueError: if they do not multiply to it.
+    """
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    fixed = 1
-    for size in sizes.values():
-        fixed *= size if size > 0 else 1
+    fixed = math.prod(size for size in sizes.values() if size > 0)
     for axis, size in sizes.items():
         if size == -1:
-            sizes[axis] = max(len(devices) // fixed, 1)
+            sizes[axis] = max(num_devices // fixed, 1)
             fixed *= sizes[axis]
-    if fixed != len(devices):
+    if fixed != num_devices:
         raise ValueError(
-            f"The mesh {sizes} has {fixed} places for {len(devices)} devices; set one of "
+            f"The mesh {sizes} has {fixed} places for {num_devices} devices; set one of "
             f"{', '.join('mesh.' + axis for axis in AXES)} to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, devices=devices,
-        axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-    )  # fmt: skip
+    return sizes
+
+
+def _slices(config: MeshConfig, devices: list[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each slice."""
+    numbers = sorted({getattr(d, "slice_index", 0) for d in devices})
+    wanted = len(numbers) if config.num_slices == -1 else config.num_slices
+    if len(numbers) == 1 and len(devices) % wanted == 0:  # devices that know of no slices
+        size = len(devices) // wanted
+        return [devices[i : i + size] for i in range(0, len(devices), size)]
+    if len(numbers) != wanted:
+        raise ValueError(
+            f"mesh.num_slices={config.num_slices}, but the {len(devices)} devices lie in "
+            f"{len(numbers)} slices; set it to {len(numbers)}, or to -1"
+        )
+    return [[d for d in devices if d.slice_index == number] for number in numbers]
+
+
+def active_mesh() -> AbstractMesh | None:
+    """The mesh of the surrounding `jax.set_mesh`; None without one of ours or on one device.
+
+    Inside `shard_map`, where a function sees its own part of everything, there is none either.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names != AXES or mesh.size == 1 or mesh.manual_axes:
+        return None
+    return mesh
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Says how an activation is split, by the logical name of each dimension."""
+    mesh = active_mesh()
+    if mesh is None:
+        return x
+    spec = partition("An activation", axes, x.shape, mesh.shape)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def parameter_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
@@ -71,27 +144,41 @@ def parameter_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
     """
     flat = []
     for path, param in nnx.to_flat_state(params):
-        spec = _spec("/".join(map(str, path)), param.axes, param.shape, mesh.shape)
+        spec = partition("/".join(map(str, path)), param.axes, param.shape, mesh.shape)
         flat.append((path, param.replace(NamedSharding(mesh, spec))))
     return nnx.from_flat_state(flat)
 
 
-def _spec(
-    name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mapping[str, int]
+def partition(
+    name: str, axes: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    # Parameters of layers have one axis more than their declaration, the stacked one in front.
+    """How an array is split.
+
+    Args:
+      name: of the array, for messages.
+      axes: the logical names of its last dimensions; earlier ones, of stacked layers, are whole.
+      shape: of the array.
+      sizes: of the mesh axes.
+
+    Raises:
+      ValueError: for a name that the table does not know, or a size that does not divide.
+    """
     entries: list[Any] = [None] * (len(shape) - len(axes))
+    taken: set[str] = set()
     for axis, size in zip(axes, shape[len(entries) :], strict=True):
         if axis not in TABLE:
             raise ValueError(f"{name}: the axis {axis!r} is not in parallel/mesh.py's TABLE")
-        mesh_axis = TABLE[axis]
-        ways = 1 if mesh_axis is None else mesh[mesh_axis]
-        if size % ways:
+        over = tuple(m for m in TABLE[axis] if m not in taken and sizes[m] > 1)
+        ways = math.prod(sizes[m] for m in over)
+        if axis in _WHOLE_IF_FEWER and ways % size == 0 and ways > size:
+            over = ()
+        elif size % ways:
             choices = [d for d in range(1, size + 1) if size % d == 0 and d <= 2 * ways]
             raise ValueError(
-                f"{name}: {axis}={size} is not divisible by mesh axis {mesh_axis}={ways}; choose a "
-                f"divisor, such as {choices[-1]}"
+                f"{name}: {axis}={size} is not divisible by the mesh's "
+                f"{' x '.join(f'{m}={sizes[m]}' for m in over)}; choose a divisor, such as "
+                f"{choices[-1]}"
             )
-        # One mesh axis can split one dimension only; a square matrix is split along its first.
-        entries.append(None if mesh_axis in entries else mesh_axis)
+        taken.update(over)
+        entries.append(over[0] if len(over) == 1 else over or None)
     return PartitionSpec(*entries)

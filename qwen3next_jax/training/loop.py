@@ -61,8 +61,16 @@ def train(
       ValueError: if the directory holds a run of another config.
       NonFiniteLossError: with the step, the first bad parameter and the last good checkpoint.
     """
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        return _train(config, workdir, data, mesh, evaluate)
+
+
+def _train(
+    config: RunConfig, workdir: pathlib.Path, data: Data, mesh: Mesh, evaluate: Evaluate
+) -> tuple[Qwen3Next, int]:
     _keep_config(config, workdir)
-    t, mesh = config.train, make_mesh(config.mesh)
+    t = config.train
     graph, abstract_params = abstract_model(config)
     optimizer, schedule = make_optimizer(
         config.optimizer,
