@@ -57,7 +57,7 @@ CHATML = """\
 """
 
 
-def make_tokenizer_json(folder, **config):
+def make_tokenizer_json(folder, *, special=SPECIAL, texts=("def f(x): return x\n" * 9,), **config):
     """Writes tokenizer.json and a tokenizer_config.json like Qwen's; returns the former's path."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -65,10 +65,10 @@ def make_tokenizer_json(folder, **config):
     trainer = trainers.BpeTrainer(
         vocab_size=280,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=SPECIAL,
+        special_tokens=list(special),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["def f(x): return x\n" * 9], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(["<think>", "</think>"])
     folder.mkdir(exist_ok=True)
     path = folder / "tokenizer.json"

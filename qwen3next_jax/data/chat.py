@@ -10,7 +10,7 @@ import datetime
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -45,13 +45,38 @@ def render_chat(
     Raises:
       ValueError: the template is no Jinja, refuses these messages, or fails on them.
     """
+    return _render(
+        _compile, template, messages=messages, tools=tools,
+        add_generation_prompt=add_generation_prompt, **{**(special_tokens or {}), **switches},
+    )  # fmt: skip
+
+
+def render_marked_chat(
+    messages: Sequence[Message],
+    template: str,
+    *,
+    special_tokens: Mapping[str, str] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **switches: Any,
+) -> str:
+    """The text of a whole conversation, each `{% generation %}` between `MARKS`.
+
+    Raises:
+      ValueError: as `render_chat`.
+    """
+    return _render(
+        _compile_marked, template, messages=messages, tools=tools, add_generation_prompt=False,
+        **{**(special_tokens or {}), **switches},
+    )  # fmt: skip
+
+
+# Code points that Unicode keeps free of characters.
+MARKS = ("\ufdd0", "\ufdd1")
+
+
+def _render(compile: Callable[[str], jinja2.Template], template: str, **variables: Any) -> str:
     try:
-        return _compile(template).render(
-            messages=messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            **{**(special_tokens or {}), **switches},
-        )
+        return compile(template).render(**variables)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"Line {error.lineno} of the chat template: {error.message}") from error
     except (jinja2.TemplateError, TypeError) as error:
@@ -90,15 +115,24 @@ def load_chat_template(directory: str | os.PathLike, *, name: str = "default") -
 
 @functools.lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
+    return _environment(_Generation).from_string(template)
+
+
+@functools.lru_cache(maxsize=16)
+def _compile_marked(template: str) -> jinja2.Template:
+    return _environment(_MarkedGeneration).from_string(template)
+
+
+def _environment(generation: type[jinja2.ext.Extension]) -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _Generation],
+        extensions=[jinja2.ext.loopcontrols, generation],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+    return environment
 
 
 def _to_json(
@@ -126,3 +160,12 @@ class _Generation(jinja2.ext.Extension):
         """Leaves the body in its place."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _MarkedGeneration(_Generation):
+    """Writes `MARKS` around what the assistant wrote."""
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Leaves the body in its place, between the marks."""
+        begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in MARKS)
+        return [begin, *super().parse(parser), end]

@@ -13,7 +13,9 @@ One trap is left in these. SentencePiece writes a space as "▁" (U+2581) and tu
 back into a space, so `encode` hands over a "▁" of the text itself as its three bytes.
 """
 
+import bisect
 import functools
+import itertools
 import json
 import os
 import re
@@ -122,10 +124,36 @@ class SentencePieceTokenizer:
         return ids
 
     @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that stand for no text, BOS and EOS among them."""
+        return frozenset(self._control.values())
+
+    @functools.cached_property
     def _control(self) -> dict[str, int]:
-        """The tokens that stand for no text."""
         ids = filter(self._pieces.is_control, range(self.vocab_size))
         return {self._pieces.id_to_piece(i): i for i in ids}
+
+    def encode_with_starts(
+        self, text: str, *, parse_special: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """What `encode` returns, and at which character of `text` each of these tokens begins.
+
+        Raises:
+          ValueError: the model changes text, so that its pieces are not parts of it.
+        """
+        ids = self.encode(text, parse_special=parse_special)
+        lengths = [1 if self._pieces.is_byte(i) else len(self._piece_bytes(i)) for i in ids]
+        ends = list(itertools.accumulate(lengths))
+        characters = list(itertools.accumulate(len(c.encode()) for c in text))
+        if ids and ends[-1] != characters[-1]:
+            raise ValueError(
+                "This SentencePiece model normalises text, so that its tokens cannot be found in "
+                "it again; use the tokenizer.json of the same model"
+            )
+        return ids, [bisect.bisect_right(characters, start) for start in [0, *ends[:-1]]]
+
+    def _piece_bytes(self, token: int) -> bytes:
+        return self._pieces.id_to_piece(token).replace(_SPACE, " ").encode()
 
     def _encode_text(self, text: str) -> list[int]:
         first, *rest = text.split(_SPACE)
@@ -175,6 +203,7 @@ class HuggingFaceTokenizer:
         for tokenizer in (self._parsing, self._literal):
             tokenizer.no_truncation()
             tokenizer.no_padding()
+            tokenizer.post_processor = None  # it adds BOS and EOS, and shortens offsets
 
         folder = self._path.parent
         config = _read_json(folder / "tokenizer_config.json")
@@ -227,6 +256,20 @@ class HuggingFaceTokenizer:
         """
         tokenizer = self._parsing if parse_special else self._literal
         return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_starts(
+        self, text: str, *, parse_special: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """What `encode` returns, and at which character of `text` each of these tokens begins."""
+        tokenizer = self._parsing if parse_special else self._literal
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that stand for no text, BOS and EOS among them."""
+        added = self._parsing.get_added_tokens_decoder().items()
+        return frozenset(i for i, token in added if token.special)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; nothing for special tokens and for ids that only the model knows."""

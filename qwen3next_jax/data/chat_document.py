@@ -1,0 +1,227 @@
+"""A chat as a document to learn from: all of it is read, only the assistant's turns are learnt.
+
+Which characters those are follows from the template, in one of two ways.
+
+- A template that marks them, by `{% generation %}...{% endgeneration %}`, is believed.
+- Any other is asked. It renders the messages before an answer, with the prompt for one, and those
+  through the answer. Where both are beginnings of the whole text, the answer is what lies between:
+  without its header, which the prompt has, and with its end-of-turn token. White space behind that
+  token is the template's and not learnt.
+
+Some templates show an answer otherwise once more messages follow: models that think drop old
+thoughts. Then there is no text in which each answer stands as the model would have written it, and
+a mask would teach something that never happens. Such a chat is refused, with what can be done.
+
+The tokens are those of the whole text. A token with characters on both sides of a boundary belongs
+to the side of its first one: where a header's line end and an answer's first are one token, the
+model is not asked for it, as it never begins in the middle of a token.
+
+Nothing here depends on the day: `strftime_now` is undefined, for which templates have a fixed date.
+"""
+
+import bisect
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from qwen3next_jax.data.chat import MARKS, Message, render_chat, render_marked_chat
+from qwen3next_jax.data.tokenizer import Tokenizer
+
+
+class MarkedText(NamedTuple):
+    """A rendered chat, and where in it is what the assistant wrote."""
+
+    text: str
+    spans: list[tuple[int, int]]  # first character, and the one after the last; in order
+    exact: bool  # the spans are the template's marks, and not what follows from its renderings
+
+
+def chat_document(
+    chat: Mapping[str, Any], tokenizer: Tokenizer, template: str
+) -> dict[str, Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"]]:
+    """What is read and what is to be predicted in one chat, n + 1 being its number of tokens.
+
+    Args:
+      chat: `messages`; if need be `tools` (JSON schemas) and `chat_template_kwargs` (what else the
+        template reads). An assistant's message may have a `weight`: 0, read but not learnt, or 1.
+      tokenizer: special tokens in the text are parsed.
+      template: Jinja, as `load_chat_template` returns it.
+
+    Returns:
+      tokens, targets, int32, and loss_weights, float32: 1 where the target is part of an answer,
+      else 0.
+
+    Raises:
+      ValueError: the messages are none, or the template fails on them, or it does not show which
+        characters are the assistant's, or there is nothing to learn.
+    """
+    marked = mark_answers(chat, template, special_tokens=tokenizer.special_tokens)
+    ids, starts = tokenizer.encode_with_starts(marked.text, parse_special=True)
+    weights = np.zeros(len(ids), np.float32)
+    for begin, end in marked.spans:
+        first, last = (bisect.bisect_left(starts, at) for at in (begin, end))
+        if not marked.exact:
+            last = _end_of_turn(ids, starts, marked.text[:end], first, last, tokenizer.special_ids)
+        weights[first:last] = 1
+    if not weights[1:].any():
+        raise ValueError("no message of the assistant to learn from")
+    tokens = np.array(ids, np.int32)
+    return {"tokens": tokens[:-1], "targets": tokens[1:], "loss_weights": weights[1:]}
+
+
+def mark_answers(
+    chat: Mapping[str, Any], template: str, *, special_tokens: Mapping[str, str] | None = None
+) -> MarkedText:
+    """Renders a chat and finds the assistant's turns that are to be learnt.
+
+    Args:
+      chat: see `chat_document`.
+      template: Jinja.
+      special_tokens: the tokenizer's, for the template.
+
+    Raises:
+      ValueError: see `chat_document`.
+    """
+    messages, weights = _messages(chat)
+    switches = chat.get("chat_template_kwargs") or {}
+    if not isinstance(switches, Mapping) or switches.keys() & _OURS:
+        raise ValueError(
+            f"chat_template_kwargs={switches!r} must be a mapping, of names other than "
+            + ", ".join(sorted(_OURS))
+        )
+    tools = chat.get("tools") or None
+    asked: dict[str, Any] = {
+        "special_tokens": special_tokens, "tools": tools, "strftime_now": _NO_CLOCK, **switches
+    }  # fmt: skip
+    text = render_chat(messages, template, add_generation_prompt=False, **asked)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans = _marked_spans(messages, template, text, asked)
+    if spans is None:
+        learnt = [i for i in answers if weights[i]]
+        return MarkedText(text, [_span(messages, i, template, text, asked) for i in learnt], False)
+    if not all(weights[i] for i in answers):
+        if len(spans) != len(answers):
+            raise ValueError(
+                f"the template marks {len(spans)} answers with {{% generation %}} where there are "
+                f"{len(answers)}, so it is unclear which of them have weight 0"
+            )
+        spans = [span for span, i in zip(spans, answers, strict=True) if weights[i]]
+    return MarkedText(text, spans, True)
+
+
+_OURS = {"messages", "template", "special_tokens", "tools", "add_generation_prompt"}
+_NO_CLOCK = jinja2.Undefined(
+    hint="the template asks for the date, on which a text to learn from may not depend; give one "
+    "in chat_template_kwargs, as date_string say"
+)
+
+
+def _messages(chat: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
+    """The messages as templates know them, and the weight of each."""
+    given = chat.get("messages")
+    if not isinstance(given, Sequence) or not given:
+        raise ValueError(f"messages={given!r} must be a list of messages")
+    messages, weights = [], []
+    for i, message in enumerate(given):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {i} must be a mapping with a role and a content: {message}")
+        weight = message.get("weight")
+        if weight not in (None, 0, 1) or (weight is not None and message["role"] != "assistant"):
+            raise ValueError(
+                f"message {i} of role {message['role']!r} has weight={weight!r}; expected 0 or 1, "
+                "at the assistant's messages"
+            )
+        messages.append({key: value for key, value in message.items() if key != "weight"})
+        weights.append(1 if weight is None else weight)
+    return messages, weights
+
+
+def _marked_spans(
+    messages: Sequence[Message], template: str, text: str, asked: Mapping[str, Any]
+) -> list[tuple[int, int]] | None:
+    """What lies between the template's own marks; None where it has none."""
+    if "endgeneration" not in template:
+        return None
+    parts = re.split(f"([{''.join(MARKS)}])", render_marked_chat(messages, template, **asked))
+    # Text and marks in turn. Marks are followed only where they come in pairs and nothing but they
+    # has changed: no message holds them, and no filter of the template has touched them.
+    if "".join(parts[::2]) != text or parts[1::2] != list(MARKS) * (len(parts) // 4):
+        raise ValueError(
+            "the template's {% generation %} marks cannot be followed; each must end where it "
+            "began, in the text and not in a variable that is changed afterwards"
+        )
+    ends = list(itertools.accumulate(map(len, parts[::2])))
+    return list(zip(ends[:-1:2], ends[1::2], strict=True))
+
+
+def _span(
+    messages: Sequence[Message], i: int, template: str, text: str, asked: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Where in the text the template writes answer `i`, as far as its renderings tell."""
+    before = render_chat(messages[:i], template, add_generation_prompt=False, **asked)
+    prompt = render_chat(messages[:i], template, add_generation_prompt=True, **asked)
+    through = render_chat(messages[: i + 1], template, add_generation_prompt=False, **asked)
+    for what, part in (("before it, with the prompt for it,", prompt), ("through it", through)):
+        if not text.startswith(part):
+            same = _common_length(part, text)
+            raise ValueError(
+                f"message {i}: the template does not show this answer as the model would write "
+                f"it. Rendered {what} the chat has {part[same : same + 40]!r} where the whole has "
+                f"{text[same : same + 40]!r}. {_REMEDY}"
+            )
+    if len(prompt) > len(through):
+        raise ValueError(f"message {i}: the template writes nothing for this answer. {_REMEDY}")
+    if prompt == before:
+        # Either answers have no header, or the template knows nothing of prompts.
+        header = _header(messages[:i], template, asked)[len(before) :]
+        if header:
+            raise ValueError(
+                f"message {i}: the template writes {header!r} in front of an answer but has no "
+                f"prompt for one: it ignores add_generation_prompt. {_REMEDY}"
+            )
+    return len(prompt), len(through)
+
+
+_REMEDY = (
+    'Give this message "weight": 0, so that it is read and not learnt, or, as data.chat_template, '
+    "a template that marks what is to be learnt by {% generation %} and {% endgeneration %}"
+)
+
+
+def _header(before: Sequence[Message], template: str, asked: Mapping[str, Any]) -> str:
+    """What the template writes through these messages and up to an answer, whatever it be."""
+    a, b = (
+        render_chat(
+            [*before, {"role": "assistant", "content": content}], template,
+            add_generation_prompt=False, **asked,
+        )
+        for content in ("yes", "no")
+    )  # fmt: skip
+    return a[: _common_length(a, b)]
+
+
+def _common_length(a: str, b: str) -> int:
+    """How many first characters of both are the same."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((k for k, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _end_of_turn(
+    ids: Sequence[int],
+    starts: Sequence[int],
+    text: str,
+    first: int,
+    last: int,
+    special: frozenset[int],
+) -> int:
+    """`last` without the white space that follows a special token at the end of `text`."""
+    ends = [*starts[first + 1 : last], len(text)]
+    end = last
+    while end > first and text[starts[end - 1] : ends[end - 1 - first]].isspace():
+        end -= 1
+    return end if end > first and ids[end - 1] in special else last
