@@ -168,6 +168,8 @@ class ModelConfig:
                 f"model_type={model_type!r} is not supported; expected 'qwen3_next' or 'qwen3'"
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        kept = dict(given.get("extra") or {})  # a run's config keeps them apart
+        given = {**given, "extra": None}
         read = fields.keys() | {"rope_parameters"}
         given = {k: v for k, v in given.items() if v is not None or k not in read}
         for key, only in _FIXED.items():
@@ -224,7 +226,7 @@ class ModelConfig:
                 f"The model config lacks {', '.join(missing)}; sizes have no defaults, take them "
                 "from the released config.json"
             )
-        return cls(**known, extra=unknown)
+        return cls(**known, extra={**kept, **unknown})
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this model in the released dialect, kept keys included."""
@@ -341,6 +343,9 @@ class TrainConfig:
     """Length, batch, loss terms and schedule of a run."""
 
     num_steps: int
+    # Weights to begin with: a Hugging Face directory, a work directory or one of its step folders;
+    # "": drawn from `seed`. Not read when a run goes on.
+    initial_checkpoint: str
     global_batch_size: int  # rows in a step, all micro-batches and devices together
     sequence_length: int  # tokens in a row
     gradient_accumulation_steps: int  # micro-batches a step
@@ -422,7 +427,10 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The nested mapping that `from_dict` reads; it holds only what JSON can."""
-        model = {**self.model.to_hf(), **{k: getattr(self.model, k) for k in _MODEL_EXTRAS}}
+        model = {
+            **dataclasses.replace(self.model, extra={}).to_hf(),
+            **{k: getattr(self.model, k) for k in _MODEL_EXTRAS},
+        }
         return json.loads(json.dumps({**dataclasses.asdict(self), "model": model}))
 
     def check_resumable_from(self, old: Mapping[str, Any]) -> None:
@@ -447,7 +455,7 @@ _SECTIONS = {
     "precision": PrecisionConfig,
     "mesh": MeshConfig,
 }
-_MODEL_EXTRAS = ("mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init")
+_MODEL_EXTRAS = ("mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init", "extra")
 
 
 def _section(name: str, kind: type, given: Mapping[str, Any]) -> Any:

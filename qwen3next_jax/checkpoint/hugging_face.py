@@ -76,11 +76,7 @@ def load_hf(
         config = dataclasses.replace(config, rope_scaling=dict(rope_scaling))
 
     def value(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
-        def read(block: tuple[slice, ...] | None) -> np.ndarray:
-            assert block is not None
-            return hf.table.read(hf.tensors, name, block, hf.dtypes[name])
-
-        return jax.make_array_from_callback(hf.table.parameters[name], sharding, read)
+        return read_parameter(hf, name, sharding, hf.dtypes[name])
 
     model = build_model(config, value, dtype=hf.dtypes["embed_tokens"], mesh=mesh)
     # Not a field of the model: only for `save_hf`, which takes the tokenizer from there.
@@ -214,6 +210,18 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
     if problems:
         raise _refused(directory, problems)
     return HFCheckpoint(config, layout, table, tensors, dtypes)
+
+
+def read_parameter(
+    hf: HFCheckpoint, path: str, sharding: jax.sharding.Sharding, dtype: Any
+) -> jax.Array:
+    """One of our parameters; each process reads what its devices hold of it."""
+
+    def read(block: tuple[slice, ...] | None) -> np.ndarray:
+        assert block is not None
+        return hf.table.read(hf.tensors, path, block, np.dtype(dtype))
+
+    return jax.make_array_from_callback(hf.table.parameters[path], sharding, read)
 
 
 def write_hf(

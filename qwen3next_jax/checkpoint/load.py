@@ -1,4 +1,4 @@
-"""A model from whatever kind of checkpoint a path leads to.
+"""A model, or what a run begins with, from whatever kind of checkpoint a path leads to.
 
 There are three: a Hugging Face directory, a work directory of ours (a run's, or one that `convert`
 made) and one of the latter's step folders. Their `config.json` tells them apart.
@@ -15,9 +15,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
-from qwen3next_jax.checkpoint.hugging_face import abstract_parameters, build_model, cast, load_hf
+from qwen3next_jax.checkpoint.hugging_face import (
+    abstract_parameters,
+    build_model,
+    cast,
+    load_hf,
+    open_hf,
+    read_parameter,
+)
 from qwen3next_jax.checkpoint.store import CheckpointStore, DamagedCheckpointError
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -69,14 +77,62 @@ def load_checkpoint(
         compute = dtype or ours.compute or stored["embed_tokens"].dtype
 
         def value(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
-            x = stored[name]
-            wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)}
-            state, _ = store.restore(step, {"params": wanted}, partial=True)
-            return state["params"][name].astype(cast(name, x.dtype, dtype))
+            x = jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=sharding)
+            return _restore_parameter(store, step, name, x, cast(name, x.dtype, dtype))
 
         return build_model(config, value, dtype=jnp.dtype(compute), mesh=mesh)
 
     return from_step(ours, build)
+
+
+def load_parameters(
+    path: str | os.PathLike[str], config: ModelConfig, wanted: nnx.State
+) -> nnx.State:
+    """Reads the parameters that a training run shall begin with.
+
+    Each is read where it belongs and in the dtype it shall have, one after another: no device and
+    no process holds more than its part of the model.
+
+    Args:
+      path: see `load_checkpoint`.
+      config: the run's model. It may differ from the checkpoint's in what is no part of the
+        function that the weights compute: the context's length and its YaRN, the coefficient of the
+        balance loss, the number of MTP steps, and how weights are drawn.
+      wanted: the parameters as jax.ShapeDtypeStructs, with shardings.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: it is of another model; names all keys that differ. Or see `load_checkpoint`.
+      DamagedCheckpointError: what could be meant is damaged.
+    """
+    ours = find_checkpoint(pathlib.Path(path))
+    if ours is None:
+        hf = open_hf(pathlib.Path(path))
+        _check_same_model(config, hf.config, path)
+        return _fill(wanted, lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
+    _check_same_model(config, ours.config, path)
+
+    def read(store: CheckpointStore, step: int) -> nnx.State:
+        stored = stored_parameters(store, step, ours.config)
+
+        def value(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+            there = jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=x.sharding)
+            return _restore_parameter(store, step, name, there, x.dtype)
+
+        return _fill(wanted, value)
+
+    return from_step(ours, read)
+
+
+def check_same_model(path: str | os.PathLike[str], config: ModelConfig) -> None:
+    """Raises the ValueError that `load_parameters` would, without reading the weights."""
+    _check_same_model(config, checkpoint_config(path), path)
+
+
+def checkpoint_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The model of a checkpoint, without its weights; raises what `load_checkpoint` would."""
+    ours = find_checkpoint(pathlib.Path(path))
+    return open_hf(pathlib.Path(path)).config if ours is None else ours.config
 
 
 def find_checkpoint(path: pathlib.Path) -> OurCheckpoint | None:
@@ -153,6 +209,62 @@ def stored_parameters(
             + "\n  ".join(problems)
         )
     return {path: found[path] for path in wanted}
+
+
+# What a run may set otherwise than the checkpoint it begins with.
+_FREE = {
+    "max_position_embeddings", "rope_scaling", "router_aux_loss_coef", "initializer_range",
+    "router_init", "mtp_steps", "extra",
+}  # fmt: skip
+# What says which layers there are, in more than one way.
+_LAYERS = {"full_attention_interval", "layer_types", "mlp_only_layers", "decoder_sparse_step"}
+
+
+def _check_same_model(
+    config: ModelConfig, found: ModelConfig, path: str | os.PathLike[str]
+) -> None:
+    free = set(_FREE)
+    if config.layers == found.layers:
+        free |= _LAYERS
+    if all(sparse for _, sparse in [*config.layers, *found.layers]):
+        free.add("intermediate_size")  # no layer has it
+    differing = [
+        f"model.{field.name}={getattr(config, field.name)!r}, in the checkpoint "
+        f"{getattr(found, field.name)!r}"
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in free and getattr(config, field.name) != getattr(found, field.name)
+    ]
+    if config.mtp_steps and not found.mtp_steps:
+        differing.append(
+            f"model.mtp_steps={config.mtp_steps}, but the checkpoint holds no MTP module; set it "
+            "to 0 to train without one"
+        )
+    if found.mtp_steps and not config.mtp_steps:
+        differing.append(
+            f"model.mtp_steps=0, but the checkpoint holds an MTP module; set it to "
+            f"{found.mtp_steps} to keep and train it"
+        )
+    if differing:
+        raise ValueError(
+            f"{path} holds another model than the run's config describes:\n  "
+            + "\n  ".join(differing)
+        )
+
+
+def _fill(wanted: nnx.State, value: Callable[[str, jax.ShapeDtypeStruct], jax.Array]) -> nnx.State:
+    """The state whose parameters are what `value` makes of their paths and descriptions."""
+    filled = []
+    for path, param in nnx.to_flat_state(wanted):
+        name = "/".join(map(str, path))
+        filled.append((path, param.replace(value(name, param.get_value()))))
+    return nnx.from_flat_state(filled)
+
+
+def _restore_parameter(
+    store: CheckpointStore, step: int, name: str, stored: jax.ShapeDtypeStruct, dtype: Any
+) -> jax.Array:
+    state, _ = store.restore(step, {"params": {name: stored}}, partial=True)
+    return state["params"][name].astype(dtype)
 
 
 _EXPECTED = (

@@ -126,7 +126,8 @@ def _messages(chat: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
     given = chat.get("messages")
     if not isinstance(given, Sequence) or not given:
         raise ValueError(f"messages={given!r} must be a list of messages")
-    messages, weights = [], []
+    messages: list[Message] = []
+    weights: list[int] = []
     for i, message in enumerate(given):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {i} must be a mapping with a role and a content: {message}")

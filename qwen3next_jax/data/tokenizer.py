@@ -208,7 +208,8 @@ class HuggingFaceTokenizer:
         folder = self._path.parent
         config = _read_json(folder / "tokenizer_config.json")
         ids = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
-        ids[1] = ids[1].get("model", ids[1])  # a work directory's has sections
+        ids[1] = ids[1].get("model", ids[1])  # a work directory's has sections,
+        ids[1] = {**ids[1], **ids[1].get("extra", {})}  # and such keys apart
         self.special_tokens: dict[str, str] = {
             name: token["content"] if isinstance(token, Mapping) else token
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -21,6 +21,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
 from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.pipeline import Data, training_batches
@@ -58,7 +59,8 @@ def train(
       The trained model, and how many steps this call took: 0 for a run that was finished.
 
     Raises:
-      ValueError: if the directory holds a run of another config.
+      ValueError: if the directory holds a run of another config, or `initial_checkpoint` is of
+        another model.
       NonFiniteLossError: with the step, the first bad parameter and the last good checkpoint.
     """
     mesh = make_mesh(config.mesh)
@@ -69,8 +71,10 @@ def train(
 def _train(
     config: RunConfig, workdir: pathlib.Path, data: Data, mesh: Mesh, evaluate: Evaluate
 ) -> tuple[Qwen3Next, int]:
-    _keep_config(config, workdir)
     t = config.train
+    if t.initial_checkpoint and not (workdir / "config.json").exists():
+        check_same_model(t.initial_checkpoint, config.model)  # before the directory is this run's
+    _keep_config(config, workdir)
     graph, abstract_params = abstract_model(config)
     optimizer, schedule = make_optimizer(
         config.optimizer,
@@ -90,7 +94,8 @@ def _train(
     store = CheckpointStore(workdir / "checkpoints", keep=t.keep_checkpoints)
     if store.latest_step() is None:
         start, tokens = 0, 0
-        state = _first_state(config, optimizer, abstract_state)
+        first_state = _given_state if t.initial_checkpoint else _first_state
+        state = first_state(config, optimizer, abstract_state)
     else:
         start, state, extras = store.restore_latest(abstract_state)
         tokens = extras["tokens"]
@@ -201,6 +206,19 @@ def _first_state(
     # It runs once, and a CPU would spend half a minute optimising the random number generators.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(create, out_shardings=shardings, compiler_options=options)()
+
+
+def _given_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, abstract_state: TrainState
+) -> TrainState:
+    """Reads the parameters where they belong; the optimizer has seen nothing yet."""
+    logging.info("Beginning with the weights of %s", config.train.initial_checkpoint)
+    params = load_parameters(config.train.initial_checkpoint, config.model, abstract_state.params)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    create = jax.jit(
+        lambda p: initial_state(p, optimizer), out_shardings=shardings, donate_argnums=0
+    )
+    return create(params)
 
 
 def _report(config: RunConfig, mesh: Mesh, state: TrainState) -> None:

@@ -1,0 +1,165 @@
+"""A run begins with given weights: exactly these, where they belong, and of the same model."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import hf_directory
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_run import run, small_config, write_corpus
+
+import qwen3next_jax as q3n
+from qwen3next_jax.checkpoint.hugging_face import abstract_parameters
+from qwen3next_jax.checkpoint.load import check_same_model, load_checkpoint, load_parameters
+from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
+from qwen3next_jax.convert import from_hf
+from qwen3next_jax.training.loop import abstract_model
+
+HERE = pathlib.Path(__file__).parent
+
+
+def wanted(config, dtype="float32"):
+    """Descriptions of all parameters on the first device, in their own or one dtype."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = nnx.state(nnx.eval_shape(lambda: q3n.Qwen3Next(config, rngs=nnx.Rngs(0))), nnx.Param)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=one), state)
+
+
+def assert_same(params, model):
+    got, want = (dict(named_leaves(x)) for x in (params, nnx.state(model, nnx.Param)))
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        assert got[name].dtype == jnp.float32
+        np.testing.assert_array_equal(got[name], np.asarray(x, np.float32), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "converted", "step folder"])
+def test_parameters_are_those_of_the_checkpoint_in_the_dtype_asked_for(kind, tmp_path):
+    hf_directory.released(tmp_path / "hf")
+    path = tmp_path / "hf"
+    if kind != "hugging face":
+        from_hf(tmp_path / "hf", tmp_path / "ours")
+        path = tmp_path / "ours" if kind == "converted" else tmp_path / "ours" / "checkpoints" / "0"
+    model = q3n.load_hf(tmp_path / "hf")
+    assert_same(load_parameters(path, model.config, wanted(model.config)), model)
+
+
+def test_all_that_differs_from_the_checkpoint_is_named(tmp_path):
+    hf_directory.released(tmp_path / "with")
+    hf_directory.released(tmp_path / "without", mtp=False)
+    config = q3n.ModelConfig.from_hf(tmp_path / "with")  # mtp_steps is not in the file
+    with pytest.raises(ValueError, match=r"holds an MTP module; set it to 1") as error:
+        check_same_model(tmp_path / "with", config)
+    assert str(error.value).count("model.") == 1
+    check_same_model(tmp_path / "without", config)
+    changed = {**config.to_hf(), "hidden_size": 48, "rope_theta": 5.0, "mtp_steps": 2}
+    changed = q3n.ModelConfig.from_hf(changed)
+    with pytest.raises(ValueError, match=r"model\.hidden_size=48, in the checkpoint 32") as error:
+        load_parameters(tmp_path / "without", changed, wanted(changed))
+    assert "model.rope_theta=5.0, in the checkpoint" in str(error.value)
+    assert "model.mtp_steps=2, but the checkpoint holds no MTP module; set it to 0" in str(
+        error.value
+    )
+    # What a run may choose: how far it reads, and how strongly it balances its experts.
+    free = {"max_position_embeddings": 9999, "router_aux_loss_coef": 0.5, "mtp_steps": 2,
+            "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}  # fmt: skip
+    check_same_model(tmp_path / "with", q3n.ModelConfig.from_hf({**config.to_hf(), **free}))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+@pytest.fixture(scope="module")
+def earlier(corpus, tmp_path_factory):
+    """A run with checkpoints of steps 3 and 4."""
+    workdir = tmp_path_factory.mktemp("earlier")
+    run(small_config(corpus, train__num_steps=4), workdir)
+    return workdir
+
+
+def steps(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_a_run_begins_with_given_weights_and_goes_on_with_its_own(earlier, corpus, tmp_path):
+    given = tmp_path / "given"
+    shutil.copytree(earlier, given)
+    tokenizer = str(given / "tokenizer.model")
+
+    def config(num_steps):
+        return small_config(
+            corpus, train__initial_checkpoint=str(given / "checkpoints" / "3"),
+            train__num_steps=num_steps, optimizer__schedule="constant", data__tokenizer=tokenizer,
+            train__seed=5, optimizer__warmup_steps=0,
+        )  # fmt: skip
+
+    run(config(4), tmp_path / "whole")
+    # A step with the rate 0 shows what the run began with.
+    still = small_config(
+        corpus, train__initial_checkpoint=str(given / "checkpoints" / "3"), train__num_steps=1,
+        data__tokenizer=tokenizer, train__seed=5, optimizer__learning_rate=0.0,
+    )  # fmt: skip
+    model, _ = run(still, tmp_path / "still")
+    assert_same(nnx.state(model, nnx.Param), load_checkpoint(given / "checkpoints" / "3"))
+    assert steps(tmp_path / "still")[0]["loss"] == steps(tmp_path / "whole")[0]["loss"]
+    assert steps(tmp_path / "whole")[0]["loss"] < steps(earlier)[0]["loss"] - 0.1
+
+    # The optimizer is fresh: its count says 1 after the first step.
+    reader = CheckpointStore(tmp_path / "still" / "checkpoints")
+    counts = [name for name in reader.describe(1)[0] if name.endswith("count")]
+    assert counts
+    shapes = {n: jax.ShapeDtypeStruct((), jnp.int32) for n in counts}
+    found, _ = reader.restore(1, shapes, partial=True)
+    assert set(map(int, found.values())) == {1}
+    reader.close()
+
+    run(config(3), tmp_path / "parts")
+    given.rename(tmp_path / "away")  # what a run goes on with is its own
+    (given).mkdir()
+    shutil.copy(tmp_path / "away" / "tokenizer.model", given)
+    run(config(4), tmp_path / "parts")
+    # Evaluations differ: the shorter run had one at its end.
+    assert [x for x in steps(tmp_path / "parts") if "loss" in x] == [
+        x for x in steps(tmp_path / "whole") if "loss" in x
+    ]
+
+
+def test_another_model_is_refused_before_the_directory_is_this_runs(earlier, corpus, tmp_path):
+    config = small_config(corpus, train__initial_checkpoint=str(earlier), model__num_experts=8)
+    with pytest.raises(ValueError, match=r"model\.num_experts=8, in the checkpoint 4"):
+        run(config, tmp_path / "new")
+    assert not (tmp_path / "new" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_split_model_begins_with_the_same_weights(earlier, corpus, tmp_path):
+    """On eight virtual devices, where each parameter is read into its own slices."""
+    changes = [
+        f"train.initial_checkpoint={str(earlier)!r}", "train.num_steps=2", "mesh.fsdp=8",
+        "mesh.data=1", f"data.tokenizer={str(earlier / 'tokenizer.model')!r}",
+    ]  # fmt: skip
+    flags = "--xla_force_host_platform_device_count=8"
+    command = [sys.executable, HERE / "small_run.py", corpus, tmp_path / "eight", *changes]
+    subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, check=True)
+    one = small_config(
+        corpus, train__initial_checkpoint=str(earlier), train__num_steps=2,
+        data__tokenizer=str(earlier / "tokenizer.model"),
+    )  # fmt: skip
+    run(one, tmp_path / "one")
+    assert (
+        abstract_parameters(one.model).keys() == dict(named_leaves(abstract_model(one)[1])).keys()
+    )
+    for a, b in zip(steps(tmp_path / "eight"), steps(tmp_path / "one"), strict=True):
+        for key in a:
+            # float32 sums in another order
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, err_msg=key)
