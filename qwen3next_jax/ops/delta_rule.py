@@ -283,9 +283,10 @@ def _unit_lower_inverse(lower):
     size = min(_BLOCK, C)
     blocks = _diagonal_blocks(lower, size)
 
-    # Row i of the inverse is eᵢ − lower[i] · inverse, of which only the rows above i count.
+    # Row i of the inverse is eᵢ − lower[i] · inverse, of which only the rows above i count. (Written
+    # as a sum of products, it crashes in jaxlib 0.10.2's kernels for CPUs without AVX-512.)
     def fill(i, inverse):
-        above = (blocks[..., i, :, None] * inverse).sum(-2)
+        above = jnp.einsum("...j,...jk->...k", blocks[..., i, :], inverse, precision=_HIGHEST)
         return inverse.at[..., i, :].set(jnp.eye(size)[i] - above)
 
     inverse = jax.lax.fori_loop(0, size, fill, jnp.zeros_like(blocks))
