@@ -279,7 +279,9 @@ def _score(q, k, decay):
 
 def _unit_lower_inverse(lower):
     """Inverts I + lower, for a strictly lower triangular matrix in the last two axes."""
-    C = lower.shape[-1]
+    *batch, C, _ = lower.shape
+    # One batch axis: given more, the CPU library of jaxlib 0.10 may read beyond its buffers and die.
+    lower = lower.reshape(-1, C, C)
     size = min(_BLOCK, C)
     blocks = _diagonal_blocks(lower, size)
 
@@ -298,7 +300,7 @@ def _unit_lower_inverse(lower):
         top = jnp.concatenate([above, jnp.zeros_like(above)], axis=-1)
         inverse = jnp.concatenate([top, jnp.concatenate([corner, below], axis=-1)], axis=-2)
         size *= 2
-    return inverse[..., 0, :, :]
+    return inverse.reshape(*batch, C, C)
 
 
 def _diagonal_blocks(x, size):
