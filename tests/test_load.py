@@ -20,7 +20,7 @@ from qwen3next_jax.checkpoint.hugging_face import abstract_parameters
 from qwen3next_jax.checkpoint.load import check_same_model, load_checkpoint, load_parameters
 from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
 from qwen3next_jax.convert import from_hf
-from qwen3next_jax.training.loop import abstract_model
+from qwen3next_jax.training.program import abstract_model
 
 HERE = pathlib.Path(__file__).parent
 

@@ -18,6 +18,7 @@ from small_run import run, small_config, write_corpus
 
 from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.training import loop
+from qwen3next_jax.training.program import new_model
 
 HERE = pathlib.Path(__file__).parent
 
@@ -149,7 +150,7 @@ def test_accumulated_micro_batches_take_nearly_the_same_course(whole, corpus, tm
 
 
 def test_mtp_and_router_weights_move_in_training(whole, corpus):
-    create = quick_jit(lambda: nnx.state(loop._new_model(small_config(corpus))))
+    create = quick_jit(lambda: nnx.state(new_model(small_config(corpus))))
     start = dict(named_leaves(create()))
     end = dict(named_leaves(nnx.state(whole[1])))
     for name in ("mtp/fc", "mtp/layer/mlp/router", "groups/layers/0/mlp/router"):

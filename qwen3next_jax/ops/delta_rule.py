@@ -280,13 +280,13 @@ def _score(q, k, decay):
 def _unit_lower_inverse(lower):
     """Inverts I + lower, for a strictly lower triangular matrix in the last two axes."""
     *batch, C, _ = lower.shape
-    # One batch axis: given more, the CPU library of jaxlib 0.10 may read beyond its buffers and die.
+    # One batch axis: given more, jaxlib 0.10's CPU library may read beyond its buffers and die.
     lower = lower.reshape(-1, C, C)
     size = min(_BLOCK, C)
     blocks = _diagonal_blocks(lower, size)
 
-    # Row i of the inverse is eᵢ − lower[i] · inverse, of which only the rows above i count. (Written
-    # as a sum of products, it crashes in jaxlib 0.10.2's kernels for CPUs without AVX-512.)
+    # Row i of the inverse is eᵢ − lower[i] · inverse, of which only the rows above i count.
+    # (Written as a sum of products, it crashes in jaxlib 0.10.2's kernels for CPUs without AVX-512.)
     def fill(i, inverse):
         above = jnp.einsum("...j,...jk->...k", blocks[..., i, :], inverse, precision=_HIGHEST)
         return inverse.at[..., i, :].set(jnp.eye(size)[i] - above)

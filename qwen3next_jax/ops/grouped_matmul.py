@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.platform import platform
+
 _BLOCK = 64
 
 
 def default_implementation() -> str:
-    """The implementation that suits the default backend."""
-    return "blocked" if jax.default_backend() == "cpu" else "ragged"
+    """The implementation that suits the platform; see `ops.platform`."""
+    return "blocked" if platform() == "cpu" else "ragged"
 
 
 def row_alignment(implementation: str) -> int:

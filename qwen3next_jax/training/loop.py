@@ -14,28 +14,21 @@ from contextlib import closing
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
-from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
+from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.pipeline import Data, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.grouped_matmul import default_implementation
-from qwen3next_jax.parallel.mesh import BATCH, make_mesh, parameter_shardings
+from qwen3next_jax.parallel.mesh import BATCH, make_mesh
 from qwen3next_jax.training.metrics import MetricWriter, Progress
-from qwen3next_jax.training.optimizer import make_optimizer
-from qwen3next_jax.training.step import (
-    TrainState,
-    first_bad_parameter,
-    initial_state,
-    make_train_step,
-)
+from qwen3next_jax.training.program import Program, make_program, new_model
+from qwen3next_jax.training.step import TrainState, first_bad_parameter, initial_state
 
 Evaluate = Callable[[nnx.GraphDef, nnx.State], dict[str, float]]
 
@@ -75,15 +68,7 @@ def _train(
     if t.initial_checkpoint and not (workdir / "config.json").exists():
         check_same_model(t.initial_checkpoint, config.model)  # before the directory is this run's
     _keep_config(config, workdir)
-    graph, abstract_params = abstract_model(config)
-    optimizer, schedule = make_optimizer(
-        config.optimizer,
-        t.num_steps,
-        abstract_params,
-        moment_dtype=jnp.dtype(config.precision.optimizer),
-        zero_centered_norm=config.model.zero_centered_norm,
-    )
-    abstract_state = _abstract_state(abstract_params, optimizer, mesh)
+    program = make_program(config, mesh)
     batches = training_batches(
         data.train,
         data.tokenizer,
@@ -95,18 +80,17 @@ def _train(
     if store.latest_step() is None:
         start, tokens = 0, 0
         first_state = _given_state if t.initial_checkpoint else _first_state
-        state = first_state(config, optimizer, abstract_state)
+        state = first_state(config, program)
     else:
-        start, state, extras = store.restore_latest(abstract_state)
+        start, state, extras = store.restore_latest(program.state)
         tokens = extras["tokens"]
         batches.set_state(extras["data"])
         if start < t.num_steps:
             logging.info("Going on from the checkpoint of step %d", start)
-    _report(config, mesh, abstract_state)
+    _report(config, mesh, program.state)
 
     writer = MetricWriter(workdir, resume_step=start if start else None)
     progress = Progress(t.num_steps, start_step=start)
-    train_step = jax.jit(make_train_step(graph, optimizer, config), donate_argnums=0)
     batch_sharding = NamedSharding(mesh, BATCH)
     unsettled: deque[tuple[int, dict[str, jax.Array], Any]] = deque()
     # A step is looked at when the next one is under way, so that the devices never wait. Virtual
@@ -119,7 +103,7 @@ def _train(
             if t.profile_steps and step == t.profile_steps[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
             batch = jax.device_put(next(batches), batch_sharding)
-            state, metrics = train_step(state, batch)
+            state, metrics = program.step(state, batch)
             unsettled.append((step, metrics, batch))
             evaluating = _due(step, t.eval_every, t.num_steps)
             saving = _due(step, t.checkpoint_every, t.num_steps)
@@ -128,41 +112,26 @@ def _train(
                 done, metrics, batch = unsettled.popleft()
                 values = {name: np.asarray(x).item() for name, x in metrics.items()}
                 if values.pop("halted"):
-                    bad = first_bad_parameter(graph, config, state.params, batch)
+                    bad = first_bad_parameter(program.graph, config, state.params, batch)
                     store.wait()
                     raise _non_finite(done, values, bad, store.latest_step(), workdir)
                 tokens += int(values.pop("tokens"))
                 if done == start + 1:
                     clock.restart(tokens)  # it compiled
                 if done % t.log_every == 0 or done in (1, t.num_steps):
-                    values["learning_rate"] = float(schedule(done - 1))
+                    values["learning_rate"] = float(program.schedule(done - 1))
                     speed = clock.tokens_per_second(tokens)
                     writer.write(done, {**values, "tokens": tokens, "tokens_per_second": speed})
                     progress.update(done, loss=values["loss"], tokens_per_second=speed)
             if profiled:
                 jax.profiler.stop_trace()
             if evaluating:
-                writer.write(step, evaluate(graph, state.params))
+                writer.write(step, evaluate(program.graph, state.params))
             if saving:
                 store.save(step, state, {"tokens": tokens, "data": batches.get_state()})
             if evaluating or saving:
                 clock.restart(tokens)
-    return nnx.merge(graph, state.params), max(t.num_steps - start, 0)
-
-
-def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's structure and the shapes of its parameters; nothing is allocated."""
-    return nnx.split(nnx.eval_shape(lambda: _new_model(config)))
-
-
-def _new_model(config: RunConfig) -> Qwen3Next:
-    return Qwen3Next(
-        config.model,
-        rngs=nnx.Rngs(config.train.seed),
-        param_dtype=jnp.dtype(config.precision.parameters),
-        dtype=jnp.dtype(config.precision.compute),
-        remat=config.train.remat,
-    )
+    return nnx.merge(program.graph, state.params), max(t.num_steps - start, 0)
 
 
 def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
@@ -176,47 +145,25 @@ def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     beside.replace(path)
 
 
-def _abstract_state(
-    params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Shapes and shardings of the whole state; the optimizer's moments lie as their parameters."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    by_name = dict(named_leaves(parameter_shardings(params, mesh)))
-    shapes = {name: x.shape for name, x in named_leaves(params)}
-
-    def place(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        owner = next((p for p in by_name if name.endswith("/" + p) and shapes[p] == x.shape), None)
-        sharding = everywhere if owner is None else by_name[owner]
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    state = jax.eval_shape(lambda p: initial_state(p, optimizer), params)
-    placed = [place(name, x) for name, x in named_leaves(state)]
-    return jax.tree.unflatten(jax.tree.structure(state), placed)
-
-
-def _first_state(
-    config: RunConfig, optimizer: optax.GradientTransformation, abstract_state: TrainState
-) -> TrainState:
+def _first_state(config: RunConfig, program: Program) -> TrainState:
     """Draws the parameters where they belong: no device ever holds the whole model."""
 
     def create() -> TrainState:
-        return initial_state(nnx.state(_new_model(config)), optimizer)
+        return initial_state(nnx.state(new_model(config)), program.optimizer)
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    shardings = jax.tree.map(lambda x: x.sharding, program.state)
     # It runs once, and a CPU would spend half a minute optimising the random number generators.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
 
-def _given_state(
-    config: RunConfig, optimizer: optax.GradientTransformation, abstract_state: TrainState
-) -> TrainState:
+def _given_state(config: RunConfig, program: Program) -> TrainState:
     """Reads the parameters where they belong; the optimizer has seen nothing yet."""
     logging.info("Beginning with the weights of %s", config.train.initial_checkpoint)
-    params = load_parameters(config.train.initial_checkpoint, config.model, abstract_state.params)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    params = load_parameters(config.train.initial_checkpoint, config.model, program.state.params)
+    shardings = jax.tree.map(lambda x: x.sharding, program.state)
     create = jax.jit(
-        lambda p: initial_state(p, optimizer), out_shardings=shardings, donate_argnums=0
+        lambda p: initial_state(p, program.optimizer), out_shardings=shardings, donate_argnums=0
     )
     return create(params)
 

@@ -1,0 +1,12 @@
+"""For which platform operations are traced, which need not be the one that traces them."""
+
+import jax
+
+
+def platform() -> str:
+    """The platform of the mesh in use ("cpu", "gpu" or "tpu"), else the default backend's.
+
+    A mesh may be of devices that are not here: a step for a TPU can be compiled without one.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -1,0 +1,93 @@
+"""What a run compiles: the model's structure, the shapes and places of its state, and the step.
+
+Nothing here is allocated: training draws or restores the state in these shapes, and the plan
+compiles the same step for machines that are not there.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwen3next_jax.checkpoint.store import named_leaves
+from qwen3next_jax.config import RunConfig
+from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.parallel.mesh import BATCH, parameter_shardings
+from qwen3next_jax.training.optimizer import make_optimizer
+from qwen3next_jax.training.step import TrainState, initial_state, make_train_step
+
+
+class Program(NamedTuple):
+    """A run's step on a mesh, and what goes into it."""
+
+    graph: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    state: TrainState  # shapes, dtypes and shardings
+    batch: dict[str, jax.ShapeDtypeStruct]  # the same of a step's batch
+    step: Any  # jitted; from a state, which it consumes, and a batch to the next and metrics
+
+
+def make_program(config: RunConfig, mesh: Mesh) -> Program:
+    """Builds the step of a run, to be called (or lowered) under `jax.set_mesh(mesh)`.
+
+    Raises:
+      ValueError: if the mesh cannot divide a parameter, or no rule updates it.
+    """
+    graph, params = abstract_model(config)
+    optimizer, schedule = make_optimizer(
+        config.optimizer,
+        config.train.num_steps,
+        params,
+        moment_dtype=jnp.dtype(config.precision.optimizer),
+        zero_centered_norm=config.model.zero_centered_norm,
+    )
+    step = jax.jit(make_train_step(graph, optimizer, config), donate_argnums=0)
+    state = _abstract_state(params, optimizer, mesh)
+    return Program(graph, optimizer, schedule, state, _abstract_batch(config, mesh), step)
+
+
+def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure and the shapes of its parameters; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: new_model(config)))
+
+
+def new_model(config: RunConfig) -> Qwen3Next:
+    """The model with its initial weights."""
+    return Qwen3Next(
+        config.model,
+        rngs=nnx.Rngs(config.train.seed),
+        param_dtype=jnp.dtype(config.precision.parameters),
+        dtype=jnp.dtype(config.precision.compute),
+        remat=config.train.remat,
+    )
+
+
+def _abstract_state(
+    params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes and shardings of the whole state; the optimizer's moments lie as their parameters."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    by_name = dict(named_leaves(parameter_shardings(params, mesh)))
+    shapes = {name: x.shape for name, x in named_leaves(params)}
+
+    def place(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        owner = next((p for p in by_name if name.endswith("/" + p) and shapes[p] == x.shape), None)
+        sharding = everywhere if owner is None else by_name[owner]
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.eval_shape(lambda p: initial_state(p, optimizer), params)
+    placed = [place(name, x) for name, x in named_leaves(state)]
+    return jax.tree.unflatten(jax.tree.structure(state), placed)
+
+
+def _abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (config.train.global_batch_size, config.train.sequence_length)
+    whole = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
+        for name, dtype in {**whole, "loss_weights": jnp.float32}.items()
+    }
