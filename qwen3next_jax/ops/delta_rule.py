@@ -286,7 +286,7 @@ def _unit_lower_inverse(lower):
     blocks = _diagonal_blocks(lower, size)
 
     # Row i of the inverse is eᵢ − lower[i] · inverse, of which only the rows above i count.
-    # (Written as a sum of products, it crashes in jaxlib 0.10.2's kernels for CPUs without AVX-512.)
+    # (Written as a sum of products, it crashes jaxlib 0.10.2 on CPUs without AVX-512.)
     def fill(i, inverse):
         above = jnp.einsum("...j,...jk->...k", blocks[..., i, :], inverse, precision=_HIGHEST)
         return inverse.at[..., i, :].set(jnp.eye(size)[i] - above)
