@@ -20,18 +20,16 @@ from qwen3next_jax.model.layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP
+from qwen3next_jax.parallel.vocabulary import embed
 
 
 class Group(nnx.Module):
     """The smallest block of layers that repeats; its parameters are stacked over the repeats."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-        """Builds the layers that `config.group` lists."""
+    def __init__(self, config: ModelConfig, **options: Any):
+        """Builds the layers that `config.group` lists, with `DecoderLayer`'s options."""
         self.layers = nnx.List(
-            [
-                DecoderLayer(config, mixer, sparse, rngs=rngs, param_dtype=param_dtype)
-                for mixer, sparse in config.group
-            ]
+            [DecoderLayer(config, mixer, sparse, **options) for mixer, sparse in config.group]
         )
 
 
@@ -46,6 +44,7 @@ class Qwen3Next(nnx.Module):
         param_dtype=jnp.float32,
         dtype=None,
         remat: str = "none",
+        moe_buffer_factor: float = -1.0,
     ):
         """Builds the model with initial weights.
 
@@ -55,6 +54,7 @@ class Qwen3Next(nnx.Module):
           param_dtype: of the stored parameters; `A_log` and `dt_bias` are float32 anyway.
           dtype: of activations and matrix products; None: `param_dtype`.
           remat: "none", or "layer": the backward pass computes each layer again.
+          moe_buffer_factor: where experts are split over devices, see `SparseMoE`.
 
         Raises:
           ValueError: for an unknown `remat`.
@@ -67,11 +67,12 @@ class Qwen3Next(nnx.Module):
         V, D = config.vocab_size, config.hidden_size
         init = normal(config.initializer_range)
         repeats = config.num_hidden_layers // len(config.group)
+        options: dict[str, Any] = dict(param_dtype=param_dtype, moe_buffer_factor=moe_buffer_factor)
 
         @nnx.split_rngs(splits=repeats)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs):
-            return Group(config, rngs=rngs, param_dtype=param_dtype)
+            return Group(config, rngs=rngs, **options)
 
         self.embed_tokens = weight(rngs, init, param_dtype, vocab=V, embed=D)
         self.groups = stacked(rngs)
@@ -81,7 +82,7 @@ class Qwen3Next(nnx.Module):
             if config.tie_word_embeddings
             else weight(rngs, init, param_dtype, embed=D, vocab=V)
         )
-        self.mtp = MTP(config, rngs=rngs, param_dtype=param_dtype) if config.mtp_steps else None
+        self.mtp = MTP(config, rngs=rngs, **options) if config.mtp_steps else None
 
     def __call__(
         self,
@@ -104,7 +105,7 @@ class Qwen3Next(nnx.Module):
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeds tokens, in the model's compute dtype."""
-        return self.embed_tokens[...][tokens].astype(self.dtype)
+        return embed(tokens, self.embed_tokens[...], dtype=self.dtype)
 
     def head(self) -> Float[Array, "D V"]:
         """The output embedding, which may be the transposed input embedding."""

@@ -19,6 +19,7 @@ from qwen3next_jax.model.cache import AttentionCache, add_to_slots
 from qwen3next_jax.model.layers import RMSNorm, normal, weight
 from qwen3next_jax.model.rope import apply_rope
 from qwen3next_jax.ops.attention import attention, cached_attention
+from qwen3next_jax.parallel.mesh import gathered
 
 
 class GatedAttention(nnx.Module):
@@ -71,7 +72,7 @@ class GatedAttention(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
 
         def project(w):
-            return jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype))
+            return jnp.einsum("btd,dnh->btnh", x, gathered(w, x.dtype))
 
         q = apply_rope(self.q_norm(project(self.q_proj)), positions, self.config)
         k = apply_rope(self.k_norm(project(self.k_proj)), positions, self.config)
@@ -87,5 +88,5 @@ class GatedAttention(nnx.Module):
         if self.gate_proj is not None:
             gate = project(self.gate_proj).astype(jnp.float32)
             out = (out * jax.nn.sigmoid(gate)).astype(x.dtype)
-        y = jnp.einsum("btnh,nhd->btd", out, self.o_proj[...].astype(x.dtype))
+        y = jnp.einsum("btnh,nhd->btd", out, gathered(self.o_proj, x.dtype))
         return y if cache is None else (y, cache)

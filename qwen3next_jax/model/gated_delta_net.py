@@ -23,6 +23,7 @@ from qwen3next_jax.model.cache import DeltaCache, DeltaDraft, next_tail
 from qwen3next_jax.model.layers import constant, normal, rms_normalize, weight
 from qwen3next_jax.ops.causal_conv import causal_conv
 from qwen3next_jax.ops.delta_rule import gated_delta_rule
+from qwen3next_jax.parallel.mesh import gathered
 
 _FEW = 8  # tokens, for which the recurrence is less work than a chunk
 
@@ -88,7 +89,7 @@ class GatedDeltaNet(nnx.Module):
         def project(w, into=None):
             axes = "nh"[: w[...].ndim - 1]
             return jnp.einsum(
-                f"btd,d{axes}->bt{axes}", x, w[...].astype(x.dtype), preferred_element_type=into
+                f"btd,d{axes}->bt{axes}", x, gathered(w, x.dtype), preferred_element_type=into
             )
 
         inputs = [project(w) for w in (self.q_proj, self.k_proj, self.v_proj)]
@@ -114,7 +115,7 @@ class GatedDeltaNet(nnx.Module):
         )
         out = rms_normalize(out, self.eps) * self.norm.weight[...].astype(jnp.float32)
         out = out * jax.nn.silu(project(self.z_proj).astype(jnp.float32))
-        y = jnp.einsum("btnp,npd->btd", out.astype(x.dtype), self.out_proj[...].astype(x.dtype))
+        y = jnp.einsum("btnp,npd->btd", out.astype(x.dtype), gathered(self.out_proj, x.dtype))
         if cache is None:
             return y
         if draft:

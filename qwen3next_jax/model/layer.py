@@ -11,6 +11,7 @@ from qwen3next_jax.model.gated_attention import GatedAttention
 from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
 from qwen3next_jax.model.layers import MLP, RMSNorm
 from qwen3next_jax.model.moe import RouterStats, SparseMoE
+from qwen3next_jax.parallel.mesh import constrain
 
 
 class DecoderLayer(nnx.Module):
@@ -24,6 +25,7 @@ class DecoderLayer(nnx.Module):
         *,
         rngs: nnx.Rngs,
         param_dtype=jnp.float32,
+        moe_buffer_factor: float = -1.0,
     ):
         """Builds a layer.
 
@@ -33,6 +35,7 @@ class DecoderLayer(nnx.Module):
           sparse: experts rather than a dense feed-forward.
           rngs: keys for the initial weights.
           param_dtype: of the stored parameters.
+          moe_buffer_factor: see `SparseMoE`.
         """
         made = dict(rngs=rngs, param_dtype=param_dtype)
         self.input_layernorm = RMSNorm(config, param_dtype=param_dtype)
@@ -42,7 +45,9 @@ class DecoderLayer(nnx.Module):
             self.self_attn = GatedAttention(config, **made)
         self.post_attention_layernorm = RMSNorm(config, param_dtype=param_dtype)
         if sparse:
-            self.mlp: SparseMoE | MLP = SparseMoE(config, **made)
+            self.mlp: SparseMoE | MLP = SparseMoE(
+                config, moe_buffer_factor=moe_buffer_factor, **made
+            )
         else:
             self.mlp = MLP(config, config.intermediate_size, **made)
 
@@ -66,7 +71,7 @@ class DecoderLayer(nnx.Module):
             mixed = self.self_attn(self.input_layernorm(x), **given)
         if cache is not None:
             mixed, cache = mixed
-        x = x + mixed
+        x = constrain(x + mixed, "batch", "tokens", "hidden")
         normed, stats = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, SparseMoE):
             out, stats = self.mlp.with_stats(
@@ -74,4 +79,4 @@ class DecoderLayer(nnx.Module):
             )
         else:
             out = self.mlp(normed)
-        return x + out, stats, cache
+        return constrain(x + out, "batch", "tokens", "hidden"), stats, cache

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.parallel.mesh import gathered
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -92,7 +93,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Maps each token by itself."""
-        gate, up, down = (
-            w[...].astype(x.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj)
-        )
+        weights = (self.gate_proj, self.up_proj, self.down_proj)
+        gate, up, down = (gathered(w, x.dtype) for w in weights)
         return (jax.nn.silu(x @ gate) * (x @ up)) @ down

@@ -4,9 +4,14 @@
 
 The router is float32 throughout. Its rows start with equal norms, so that no expert is favoured
 before anything is learnt.
+
+On a mesh each device routes its own tokens and sorts them for itself; the tokens then travel to
+their experts' devices (`parallel/expert.py`), or where each device has all experts, only the
+experts' matrices are put together from their slices. The shared expert waits for none of that.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +21,16 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.layers import MLP, normal, weight
 from qwen3next_jax.ops.grouped_matmul import default_implementation, grouped_matmul, row_alignment
-from qwen3next_jax.parallel.expert import apply_experts, apply_used_experts
+from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts, apply_used_experts
+from qwen3next_jax.parallel.mesh import (
+    BATCH,
+    active_mesh,
+    gather_slices,
+    gathered,
+    partition,
+    sum_columns,
+)
 
 
 class RouterStats(NamedTuple):
@@ -26,15 +40,31 @@ class RouterStats(NamedTuple):
     probabilities: Float[Array, "*L B E"]  # sums of the router's probabilities
     squared_log_norms: Float[Array, "*L B"]  # sums of logsumexp(logits)², for the z-loss
     tokens: Float[Array, "*L B"]
+    dropped: Float[Array, "*L B_ways T_ways"]  # of each device's assignments, those without place
 
 
 class SparseMoE(nnx.Module):
     """Top-k routed experts plus a gated shared expert."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-        """Builds the layer from the expert fields of `config`."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype=jnp.float32,
+        moe_buffer_factor: float = -1.0,
+    ):
+        """Builds the layer.
+
+        Args:
+          config: its expert fields are read.
+          rngs: keys for the initial weights.
+          param_dtype: of the stored parameters.
+          moe_buffer_factor: where experts are split over devices, how many assignments a device can
+            receive, as a multiple of an even load; -1: any number, so that none is ever dropped.
+        """
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
-        self.config = config
+        self.config, self.moe_buffer_factor = config, moe_buffer_factor
         init = normal(config.initializer_range)
         router = (
             _equal_rows(config.initializer_range) if config.router_init == "normalized" else init
@@ -63,29 +93,79 @@ class SparseMoE(nnx.Module):
 
         `decoding` says that no gradient will be asked for, which allows the way for few tokens.
         """
-        experts, weights, stats = self._route(x, segment_ids)
+        mesh = active_mesh()
+        params = (self.router[...], self.gate_up_proj[...], self.down_proj[...])
+        if segment_ids is None:
+            segment_ids = jnp.ones(x.shape[:2], jnp.int32)
+        if mesh is None:
+            y, stats = self._on_one_device(x, segment_ids, *params, decoding=decoding)
+        else:
+            y, stats = self._on_mesh(mesh, x, segment_ids, *params)
+        if self.config.shared_expert_intermediate_size:
+            gate = x.astype(jnp.float32) @ gathered(self.shared_expert_gate, jnp.float32)
+            y += (jax.nn.sigmoid(gate)[..., None] * self.shared_expert(x)).astype(x.dtype)
+        return y, stats
+
+    def _on_one_device(self, x, segment_ids, router, gate_up, down, *, decoding):
+        experts, weights, stats = self._route(x, segment_ids, router)
         tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
         given = dict(num_experts=self.config.num_experts)
         implementation = default_implementation()
         if decoding and implementation == "blocked" and len(tokens) <= row_alignment("blocked"):
             # Even an expert with all of the tokens would not fill its block.
             y = apply_used_experts(
-                tokens, experts, weights, lambda e: self._expert(tokens, e), **given
+                tokens, experts, weights, lambda e: _expert(tokens, gate_up[e], down[e]), **given
             )
         else:
+            compute = functools.partial(_experts, gate_up=gate_up, down=down)
             alignment = row_alignment(implementation)
-            y = apply_experts(tokens, experts, weights, self._experts, alignment=alignment, **given)
-        y = y.reshape(x.shape)
-        if self.config.shared_expert_intermediate_size:
-            gate = x.astype(jnp.float32) @ self.shared_expert_gate[...].astype(jnp.float32)
-            y += (jax.nn.sigmoid(gate)[..., None] * self.shared_expert(x)).astype(x.dtype)
-        return y, stats
+            y = apply_experts(tokens, experts, weights, compute, alignment=alignment, **given)
+        return y.reshape(x.shape), stats
 
-    def _route(self, x, segment_ids):
-        E, A = self.config.num_experts, self.config.num_experts_per_tok
-        logits = jnp.einsum(
-            "btd,de->bte", x.astype(jnp.float32), self.router[...].astype(jnp.float32)
+    def _on_mesh(self, mesh, x, segment_ids, *params):
+        def spec(*axes, of):
+            return partition("mlp", axes, of.shape, mesh.shape)
+
+        row, rows = spec("batch", of=x[:, 0, 0]), spec("batch", "tokens", of=segment_ids)
+        specs = tuple(
+            spec(*param.axes, of=param[...])
+            for param in (self.router, self.gate_up_proj, self.down_proj)
         )
+        stats_specs = RouterStats._make((row, row, row, row, BATCH))
+        return jax.shard_map(
+            functools.partial(self._on_a_device, specs=specs),
+            in_specs=(rows, rows, *specs), out_specs=(rows, stats_specs), check_vma=False,
+        )(x, segment_ids, *params)  # fmt: skip
+
+    def _on_a_device(self, x, segment_ids, *params, specs):
+        """Inside `shard_map`: this device's tokens, and its slices of the parameters."""
+        router = gather_slices(params[0].astype(jnp.float32), specs[0])
+        gate_up, down = (
+            gather_slices(w.astype(x.dtype), spec, keep=("expert",))
+            for w, spec in zip(params[1:], specs[1:], strict=True)
+        )
+        experts, weights, stats = self._route(x, segment_ids, router)
+        tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
+        compute = functools.partial(_experts, gate_up=gate_up, down=down)
+        given: dict[str, Any] = dict(
+            num_experts=self.config.num_experts, alignment=row_alignment(default_implementation())
+        )
+        if jax.lax.axis_size("expert") == 1:
+            y, dropped = apply_experts(tokens, experts, weights, compute, **given), jnp.zeros(())
+        else:
+            y, dropped = apply_split_experts(
+                tokens, experts, weights, compute, axis="expert",
+                buffer_factor=self.moe_buffer_factor,
+                exchange="dense" if platform() == "cpu" else "ragged", **given,
+            )  # fmt: skip
+        # Each device of `tensor` has made its columns' share of y, from all of its row's tokens.
+        y = sum_columns(y.reshape(x.shape))
+        by_row = jax.tree.map(lambda s: jax.lax.psum(s, "context"), stats)
+        return y, by_row._replace(dropped=dropped.astype(jnp.float32).reshape(1, 1))
+
+    def _route(self, x, segment_ids, router):
+        E, A = self.config.num_experts, self.config.num_experts_per_tok
+        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router.astype(jnp.float32))
         probabilities = jax.nn.softmax(logits)
         experts = jax.lax.top_k(jax.lax.stop_gradient(probabilities), A)[1]
         # Selecting by a mask keeps scatters out of the gradient.
@@ -94,30 +174,30 @@ class SparseMoE(nnx.Module):
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdims=True)
 
-        real = (
-            jnp.ones(x.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
-        )
+        real = (segment_ids != 0).astype(jnp.float32)
         log_norms = jax.nn.logsumexp(logits, axis=-1)
         stats = RouterStats(
             counts=(chosen * real[..., None, None]).sum((1, 2)),
             probabilities=(probabilities * real[..., None]).sum(1),
             squared_log_norms=(log_norms**2 * real).sum(1),
             tokens=real.sum(1),
+            dropped=jnp.zeros((1, 1)),
         )
         return experts, weights, stats
 
-    def _experts(self, rows, group_sizes):
-        gate_up = self.gate_up_proj[...].astype(rows.dtype)
-        E, D, _, F = gate_up.shape
-        hidden = grouped_matmul(rows, gate_up.reshape(E, D, 2 * F), group_sizes)
-        hidden = jax.nn.silu(hidden[:, :F]) * hidden[:, F:]
-        return grouped_matmul(hidden, self.down_proj[...].astype(rows.dtype), group_sizes)
 
-    def _expert(self, x, e):
-        gate_up, down = self.gate_up_proj[e].astype(x.dtype), self.down_proj[e].astype(x.dtype)
-        D, _, F = gate_up.shape
-        hidden = x @ gate_up.reshape(D, 2 * F)
-        return (jax.nn.silu(hidden[:, :F]) * hidden[:, F:]) @ down
+def _experts(rows, group_sizes, *, gate_up, down):
+    gate_up = gate_up.astype(rows.dtype)
+    E, D, _, F = gate_up.shape
+    hidden = grouped_matmul(rows, gate_up.reshape(E, D, 2 * F), group_sizes)
+    hidden = jax.nn.silu(hidden[:, :F]) * hidden[:, F:]
+    return grouped_matmul(hidden, down.astype(rows.dtype), group_sizes)
+
+
+def _expert(x, gate_up, down):
+    D, _, F = gate_up.shape
+    hidden = x @ gate_up.astype(x.dtype).reshape(D, 2 * F)
+    return (jax.nn.silu(hidden[:, :F]) * hidden[:, F:]) @ down.astype(x.dtype)
 
 
 def _equal_rows(stddev):

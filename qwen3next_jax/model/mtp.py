@@ -18,12 +18,20 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.config import FULL, ModelConfig
 from qwen3next_jax.model.layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, weight
+from qwen3next_jax.parallel.mesh import gathered
 
 
 class MTP(nnx.Module):
     """One step of multi-token prediction."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype=jnp.float32,
+        moe_buffer_factor: float = -1.0,
+    ):
         """Builds the module: a full-attention layer, with experts where the model has them."""
         D = config.hidden_size
         self.pre_fc_norm_embedding = RMSNorm(config, param_dtype=param_dtype)
@@ -31,8 +39,9 @@ class MTP(nnx.Module):
         init = normal(config.initializer_range)
         self.fc = weight(rngs, init, param_dtype, pair=2, embed=D, embed__out=D)
         self.layer = DecoderLayer(
-            config, FULL, config.num_experts > 0, rngs=rngs, param_dtype=param_dtype
-        )
+            config, FULL, config.num_experts > 0, rngs=rngs, param_dtype=param_dtype,
+            moe_buffer_factor=moe_buffer_factor,
+        )  # fmt: skip
         self.norm = RMSNorm(config, param_dtype=param_dtype)
 
     def __call__(
@@ -55,7 +64,7 @@ class MTP(nnx.Module):
           The next hidden states, for the shared head and for a further step; the router's
           statistics, None without experts; the next cache, None without one.
         """
-        fc = self.fc[...].astype(hidden.dtype)
+        fc = gathered(self.fc, hidden.dtype)
         x = self.pre_fc_norm_embedding(next_embeddings) @ fc[0]
         x += self.pre_fc_norm_hidden(hidden) @ fc[1]
         x, stats, cache = self.layer(x, segment_ids=segment_ids, positions=positions, cache=cache)

@@ -40,9 +40,19 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cross_entropy(hidden, head, targets, weights, chunk):
+    return summed_losses(hidden, head, targets, weights, chunk=chunk)
+
+
+def summed_losses(hidden, head, targets, weights, *, chunk, vocab_axis=None):
+    """What `cross_entropy` returns.
+
+    With `vocab_axis`, inside `shard_map`: this device's head holds a stretch of the vocabulary, and
+    the others of that mesh axis hold the rest.
+    """
+
     def visit(total, piece):
         x, y, w = piece
-        losses, _, _ = _losses(x, y, head)
+        losses, *_ = _losses(x, y, head, vocab_axis)
         return total + (losses * w).sum(), losses
 
     pieces = _pieces(chunk, hidden, targets, weights)
@@ -50,13 +60,14 @@ def _cross_entropy(hidden, head, targets, weights, chunk):
     return total, _join(losses, hidden.shape[1])
 
 
-def _forward(hidden, head, targets, weights, chunk):
+def losses_and_gradients(hidden, head, targets, weights, *, chunk, vocab_axis=None):
+    """The same, and the sum's gradients in hidden, in its dtype, and head, in float32."""
+
     def visit(carry, piece):
         total, d_head = carry
         x, y, w = piece
-        losses, exps, norms = _losses(x, y, head)
-        d_logits = exps * (w / norms)[..., None]
-        d_logits -= jax.nn.one_hot(y, head.shape[1]) * w[..., None]
+        losses, chosen, exps, norms = _losses(x, y, head, vocab_axis)
+        d_logits = exps * (w / norms)[..., None] - chosen * w[..., None]
         d_logits = d_logits.astype(hidden.dtype)
         d_x = jnp.einsum("btv,dv->btd", d_logits, head.astype(hidden.dtype))
         d_head += jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
@@ -66,7 +77,15 @@ def _forward(hidden, head, targets, weights, chunk):
     pieces = _pieces(chunk, hidden, targets, weights)
     (total, d_head), (losses, d_hidden) = jax.lax.scan(visit, start, pieces)
     T = hidden.shape[1]
-    return (total, _join(losses, T)), (_join(d_hidden, T), d_head.astype(head.dtype))
+    d_hidden = _join(d_hidden, T)
+    if vocab_axis is not None:
+        d_hidden = jax.lax.psum(d_hidden, vocab_axis)
+    return (total, _join(losses, T)), (d_hidden, d_head)
+
+
+def _forward(hidden, head, targets, weights, chunk):
+    results, (d_hidden, d_head) = losses_and_gradients(hidden, head, targets, weights, chunk=chunk)
+    return results, (d_hidden, d_head.astype(head.dtype))
 
 
 def _backward(chunk, residuals, cotangents):
@@ -77,16 +96,21 @@ def _backward(chunk, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _losses(hidden, targets, head):
-    """Losses, and the softmax as exponentials and their sums, so that each is taken once."""
+def _losses(hidden, targets, head, vocab_axis):
+    """Losses, the targets as 0s and 1s, and the softmax as exponentials and their sums."""
     logits = jnp.einsum(
         "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
     peaks = logits.max(-1)
+    if vocab_axis is not None:
+        peaks = jax.lax.pmax(peaks, vocab_axis)
+        targets = targets - head.shape[1] * jax.lax.axis_index(vocab_axis)
     exps = jnp.exp(logits - peaks[..., None])
-    norms = exps.sum(-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1, mode="clip")[..., 0]
-    return jnp.log(norms) + peaks - chosen, exps, norms
+    chosen = jax.nn.one_hot(targets, head.shape[1])
+    norms, picked = exps.sum(-1), (logits * chosen).sum(-1)
+    if vocab_axis is not None:
+        norms, picked = jax.lax.psum((norms, picked), vocab_axis)
+    return jnp.log(norms) + peaks - picked, chosen, exps, norms
 
 
 def _pieces(chunk, *arrays):

@@ -15,6 +15,7 @@ Modules are written for global arrays. They learn of the mesh by `jax.set_mesh`,
 loop calls around everything; without it, or on one device, they run as plain code.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,13 +30,14 @@ from qwen3next_jax.config import MeshConfig
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 ROWS = ("data", "fsdp", "expert")  # over these the rows of a batch are split
+SLICES = ("fsdp", "context", "expert")  # and over these the parameters, until they are used
 BATCH = PartitionSpec(ROWS, "context")  # of arrays [B, T, ...]
 
 # The axes that split a dimension, but for those that an earlier dimension of the array has taken:
 # the model dimension of an expert's matrix is split over fsdp and context only.
 TABLE: dict[str, tuple[str, ...]] = {
     # Parameters.
-    "embed": ("fsdp", "context", "expert"),
+    "embed": SLICES,
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -56,6 +58,7 @@ TABLE: dict[str, tuple[str, ...]] = {
 }
 # Held whole where the mesh axes have more places than there are heads: two KV heads on tensor=8.
 _WHOLE_IF_FEWER = ("kv_heads",)
+_UNSLICED = dict.fromkeys(SLICES, 1)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -133,6 +136,81 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
         return x
     spec = partition("An activation", axes, x.shape, mesh.shape)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def gathered(param: nnx.Param, dtype: Any) -> jax.Array:
+    """A parameter as it is used: cast, then put together from its slices; columns stay split.
+
+    Its gradient is summed over the devices and cut into slices again at the same place, so that
+    neither whole parameters nor whole gradients of more than one layer exist at a time.
+    """
+    value, mesh = param[...].astype(dtype), active_mesh()
+    if mesh is None:
+        return value
+    stored = partition("A parameter", param.axes, value.shape, mesh.shape)
+    whole = partition("A parameter", param.axes, value.shape, {**mesh.shape, **_UNSLICED})
+    return value if stored == whole else _gathered(value, stored, whole)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x, stored, whole):
+    x = jax.lax.with_sharding_constraint(x, stored)  # what travels is already cast
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+_gathered.defvjp(
+    lambda x, stored, whole: (_gathered(x, stored, whole), None),
+    lambda stored, whole, _, grad: (jax.lax.with_sharding_constraint(grad, stored),),
+)
+
+
+def gather_slices(x: jax.Array, spec: PartitionSpec, *, keep: tuple[str, ...] = ()) -> jax.Array:
+    """The same inside `shard_map`: puts an array of this spec together over the slicing axes.
+
+    Args:
+      x: this device's slice.
+      spec: of the whole array.
+      keep: slicing axes over which it stays split.
+    """
+    for dimension, axes in enumerate(spec):
+        axes = tuple(a for a in _tuple(axes) if a in SLICES and a not in keep)
+        if axes:
+            x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+    return x
+
+
+def scatter_slices(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The transpose of `gather_slices`: sums over the slicing axes, and cuts into slices."""
+    for dimension, axes in enumerate(spec):
+        axes = tuple(a for a in _tuple(axes) if a in SLICES)
+        if axes:
+            grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dimension, tiled=True)
+    return grad
+
+
+def _tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def sum_columns(x: jax.Array) -> jax.Array:
+    """Inside `shard_map`: sums over tensor what each device's columns contribute.
+
+    Without checks of replication (`check_vma=False`) `shard_map` hands each device of an axis that
+    its result does not mention an equal part of the result's gradient. The parts are added up by
+    multiplication here; the transpose of `psum` would send them around.
+    """
+    return _sum_columns(x)
+
+
+@jax.custom_vjp
+def _sum_columns(x):
+    return jax.lax.psum(x, "tensor")
+
+
+_sum_columns.defvjp(
+    lambda x: (_sum_columns(x), None),
+    lambda _, grad: (grad * jax.lax.axis_size("tensor"),),
+)
 
 
 def parameter_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.model.decoder import Qwen3Next, default_positions
 from qwen3next_jax.model.moe import RouterStats
-from qwen3next_jax.ops.cross_entropy import cross_entropy
+from qwen3next_jax.parallel.vocabulary import cross_entropy
 
 Batch = Mapping[str, Array]
 
@@ -60,8 +60,8 @@ def loss(
       router_share: factor on the router's terms, 1 / the number of micro-batches.
 
     Returns:
-      The loss, and the metrics ce, mtp_ce, balance_loss, router_z_loss (those the model has) and
-      assignments [L, E], the earlier ones included. All float32.
+      The loss, and the metrics ce, mtp_ce, balance_loss, router_z_loss, dropped_assignments (those
+      the model has) and assignments [L, E], the earlier ones included. All float32.
     """
     if balance_scope not in ("global", "micro_batch", "sequence"):
         raise ValueError(
@@ -102,6 +102,7 @@ def loss(
         router = model.config.router_aux_loss_coef * balance + z_weight * z_loss
         value += router_share * router
         metrics |= {"balance_loss": balance, "router_z_loss": z_loss, "assignments": assignments}
+        metrics["dropped_assignments"] = stats.dropped.sum()
     return value, metrics
 
 
