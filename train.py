@@ -4,21 +4,36 @@
     python train.py --config=configs/80b_a3b.py --workdir=DIR
     python train.py --config.train.num_steps=1200     any value of the config can be given
 
-Run again with the same --workdir, it goes on from the last checkpoint.
+Run again with the same --workdir, it goes on from the last checkpoint. SIGTERM saves the step under
+way and leaves. `docs/launch.md` tells how one run goes over many machines.
 """
 
 import dataclasses
 import os
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+if TYPE_CHECKING:
+    from qwen3next_jax.config import RunConfig
+    from qwen3next_jax.parallel.processes import ShouldStop
+
 _ROOT = os.path.dirname(os.path.abspath(__file__))
 _CONFIG = config_flags.DEFINE_config_file("config", os.path.join(_ROOT, "configs", "tiny.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/CONFIG when not given.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "Of several processes: HOST:PORT of process 0."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
+_PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout", 100.0, "Seconds after which a silent process counts as missing.", 1.0
+)
+_STOPPED = flags.DEFINE_integer("stopped_exit_code", 0, "The exit code after SIGTERM.", 0, 255)
 
 
 def main(argv: list[str]) -> None:
@@ -27,26 +42,43 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}; values are given as --config.KEY=V")
     # Heavy imports come after the flags, so that --help and mistyped flags answer at once.
     from qwen3next_jax.config import RunConfig
-    from qwen3next_jax.data.pipeline import evaluation_batches, load_data
-    from qwen3next_jax.evaluation.perplexity import perplexity
-    from qwen3next_jax.inference.decode import generate
-    from qwen3next_jax.training.loop import train
+    from qwen3next_jax.parallel.processes import joined
 
+    config = RunConfig.from_dict(_CONFIG.value.to_dict())
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = os.path.join(os.path.expanduser("~"), ".cache", "qwen3next_jax", "compiled")
         jax.config.update("jax_compilation_cache_dir", cache)
 
-    config = RunConfig.from_dict(_CONFIG.value.to_dict())
+    with joined(
+        coordinator_address=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+        peer_timeout=_PEER_TIMEOUT.value,
+    ) as should_stop:
+        stopped = run(config, should_stop)
+    if stopped:
+        sys.exit(_STOPPED.value)
+
+
+def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
+    """Trains, evaluates, and prints a sample; returns whether it was stopped before the end."""
+    from qwen3next_jax.data.pipeline import evaluation_batches, load_data
+    from qwen3next_jax.evaluation.perplexity import perplexity
+    from qwen3next_jax.inference.decode import generate
+    from qwen3next_jax.parallel.processes import process_0_first
+    from qwen3next_jax.training.loop import Stopped, train
+
     name = os.path.splitext(
         os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
     )[0]
     workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", name))
     workdir.mkdir(parents=True, exist_ok=True)
-    data = load_data(
-        **dataclasses.asdict(config.data),
-        vocab_size=config.model.vocab_size,
-        trained_tokenizer=workdir / "tokenizer.model",
-    )
+    with process_0_first():  # it may train the tokenizer
+        data = load_data(
+            **dataclasses.asdict(config.data),
+            vocab_size=config.model.vocab_size,
+            trained_tokenizer=workdir / "tokenizer.model",
+        )
     logging.info(
         "%d documents to train on, %d held out (%s bytes)",
         len(data.train), len(data.held_out), f"{data.held_out_bytes:,}",
@@ -72,14 +104,18 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
         return result
 
-    model, steps = train(config, workdir, data, evaluate=evaluate)
-    if steps == 0:
+    try:
+        model, steps = train(config, workdir, data, evaluate=evaluate, should_stop=should_stop)
+    except Stopped as stop:
+        logging.info("Stopped: %s. The same command goes on from there.", stop)
+        return True
+    first = jax.process_index() == 0
+    if steps == 0 and first:
         print(
             f"The run in {workdir} is finished: {config.train.num_steps} steps. For more, give "
             "--config.train.num_steps=N; for another run, another --workdir."
         )
-        return
-    if config.train.sample_tokens:
+    if steps and config.train.sample_tokens:
         prompt = [data.tokenizer.bos_id]
         new = generate(
             model,
@@ -90,7 +126,9 @@ def main(argv: list[str]) -> None:
             stop_tokens=(data.tokenizer.eos_id,),
             seed=config.train.seed,
         )
-        print(f"\nWhat the model writes by itself:\n\n{data.tokenizer.decode(new[0])}")
+        if first:
+            print(f"\nWhat the model writes by itself:\n\n{data.tokenizer.decode(new[0])}")
+    return False
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def get_config() -> ConfigDict:
             log_every=10,
             eval_every=0,  # 0: only at the end
             checkpoint_every=100,  # 0: only at the end
-            keep_checkpoints=2,
+            keep_checkpoints=2,  # the newest
+            keep_best=0,  # besides, those with the lowest cross-entropy at an evaluation
             sample_tokens=200,  # length of the text written at the end; 0: none
             profile_steps=(),  # (first, last) step of a profiler trace
         )

@@ -358,7 +358,8 @@ class TrainConfig:
     log_every: int
     eval_every: int  # 0: only at the end
     checkpoint_every: int  # 0: only at the end
-    keep_checkpoints: int
+    keep_checkpoints: int  # the newest
+    keep_best: int = 0  # besides, those with the lowest cross-entropy at an evaluation
     sample_tokens: int  # length of the text written at the end; 0: none
     profile_steps: tuple[int, ...]  # first and last step of a profiler trace; (): none
 
@@ -400,9 +401,9 @@ class RunConfig:
     # function of the step, so a longer run follows the longer schedule from there on.
     MUTABLE: ClassVar[tuple[str, ...]] = (
         "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
-        "train.keep_checkpoints", "train.sample_tokens", "train.profile_steps", "train.remat",
-        "train.loss_chunk", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context", "mesh.tensor",
-        "mesh.num_slices",
+        "train.keep_checkpoints", "train.keep_best", "train.sample_tokens", "train.profile_steps",
+        "train.remat", "train.loss_chunk", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context",
+        "mesh.tensor", "mesh.num_slices",
     )  # fmt: skip
 
     @classmethod
@@ -497,9 +498,9 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         "train.num_steps": 1, "train.global_batch_size": 1, "train.sequence_length": 2,
         "train.gradient_accumulation_steps": 1, "train.loss_chunk": 1, "train.log_every": 1,
         "train.eval_every": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
-        "train.sample_tokens": 0, "train.mtp_loss_weight": 0, "train.router_z_loss_weight": 0,
-        "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0,
-        "optimizer.clip_norm": 0,
+        "train.keep_best": 0, "train.sample_tokens": 0, "train.mtp_loss_weight": 0,
+        "train.router_z_loss_weight": 0, "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0,
+        "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
     }  # fmt: skip
     unit = ("data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction")
     flat = _flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})

@@ -1,8 +1,8 @@
 """A run's checkpoints: whole or not there, the newest good one found, bit for bit what was saved.
 
 Orbax writes each step beside its final place and renames it once complete, so a killed run leaves
-no half step. What a rename cannot catch is damage afterwards: Orbax reports files that are missing
-or cut short, yet reads flipped bits as numbers. So each step also holds an index, sealed by its
+no half step. What a rename cannot catch is damage afterwards: files that are missing or cut short
+are noticed, yet flipped bits are read as numbers. So each step also holds an index, sealed by its
 SHA-256, of each array's shape, dtype and checksum. It tells a damaged checkpoint from one of
 another model, and names what differs.
 
@@ -10,27 +10,30 @@ Arrays are stored flat, under the names `leaf_name` gives them, so the files dep
 classes that hold the state (optax's NamedTuples, Flax's variables) nor on how it was sharded. Large
 ones lie in chunks of at most 16 MiB, each of one layer and one expert where such axes come first,
 so that a checkpoint that no memory holds is written and read chunk by chunk.
+
+With several processes all of them make the same calls. Each writes and reads what its devices hold,
+of one shared directory; which steps there are, and whether one is damaged, they agree on first.
 """
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import itertools
 import json
 import logging
 import math
 import pathlib
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+
+from qwen3next_jax.parallel.processes import exchange
 
 # At absl's INFO level, the default of its applications, Orbax writes some sixty lines a save.
 logging.getLogger("absl").addFilter(
@@ -40,8 +43,13 @@ logging.getLogger("absl").addFilter(
 
 _CHUNK_BYTES = 2**24
 _COMMIT_BYTES = 2**25
+# At a time on their way from a process's memory to the disk, encoded copies not counted.
+_WRITE_BYTES = 2**30
+# Several devices may each read their part of one chunk; it is decoded once.
+_READ = ts.Context({"cache_pool": {"total_bytes_limit": 2**28}})
 
 Block = tuple[slice, ...]
+Result = TypeVar("Result")
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -70,23 +78,48 @@ class Streamed:
 class CheckpointStore:
     """The checkpoints in one directory, each in a folder named after its step."""
 
-    def __init__(self, directory: str | pathlib.Path, keep: int | None = None):
+    def __init__(
+        self, directory: str | pathlib.Path, keep: int | None = None, *, keep_best: int = 0
+    ):
         """Opens, and makes where needed, the directory.
 
         Args:
           directory: holds nothing but checkpoints.
           keep: how many of the newest steps stay; None: for reading only, also while a run writes.
+          keep_best: how many of those with the lowest metric stay besides.
         """
         self.directory, self._keep = pathlib.Path(directory).absolute(), keep
         writing = keep is not None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=writing, cleanup_tmp_directories=writing
-        )
-        if not writing and not self.directory.is_dir():
+        if writing:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        elif not self.directory.is_dir():
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        together = ocp.options.MultiprocessingOptions(
+            # Names all, so that they wait for each other at the coordinator, not on the devices.
+            active_processes=set(range(jax.process_count()))
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                cleanup_tmp_directories=writing,
+                multiprocessing_options=together,
+                preservation_policy=None
+                if keep is None
+                else _Retention(keep, keep_best, self.metric),
+            ),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(
+                    save_concurrent_gb=_WRITE_BYTES / 10**9,  # type: ignore[arg-type]
+                    multiprocessing_options=together,
+                ),
+                "index": ocp.JsonCheckpointHandler(multiprocessing_options=together),
+            },
+        )
 
-    def save(self, step: int, state: Any, extras: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: Any, extras: Mapping[str, Any], *, metric: float | None = None
+    ) -> None:
         """Starts to save; returns once the state is copied, so that its buffers may be donated.
 
         Steps at or past `step` are deleted: they belong to a course that the run has left by going
@@ -95,7 +128,8 @@ class CheckpointStore:
         Args:
           step: names the checkpoint.
           state: a pytree of arrays, none of size 0.
-          extras: anything that JSON can hold.
+          extras: anything that JSON can hold; process 0's count.
+          metric: by which `keep_best` chooses; the lower, the better.
 
         Raises:
           ValueError: the store is open for reading only.
@@ -104,12 +138,12 @@ class CheckpointStore:
         if self._keep is None:
             raise ValueError(f"{self.directory} is open for reading only; give `keep` to save")
         self.wait()
-        for later in [s for s in self._manager.all_steps() if s >= step]:
+        for later in [s for s in self.steps() if s >= step]:
             self._manager.delete(later)
         arrays = {name: jnp.asarray(x) for name, x in named_leaves(state)}
         sums = _checksums(arrays)
         entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
-        index = {"arrays": entries, "extras": dict(extras)}
+        index = {"arrays": entries, "extras": dict(extras), "metric": metric}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays, save_args=_save_args(arrays)),
             index=ocp.args.JsonSave({**index, "sha256": _sha256(index)}),
@@ -122,7 +156,19 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """All complete steps, damaged or not, the newest first."""
-        return sorted(self._manager.all_steps(), reverse=True)
+        self.wait()
+        return exchange(sorted(self._manager.all_steps(), reverse=True))[0]
+
+    def metric(self, step: int) -> float | None:
+        """The metric that a step was saved with; None without one, or if its index is damaged."""
+        try:
+            return self._read_index(step).get("metric")
+        except (OSError, ValueError):
+            return None
+
+    def best_step(self) -> int | None:
+        """The step with the lowest metric; None where none has one."""
+        return next(iter(_best_first(self.steps(), self.metric)), None)
 
     def describe(self, step: int) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
         """The shapes and dtypes of a checkpoint's arrays, by name, and its extras.
@@ -144,26 +190,22 @@ class CheckpointStore:
         Raises:
           DamagedCheckpointError: its files are damaged; after the last chunk, if its bits are.
         """
-        state = self.directory / str(step) / "state"
-        kvstore = {
-            "driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"
-        }  # fmt: skip
         total = 0
         try:
-            array = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+            array = self._open(step, name)
             for block in _blocks(array.shape, array.chunk_layout.read_chunk.shape):
                 values = array[block].read().result()
                 total += _bit_sum(values)
                 yield block, values
                 del values
         except ValueError as error:
-            raise self._damaged(step, f"{name}: {str(error).partition(chr(10))[0]}") from None
+            raise self._damaged(step, _first_line(name, error)) from None
         if total % 2**32 != self._index(step)["arrays"][name][2]:
             raise self._damaged(step, f"changed since they were saved: {name}")
 
     def latest_step(self) -> int | None:
         """The newest complete step, damaged or not; None where there is none."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def restore(
         self, step: int, abstract_state: Any, *, partial: bool = False
@@ -196,14 +238,11 @@ class CheckpointStore:
             raise ValueError(
                 f"{self.directory / str(step)} holds another state:\n  " + "\n  ".join(problems)
             )
-        arrays = self._read(
-            step,
-            state=ocp.args.PyTreeRestore(
-                wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=partial,
-            ),
-        )["state"]
+        # One array at a time, so that beside what is on the devices only one part of one array,
+        # and a few chunks, are in memory.
+        arrays = self._agreed(
+            step, lambda: {name: self._read_array(step, name, x) for name, x in wanted.items()}
+        )
         sums = _checksums(arrays)
         changed = [name for name in wanted if sums[name] != index["arrays"][name][2]]
         if changed:
@@ -242,34 +281,69 @@ class CheckpointStore:
         self._manager.close()
 
     def _index(self, step: int) -> dict[str, Any]:
-        if step not in self._manager.all_steps():
-            steps = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+        if step not in (steps := self.steps()):
+            there = ", ".join(map(str, reversed(steps))) or "none"
             raise FileNotFoundError(
-                f"no checkpoint of step {step} in {self.directory}; steps there: {steps}"
+                f"no checkpoint of step {step} in {self.directory}; steps there: {there}"
             )
-        index = self._read(step, index=ocp.args.JsonRestore())["index"]
-        if index.pop("sha256", None) != _sha256(index):
-            raise self._damaged(step, "its index changed since it was saved")
+        return self._agreed(step, lambda: self._read_index(step))
+
+    def _read_index(self, step: int) -> dict[str, Any]:
+        index = json.loads((self.directory / str(step) / "index" / "metadata").read_text())
+        if not isinstance(index, dict) or index.pop("sha256", None) != _sha256(index):
+            raise ValueError("its index changed since it was saved")
         return index
 
-    def _read(self, step: int, **items: Any) -> Mapping[str, Any]:
-        with _without_stray_tracebacks():
-            try:
-                return self._manager.restore(step, args=ocp.args.Composite(**items))
-            # Missing and cut files reach us as half a dozen types, down to a bare Exception.
-            except Exception as error:
-                cause: BaseException = error
-                while cause.__cause__ is not None:
-                    cause = cause.__cause__
-                why = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
-                del cause  # holds what was dropped
-            gc.collect()  # what was dropped speaks up now or never
-        raise self._damaged(step, why)
+    def _read_array(self, step: int, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        try:
+            array = self._open(step, name)
+            if (array.shape, array.dtype.numpy_dtype) != (wanted.shape, wanted.dtype):
+                raise ValueError(f"{array.dtype.name}{list(array.shape)} is not what was saved")
+            return jax.make_array_from_callback(
+                wanted.shape, wanted.sharding, lambda block: array[block].read().result()
+            )
+        except ValueError as error:
+            raise ValueError(_first_line(name, error)) from None
+
+    def _open(self, step: int, name: str) -> ts.TensorStore:
+        state = self.directory / str(step) / "state"
+        kvstore = {
+            "driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"
+        }  # fmt: skip
+        return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=_READ).result()
+
+    def _agreed(self, step: int, read: Callable[[], Result]) -> Result:
+        """What `read` returns, provided that it can read in all processes."""
+        harm = None
+        try:
+            result = read()
+        except (OSError, ValueError) as error:
+            harm = str(error).partition("\n")[0]
+        for process, told in enumerate(exchange(harm)):
+            if told is not None:
+                where = f" (read by process {process})" if jax.process_count() > 1 else ""
+                raise self._damaged(step, told + where)
+        return result
 
     def _damaged(self, step: int, why: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(
             f"the checkpoint {self.directory / str(step)} is damaged: {why}"
         )
+
+
+class _Retention(ocp.checkpoint_managers.PreservationPolicy):
+    """The newest steps stay, and those with the lowest metric."""
+
+    def __init__(self, newest: int, best: int, metric: Callable[[int], float | None]):
+        self._newest, self._best, self._metric = newest, best, metric
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks this of all steps, the one just saved included, in rising order."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        stay = steps[-self._newest :]
+        if self._best:
+            stay += _best_first(steps, self._metric)[: self._best]
+        return [step in stay for step in steps]
 
 
 def save_streamed(
@@ -440,6 +514,18 @@ def _differences(
         yield from (f"{name}: unexpected" for name in index if name not in wanted)
 
 
+def _best_first(steps: Iterable[int], metric: Callable[[int], float | None]) -> list[int]:
+    """The steps that have a finite metric."""
+    metrics = ((metric(step), step) for step in steps)
+    return [
+        step for x, step in sorted((x, s) for x, s in metrics if x is not None and math.isfinite(x))
+    ]
+
+
+def _first_line(name: str, error: Exception) -> str:
+    return f"{name}: {str(error).partition(chr(10))[0]}"
+
+
 def _sha256(index: Mapping[str, Any]) -> str:
     plain = json.loads(json.dumps(index))  # as it will be read: all keys strings
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -462,14 +548,3 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def _one_device() -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
-@contextlib.contextmanager
-def _without_stray_tracebacks() -> Iterator[None]:
-    """Where one array cannot be read, Orbax drops its other reads, and Python prints each one."""
-    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    logger.disabled, sys.unraisablehook = True, lambda _: None
-    try:
-        yield
-    finally:
-        logger.disabled, sys.unraisablehook = False, hook

@@ -3,6 +3,9 @@
 All that a step depends on is the parameters, the optimizer's state and the batch, and the batch is
 the data iterator's next. A checkpoint holds these, so a run that goes on computes what the run
 that was never killed does, bit for bit on the same devices. No random number is drawn in between.
+
+With several processes, each runs this loop, on its own rows of the same batches. Whatever decides
+what comes next is the same in all of them; process 0 alone writes the config and the metrics.
 """
 
 import json
@@ -26,11 +29,22 @@ from qwen3next_jax.data.pipeline import Data, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.grouped_matmul import default_implementation
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh
-from qwen3next_jax.training.metrics import MetricWriter, Progress
+from qwen3next_jax.parallel.processes import (
+    BatchShare,
+    ShouldStop,
+    compiled_together,
+    require_same,
+    require_shared,
+)
+from qwen3next_jax.training.metrics import reporters
 from qwen3next_jax.training.program import Program, make_program, new_model
 from qwen3next_jax.training.step import TrainState, first_bad_parameter, initial_state
 
 Evaluate = Callable[[nnx.GraphDef, nnx.State], dict[str, float]]
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved. The same command goes on from there."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -38,37 +52,52 @@ class NonFiniteLossError(RuntimeError):
 
 
 def train(
-    config: RunConfig, workdir: pathlib.Path, data: Data, *, evaluate: Evaluate
+    config: RunConfig,
+    workdir: pathlib.Path,
+    data: Data,
+    *,
+    evaluate: Evaluate,
+    should_stop: ShouldStop = lambda step: False,
 ) -> tuple[Qwen3Next, int]:
     """Trains until `config.train.num_steps`, from the work directory's last checkpoint if any.
 
     Args:
       config: of the run; `workdir/config.json` keeps it.
-      workdir: holds or will hold config.json, metrics.jsonl, checkpoints/ and tensorboard/.
+      workdir: holds or will hold config.json, metrics.jsonl, checkpoints/ and tensorboard/. All
+        processes must see the same one.
       data: what to train on.
       evaluate: from a split model to metrics; called every `eval_every` steps and at the end.
+      should_stop: of the step just taken, whether to save and leave; see `processes.joined`.
 
     Returns:
       The trained model, and how many steps this call took: 0 for a run that was finished.
 
     Raises:
-      ValueError: if the directory holds a run of another config, or `initial_checkpoint` is of
-        another model.
+      ValueError: if the directory holds a run of another config, `initial_checkpoint` is of
+        another model, or the processes differ in config, code or versions.
+      Stopped: `should_stop` was true.
       NonFiniteLossError: with the step, the first bad parameter and the last good checkpoint.
     """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return _train(config, workdir, data, mesh, evaluate)
+        return _train(config, workdir, data, mesh, evaluate, should_stop)
 
 
 def _train(
-    config: RunConfig, workdir: pathlib.Path, data: Data, mesh: Mesh, evaluate: Evaluate
+    config: RunConfig,
+    workdir: pathlib.Path,
+    data: Data,
+    mesh: Mesh,
+    evaluate: Evaluate,
+    should_stop: ShouldStop,
 ) -> tuple[Qwen3Next, int]:
     t = config.train
+    require_same(config.to_dict())
     if t.initial_checkpoint and not (workdir / "config.json").exists():
         check_same_model(t.initial_checkpoint, config.model)  # before the directory is this run's
     _keep_config(config, workdir)
     program = make_program(config, mesh)
+    share = BatchShare(NamedSharding(mesh, BATCH), (t.global_batch_size, t.sequence_length))
     batches = training_batches(
         data.train,
         data.tokenizer,
@@ -76,7 +105,7 @@ def _train(
         sequence_length=t.sequence_length,
         seed=t.seed,
     )
-    store = CheckpointStore(workdir / "checkpoints", keep=t.keep_checkpoints)
+    store = CheckpointStore(workdir / "checkpoints", keep=t.keep_checkpoints, keep_best=t.keep_best)
     if store.latest_step() is None:
         start, tokens = 0, 0
         first_state = _given_state if t.initial_checkpoint else _first_state
@@ -89,9 +118,8 @@ def _train(
             logging.info("Going on from the checkpoint of step %d", start)
     _report(config, mesh, program.state)
 
-    writer = MetricWriter(workdir, resume_step=start if start else None)
-    progress = Progress(t.num_steps, start_step=start)
-    batch_sharding = NamedSharding(mesh, BATCH)
+    writer, progress = reporters(workdir, t.num_steps, start_step=start)
+    train_step = compiled_together(program.step)
     unsettled: deque[tuple[int, dict[str, jax.Array], Any]] = deque()
     # A step is looked at when the next one is under way, so that the devices never wait. Virtual
     # devices of a CPU share its threads: two steps with collectives could wait for each other.
@@ -102,11 +130,12 @@ def _train(
         for step in range(start + 1, t.num_steps + 1):
             if t.profile_steps and step == t.profile_steps[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            batch = jax.device_put(next(batches), batch_sharding)
-            state, metrics = program.step(state, batch)
+            batch = share.assemble(next(batches))
+            state, metrics = train_step(state, batch)
             unsettled.append((step, metrics, batch))
-            evaluating = _due(step, t.eval_every, t.num_steps)
-            saving = _due(step, t.checkpoint_every, t.num_steps)
+            stopping = should_stop(step) and step < t.num_steps
+            evaluating = _due(step, t.eval_every, t.num_steps) and not stopping
+            saving = _due(step, t.checkpoint_every, t.num_steps) or stopping
             profiled = bool(t.profile_steps) and step == t.profile_steps[1]
             while len(unsettled) > (0 if evaluating or saving or profiled else ahead):
                 done, metrics, batch = unsettled.popleft()
@@ -125,10 +154,14 @@ def _train(
                     progress.update(done, loss=values["loss"], tokens_per_second=speed)
             if profiled:
                 jax.profiler.stop_trace()
-            if evaluating:
-                writer.write(step, evaluate(program.graph, state.params))
+            scores = evaluate(program.graph, state.params) if evaluating else {}
+            if scores:
+                writer.write(step, scores)
             if saving:
-                store.save(step, state, {"tokens": tokens, "data": batches.get_state()})
+                extras = {"tokens": tokens, "data": batches.get_state()}
+                store.save(step, state, extras, metric=scores.get("eval_ce"))
+            if stopping:
+                raise Stopped(f"step {step} is saved in {workdir}")
             if evaluating or saving:
                 clock.restart(tokens)
     return nnx.merge(program.graph, state.params), max(t.num_steps - start, 0)
@@ -138,11 +171,13 @@ def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes the config at the first run; later ones may differ from it in a few keys only."""
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    if path.exists():
-        config.check_resumable_from(json.loads(path.read_text()))
-    beside = workdir / "config.json.tmp"
-    beside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    beside.replace(path)
+    if jax.process_index() == 0:
+        if path.exists():
+            config.check_resumable_from(json.loads(path.read_text()))
+        beside = workdir / "config.json.tmp"
+        beside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        beside.replace(path)
+    require_shared(path)
 
 
 def _first_state(config: RunConfig, program: Program) -> TrainState:

@@ -14,9 +14,33 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import tensorboardX
 import tqdm
+
+
+def reporters(
+    workdir: str | pathlib.Path, num_steps: int, *, start_step: int
+) -> "tuple[MetricWriter | Silent, Progress | Silent]":
+    """What reports a run that begins after `start_step`: in process 0; the others are silent."""
+    if jax.process_index() > 0:
+        return Silent(), Silent()
+    writer = MetricWriter(workdir, resume_step=start_step if start_step else None)
+    return writer, Progress(num_steps, start_step=start_step)
+
+
+class Silent:
+    """A `MetricWriter` and a `Progress` that say nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+        """Shows nothing."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
 
 
 class MetricWriter:

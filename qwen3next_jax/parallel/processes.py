@@ -1,0 +1,301 @@
+"""Many processes that run one program: they meet, agree, read their share, and leave together.
+
+Each process runs the same commands on its own devices, and a collective waits for all. So what one
+does alone is what the others wait for in vain, and three things need care:
+
+- *They must be the same.* A process with another config, file of code or version of JAX would
+  compute another program, and hang or, worse, not hang. `require_same` finds it at the start.
+- *They must agree.* What a process reads by itself (is that checkpoint damaged?) is exchanged
+  before anyone acts on it. `exchange` goes through the coordinator's key-value store, not through
+  the devices, so that it compiles nothing and waits behind no computation.
+- *One may die.* See `watch.py`.
+
+In one process all of this does nothing, and costs nothing.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import platform
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+# The client of JAX's coordinator; JAX has no public way to its key-value store.
+from jax._src import distributed
+from jax.experimental import multihost_utils
+
+from qwen3next_jax.parallel.watch import Watch
+
+_DAY_MS = 86_400_000  # while processes wait for each other, the watch sees to it that all live
+
+# Of these versions the compiled program depends.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax")
+
+_rounds = itertools.count()
+
+ShouldStop = Callable[[int], bool]
+
+
+@contextlib.contextmanager
+def joined(
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    peer_timeout: float = 100.0,
+) -> Iterator[ShouldStop]:
+    """Joins the processes of this run for a `with` block; comes before any other call of JAX's.
+
+    What is not given is found as JAX finds it: from SLURM, Open MPI, Kubernetes or the metadata of
+    a TPU pod. Where there is none of these, this process is alone.
+
+    Args:
+      coordinator_address: host:port at which process 0 listens, and all others find it.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+      peer_timeout: seconds after which a process that gives no sign of life counts as missing. The
+        others then end, with a message that names it.
+
+    Yields:
+      A function from the step just taken to whether to save and stop here: once SIGTERM has reached
+      any process, true in all of them at the same step. Call it in all, at every step.
+
+    Raises:
+      ValueError: what was given does not fit together.
+    """
+    # A dead peer must not abort this process before it has told which one is dead.
+    jax.config.update("jax_enable_recoverability", True)
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            # JAX's own detection is the second net; its message names no host.
+            heartbeat_timeout_seconds=int(2 * peer_timeout) + 10,
+            shutdown_timeout_seconds=10,
+        )
+    except ValueError as error:
+        if (coordinator_address, num_processes, process_id) != (None, None, None):
+            raise ValueError(
+                f"Cannot join with coordinator_address={coordinator_address!r}, num_processes="
+                f"{num_processes!r}, process_id={process_id!r}: {error} Outside of SLURM, Open "
+                "MPI, Kubernetes and TPU pods give all three."
+            ) from None
+        # No cluster was found.
+        with _sigterm() as stop:
+            yield stop
+        return
+    with _watched(peer_timeout):
+        # The coordinator carries SIGTERM from any process to all, and picks the step.
+        yield multihost_utils.reached_preemption_sync_point
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[ShouldStop]:
+    """Turns a first SIGTERM into a wish to stop; a second one ends the process."""
+    received = []
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGTERM, before)
+        logging.warning("SIGTERM: saving after this step, then leaving")
+
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield lambda step: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _watched(peer_timeout: float) -> Iterator[None]:
+    hosts = exchange(socket.gethostname())
+    if jax.process_index():
+        logging.set_verbosity(logging.WARNING)  # one process tells the story
+    logging.info("%d processes on %s", len(hosts), ", ".join(sorted(set(hosts))))
+    watch = Watch(distributed.global_state.client, jax.process_index(), hosts, peer_timeout)
+    try:
+        yield
+        exchange("done")  # process 0, which coordinates, must not leave before the others are done
+    except BaseException as error:
+        if not (isinstance(error, SystemExit) and not error.code):
+            watch.report(error)
+        raise
+    watch.stop()
+    jax.distributed.shutdown()
+
+
+def exchange(value: Any) -> list[Any]:
+    """What each process gives, in their order. All call it, in the same order, from one thread.
+
+    Args:
+      value: anything that JSON can hold.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return [json.loads(json.dumps(value))]
+    number, me = next(_rounds), distributed.global_state.process_id
+    folder = f"qwen3next_jax/exchange/{number}/"
+    client.key_value_set(f"{folder}{me}", json.dumps(value))
+    client.wait_at_barrier(folder, _DAY_MS)
+    found = {int(key.rpartition("/")[2]): x for key, x in client.key_value_dir_get(folder)}
+    # Whoever is here has read the round before.
+    client.key_value_delete(f"qwen3next_jax/exchange/{number - 1}/{me}")
+    return [json.loads(found[i]) for i in range(len(found))]
+
+
+@contextlib.contextmanager
+def process_0_first() -> Iterator[None]:
+    """Lets process 0 through the `with` block alone, then the others, who read what it wrote."""
+    if jax.process_index() > 0:
+        exchange(None)
+    yield
+    if jax.process_index() == 0:
+        exchange(None)
+
+
+def require_shared(path: pathlib.Path) -> None:
+    """Checks that all processes see a file that process 0 has written.
+
+    Raises:
+      ValueError: in all processes; names those that do not see it.
+    """
+    exchange(None)
+    for _ in range(60):  # network file systems may remember for so long that a file was not there
+        if path.exists():
+            break
+        time.sleep(1)
+    seen = exchange([socket.gethostname(), path.exists()])
+    blind = [f"process {i} ({host})" for i, (host, there) in enumerate(seen) if not there]
+    if blind:
+        raise ValueError(
+            f"{', '.join(blind)} cannot see {path}, which process 0 has written; the work "
+            "directory must be on a file system that all machines share"
+        )
+
+
+def compiled_together(function: Any) -> Callable[..., Any]:
+    """A jitted function that no process runs before all have compiled it.
+
+    The first of a program's collectives on CPUs gives up on a process that is half a minute late.
+    """
+    compiled = None
+
+    def call(*args: Any) -> Any:
+        nonlocal compiled
+        if compiled is None:
+            compiled = function.lower(*args).compile()
+            exchange(None)
+        return compiled(*args)
+
+    return call
+
+
+def require_same(config: Mapping[str, Any]) -> None:
+    """Compares this process's config, code and versions with those of process 0.
+
+    Args:
+      config: nested, of values that JSON can hold.
+
+    Raises:
+      ValueError: in all processes; says which of them differ, in what.
+    """
+    mine = _flat("config", config) | _program()
+    text = json.dumps(mine)
+    theirs = json.loads(exchange(text if jax.process_index() == 0 else None)[0])
+    differences = [
+        f"{key}: {mine.get(key, 'missing')}, on process 0 {theirs.get(key, 'missing')}"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key)
+    ]
+    found = exchange([socket.gethostname(), differences])
+    if any(lines for _, lines in found):
+        raise ValueError(
+            "The processes differ; start all with the same command from the same code:\n  "
+            + "\n  ".join(
+                f"process {process} ({host}): {line}"
+                for process, (host, lines) in enumerate(found)
+                for line in lines
+            )
+        )
+
+
+def _flat(name: str, value: Any) -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return {k: v for key in value for k, v in _flat(f"{name}.{key}", value[key]).items()}
+    return {name: json.dumps(value)}
+
+
+def _program() -> dict[str, str]:
+    """What else decides the program that a config compiles to."""
+    package = pathlib.Path(__file__).parents[1]
+    code = {
+        f"code {path.relative_to(package)}": hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        for path in sorted(package.rglob("*.py"))
+    }
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        **code,
+        **versions,
+        "python": platform.python_version(),
+        "devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+class BatchShare:
+    """Which rows of each batch this process reads, and how all processes' rows make one array.
+
+    Processes whose devices hold the same rows, as with a context or tensor axis that goes through
+    several of them, read the same share.
+    """
+
+    def __init__(self, sharding: jax.sharding.Sharding, shape: tuple[int, int]):
+        """Divides the batch.
+
+        Args:
+          sharding: of the batch's arrays.
+          shape: B, T.
+
+        Raises:
+          ValueError: the devices of the processes do not hold equal, distinct shares.
+        """
+        self._sharding, self._shape = sharding, shape
+        held: dict[int, set[int]] = {}
+        places: Mapping[Any, Any] = sharding.devices_indices_map(shape)
+        for device, (rows, _) in places.items():
+            held.setdefault(device.process_index, set()).update(range(*rows.indices(shape[0])))
+        shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+        if sorted(row for share in shares for row in share) != list(range(shape[0])) or (
+            len({len(share) for share in shares}) > 1
+        ):
+            raise ValueError(
+                f"The {shape[0]} rows of a batch do not fall into equal shares of whole rows for "
+                f"{jax.process_count()} processes; choose mesh.data x mesh.fsdp x mesh.expert as a "
+                "multiple of the processes, or a divisor"
+            )
+        self._rows = shares[shares.index(tuple(sorted(held[jax.process_index()])))]
+        self.hosts, self.host = len(shares), shares.index(self._rows)
+
+    def assemble(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Global arrays [B, T] from all of a batch's rows."""
+        return {name: self._global(x[list(self._rows)]) for name, x in batch.items()}
+
+    def _global(self, local: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            rows = range(*index[0].indices(self._shape[0]))
+            first = self._rows.index(rows.start)
+            return local[first : first + len(rows), index[1]]
+
+        return jax.make_array_from_callback(self._shape, self._sharding, part)

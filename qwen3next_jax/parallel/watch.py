@@ -1,0 +1,152 @@
+"""Notices when a process of the run is gone, and ends this one with a message that names it.
+
+A collective in which one process is missing waits, or fails with a line about a socket, or JAX's
+coordinator aborts everything with a stack trace; none says on which host to look. So every process
+raises a counter in the coordinator's key-value store a few times per `timeout`. Process 0 reads
+all counters; when one stands still too long, it writes a verdict, on which all processes wait. If
+process 0 itself is gone, the others notice by their own calls.
+
+A process that ends by an exception writes the verdict itself, so that the others end at once. An
+exception of JAX's runtime proves nothing, though: a collective also fails because another process
+died. Such a one waits for a verdict first.
+"""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from typing import Any
+
+import jax
+from absl import logging
+
+_BEATS, _VERDICT = "qwen3next_jax/beats/", "qwen3next_jax/verdict"
+_FINISHED = "finished"
+EXIT_CODE = 1
+
+
+class Watch:
+    """Watches over the processes of a run until `stop`."""
+
+    def __init__(self, client: Any, me: int, hosts: list[str], timeout: float):
+        """Starts.
+
+        Args:
+          client: of JAX's coordinator.
+          me: the index of this process.
+          hosts: of each process, the name of its machine.
+          timeout: seconds in which this process ends after another one died.
+        """
+        self._client, self._me, self._hosts, self._timeout = client, me, hosts, timeout
+        self._interval = timeout / 10
+        self._patience = timeout - 3 * self._interval  # the rest is for the verdict's way
+        self._answered = time.monotonic()
+        self._leaving = threading.Event()
+        self._threads = [
+            threading.Thread(target=run, name=run.__name__, daemon=True)
+            for run in (self._beat, self._watch_coordinator)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends the watch; all processes must have finished."""
+        self._leaving.set()
+        if self._me == 0:
+            self._client.key_value_set(_VERDICT, _FINISHED)
+        for thread in self._threads:
+            thread.join()
+
+    def report(self, error: BaseException) -> None:
+        """Tells the others that this process ends by `error`; returns when they know.
+
+        If the error may come of another process's death, it waits until that is known, and then
+        does not return.
+        """
+        if _from_runtime(error):
+            logging.error(
+                "%s: %s\nWaiting up to %g s to learn if another process is the reason",
+                type(error).__name__, str(error).partition("\n")[0], self._timeout,
+            )  # fmt: skip
+            time.sleep(self._timeout)  # the verdict ends the process meanwhile
+        self._leaving.set()
+        self._say(f"{self._name(self._me)} failed: {type(error).__name__}: {error}")
+        if self._me == 0:
+            time.sleep(self._interval)  # the store goes with this process; let the others read
+
+    def _beat(self) -> None:
+        seen: dict[str, tuple[str, float]] = {}
+        number = 0
+        while not self._leaving.is_set():
+            number += 1
+            try:
+                mine = f"{_BEATS}{self._me}"
+                self._client.key_value_set(mine, str(number), allow_overwrite=True)
+                if self._me == 0:
+                    self._look_for_missing(seen)
+                verdict = self._client.blocking_key_value_get(
+                    _VERDICT, max(int(1000 * self._interval), 1)
+                )
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" in str(error):  # no verdict: all is well
+                    self._answered = time.monotonic()
+                else:
+                    self._leaving.wait(self._interval)
+            else:
+                if verdict != _FINISHED:
+                    self._end(**json.loads(verdict))
+                return
+
+    def _look_for_missing(self, seen: dict[str, tuple[str, float]]) -> None:
+        now = time.monotonic()
+        counters = {f"{_BEATS}{i}": "0" for i in range(len(self._hosts))}
+        counters |= dict(self._client.key_value_dir_get(_BEATS))
+        for key, counter in counters.items():
+            if key not in seen or seen[key][0] != counter:
+                seen[key] = (counter, now)
+        silent = [key for key, (_, since) in seen.items() if now - since > self._patience]
+        if silent:
+            names = [self._name(int(key.rpartition("/")[2])) for key in silent]
+            self._say(
+                f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing: no sign of "
+                f"life for {self._patience:.0f} s"
+            )
+
+    def _watch_coordinator(self) -> None:
+        # A thread of its own, as a call to a process that is stopped may not return for minutes.
+        while self._me != 0 and not self._leaving.wait(self._interval / 2):
+            silence = time.monotonic() - self._answered
+            if silence > self._timeout - 2 * self._interval:
+                self._end(
+                    f"{self._name(0)}, the coordinator, is missing: no answer for {silence:.0f} s"
+                )
+
+    def _say(self, message: str) -> None:
+        verdict = json.dumps({"message": message})
+        # It fails where another verdict was first, or where there is no one left to tell.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(_VERDICT, verdict)
+
+    def _end(self, message: str) -> None:
+        # If this process is about to end by itself, for the same reason perhaps, let it.
+        if self._leaving.wait(self._interval):
+            return
+        logging.error(
+            "%s\nEnding %s. The same command goes on from the last checkpoint.",
+            message, self._name(self._me),
+        )  # fmt: skip
+        logging.flush()
+        # The main thread may be in a collective that never returns.
+        os._exit(EXIT_CODE)
+
+    def _name(self, process: int) -> str:
+        return f"process {process} ({self._hosts[process]})"
+
+
+def _from_runtime(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
