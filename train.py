@@ -80,14 +80,14 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
             trained_tokenizer=workdir / "tokenizer.model",
         )
     logging.info(
-        "%d documents to train on, %d held out (%s bytes)",
-        len(data.train), len(data.held_out), f"{data.held_out_bytes:,}",
+        "%d records to train on, %d held out (%s bytes)",
+        sum(len(part.records) for part in data.train), len(data.held_out),
+        f"{data.held_out_bytes:,}",
     )  # fmt: skip
 
     def evaluate(graph, params):
         batches = evaluation_batches(
-            data.held_out,
-            data.tokenizer,
+            data,
             batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
         )

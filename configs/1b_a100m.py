@@ -32,7 +32,12 @@ def get_config() -> ConfigDict:
         moe_intermediate_size=256,
         shared_expert_intermediate_size=256,
     )
-    config.data.update(source="text", path="/corpus/**/*.txt", holdout_fraction=0.005)
+    config.data.update(
+        source="text",
+        path="/corpus/**/*.txt",
+        holdout_fraction=0.005,
+        num_shards=16,
+    )
     config.optimizer.update(learning_rate=1e-3, schedule="wsd", warmup_steps=500)
     config.train.update(
         num_steps=20_000,

@@ -35,7 +35,12 @@ def get_config() -> ConfigDict:
         shared_expert_intermediate_size=512,
         intermediate_size=5120,
     )
-    config.data.update(source="text", path="/corpus/**/*.txt", holdout_fraction=0.001)
+    config.data.update(
+        source="text",
+        path="/corpus/**/*.txt",
+        holdout_fraction=0.001,
+        num_shards=256,
+    )
     config.optimizer.update(
         learning_rate=3e-4,
         schedule="wsd",

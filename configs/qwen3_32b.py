@@ -33,7 +33,12 @@ def get_config() -> ConfigDict:
             mtp_steps=0,
         )
     )
-    config.data.update(source="text", path="/corpus/**/*.txt", holdout_fraction=0.001)
+    config.data.update(
+        source="text",
+        path="/corpus/**/*.txt",
+        holdout_fraction=0.001,
+        num_shards=256,
+    )
     config.optimizer.update(learning_rate=3e-4, schedule="wsd", warmup_steps=2000)
     config.train.update(
         num_steps=250_000,

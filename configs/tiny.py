@@ -58,10 +58,18 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict(
         dict(
-            source="stdlib",  # Python's standard library; or "text", files that `path` matches
-            path="",  # a glob such as "/corpus/**/*.txt"; each file is a document
+            source="stdlib",  # Python's standard library; docs/data.md lists the others
+            path="",  # of the other sources a glob, such as "/corpus/**/*.txt"
+            field="text",  # of JSON objects and table rows, the one that holds the text
+            split="train",  # of TensorFlow Datasets
+            mixture=ConfigDict(),  # of source="mixture": {name: {weight=..., source=..., ...}}
             tokenizer="",  # a SentencePiece model or tokenizer.json; "": train one and keep it
-            holdout_fraction=0.05,  # share of the files kept for evaluation
+            holdout_fraction=0.05,  # share of the records kept for evaluation
+            on_error="raise",  # at a bad record; or "skip" it and count it
+            packing="concatenate",  # and split; or "best_fit", which keeps documents whole
+            too_long="error",  # for "best_fit", of documents longer than a row; or "truncate"
+            num_shards=4,  # divides global_batch_size; any divisor of it may be the number of hosts
+            window_rows=128,  # of a shard; packed and shuffled together
         )
     )
 

@@ -10,10 +10,23 @@ import dataclasses
 import difflib
 import json
 import pathlib
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 LINEAR, FULL = "linear_attention", "full_attention"
+
+# What data is read from, each with a path as an example; see `data/sources.py`.
+_SOURCES = {
+    "stdlib": "",
+    "text": "/corpus/**/*.txt",
+    "jsonl": "/corpus/*.jsonl.zst",
+    "parquet": "/corpus/*.parquet",
+    "array_record": "/corpus/*.array_record",
+    "tfds": "wiki40b/en:1.3.0",
+    "synthetic": "",
+}
+_PATHLESS = ("stdlib", "synthetic")
 
 # Keys that a sparse hybrid has and the dense `qwen3` has not, with what stands for "none of it".
 _QWEN3 = {
@@ -314,11 +327,21 @@ def _not_divisible(name: str, value: int, divisor_name: str, divisor: int) -> st
 class DataConfig:
     """Where the text comes from and how it becomes rows of tokens."""
 
-    source: str  # "stdlib": Python's own library; "text": the files that `path` matches
-    path: str  # a glob of text files, each a document; "" for "stdlib"
+    # "stdlib", "text", "jsonl", "parquet", "array_record", "tfds", "synthetic" or "mixture"
+    source: str
+    path: str  # a glob of files; for "tfds" a dataset; "" for sources without
+    field: str  # of objects: holds the text or the messages
+    split: str  # of "tfds"
+    # Of each part, by its name: weight, and what differs from source, path, field and split above.
+    mixture: Mapping[str, Mapping[str, Any]]
     # A SentencePiece model or a tokenizer.json; "": one is trained on the training part and kept.
     tokenizer: str
-    holdout_fraction: float  # share of the files held out for evaluation, chosen by their names
+    holdout_fraction: float  # share of the records held out for evaluation, chosen by their names
+    on_error: str  # records and files that cannot be used: "raise", or "skip" and count them
+    packing: str  # "concatenate", or "best_fit", which keeps documents whole
+    too_long: str  # "best_fit": documents longer than a row are an "error", or "truncate"
+    num_shards: int  # virtual shards; divides global_batch_size, the number of hosts divides it
+    window_rows: int  # rows of a shard that are packed and shuffled together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -475,7 +498,8 @@ def _section(name: str, kind: type, given: Mapping[str, Any]) -> Any:
             value = tuple(value)
         elif types[key] is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        expected: Any = tuple if types[key] == tuple[int, ...] else types[key]
+        expected: Any = typing.get_origin(types[key]) or types[key]
+        expected = dict if expected is Mapping else expected
         if type(value) is not expected:
             raise ValueError(f"{name}.{key}={value!r} must be of type {expected.__name__}")
         values[key] = value
@@ -484,7 +508,10 @@ def _section(name: str, kind: type, given: Mapping[str, Any]) -> Any:
 
 def _run_problems(c: RunConfig) -> Iterable[str]:
     choices = {
-        "data.source": ("stdlib", "text"),
+        "data.source": (*_SOURCES, "mixture"),
+        "data.on_error": ("raise", "skip"),
+        "data.packing": ("concatenate", "best_fit"),
+        "data.too_long": ("error", "truncate"),
         "optimizer.name": ("adamw", "muon"),
         "optimizer.schedule": ("cosine", "wsd", "constant"),
         "train.balance_scope": ("global", "micro_batch", "sequence"),
@@ -500,7 +527,8 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         "train.eval_every": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
         "train.keep_best": 0, "train.sample_tokens": 0, "train.mtp_loss_weight": 0,
         "train.router_z_loss_weight": 0, "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0,
-        "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+        "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "data.num_shards": 1,
+        "data.window_rows": 1,
     }  # fmt: skip
     unit = ("data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction")
     flat = _flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})
@@ -528,10 +556,10 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         )
     if len(train.profile_steps) not in (0, 2):
         yield f"train.profile_steps={train.profile_steps} must be () or (first, last)"
-    if c.data.source == "text" and not c.data.path:
-        yield "data.source='text' needs data.path, a glob such as '/corpus/**/*.txt'"
-    if c.data.source == "stdlib" and c.data.path:
-        yield f"data.path={c.data.path!r} is not used by data.source='stdlib'; set it to ''"
+    yield from _data_problems(c.data)
+    if train.global_batch_size % max(c.data.num_shards, 1):
+        yield _not_divisible("train.global_batch_size", train.global_batch_size,
+                             "data.num_shards", c.data.num_shards)  # fmt: skip
     if c.precision.parameters == "bfloat16" and c.precision.compute == "float32":
         yield "precision.compute='float32' contradicts parameters='bfloat16'; use bfloat16 for both"
     axes = ("data", "fsdp", "expert", "context", "tensor")
@@ -541,6 +569,30 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     for axis in (*axes, "num_slices"):
         if (size := getattr(c.mesh, axis)) < 1 and size != -1:
             yield f"mesh.{axis}={size} must be at least 1, or -1 for what is left"
+
+
+def _data_problems(c: DataConfig) -> Iterable[str]:
+    if (c.source == "mixture") != bool(c.mixture):
+        yield (
+            f"data.source={c.source!r} with {len(c.mixture)} parts in data.mixture; a mixture has "
+            "data.source='mixture' and at least one part"
+        )
+    given = {"source": c.source, "path": c.path}
+    keys = ("weight", "source", "path", "field", "split")
+    for name, part in c.mixture.items() if c.mixture else [("", {"weight": 1.0})]:
+        where = f"data.mixture.{name}" if name else "data"
+        if unknown := sorted(part.keys() - set(keys)):
+            yield f"{where} has unknown keys {unknown}; expected {_either(keys)}"
+        if not part.get("weight", 0) > 0:
+            yield f"{where}.weight={part.get('weight')} must be given and above 0"
+        source, path = (part.get(key, given[key]) for key in ("source", "path"))
+        if source not in _SOURCES:
+            if name:
+                yield f"{where}.source={source!r} is unknown; expected {_either(_SOURCES)}"
+        elif source in _PATHLESS and path:
+            yield f"{where}.path={path!r} is not used by source={source!r}; set it to ''"
+        elif source not in _PATHLESS and not path:
+            yield f"{where}.source={source!r} needs a path, such as {_SOURCES[source]!r}"
 
 
 def _refuse_unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
-"""Batches: each token once an epoch, exact resumption, and what a run gets to begin with."""
+"""Batches: each record once an epoch, exact resumption on any hosts, and what a run begins with."""
 
 import collections
+import functools
 import gzip
 import itertools
 import json
@@ -10,29 +11,52 @@ import subprocess
 import numpy as np
 import pytest
 
-from qwen3next_jax.data.corpus import Document
-from qwen3next_jax.data.pipeline import evaluation_batches, load_data, training_batches
+from qwen3next_jax.data.pipeline import (
+    Data,
+    evaluation_batches,
+    input_metrics,
+    load_data,
+    training_batches,
+)
+from qwen3next_jax.data.shard import TrainingPart
+from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import train_tokenizer
 
 SHAPE = dict(batch_size=3, sequence_length=16)
 
 
-@pytest.fixture(scope="module")
-def documents():
-    rng = random.Random(0)
+def make_texts(count=100, seed=0, longest=30):
+    rng = random.Random(seed)
     words = ["def", "return", "self", "value", "(x)", "=", "\n", "    ", "é"]
-    texts = [" ".join(rng.choices(words, k=rng.randrange(30))) for _ in range(99)]
-    return [Document(f"{i}.txt", text) for i, text in enumerate(["", *texts])]
+    return [f"{i} " + " ".join(rng.choices(words, k=rng.randrange(longest))) for i in range(count)]
+
+
+def records_of(texts):
+    return [Record(name=f"{i}.txt", text=text) for i, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(documents, tmp_path_factory):
+def texts():
+    return make_texts()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "model"
-    return train_tokenizer([document.text for document in documents], path, vocab_size=300)
+    return train_tokenizer(texts, path, vocab_size=300)
 
 
-def expected_targets(documents, tokenizer):
-    return [[*tokenizer.encode(document.text), tokenizer.eos_id] for document in documents]
+@pytest.fixture(scope="module")
+def data_of(tokenizer):
+    def build(texts, **changes):
+        part = TrainingPart("texts", records_of(texts))
+        return Data(train=[part], held_out=records_of(texts), tokenizer=tokenizer, **changes)
+
+    return build
+
+
+def expected_targets(texts, tokenizer):
+    return [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
 
 
 def targets_of(batches):
@@ -53,16 +77,20 @@ def assert_same_batches(left, right):
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize("window_rows", [1, 3, 128])
 @pytest.mark.parametrize(("batch_size", "sequence_length"), [(1, 16), (3, 16), (4, 7), (8, 512)])
 def test_evaluation_counts_every_held_out_token_once(
-    documents, tokenizer, batch_size, sequence_length
+    texts, data_of, tokenizer, batch_size, sequence_length, window_rows, packing
 ):
-    batches = list(evaluation_batches(documents, tokenizer, batch_size=batch_size,
-                                      sequence_length=sequence_length))  # fmt: skip
-    expected = list(itertools.chain(*expected_targets(documents, tokenizer)))
-    assert targets_of(batches) == expected
-    rows = -(-len(expected) // sequence_length)
-    assert len(batches) == -(-rows // batch_size)
+    data = data_of(texts, packing=packing, window_rows=window_rows)
+    batches = list(evaluation_batches(data, batch_size=batch_size, sequence_length=sequence_length))
+    expected = list(itertools.chain(*expected_targets(texts, tokenizer)))
+    if packing == "concatenate":
+        assert targets_of(batches) == expected
+        rows = -(-len(expected) // sequence_length)
+        assert len(batches) == -(-rows // batch_size)
+    assert collections.Counter(targets_of(batches)) == collections.Counter(expected)
     for batch in batches:
         assert {array.shape for array in batch.values()} == {(batch_size, sequence_length)}
         padding = batch["segment_ids"] == 0
@@ -70,29 +98,32 @@ def test_evaluation_counts_every_held_out_token_once(
         assert not any(array[padding].any() for array in batch.values())
 
 
-def test_a_segment_is_one_run_of_its_row(documents, tokenizer):
-    batches = itertools.islice(training_batches(documents, tokenizer, seed=0, **SHAPE), 50)
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_a_segment_is_one_run_of_its_row(texts, data_of, packing):
+    data = data_of(texts, packing=packing, too_long="truncate")
+    batches = itertools.islice(training_batches(data, seed=0, **SHAPE), 50)
     for row in itertools.chain.from_iterable(batch["segment_ids"] for batch in batches):
         runs = [segment for segment, _ in itertools.groupby(row)]
         assert len(runs) == len(set(runs))
 
 
-def epochs_of(documents, tokenizer, seed, count):
+def epochs_of(data, seed, count):
     """The first `count` epochs, each as the targets of its documents, in order.
 
     One row at a time stays in its place.
     """
-    size = sum(map(len, expected_targets(documents, tokenizer)))
+    texts = [record.text for record in data.train[0].records]
+    size = sum(map(len, expected_targets(texts, data.tokenizer)))
     stream = []
-    batches = training_batches(documents, tokenizer, seed=seed, shuffled_rows=1, **SHAPE)
+    batches = training_batches(data, seed=seed, **SHAPE)
     while len(stream) < count * size:
         stream += targets_of([next(batches)])
     return [stream[i * size : (i + 1) * size] for i in range(count)]
 
 
-def test_an_epoch_has_every_document_once_and_no_two_have_the_same_order(documents, tokenizer):
-    epochs = epochs_of(documents, tokenizer, seed=0, count=3)
-    expected = collections.Counter(map(tuple, expected_targets(documents, tokenizer)))
+def test_an_epoch_has_every_document_once_and_no_two_have_the_same_order(texts, data_of, tokenizer):
+    epochs = epochs_of(data_of(texts, window_rows=1), seed=0, count=3)
+    expected = collections.Counter(map(tuple, expected_targets(texts, tokenizer)))
     for epoch in epochs:
         ends = [i + 1 for i, target in enumerate(epoch) if target == tokenizer.eos_id]
         parts = [tuple(epoch[a:b]) for a, b in itertools.pairwise([0, *ends])]
@@ -100,24 +131,21 @@ def test_an_epoch_has_every_document_once_and_no_two_have_the_same_order(documen
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_the_seed_decides_the_order(documents, tokenizer):
-    first, again, other = (
-        epochs_of(documents, tokenizer, seed=seed, count=1) for seed in (5, 5, 60)
-    )
+def test_the_seed_decides_the_order(texts, data_of):
+    data = data_of(texts, window_rows=1)
+    first, again, other = (epochs_of(data, seed=seed, count=1) for seed in (5, 5, 60))
     assert first == again != other
 
 
-def test_a_single_document_is_repeated(documents, tokenizer):
-    document = max(documents, key=lambda document: len(document.text))
-    once, twice = epochs_of([document], tokenizer, seed=0, count=2)
-    assert once == twice == expected_targets([document], tokenizer)[0]
+def test_a_single_document_is_repeated(texts, data_of, tokenizer):
+    text = max(texts, key=len)
+    once, twice = epochs_of(data_of([text], window_rows=1), seed=0, count=2)
+    assert once == twice == expected_targets([text], tokenizer)[0]
 
 
-def test_rows_are_shuffled_by_the_window(documents, tokenizer):
-    def rows(seed, shuffled_rows):
-        batches = training_batches(
-            documents, tokenizer, seed=seed, shuffled_rows=shuffled_rows, **SHAPE
-        )
+def test_rows_are_shuffled_by_the_window(texts, data_of):
+    def rows(seed, window_rows):
+        batches = training_batches(data_of(texts, window_rows=window_rows), seed=seed, **SHAPE)
         return [row.tobytes() for _ in range(8) for row in next(batches)["tokens"]]
 
     packed, shuffled, other = rows(0, 1), rows(0, 6), rows(1, 6)
@@ -130,20 +158,25 @@ def test_rows_are_shuffled_by_the_window(documents, tokenizer):
 
 # One token a row makes every row end a document or be cut from one; two rows of 700 tokens are a
 # good part of an epoch; 64 rows are not a whole number of batches of 3.
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 @pytest.mark.parametrize(
-    ("batch_size", "sequence_length", "shuffled_rows"),
-    [(1, 1, 1), (3, 16, 1), (3, 16, 64), (2, 700, 1)],
+    ("batch_size", "sequence_length", "window_rows", "num_shards"),
+    [(1, 1, 1, 1), (3, 16, 1, 1), (3, 16, 64, 3), (2, 700, 1, 2), (6, 40, 5, 3)],
 )
 def test_resumption_is_exact_after_any_batch(
-    documents, tokenizer, batch_size, sequence_length, shuffled_rows
+    texts, data_of, tokenizer, batch_size, sequence_length, window_rows, num_shards, packing
 ):
+    data = data_of(texts, window_rows=window_rows, num_shards=num_shards, packing=packing,
+                   too_long="truncate")  # fmt: skip
+
     def start():
-        return training_batches(documents, tokenizer, batch_size=batch_size,
-                                sequence_length=sequence_length, seed=7,
-                                shuffled_rows=shuffled_rows)  # fmt: skip
+        return training_batches(data, batch_size=batch_size, sequence_length=sequence_length,
+                                seed=7)  # fmt: skip
 
     iterator, batches, states = start(), [], []
-    tokens_an_epoch = sum(map(len, expected_targets(documents, tokenizer)))
+    tokens_an_epoch = sum(map(len, expected_targets(texts, tokenizer)))
+    if batch_size == 1:
+        tokens_an_epoch //= 10  # the other cases go over the epochs' ends
     count = 5 + int(2.2 * tokens_an_epoch) // (batch_size * sequence_length)
     for _ in range(count + 4):
         states.append(json.dumps(iterator.get_state()))
@@ -153,20 +186,19 @@ def test_resumption_is_exact_after_any_batch(
         resumed = start()
         resumed.set_state(json.loads(states[i]))
         assert json.dumps(resumed.get_state()) == states[i]
-        assert_same_batches([next(resumed) for _ in range(4)], batches[i : i + 4])
+        for n in range(4):
+            assert_same_batches([next(resumed)], [batches[i + n]])
+            assert json.dumps(resumed.get_state()) == states[i + n + 1]
 
 
-def test_resumption_is_exact_where_documents_fill_rows(tokenizer):
+def test_resumption_is_exact_where_documents_fill_rows(data_of, tokenizer):
     # Then no document is left over when the state is taken.
-    documents = [Document(str(i), chr(ord("a") + i) * 7) for i in range(10)]
+    texts = [chr(ord("a") + i) * 7 for i in range(10)]
     length = len(tokenizer.encode("a" * 7)) + 1
-    documents = [d for d in documents if len(tokenizer.encode(d.text)) == length - 1]
-    assert len(documents) > 3
-
-    def start():
-        return training_batches(documents, tokenizer, batch_size=2,
-                                sequence_length=length, seed=0, shuffled_rows=1)  # fmt: skip
-
+    texts = [text for text in texts if len(tokenizer.encode(text)) == length - 1]
+    assert len(texts) > 3
+    data = data_of(texts, window_rows=1)
+    start = functools.partial(training_batches, data, batch_size=2, sequence_length=length, seed=0)
     iterator = start()
     for _ in range(15):
         resumed = start()
@@ -174,8 +206,8 @@ def test_resumption_is_exact_where_documents_fill_rows(tokenizer):
         assert_same_batches([next(resumed)], [next(iterator)])
 
 
-def test_a_used_iterator_can_go_back(documents, tokenizer):
-    iterator = training_batches(documents, tokenizer, seed=1, **SHAPE)
+def test_a_used_iterator_can_go_back(texts, data_of):
+    iterator = training_batches(data_of(texts), seed=1, **SHAPE)
     next(iterator)
     state = iterator.get_state()
     ahead = [next(iterator) for _ in range(40)]
@@ -183,11 +215,114 @@ def test_a_used_iterator_can_go_back(documents, tokenizer):
     assert_same_batches([next(iterator) for _ in range(40)], ahead)
 
 
+def documents_in(row):
+    """The pieces of documents of a row, each as a tuple of its targets."""
+    return [
+        tuple(row["targets"][row["segment_ids"] == segment].tolist())
+        for segment in range(1, row["segment_ids"].max() + 1)
+    ]
+
+
+class _Hosts:
+    """Some processes that read the batches of one run together."""
+
+    def __init__(self, data, hosts, **arguments):
+        self.iterators = [
+            training_batches(data, hosts=hosts, host=host, **arguments) for host in range(hosts)
+        ]
+
+    def next(self):
+        parts = [next(iterator) for iterator in self.iterators]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def states(self):
+        merged = {}
+        for iterator in self.iterators:
+            state = json.loads(json.dumps(iterator.get_state()))
+            assert merged.keys().isdisjoint(state)
+            merged.update(state)
+        return merged
+
+    def restore(self, states):
+        for iterator in self.iterators:
+            iterator.set_state(states)
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_an_epoch_read_by_1_2_4_and_3_hosts_has_each_record_once(data_of, tokenizer, packing):
+    texts = make_texts(240, seed=3)
+    data = data_of(texts, num_shards=12, packing=packing, too_long="truncate", window_rows=4)
+    arguments = dict(batch_size=24, sequence_length=96, seed=0)
+    alone = training_batches(data, **arguments)
+    seen = [[] for _ in range(12)]  # of each shard, the targets in order of the rows
+    states, done = None, 0
+    for hosts, steps in ((1, 1), (2, 2), (4, 1), (3, 40)):
+        group = _Hosts(data, hosts, **arguments)
+        if states is not None:
+            group.restore(states)
+        for _ in range(steps):
+            batch = group.next()
+            assert_same_batches([batch], [next(alone)])
+            done += 1
+            for row in range(24):
+                values = {name: array[row] for name, array in batch.items()}
+                seen[row // 2] += documents_in(values)
+        states = group.states()
+    # Documents that are cut between rows are put together from their pieces: the texts begin with
+    # different numbers and every shard's first epoch is its first records' worth of targets.
+    expected = collections.defaultdict(collections.Counter)
+    for i, targets in enumerate(expected_targets(texts, tokenizer)):
+        expected[i % 12].update(targets[:96] if packing == "best_fit" else targets)
+    for shard in range(12):
+        left, total = collections.Counter(), sum(expected[shard].values())
+        for piece in seen[shard]:
+            if sum(left.values()) < total:
+                left.update(piece)
+        assert left == expected[shard]
+
+
+def test_host_counts_and_batches_that_the_shards_do_not_divide_are_refused(texts, data_of):
+    data = data_of(texts, num_shards=12)
+    arguments = dict(batch_size=24, sequence_length=16, seed=0)
+    with pytest.raises(ValueError, match=r"num_shards=12 is not divisible by .* hosts, 5; choose"):
+        training_batches(data, hosts=5, **arguments)
+    with pytest.raises(ValueError, match=r"size=20 is not divisible by data\.num_shards, 12; choo"):
+        training_batches(data, **{**arguments, "batch_size": 20})
+    with pytest.raises(ValueError, match="host=3 must lie between 0 and 2"):
+        training_batches(data, hosts=3, host=3, **arguments)
+    with pytest.raises(ValueError, match=r"'texts' has 100 records to train on, but .*=200; lower"):
+        training_batches(data_of(texts, num_shards=200), batch_size=200, sequence_length=16, seed=0)
+    first, second = (training_batches(data, hosts=2, host=host, **arguments) for host in (0, 1))
+    with pytest.raises(ValueError, match="lacks 10, 11, 6, 7, 8, 9; it takes the states of all"):
+        second.set_state(first.get_state())
+
+
+def test_a_mixture_gives_each_source_its_share_of_the_tokens(tokenizer):
+    parts = [
+        TrainingPart("short", records_of(make_texts(50, 1, longest=5)), weight=1.0),
+        TrainingPart("long", records_of(make_texts(10, 2, longest=60)), weight=3.0),
+    ]
+    data = Data(train=parts, held_out=[], tokenizer=tokenizer, window_rows=4)
+    batches = training_batches(data, batch_size=4, sequence_length=32, seed=0)
+    for _ in range(100):
+        next(batches)
+    metrics = input_metrics(data, batches.get_state())
+    assert metrics["short/tokens"] + metrics["long/tokens"] == 100 * 4 * 32  # no gap between epochs
+    # A document of at most 130 tokens too many, of 12,800.
+    assert metrics["long/tokens"] / metrics["short/tokens"] == pytest.approx(3, rel=0.05)
+    assert metrics["long/epoch"] == metrics["long/records"] / 10 > 5
+    state = json.loads(json.dumps(batches.get_state()))
+    resumed = training_batches(data, batch_size=4, sequence_length=32, seed=0)
+    resumed.set_state(state)
+    for _ in range(20):
+        assert_same_batches([next(resumed)], [next(batches)])
+
+
 @pytest.fixture
-def corpus(tmp_path, documents):
-    for document in documents:
-        (tmp_path / document.name).write_text(document.text)
-    return dict(source="text", path=str(tmp_path / "*.txt"), tokenizer="", holdout_fraction=0.3)
+def corpus(tmp_path, texts):
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    return dict(source="text", path=str(tmp_path / "*.txt"), holdout_fraction=0.3)
 
 
 def test_the_first_run_trains_a_tokenizer_and_the_next_reuses_it(corpus, tmp_path):
@@ -203,15 +338,17 @@ def test_the_first_run_trains_a_tokenizer_and_the_next_reuses_it(corpus, tmp_pat
 
 def test_the_tokenizer_never_sees_the_held_out_part(corpus, tmp_path):
     data = load_data(**corpus, vocab_size=300, trained_tokenizer=tmp_path / "a")
-    train_tokenizer([document.text for document in data.train], tmp_path / "b", vocab_size=300)
+    train_tokenizer(
+        [record.text for record in data.train[0].records], tmp_path / "b", vocab_size=300
+    )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_given_tokenizer_is_used(corpus, tmp_path, documents):
-    train_tokenizer([document.text for document in documents], tmp_path / "given", vocab_size=280)
+def test_a_given_tokenizer_is_used(corpus, tmp_path, texts):
+    train_tokenizer(texts, tmp_path / "given", vocab_size=290)
     corpus["tokenizer"] = str(tmp_path / "given")
     data = load_data(**corpus, vocab_size=300, trained_tokenizer=tmp_path / "unused")
-    assert data.tokenizer.vocab_size == 280
+    assert data.tokenizer.vocab_size == 290
     assert not (tmp_path / "unused").exists()
     corpus["tokenizer"] = str(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="missing"):
@@ -220,7 +357,7 @@ def test_a_given_tokenizer_is_used(corpus, tmp_path, documents):
 
 def test_bytes_and_gzip_are_of_the_held_out_texts(corpus, tmp_path):
     data = load_data(**corpus, vocab_size=300, trained_tokenizer=tmp_path / "tokenizer")
-    held_out = b"".join((tmp_path / document.name).read_bytes() for document in data.held_out)
+    held_out = b"".join((tmp_path / record.name).read_bytes() for record in data.held_out)
     assert data.held_out_bytes == len(held_out) > 0
     command = subprocess.run(["gzip", "-9"], input=held_out, capture_output=True, check=True)
     assert gzip.decompress(command.stdout) == held_out

@@ -1,69 +1,102 @@
-"""Documents of any length as rows of T tokens: concatenate, then split.
+"""Documents of any length as rows of T tokens, in one of two ways.
 
-A document's ids, between BOS and EOS, become two parallel sequences, what is read (all but the
-last) and what is to be predicted (all but the first). These are laid end to end and cut every T
-tokens, so each token after a BOS is predicted exactly once, also where a document is cut between
-rows, and only the last row of a finite dataset is padded. A cut document goes on in the next row
-as a new segment, without its context.
+- `concatenate`: documents are laid end to end and cut every T tokens. No position is wasted, and a
+  document that is cut goes on in the next row as a new segment, without its context.
+- `best_fit`: documents stay whole. The longest come first, each into the fullest row that still has
+  room (best-fit decreasing, never above 11/9 of the fewest rows possible plus one).
+
+Both are plans, made of lengths alone: a row is a list of pieces of documents. `fill_row` makes the
+arrays. Segments count from 1 in each row and 0 is padding; positions count from 0 in each segment.
+
+Grain has packers too. Its best-fit closes all of its open rows at the first document that fits none
+of them, which leaves more of them empty; the state of its concatenation does not survive JSON.
 """
 
-from typing import Any
+import bisect
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from qwen3next_jax.data.documents import Document
 
-def next_token_pairs(ids: list[int], *, bos: int, eos: int) -> dict[str, Int32[np.ndarray, " n"]]:
-    """What is read and what is predicted in one document, n = len(ids) + 1."""
-    delimited = np.array([bos, *ids, eos], np.int32)
-    return {"tokens": delimited[:-1], "targets": delimited[1:]}
+PACKINGS = ("concatenate", "best_fit")
+Row = dict[str, Int32[np.ndarray, " _"] | Float32[np.ndarray, " _"]]  # all [T]
 
 
-def pack(documents: grain.IterDataset, sequence_length: int) -> grain.IterDataset:
-    """Packs elements as `next_token_pairs` returns them into rows of T = `sequence_length`.
+class Piece(NamedTuple):
+    """Tokens `start` to `stop` of a document, given by its number."""
 
-    A row holds tokens, targets, segment_ids and positions, int32 [T], and loss_weights, float32
-    [T]: 1 where there is a target and 0 at padding. Segments count from 1 in each row and 0 is
-    padding; positions count from 0 in each segment.
+    document: int
+    start: int
+    stop: int
+
+
+def concatenate(
+    lengths: Sequence[int], sequence_length: int, *, offset: int = 0
+) -> list[list[Piece]]:
+    """Rows of T = `sequence_length` tokens without gaps; the last may be shorter.
+
+    Args:
+      lengths: of the documents, in order.
+      sequence_length: T.
+      offset: tokens of the first document that are left out.
     """
-    rows = grain.experimental.ConcatThenSplitIterDataset(
-        documents, length_struct={"tokens": sequence_length, "targets": sequence_length}
-    )
-    return _RestorableFromJson(rows).map(_name_fields)
+    rows: list[list[Piece]] = []
+    room = 0
+    for document, length in enumerate(lengths):
+        start = 0 if document else offset
+        while start < length:
+            if room == 0:
+                rows.append([])
+                room = sequence_length
+            stop = min(length, start + room)
+            rows[-1].append(Piece(document, start, stop))
+            room -= stop - start
+            start = stop
+    return rows
 
 
-def _name_fields(
-    row: dict[str, np.ndarray],
-) -> dict[str, Int32[np.ndarray, " T"] | Float32[np.ndarray, " T"]]:
-    segment_ids = row["targets_segment_ids"]
-    return {
-        "tokens": row["tokens"],
-        "targets": row["targets"],
-        "loss_weights": (segment_ids > 0).astype(np.float32),
-        "segment_ids": segment_ids,
-        "positions": row["targets_positions"],
+def best_fit(lengths: Sequence[int], sequence_length: int) -> list[list[Piece]]:
+    """Rows of at most T = `sequence_length` tokens in which every document is whole.
+
+    Raises:
+      ValueError: a document is longer than T.
+    """
+    rows: list[list[Piece]] = []
+    spaces: list[tuple[int, int]] = []  # (room, row), in ascending order
+    for document in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[document]
+        if length > sequence_length:
+            raise ValueError(f"A document of {length} tokens is longer than {sequence_length=}")
+        tightest = bisect.bisect_left(spaces, (length, -1))
+        if tightest < len(spaces):
+            room, row = spaces.pop(tightest)
+        else:
+            room, row = sequence_length, len(rows)
+            rows.append([])
+        rows[row].append(Piece(document, 0, length))
+        if room > length:
+            bisect.insort(spaces, (room - length, row))
+    return rows
+
+
+def fill_row(pieces: Sequence[Piece], documents: Sequence[Document], sequence_length: int) -> Row:
+    """The arrays of a row: tokens, targets, segment_ids, positions, int32; loss_weights, float32.
+
+    Each [T]; where no piece is, they are 0.
+    """
+    row: Row = {
+        name: np.zeros(sequence_length, np.float32 if name == "loss_weights" else np.int32)
+        for name in ("tokens", "targets", "loss_weights", "segment_ids", "positions")
     }
-
-
-class _RestorableFromJson(grain.IterDataset):
-    """Gives the packing's state back the tuples that JSON turned into lists.
-
-    Grain 0.2.18 compares the slices in that state with a tuple; a list is never equal to it, and
-    the restored iterator would skip a document.
-    """
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _RestorableFromJsonIterator(iter(self._parent))
-
-
-class _RestorableFromJsonIterator(grain.DatasetIterator):
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._parent)
-
-    def get_state(self) -> dict[str, Any]:
-        return self._parent.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        slices = {name: tuple(pair) for name, pair in state["remainder_slices"].items()}
-        self._parent.set_state({**state, "remainder_slices": slices})
+    at = 0
+    for segment, (number, start, stop) in enumerate(pieces, 1):
+        here = slice(at, at + stop - start)
+        for name in ("tokens", "targets", "loss_weights"):
+            row[name][here] = documents[number][name][start:stop]
+        row["segment_ids"][here] = segment
+        row["positions"][here] = np.arange(stop - start)
+        at = here.stop
+    return row

@@ -1,24 +1,33 @@
 """From documents to batches: shuffle, tokenise, pack, shuffle rows, batch.
 
 A batch is a dict of [B, T] arrays: tokens, targets, segment_ids, positions (int32) and loss_weights
-(float32), as `packing.py` describes them. Threads tokenise a few documents ahead; the iterator's
-state counts the documents that were used, not those read ahead, so a restored iterator goes on with
-bit-identical batches.
+(float32), as `packing.py` describes them. Its rows come from virtual shards (`shard.py`): with S of
+them, shard s fills rows s·B/S to (s + 1)·B/S of every batch. Host h of H has the shards from h·S/H
+on, hence a contiguous block of rows, and the batch at a step is the same for every H.
+
+A thread makes batches ahead, and others read for several shards at a time; the iterator's state is
+that of the batch last returned, not of those made ahead.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
-import gzip
+import itertools
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from absl import logging
 from etils import epath
 
-from qwen3next_jax.data.corpus import Document, read_corpus
-from qwen3next_jax.data.packing import next_token_pairs, pack
+from qwen3next_jax.data.documents import Document, Texts, readable
+from qwen3next_jax.data.holdout import split as split_source
+from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
+from qwen3next_jax.data.shard import Packing, Shard, TrainingPart
+from qwen3next_jax.data.sources import Chained, Record, open_source
 from qwen3next_jax.data.tokenizer import (
     Tokenizer,
     check_vocabulary,
@@ -26,109 +35,275 @@ from qwen3next_jax.data.tokenizer import (
     train_tokenizer,
 )
 
+_BATCHES_AHEAD = 2
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a run trains on and is evaluated on."""
+    """What a run trains on and is evaluated on, and how it becomes rows.
 
-    train: list[Document]
-    held_out: list[Document]
+    Attributes:
+      train: the parts of the mixture, one where there is one source.
+      held_out: the held-out records of all parts.
+      tokenizer: of the run.
+      num_shards: S.
+      packing, too_long, on_error, window_rows: see `shard.Packing`.
+      skipped_files: how many files could not be opened.
+    """
+
+    train: Sequence[TrainingPart]
+    held_out: Sequence[Record]
     tokenizer: Tokenizer
+    num_shards: int = 1
+    packing: str = "concatenate"
+    too_long: str = "error"
+    on_error: str = "raise"
+    window_rows: int = 128
+    skipped_files: int = 0
+
+    def row_packing(self, sequence_length: int) -> Packing:
+        """How documents become rows of T = `sequence_length`."""
+        return Packing(
+            kind=self.packing, sequence_length=sequence_length, too_long=self.too_long,
+            on_error=self.on_error, window_rows=self.window_rows,
+        )  # fmt: skip
 
     @functools.cached_property
     def held_out_bytes(self) -> int:
         """Length of the held-out texts in UTF-8, the denominator of bits per byte."""
-        return sum(len(document.text.encode()) for document in self.held_out)
+        return sum(map(len, self._held_out_texts()))
 
     def gzip_bits_per_byte(self) -> float:
         """What gzip -9 needs for the held-out texts, one after another: a yardstick."""
-        text = b"".join(document.text.encode() for document in self.held_out)
-        return 8 * len(gzip.compress(text, compresslevel=9)) / len(text)
+        gzip = zlib.compressobj(level=9, wbits=31)
+        size = sum(len(gzip.compress(text)) for text in self._held_out_texts())
+        return 8 * (size + len(gzip.flush())) / self.held_out_bytes
+
+    def _held_out_texts(self) -> Iterator[bytes]:
+        for record, document in readable(self.held_out, self.tokenizer, on_error=self.on_error):
+            text = record.text
+            if text is None:  # what is predicted
+                text = self.tokenizer.decode(document["targets"][document["loss_weights"] > 0])
+            yield text.encode()
 
 
 def load_data(
     *,
     source: str,
-    path: str,
-    tokenizer: str,
+    path: str = "",
+    field: str = "text",
+    split: str = "train",
+    mixture: Mapping[str, Mapping[str, Any]] | None = None,
+    tokenizer: str = "",
     holdout_fraction: float,
+    on_error: str = "raise",
     vocab_size: int,
     trained_tokenizer: str | os.PathLike,
+    **rows: Any,
 ) -> Data:
-    """Reads the documents and the tokenizer; at the first run, trains that on the training part.
+    """Opens the sources and the tokenizer; at the first run, trains that on the training part.
 
-    The first four arguments are a config's `data` section:
+    All but two arguments are a config's `data` section:
     `load_data(**dataclasses.asdict(config.data), vocab_size=..., trained_tokenizer=...)`.
 
     Args:
-      source: "stdlib" or "text"; see `read_corpus`.
-      path: the glob of "text".
+      source, path, field, split, on_error: see `open_source`.
+      mixture: instead of one source several; of each, by its name, its `weight` and what differs
+        from the `source`, `path`, `field` and `split` given.
       tokenizer: what `load_tokenizer` takes; "" stands for `trained_tokenizer`.
-      holdout_fraction: share of the documents held out.
+      holdout_fraction: share of the records held out.
       vocab_size: of the model, hence the most that the tokenizer may have.
       trained_tokenizer: where the tokenizer is kept; it is trained if there is no such file.
+      rows: `num_shards`, `packing`, `too_long`, `window_rows`, as `Data` has them.
 
     Raises:
-      ValueError: says what is wrong with the documents or with the tokenizer.
+      ValueError: says what is wrong with the sources or with the tokenizer.
       FileNotFoundError: there is no file `tokenizer`.
     """
-    corpus = read_corpus(source=source, path=path, holdout_fraction=holdout_fraction)
+    given: dict[str, Any] = {"source": source, "path": path, "field": field, "split": split}
+    parts = mixture or {source: {"weight": 1.0}}
+    train, held_out, skipped_files = [], [], 0
+    for name, part in parts.items():
+        opened = open_source(
+            **{**given, **{k: v for k, v in part.items() if k != "weight"}}, on_error=on_error
+        )
+        skipped_files += len(opened.skipped_files)
+        kept, out = split_source(opened, holdout_fraction)
+        train.append(TrainingPart(name, kept, float(part["weight"])))
+        held_out.append(out)
+
     if tokenizer or epath.Path(trained_tokenizer).exists():
         loaded: Tokenizer = load_tokenizer(tokenizer or trained_tokenizer)
     else:
         logging.info("Training a tokenizer of %d tokens: %s", vocab_size, trained_tokenizer)
-        texts = [document.text for document in corpus.train]
+        texts = Texts(Chained([part.records for part in train]), on_error=on_error)
         loaded = train_tokenizer(texts, trained_tokenizer, vocab_size=vocab_size)
     check_vocabulary(loaded, vocab_size)
-    return Data(corpus.train, corpus.held_out, loaded)
+    return Data(
+        train=train, held_out=Chained(held_out), tokenizer=loaded, on_error=on_error,
+        skipped_files=skipped_files, **rows,
+    )  # fmt: skip
 
 
 def training_batches(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
+    data: Data,
     *,
     batch_size: int,
     sequence_length: int,
     seed: int,
-    shuffled_rows: int = 1024,
+    hosts: int = 1,
+    host: int = 0,
 ) -> grain.DatasetIterator:
-    """Batches without end, in which each epoch has every document once.
+    """This host's rows of batches without end, in which each epoch has every record once.
 
-    Documents are shuffled anew in each epoch. As a long one fills many rows in a row, and would
-    fill whole batches, rows are then shuffled too, `shuffled_rows` at a time.
+    `get_state()` returns a dict that JSON can hold, of each of this host's shards by its number;
+    the states of all hosts together are the run's. `set_state(state)` on a new iterator over the
+    same data goes on after the batch that was last returned, with any number of hosts.
 
-    `get_state()` returns a dict that JSON can hold; `set_state(state)` on a new iterator over the
-    same arguments goes on after the batch that was last returned.
+    Args:
+      data: what to train on, and S, the number of its virtual shards.
+      batch_size: B, rows of the batches of all hosts together.
+      sequence_length: T.
+      seed: of the order of records and rows.
+      hosts: H.
+      host: h, from 0; yields rows h·B/H to (h + 1)·B/H.
+
+    Raises:
+      ValueError: S does not divide B, H does not divide S, or a source has fewer records than S.
     """
-    order = grain.MapDataset.source(documents).shuffle(seed=seed).repeat()
-    rows = grain.experimental.WindowShuffleIterDataset(
-        _rows(order, tokenizer, sequence_length), window_size=shuffled_rows, seed=seed
+    check_shards(data.num_shards, batch_size=batch_size, hosts=hosts)
+    if not 0 <= host < hosts:
+        raise ValueError(f"host={host} must lie between 0 and {hosts - 1}")
+    own = data.num_shards // hosts
+    shards = {
+        str(shard): Shard(
+            data.train, data.tokenizer, data.row_packing(sequence_length),
+            seed=seed, shard=shard, num_shards=data.num_shards,
+        )
+        for shard in range(host * own, (host + 1) * own)
+    }  # fmt: skip
+    batches = _ShardedBatches(shards, rows_a_shard=batch_size // data.num_shards)
+    ahead = grain.experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=_BATCHES_AHEAD
     )
-    return iter(rows.batch(batch_size))
+    return iter(ahead)
+
+
+def check_shards(num_shards: int, *, batch_size: int, hosts: int) -> None:
+    """Refuses sizes that would give a host or a shard a part of a row, or of a shard."""
+    for name, value, divisor_name, divisor in (
+        ("train.global_batch_size", batch_size, "data.num_shards", num_shards),
+        ("data.num_shards", num_shards, "the number of hosts", hosts),
+    ):
+        if value % divisor:
+            choices = [str(d) for d in range(1, value + 1) if value % d == 0]
+            raise ValueError(
+                f"{name}={value} is not divisible by {divisor_name}, {divisor}; choose one of "
+                + ", ".join(choices)
+            )
+
+
+def input_metrics(data: Data, states: Mapping[str, Any]) -> dict[str, float]:
+    """What the shards have given so far, from their states.
+
+    Of each part NAME: NAME/epoch (how often its records were read), NAME/records and NAME/tokens.
+    In all: skipped_records, truncated_records and skipped_files.
+    """
+    counts = [state["counts"] for state in states.values()]
+    metrics: dict[str, float] = {}
+    for i, part in enumerate(data.train):
+        size = sum(len(range(int(s), len(part.records), data.num_shards)) for s in states)
+        records = sum(count["records"][i] for count in counts)
+        metrics[f"{part.name}/epoch"] = records / size
+        metrics[f"{part.name}/records"] = records
+        metrics[f"{part.name}/tokens"] = sum(count["tokens"][i] for count in counts)
+    metrics["skipped_records"] = sum(count["skipped"] for count in counts)
+    metrics["truncated_records"] = sum(count["truncated"] for count in counts)
+    metrics["skipped_files"] = data.skipped_files
+    return metrics
 
 
 def evaluation_batches(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    sequence_length: int,
-) -> grain.DatasetIterator:
-    """Batches in which every token of `documents`, EOS included, is a target exactly once.
+    data: Data, *, batch_size: int, sequence_length: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches in which every token of the held-out records, EOS included, is a target exactly once.
 
-    The last row, and the last batch by whole rows, are filled up with padding.
+    The last row, and the last batch by whole rows, are filled up with padding. Also with
+    `data.packing="best_fit"` a document longer than a row is cut, not left out.
     """
-    rows = _rows(grain.MapDataset.source(documents), tokenizer, sequence_length)
-    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return iter(rows.batch(batch_size, batch_fn=pad))
+    rows = _evaluation_rows(data, sequence_length)
+    while batch := list(itertools.islice(rows, batch_size)):
+        batch += [fill_row([], [], sequence_length)] * (batch_size - len(batch))
+        yield _stack(batch)
 
 
-def _rows(
-    documents: grain.MapDataset, tokenizer: Tokenizer, sequence_length: int
-) -> grain.IterDataset:
-    def tokenize(document: Document) -> dict[str, np.ndarray]:
-        ids = tokenizer.encode(document.text)
-        return next_token_pairs(ids, bos=tokenizer.bos_id, eos=tokenizer.eos_id)
+def _evaluation_rows(data: Data, sequence_length: int) -> Iterator[Row]:
+    """Window by window; a row that is not full goes on in the next one."""
+    pack = concatenate if data.packing == "concatenate" else best_fit
+    window: list[Document] = []
 
-    read_ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-    return pack(documents.map(tokenize).to_iter_dataset(read_ahead), sequence_length)
+    def pack_window() -> list[list[Piece]]:
+        return pack([len(document["tokens"]) for document in window], sequence_length)
+
+    tokens = 0
+    for _, document in readable(data.held_out, data.tokenizer, on_error=data.on_error):
+        starts = range(0, len(document["tokens"]), sequence_length)
+        window += [_part(document, start, start + sequence_length) for start in starts]
+        tokens += len(document["tokens"])
+        if tokens >= data.window_rows * sequence_length:
+            *plan, last = pack_window()
+            yield from (fill_row(pieces, window, sequence_length) for pieces in plan)
+            window = [_part(window[number], start, stop) for number, start, stop in last]
+            tokens = sum(len(document["tokens"]) for document in window)
+    yield from (fill_row(pieces, window, sequence_length) for pieces in pack_window())
+
+
+def _part(document: Document, start: int, stop: int) -> Document:
+    return {name: array[start:stop] for name, array in document.items()}
+
+
+def _stack(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class _ShardedBatches(grain.IterDataset):
+    """Batches of the rows of some shards, without end."""
+
+    def __init__(self, shards: Mapping[str, Shard], *, rows_a_shard: int):
+        super().__init__()
+        self._shards, self._rows = shards, rows_a_shard
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _ShardedBatchesIterator(self._shards, self._rows)
+
+
+class _ShardedBatchesIterator(grain.DatasetIterator):
+    def __init__(self, shards: Mapping[str, Shard], rows_a_shard: int):
+        super().__init__()
+        self._shards, self._rows = shards, rows_a_shard
+        threads = min(len(shards), os.cpu_count() or 1)
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "read-shards")
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        def take(shard: Shard) -> list[Row]:
+            return [next(shard) for _ in range(self._rows)]
+
+        taken = self._pool.map(take, self._shards.values())
+        return _stack([row for rows in taken for row in rows])
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: shard.get_state() for name, shard in self._shards.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        missing = self._shards.keys() - state.keys()
+        if missing:
+            raise ValueError(
+                f"The state is of shards {', '.join(state)} and lacks {', '.join(sorted(missing))};"
+                " it takes the states of all hosts"
+            )
+        for name, shard in self._shards.items():
+            shard.set_state(state[name])
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        super().close()

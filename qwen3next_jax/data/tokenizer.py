@@ -29,6 +29,7 @@ from etils import epath
 _SPACE = "▁"
 _RESERVED = "▅"  # SentencePiece skips training text that holds its mark for unknown pieces
 _TRAINING_CHARACTERS = 50_000_000  # enough for any vocabulary; takes about 15 seconds
+_SAMPLE = 1000  # documents that tell how long all are
 
 
 def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
@@ -291,11 +292,14 @@ def train_tokenizer(
     Raises:
       ValueError: the texts are too small for `vocab_size`, or it is too small for the 256 bytes.
     """
-    stride = -(-sum(map(len, texts)) // _TRAINING_CHARACTERS) or 1
+    sample = range(0, len(texts), max(1, len(texts) // _SAMPLE))
+    characters = sum(len(texts[i]) for i in sample) * len(texts) // max(1, len(sample))
+    stride = -(-characters // _TRAINING_CHARACTERS) or 1
+    chosen = (texts[i] for i in range(0, len(texts), stride))
     model = _Bytes()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(text.replace(_RESERVED, " ") for text in texts[::stride]),
+            sentence_iterator=(text.replace(_RESERVED, " ") for text in chosen),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,

@@ -6,18 +6,19 @@ bytes that they stand for. A compressor's figure for the same bytes is directly 
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 from flax import nnx
 
-from qwen3next_jax.training.loss import Batch, next_token_losses
+from qwen3next_jax.training.loss import next_token_losses
 
 
 def perplexity(
     graph: nnx.GraphDef,
     params: nnx.State,
-    batches: Iterable[Batch],
+    batches: Iterable[Mapping[str, Any]],
     *,
     text_bytes: int,
     chunk: int = 512,

@@ -99,8 +99,7 @@ def _train(
     program = make_program(config, mesh)
     share = BatchShare(NamedSharding(mesh, BATCH), (t.global_batch_size, t.sequence_length))
     batches = training_batches(
-        data.train,
-        data.tokenizer,
+        data,
         batch_size=t.global_batch_size,
         sequence_length=t.sequence_length,
         seed=t.seed,

@@ -1,0 +1,92 @@
+"""From a record to a tokenised document: what is read, what is predicted, and what counts.
+
+A tokenised document is a dict of arrays of one length: `tokens` and `targets`, int32, and
+`loss_weights`, float32. A text's ids stand between BOS and EOS; what is read is all but the last
+and what is predicted all but the first, so that each token after BOS is a target once.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float32, Int32
+
+from qwen3next_jax.data.sources import BadRecordError, Record
+from qwen3next_jax.data.tokenizer import Tokenizer
+
+# Arrays of one length, which differs between documents: hence no letter for it.
+Document = Mapping[str, Int32[np.ndarray, " _"] | Float32[np.ndarray, " _"]]
+
+
+def tokenized(record: Record, tokenizer: Tokenizer) -> Document:
+    """The document of a record; a BadRecordError where there is nothing in it."""
+    if record.tokens is not None:
+        return record.tokens
+    if record.messages is not None:
+        raise BadRecordError(f"{record.name}: chats are not yet read")
+    if not record.text:
+        raise BadRecordError(f"{record.name}: is an empty document")
+    ids = tokenizer.encode(record.text)
+    return next_token_pairs(ids, bos=tokenizer.bos_id, eos=tokenizer.eos_id)
+
+
+def readable(
+    records: Sequence[Record], tokenizer: Tokenizer, *, on_error: str
+) -> Iterator[tuple[Record, Document]]:
+    """All records with their documents, in order.
+
+    Where `on_error` is "skip", records that cannot be used are left out, and their number logged.
+    """
+    skipped = 0
+    for i in range(len(records)):
+        try:
+            record = records[i]
+            document = tokenized(record, tokenizer)
+        except BadRecordError as error:
+            if on_error != "skip":
+                raise
+            log_skipped(error)
+            skipped += 1
+        else:
+            yield record, document
+    if skipped:
+        logging.warning("Skipped %d of %d held-out records", skipped, len(records))
+
+
+def log_skipped(error: BadRecordError) -> None:
+    """Logs the first few records that a process skips."""
+    logging.log_first_n(logging.WARNING, "Skipped %s", 5, error)
+
+
+class Texts(Sequence[str]):
+    """What records say, for a tokenizer to be trained on; "" for those that are skipped."""
+
+    def __init__(self, records: Sequence[Record], *, on_error: str):
+        self._records, self._on_error = records, on_error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        try:
+            record = self._records[index]
+        except BadRecordError:
+            if self._on_error != "skip":
+                raise
+            return ""
+        if record.tokens is not None:
+            raise ValueError(
+                f"{record.name} is tokenised already; give the tokenizer it was prepared with as "
+                "data.tokenizer"
+            )
+        if record.messages is not None:
+            contents = (message.get("content") for message in record.messages)
+            return "\n".join(content for content in contents if isinstance(content, str))
+        return record.text or ""
+
+
+def next_token_pairs(ids: list[int], *, bos: int, eos: int) -> Document:
+    """What is read and what is predicted in one text, n = len(ids) + 1, all of weight 1."""
+    delimited = np.array([bos, *ids, eos], np.int32)
+    weights = np.ones(len(ids) + 1, np.float32)
+    return {"tokens": delimited[:-1], "targets": delimited[1:], "loss_weights": weights}

@@ -1,0 +1,355 @@
+"""Files as sequences of raw values, by number: a text, or the object of a JSON line or table row.
+
+Random access needs to know where a record begins. A plain JSONL file is scanned once for its line
+ends (8 bytes a line are kept), ArrayRecord holds its own index. Compressed JSONL, Parquet and
+files in the cloud have none that a single record could be read by, so they are unpacked once, as
+plain JSONL, into `$XDG_CACHE_HOME/qwen3next_jax/unpacked` (`~/.cache` where that is not set); the
+disk must hold them. Corpora too large for that are for `data/prepare.py`.
+
+Whatever is wrong is an error: BadFileError for a file, BadValueError for one value. Neither names
+the file; who reads it does.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import tokenize
+import zlib
+from collections.abc import Callable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+from absl import logging
+from etils import epath
+
+from qwen3next_jax.data.hashing import mix64
+
+_SCANNED = 1 << 24  # bytes at a time
+
+
+class BadFileError(ValueError):
+    """A file that cannot be read."""
+
+
+class BadValueError(ValueError):
+    """A value that cannot be read."""
+
+
+@runtime_checkable
+class RecordFile(Protocol):
+    """What a source is made of.
+
+    Attributes:
+      name: relative to the source.
+      is_one_document: the file is one record, which its name alone names.
+    """
+
+    name: str
+    is_one_document: bool
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Any: ...
+
+
+class TextFile:
+    """A UTF-8 file that is one document; line ends and tabs are kept."""
+
+    is_one_document = True
+
+    def __init__(self, name: str, path: epath.Path):
+        self.name, self._path = name, path
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, number: int) -> str:
+        return decode_utf8(self._path.read_bytes())
+
+
+class PythonFile(TextFile):
+    """Python source, in the encoding that it declares."""
+
+    def __getitem__(self, number: int) -> str:
+        source = self._path.read_bytes()
+        try:
+            encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+            return source.decode(encoding)
+        except (UnicodeDecodeError, SyntaxError) as error:  # the latter: an unknown encoding
+            raise BadValueError(f"cannot be decoded: {error}") from error
+
+
+class JsonLinesFile:
+    """An object a line; `path` is local and plain."""
+
+    is_one_document = False
+
+    def __init__(self, name: str, path: str | os.PathLike):
+        self.name, self._path = name, os.fspath(path)
+        self._ends = _line_ends(self._path)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> Any:
+        start = int(self._ends[number - 1]) if number else 0
+        with open(self._path, "rb") as file:
+            file.seek(start)
+            line = decode_utf8(file.read(int(self._ends[number]) - start))
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise BadValueError(f"is no JSON: {error}") from error
+
+
+def open_json_lines(name: str, path: epath.Path) -> JsonLinesFile:
+    """A JSONL file, plain or compressed (`.gz`, `.zst`), local or not."""
+    if path.suffix == ".gz":
+
+        def unpack(target: BinaryIO) -> None:
+            try:
+                with path.open("rb") as file, gzip.open(file) as content:
+                    shutil.copyfileobj(content, target, _SCANNED)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise BadFileError(f"is truncated or no gzip: {error}") from error
+    elif path.suffix in (".zst", ".zstd"):
+        zstandard = import_extra("zstandard")
+
+        def unpack(target: BinaryIO) -> None:
+            with path.open("rb") as file:
+                _unpack_zstd(zstandard, file, target)
+    elif _is_local(path):
+        return JsonLinesFile(name, path)
+    else:
+
+        def unpack(target: BinaryIO) -> None:
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, target, _SCANNED)
+
+    return JsonLinesFile(name, _unpacked(path, unpack))
+
+
+def open_parquet(name: str, path: epath.Path, *, field: str) -> JsonLinesFile:
+    """A Parquet file's rows as objects of `field`, and of `tools` where there is such a column."""
+    arrow = import_extra("pyarrow")
+    parquet = import_extra("pyarrow.parquet")
+
+    def unpack(target: BinaryIO) -> None:
+        try:
+            with path.open("rb") as file:
+                table = parquet.ParquetFile(file)
+                names = table.schema_arrow.names
+                if field not in names:
+                    raise BadFileError(f"has no column {field!r}; its columns are {sorted(names)}")
+                columns = [field] + ["tools"] * ("tools" in names and field != "tools")
+                for batch in table.iter_batches(batch_size=1024, columns=columns):
+                    for row in range(batch.num_rows):
+                        target.write(_json_line(batch, row) + b"\n")
+        except (arrow.ArrowException, OSError) as error:
+            raise BadFileError(f"is truncated or no Parquet: {error}") from error
+
+    return JsonLinesFile(name, _unpacked(path, unpack, extra=field))
+
+
+class ArrayRecordFile:
+    """UTF-8 texts, or JSON objects where `as_json`."""
+
+    is_one_document = False
+
+    def __init__(self, name: str, path: epath.Path, *, as_json: bool):
+        self.name, self._as_json = name, as_json
+        self._records = open_array_record(path)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            content = self._records[number]
+        except (RuntimeError, ValueError) as error:  # as Riegeli reports damage
+            raise BadValueError(f"cannot be read: {error}") from error
+        text = decode_utf8(content)
+        if not self._as_json:
+            return text
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise BadValueError(
+                f"is no JSON: {error}; data.field='' reads records as they are"
+            ) from error
+
+
+def open_array_record(path: epath.Path) -> grain.sources.ArrayRecordDataSource:
+    """The records of one file as bytes."""
+    if not _is_local(path):
+
+        def unpack(target: BinaryIO) -> None:
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, target, _SCANNED)
+
+        path = epath.Path(_unpacked(path, unpack))
+    try:
+        return grain.sources.ArrayRecordDataSource([os.fspath(path)])
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise BadFileError(f"is truncated or no ArrayRecord: {error}") from error
+
+
+class TfdsSplit:
+    """A split of a dataset in ArrayRecord or Parquet files, read without TensorFlow.
+
+    Args:
+      path: the dataset's name ("python_standard_library", "wiki40b/en:1.3.0"), which is then looked
+        for in TFDS's data directory and made where it is not there; or the directory of a version.
+      split: "train", or with TFDS's slices, "train[:90%]".
+    """
+
+    is_one_document = False
+
+    def __init__(self, path: str, split: str):
+        tfds = import_extra("tensorflow_datasets")
+        # Importing the module makes our own dataset known to TFDS by its name.
+        import qwen3next_jax.data.python_standard_library  # noqa: F401
+
+        try:
+            if (epath.Path(path) / "dataset_info.json").exists():
+                builder = tfds.builder_from_directory(path)
+                self._rows = builder.as_data_source(split=split)
+            else:
+                self._rows = tfds.data_source(path, split=split)
+        except Exception as error:
+            raise BadFileError(
+                f"data.path={path!r}, data.split={split!r} cannot be opened as a dataset of TFDS: "
+                f"{error}"
+            ) from error
+        self.name = f"{path}/{split}"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self._rows[number]
+        except (RuntimeError, ValueError) as error:
+            raise BadValueError(f"cannot be read: {error}") from error
+
+
+class SyntheticFile:
+    """A hundred thousand documents of made-up words: frequencies by Zipf's law, log-normal lengths.
+
+    A document is a function of its number.
+    """
+
+    is_one_document = False
+    name = "synthetic"
+    _LENGTH, _WORDS = 100_000, 8192
+
+    def __len__(self) -> int:
+        return self._LENGTH
+
+    def __getitem__(self, number: int) -> str:
+        rng = np.random.default_rng(number)
+        words = max(1, int(rng.lognormal(mean=5, sigma=1)))
+        ranks = np.exp(rng.random(words) * np.log(self._WORDS)).astype(np.uint64)
+        return " ".join(map(_word, mix64(ranks).tolist())) + ".\n"
+
+
+def _word(bits: int) -> str:
+    """Two to four syllables."""
+    syllables = []
+    for _ in range(2 + bits % 3):
+        bits //= 3
+        syllables.append("bdfgklmnprstvz"[bits % 14] + "aeiou"[bits // 14 % 5])
+        bits //= 70
+    return "".join(syllables)
+
+
+def decode_utf8(content: bytes) -> str:
+    """The text of bytes, or a BadValueError that says where they are none."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise BadValueError(
+            f"is no UTF-8: byte 0x{content[error.start]:02x} at {error.start}"
+        ) from error
+
+
+def import_extra(module: str) -> Any:
+    """Imports what not every installation has."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module} is needed for this data and cannot be imported ({error}); install it by "
+            "pip install 'qwen3next_jax[data]'"
+        ) from error
+
+
+def _line_ends(path: str) -> np.ndarray:
+    """Where each line ends, the newline included; int64 [lines]."""
+    ends, start = [], 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_SCANNED):
+            newlines = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            ends.append(newlines + (start + 1))
+            start += len(chunk)
+            last = chunk[-1:]
+    if start and last != b"\n":
+        ends.append(np.array([start]))
+    return np.concatenate(ends).astype(np.int64) if ends else np.zeros(0, np.int64)
+
+
+def _unpack_zstd(zstandard: Any, file: BinaryIO, target: BinaryIO) -> None:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(
+        read_across_frames=True
+    )
+    try:
+        while chunk := file.read(_SCANNED):
+            target.write(decompressor.decompress(chunk))
+    except zstandard.ZstdError as error:
+        raise BadFileError(f"is no zstd: {error}") from error
+    if not decompressor.eof:
+        raise BadFileError("is a truncated zstd file")
+
+
+def _json_line(batch: Any, row: int) -> bytes:
+    try:
+        values = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+        values = {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+    except UnicodeDecodeError as error:
+        return error.object  # a line that is no UTF-8 either: the record is reported when it is met
+    return json.dumps(values, ensure_ascii=False, default=str).encode()
+
+
+def _unpacked(
+    path: epath.Path, unpack: Callable[[BinaryIO], None], extra: str = ""
+) -> pathlib.Path:
+    """The unpacked copy of a file, made where there is none of its present length and time.
+
+    It appears whole or not at all.
+    """
+    stat = path.stat()
+    identity = f"{path}\0{stat.length}\0{stat.mtime}\0{extra}"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = pathlib.Path(cache, "qwen3next_jax", "unpacked")
+    copy = folder / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}-{path.name}"
+    if not copy.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        logging.info("Unpacking %s to %s", path, copy)
+        unfinished = copy.with_name(f".{copy.name}.{os.getpid()}")
+        try:
+            with unfinished.open("wb") as target:
+                unpack(target)
+            unfinished.replace(copy)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return copy
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)

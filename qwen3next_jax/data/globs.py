@@ -1,0 +1,71 @@
+"""Globs over local and cloud paths that do not pass over what they may not read.
+
+The standard library's `glob` treats a folder without permission like an empty one. Here it is a
+problem that the caller hears of.
+"""
+
+import fnmatch
+import glob
+import itertools
+from collections.abc import Iterator
+
+from etils import epath
+
+
+def matching_files(pattern: str, problems: list[str]) -> list[epath.Path]:
+    """The files that a glob matches.
+
+    Args:
+      pattern: as for `glob.glob`; `**` stands for any number of folders.
+      problems: folders that cannot be read are added to it.
+
+    Raises:
+      ValueError: no file matches.
+    """
+    root = fixed_folder(pattern)
+    parts = epath.Path(pattern).parts[len(root.parts) :]
+    found = dict.fromkeys(_match(root, parts, problems))  # `**/**` meets a file twice
+    if not found and not problems:
+        raise ValueError(
+            f"data.path={pattern!r} matches no file; give a glob such as '/corpus/**/*.txt'"
+        )
+    return list(found)
+
+
+def fixed_folder(pattern: str) -> epath.Path:
+    """The leading folders without wildcards, to which names are relative."""
+    path = epath.Path(pattern)
+    fixed = itertools.takewhile(lambda part: glob.escape(part) == part, path.parts[:-1])
+    return type(path)(*fixed)
+
+
+def _match(folder: epath.Path, parts: tuple[str, ...], problems: list[str]) -> Iterator[epath.Path]:
+    part, rest = parts[0], parts[1:]
+    if part != "**" and glob.escape(part) == part:
+        children = [folder / part] if (folder / part).exists() else []
+    else:
+        try:
+            children = sorted(folder.iterdir())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            problems.append(f"{folder}: {error.strerror or error}")
+            return
+    if part == "**":
+        if rest:
+            yield from _match(folder, rest, problems)
+        for child in children:
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _match(child, parts, problems)
+            elif not rest and not child.name.startswith("."):
+                yield child
+        return
+    for child in children:
+        hidden = child.name.startswith(".") and not part.startswith(".")
+        if hidden or not fnmatch.fnmatchcase(child.name, part):
+            continue
+        if rest:
+            if child.is_dir():
+                yield from _match(child, rest, problems)
+        elif child.is_file():
+            yield child

@@ -1,0 +1,60 @@
+"""Which records are held out for evaluation: a property of a record's name alone.
+
+What is held out must stay so: when a run goes on, when records or files come or go, when the corpus
+moves to another folder. So the name is hashed to a number in [0, 1), and the record is held out
+where that is below the fraction. Raising the fraction only adds to the held-out part. In a file of
+many records the number of each is mixed into the file's hash, millions a second.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen3next_jax.data.hashing import hash64, mix64
+from qwen3next_jax.data.sources import Record, Source
+
+
+class Part(Sequence[Record]):
+    """Some records of a source, by the rest that is left out or by themselves.
+
+    Held-out records are few, so their numbers are kept, and the training part is told by them.
+    """
+
+    def __init__(self, source: Source, held_out: np.ndarray, *, training: bool):
+        self.source = source
+        self._held_out, self._training = held_out, training
+        # Of each held-out record, how many training records come before it.
+        self._before = held_out - np.arange(len(held_out))
+
+    def __len__(self) -> int:
+        held_out = len(self._held_out)
+        return len(self.source) - held_out if self._training else held_out
+
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        if not self._training:
+            return self.source[int(self._held_out[index])]
+        return self.source[index + int(np.searchsorted(self._before, index, side="right"))]
+
+
+def split(source: Source, holdout_fraction: float) -> tuple[Part, Part]:
+    """The training part and the held-out part; a ValueError where one of them is empty."""
+    parts, start = [np.zeros(0, np.int64)], 0
+    for file in source.files:
+        hashes = np.array([hash64(file.name)], np.uint64)
+        if not file.is_one_document:
+            hashes = mix64(hashes ^ mix64(np.arange(1, len(file) + 1, dtype=np.uint64)))
+        parts.append(start + np.flatnonzero(hashes / 2.0**64 < holdout_fraction))
+        start += len(file)
+    held_out = np.concatenate(parts)
+    for empty, name, remedy in (
+        (len(held_out) == start, "training", "lower"),
+        (len(held_out) == 0, "held-out", "raise"),
+    ):
+        if empty:
+            raise ValueError(
+                f"data.holdout_fraction={holdout_fraction} leaves none of the {start} records "
+                f"for the {name} part; {remedy} it or add records"
+            )
+    return Part(source, held_out, training=True), Part(source, held_out, training=False)

@@ -1,0 +1,253 @@
+"""A virtual shard: a fixed share of the records, which it shuffles, repeats and packs alone.
+
+A run has a fixed number of them, whatever the number of hosts, and each fills fixed rows of a
+batch, so the batch at a step depends on the config and the step only. A shard has every S-th record
+of each source, in an order that each epoch draws anew. It takes documents until they fill a window
+of rows, packs these, and gives the rows in a shuffled order, as a long document fills many rows
+in succession. While it gives a window's rows it reads the next window's documents, as many for each
+row, so that no row takes long.
+
+Its state is where the window began and how many of its rows were given: a restored shard reads the
+window again. With one source an epoch ends with a row that is padded, and so the next one begins
+with a row of its own. Of several sources, the next document is from the one that is furthest behind
+its share of the tokens.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+
+from qwen3next_jax.data.documents import Document, log_skipped, tokenized
+from qwen3next_jax.data.hashing import hash64, permutation
+from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
+from qwen3next_jax.data.sources import BadRecordError, Record
+from qwen3next_jax.data.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingPart:
+    """One source of a mixture.
+
+    Attributes:
+      name: in metrics.
+      records: to train on.
+      weight: share of the tokens, relative to the other parts'.
+    """
+
+    name: str
+    records: Sequence[Record]
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How documents become rows.
+
+    Attributes:
+      kind: "concatenate" or "best_fit".
+      sequence_length: T.
+      too_long: of documents longer than a row, with best_fit: "error" treats them as records that
+        cannot be used, "truncate" keeps their first T tokens and counts them.
+      on_error: records that cannot be used: "raise", or "skip" and count them.
+      window_rows: how many rows are packed and shuffled together.
+    """
+
+    kind: str
+    sequence_length: int
+    too_long: str = "error"
+    on_error: str = "raise"
+    window_rows: int = 128
+
+
+class _Skipped:
+    """Stands for a record that cannot be used."""
+
+
+class _Reader:
+    """Documents of one part of one shard, by their place in the shard's endless course."""
+
+    def __init__(
+        self, part: TrainingPart, tokenizer: Tokenizer, packing: Packing,
+        *, seed: int, shard: int, num_shards: int,
+    ):  # fmt: skip
+        self.size = len(range(shard, len(part.records), num_shards))
+        if not self.size:
+            raise ValueError(
+                f"The source {part.name!r} has {len(part.records)} records to train on, but "
+                f"data.num_shards={num_shards}; lower that, so that every shard has a record"
+            )
+        self._part, self._tokenizer, self._packing = part, tokenizer, packing
+        self._documents = (
+            grain.MapDataset.range(shard, len(part.records), num_shards)
+            .shuffle(seed=hash64(f"{seed}:{shard}:{part.name}") % 2**32)
+            .repeat()
+            .map(self._read)
+        )
+        self._failures = 0  # in succession
+
+    def __getitem__(self, place: int) -> tuple[Document | _Skipped, bool]:
+        """The document, and whether it was truncated."""
+        found, truncated = self._documents[place]
+        self._failures = self._failures + 1 if isinstance(found, _Skipped) else 0
+        if self._failures > self.size:
+            raise ValueError(f"None of a shard's records of {self._part.name!r} can be used")
+        return found, truncated
+
+    def _read(self, index: int) -> tuple[Document | _Skipped, bool]:
+        packing = self._packing
+        try:
+            record = self._part.records[index]
+            document = tokenized(record, self._tokenizer)
+            length = len(document["tokens"])
+            if packing.kind == "concatenate" or length <= packing.sequence_length:
+                return document, False
+            if packing.too_long == "error":
+                raise BadRecordError(
+                    f"{record.name}: has {length} tokens, more than a row of "
+                    f"{packing.sequence_length}, and data.packing='best_fit' keeps documents whole;"
+                    " raise train.sequence_length, or set data.too_long='truncate'"
+                )
+            return {k: v[: packing.sequence_length] for k, v in document.items()}, True
+        except BadRecordError as error:
+            if packing.on_error != "skip":
+                raise
+            log_skipped(error)
+            return _Skipped(), False
+
+
+class _Window:
+    """Documents from a place on, enough for some rows.
+
+    `start` is that place: documents read of each part, their tokens, and how many tokens of the
+    first document belong to earlier rows. `first` is that document, where it is at hand.
+    """
+
+    def __init__(
+        self, start: dict[str, Any], readers: Sequence[_Reader], weights: Sequence[float],
+        packing: Packing, first: Document | None = None,
+    ):  # fmt: skip
+        self._readers, self._weights, self._packing = readers, weights, packing
+        self._first = first
+        self._at = start  # after the documents read so far; replaced, never changed
+        self._before_last = self._at
+        self.documents: list[Document] = []
+        self.parts: list[int] = []  # of each document
+        self.start = start
+        self.skipped = self.truncated = 0
+        self._tokens = -start["offset"]
+        self._complete = False
+
+    def read(self, share: float = 1.0) -> None:
+        """Reads until this share of the window's tokens is there, or the epoch ends."""
+        rows = self._packing.window_rows
+        wanted = share * rows * self._packing.sequence_length
+        while not self._complete and self._tokens < wanted:
+            self._read_one()
+            if self._tokens >= rows * self._packing.sequence_length:
+                self._complete = True
+            elif len(self._readers) == 1 and self.documents:
+                self._complete = self._at["read"][0] % self._readers[0].size == 0
+
+    def _read_one(self) -> None:
+        before, read, taken = self._at, list(self._at["read"]), list(self._at["taken"])
+        part = min(range(len(taken)), key=lambda i: taken[i] / self._weights[i])
+        if self._first is None:
+            document, truncated = self._readers[part][read[part]]
+        else:
+            document, truncated, self._first = self._first, False, None
+        read[part] += 1
+        self._at = {"read": read, "taken": taken, "offset": 0}
+        if isinstance(document, _Skipped):
+            self.skipped += 1
+            return
+        self._before_last = before
+        taken[part] += len(document["tokens"])
+        self._tokens += len(document["tokens"])
+        self.truncated += truncated
+        self.documents.append(document)
+        self.parts.append(part)
+
+    def pack(self) -> tuple[list[list[Piece]], "_Window"]:
+        """The rows, and the next window."""
+        length, rows = self._packing.sequence_length, self._packing.window_rows
+        lengths = [len(document["tokens"]) for document in self.documents]
+        start, first = self._at, None
+        if self._packing.kind == "best_fit":
+            plan = best_fit(lengths, length)
+        else:
+            plan = concatenate(lengths, length, offset=self.start["offset"])
+            if len(plan) > rows:  # the last document is cut at the window's end
+                start = {**self._before_last, "offset": plan[rows][0].start}
+                first = self.documents[-1]
+                del plan[rows:]
+        return plan, _Window(start, self._readers, self._weights, self._packing, first)
+
+
+class Shard:
+    """The rows of one virtual shard, without end."""
+
+    def __init__(
+        self, parts: Sequence[TrainingPart], tokenizer: Tokenizer, packing: Packing,
+        *, seed: int, shard: int, num_shards: int,
+    ):  # fmt: skip
+        self._parts, self._packing = parts, packing
+        self._key = (seed, shard)
+        self._readers = [
+            _Reader(part, tokenizer, packing, seed=seed, shard=shard, num_shards=num_shards)
+            for part in parts
+        ]
+        zeros = [0] * len(parts)
+        self._counts: dict[str, Any] = {
+            "rows": 0, "records": list(zeros), "tokens": list(zeros), "skipped": 0, "truncated": 0
+        }  # fmt: skip
+        self._window = self._window_from({"read": zeros, "taken": zeros, "offset": 0})
+        self._row = 0  # rows given of the window
+        self._plan: list[list[Piece]] | None = None  # rows of the window, in their shuffled order
+        self._upcoming = self._window
+
+    def __next__(self) -> Row:
+        if self._plan is None:
+            self._plan = self._open()
+        if self._row == len(self._plan):
+            self._window, self._row = self._upcoming, 0
+            self._plan = self._open()
+        pieces = self._plan[self._row]
+        self._row += 1
+        self._count(pieces)
+        self._upcoming.read(self._row / len(self._plan))
+        return fill_row(pieces, self._window.documents, self._packing.sequence_length)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where it is, in numbers and lists of them."""
+        return copy.deepcopy({**self._window.start, "row": self._row, "counts": self._counts})
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        start = copy.deepcopy(state)
+        self._counts, self._row = start.pop("counts"), start.pop("row")
+        self._window, self._plan = self._window_from(start), None
+
+    def _window_from(self, start: dict[str, Any]) -> _Window:
+        weights = [part.weight for part in self._parts]
+        return _Window(start, self._readers, weights, self._packing)
+
+    def _open(self) -> list[list[Piece]]:
+        """Reads and packs the window."""
+        self._window.read()
+        plan, self._upcoming = self._window.pack()
+        if self._row == 0:  # otherwise they were counted before the state was taken
+            self._counts["skipped"] += self._window.skipped
+            self._counts["truncated"] += self._window.truncated
+        start = self._window.start
+        order = permutation(len(plan), *self._key, *start["read"], start["offset"])
+        return [plan[row] for row in order]
+
+    def _count(self, pieces: Sequence[Piece]) -> None:
+        self._counts["rows"] += 1
+        for document, start, stop in pieces:
+            part = self._window.parts[document]
+            self._counts["records"][part] += start == 0
+            self._counts["tokens"][part] += stop - start

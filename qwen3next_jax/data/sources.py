@@ -1,0 +1,213 @@
+"""Records of text by number, whatever holds them: files of text, JSONL, Parquet, ArrayRecord, TFDS.
+
+`open_source` gives a `Source`, a sequence of `Record`. It is files one after another, and a file
+(`data/files.py`) is a sequence of raw values: a text, or an object one of whose fields holds the
+text or the messages of a chat. A record is read when it is asked for; nothing but its place is kept
+in memory. Sources can be pickled and used by several threads at a time.
+
+A record is named by its file, relative to the folders of the glob that have no wildcard, and by its
+number from 1: `wiki/a.jsonl:17`. The name stands in errors, and it decides whether the record is
+held out (`data/holdout.py`).
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sysconfig
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from qwen3next_jax.data import files
+from qwen3next_jax.data.files import BadFileError, RecordFile
+from qwen3next_jax.data.globs import fixed_folder, matching_files
+
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "array_record", "tfds", "synthetic")
+
+# Folders of the standard library that are not part of it, or whose odd files test Python itself.
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_LOGGED = 5  # of what is skipped, the first few
+
+
+class BadRecordError(ValueError):
+    """A record that cannot be used; the message names it and says why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One document, in one of three forms; the others are None.
+
+    Attributes:
+      name: file and number; where a file is one document, the file alone.
+      text: of a document.
+      messages: of a chat, as its template expects them.
+      tools: JSON schemas of the functions that the chat may call, or None.
+      tokens: a tokenised document, as `data/documents.py` describes it.
+    """
+
+    name: str
+    text: str | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tokens: Mapping[str, np.ndarray] | None = None
+
+
+class Chained(Sequence):
+    """The elements of several sequences, one after another."""
+
+    def __init__(self, sequences: Sequence[Any]):
+        self._sequences = sequences
+        self._ends = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+        sequence, number = self.place(index)
+        return sequence[number]
+
+    def place(self, index: int) -> tuple[Any, int]:
+        """The sequence that an element is in, and its number there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)}")
+        i = int(np.searchsorted(self._ends, index, side="right"))
+        return self._sequences[i], index - int(self._ends[i]) + len(self._sequences[i])
+
+
+class Source(Sequence[Record]):
+    """The records of files, one after another.
+
+    Attributes:
+      files: those that could be opened, in the order of their names.
+      skipped_files: names of those that could not, where errors are skipped.
+
+    Indexing raises a BadRecordError for a record that cannot be used.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[RecordFile],
+        *,
+        field: str = "",
+        skipped_files: Sequence[str] = (),
+    ):
+        self.files = files
+        self.skipped_files = tuple(skipped_files)
+        self._field = field
+        self._values = Chained(files)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+        file, number = self._values.place(index)
+        name = file.name if file.is_one_document else f"{file.name}:{number + 1}"
+        try:
+            return _record(name, file[number], self._field)
+        except (files.BadValueError, OSError) as error:
+            raise BadRecordError(f"{name}: {error}") from error
+
+
+def open_source(
+    source: str, path: str, *, field: str = "text", split: str = "train", on_error: str = "raise"
+) -> Source:
+    """Opens a source by the values of a config's `data` section.
+
+    Args:
+      source: one of `SOURCES`:
+        "stdlib", the .py files of the running Python's own library, each in the encoding it
+        declares; "text", UTF-8 files, each a document; "jsonl", an object a line, plain or
+        compressed (.gz, .zst); "parquet", an object a row; "array_record", a UTF-8 text or an
+        object a record; "tfds", a dataset of TensorFlow Datasets; "synthetic", made-up words.
+      path: a glob in which `**` stands for any folders, a cloud path too; for "tfds" the dataset's
+        name, or the directory that holds it; "" for "stdlib" and "synthetic".
+      field: of objects, the one that holds the text or the messages; for "array_record", ""
+        says that a record is a text.
+      split: for "tfds".
+      on_error: "raise", or "skip": files and folders that cannot be read are logged and counted in
+        `skipped_files`.
+
+    Raises:
+      ValueError: the source is unknown, nothing matches, or (BadFileError) a file cannot be read.
+    """
+    if source == "synthetic":
+        return Source([files.SyntheticFile()])
+    if source == "tfds":
+        return Source([files.TfdsSplit(path, split)], field=field)
+    open_file: Callable[[str, epath.Path], RecordFile]
+    if source == "text":
+        open_file = files.TextFile
+    elif source == "stdlib":
+        open_file = files.PythonFile
+    elif source == "jsonl":
+        open_file = files.open_json_lines
+    elif source == "parquet":
+        open_file = functools.partial(files.open_parquet, field=field)
+    elif source == "array_record":
+        open_file = functools.partial(files.ArrayRecordFile, as_json=bool(field))
+    else:
+        raise ValueError(f"data.source={source!r} is unknown; expected one of {', '.join(SOURCES)}")
+    problems: list[str] = []
+    if source == "stdlib":
+        root = epath.Path(sysconfig.get_paths()["stdlib"])
+        found = _library_files(root)
+    else:
+        root, found = fixed_folder(path), matching_files(path, problems)
+
+    opened = []
+    for name, file in sorted((file.relative_to(root).as_posix(), file) for file in found):
+        try:
+            opened.append(open_file(name, file))
+        except (BadFileError, OSError) as error:
+            problems.append(f"{file}: {error}")
+    if problems and on_error != "skip":
+        raise BadFileError(
+            f"data.source={source!r} has files that cannot be read; repair them, or set "
+            "data.on_error='skip' to go without them:\n  " + "\n  ".join(problems[:_LOGGED])
+        )
+    for problem in problems[:_LOGGED]:
+        logging.warning("Skipped %s", problem)
+    if problems:
+        logging.warning("Skipped %d files or folders that cannot be read", len(problems))
+    if not sum(map(len, opened)):
+        raise ValueError(
+            f"The {len(opened)} files of data.source={source!r}, data.path={path!r} hold no record"
+        )
+    return Source(opened, field=field, skipped_files=problems)
+
+
+def _record(name: str, value: Any, field: str) -> Record:
+    """A value of a file as a record."""
+    if isinstance(value, str):
+        return Record(name=name, text=value)
+    if not isinstance(value, Mapping):
+        raise files.BadValueError(f"expected an object with a field {field!r}, found {value!r:.80}")
+    if field not in value:
+        raise files.BadValueError(f"has no field {field!r}; its fields are {sorted(value)}")
+    content = value[field]
+    if isinstance(content, bytes):
+        content = files.decode_utf8(content)
+    if isinstance(content, str):
+        return Record(name=name, text=content)
+    if isinstance(content, list) and all(isinstance(message, Mapping) for message in content):
+        return Record(name=name, messages=content, tools=value.get("tools"))
+    raise files.BadValueError(
+        f"field {field!r} is {content!r:.80}; expected a string, or a list of messages"
+    )
+
+
+def _library_files(root: epath.Path) -> list[epath.Path]:
+    found = [
+        epath.Path(file)
+        for file in pathlib.Path(root).rglob("*.py")
+        if _SKIPPED_FOLDERS.isdisjoint(file.relative_to(root).parts)
+        and file.stat().st_size  # an empty `__init__.py` is no document
+    ]
+    if not found:
+        raise ValueError(
+            f"This Python has no library source in {root}; use data.source='text' and data.path"
+        )
+    return found
