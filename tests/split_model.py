@@ -1,7 +1,6 @@
 """What the tests of meshes share: a model that every axis can split, and packed documents."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from oracles import random_model, small_config
