@@ -124,7 +124,9 @@ def _watched(peer_timeout: float) -> Iterator[None]:
     if jax.process_index():
         logging.set_verbosity(logging.WARNING)  # one process tells the story
     logging.info("%d processes on %s", len(hosts), ", ".join(sorted(set(hosts))))
-    watch = Watch(distributed.global_state.client, jax.process_index(), hosts, peer_timeout)
+    state = distributed.global_state
+    address = str(state.coordinator_address)
+    watch = Watch(state.client, address, state.process_id, hosts, peer_timeout)
     try:
         yield
         exchange("done")  # process 0, which coordinates, must not leave before the others are done

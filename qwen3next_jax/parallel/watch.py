@@ -3,8 +3,11 @@
 A collective in which one process is missing waits, or fails with a line about a socket, or JAX's
 coordinator aborts everything with a stack trace; none says on which host to look. So every process
 raises a counter in the coordinator's key-value store a few times per `timeout`. Process 0 reads
-all counters; when one stands still too long, it writes a verdict, on which all processes wait. If
-process 0 itself is gone, the others notice by their own calls.
+all counters; when one stands still too long, it writes a verdict, on which all processes wait.
+
+If process 0 itself is gone, the others notice by their own calls, unless JAX is faster: where the
+connection is closed, as it is when the process but not its machine dies, JAX aborts at once. There
+is no hook for that but the signal.
 
 A process that ends by an exception writes the verdict itself, so that the others end at once. An
 exception of JAX's runtime proves nothing, though: a collective also fails because another process
@@ -12,10 +15,15 @@ died. Such a one waits for a verdict first.
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
+import socket
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,11 +37,12 @@ EXIT_CODE = 1
 class Watch:
     """Watches over the processes of a run until `stop`."""
 
-    def __init__(self, client: Any, me: int, hosts: list[str], timeout: float):
+    def __init__(self, client: Any, address: str, me: int, hosts: list[str], timeout: float):
         """Starts.
 
         Args:
           client: of JAX's coordinator.
+          address: host:port of that.
           me: the index of this process.
           hosts: of each process, the name of its machine.
           timeout: seconds in which this process ends after another one died.
@@ -43,6 +52,8 @@ class Watch:
         self._patience = timeout - 3 * self._interval  # the rest is for the verdict's way
         self._answered = time.monotonic()
         self._leaving = threading.Event()
+        if me != 0:
+            self._abort_handler = _on_abort(partial(self._explain_abort, address))
         self._threads = [
             threading.Thread(target=run, name=run.__name__, daemon=True)
             for run in (self._beat, self._watch_coordinator)
@@ -122,6 +133,15 @@ class Watch:
                     f"{self._name(0)}, the coordinator, is missing: no answer for {silence:.0f} s"
                 )
 
+    def _explain_abort(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=self._interval).close()
+        except OSError:
+            line = f"{self._name(0)}, the coordinator, is missing. Ending {self._name(self._me)}."
+            os.write(2, f"{line} The same command goes on from the last checkpoint.\n".encode())
+            os._exit(EXIT_CODE)
+
     def _say(self, message: str) -> None:
         verdict = json.dumps({"message": message})
         # It fails where another verdict was first, or where there is no one left to tell.
@@ -142,6 +162,24 @@ class Watch:
 
     def _name(self, process: int) -> str:
         return f"process {process} ({self._hosts[process]})"
+
+
+def _on_abort(explain: Callable[[], None]) -> Any:
+    """Calls `explain` on SIGABRT, then what would have been called; keep the result alive.
+
+    A handler of Python's own would run after the return to Python, and abort() does not return.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handler(number: int) -> None:
+        explain()
+        libc.signal(number, before)
+        signal.raise_signal(number)
+
+    before = libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    return handler
 
 
 def _from_runtime(error: BaseException | None) -> bool:
