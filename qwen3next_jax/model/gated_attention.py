@@ -18,7 +18,8 @@ from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import AttentionCache, add_to_slots
 from qwen3next_jax.model.layers import RMSNorm, normal, weight
 from qwen3next_jax.model.rope import apply_rope
-from qwen3next_jax.ops.attention import attention, cached_attention
+from qwen3next_jax.ops.attention import cached_attention
+from qwen3next_jax.parallel.context import attention
 from qwen3next_jax.parallel.mesh import gathered
 
 

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax import ops
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import DeltaCache, DeltaDraft, next_tail
 from qwen3next_jax.model.layers import constant, normal, rms_normalize, weight
-from qwen3next_jax.ops.causal_conv import causal_conv
-from qwen3next_jax.ops.delta_rule import gated_delta_rule
+from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import gathered
 
 _FEW = 8  # tokens, for which the recurrence is less work than a chunk
@@ -95,15 +95,17 @@ class GatedDeltaNet(nnx.Module):
         inputs = [project(w) for w in (self.q_proj, self.k_proj, self.v_proj)]
         kernels = [w[...] for w in (self.q_conv, self.k_conv, self.v_conv)]
         tails = [None] * 3 if cache is None else cache[:3]
+        # Tokens behind a cache are too few to be split over devices.
+        mixing = context if cache is None else ops
         q, k, v = (
-            jax.nn.silu(causal_conv(x, w, segment_ids=segment_ids, tail=tail))
+            jax.nn.silu(mixing.causal_conv(x, w, segment_ids=segment_ids, tail=tail))
             for x, w, tail in zip(inputs, kernels, tails, strict=True)
         )
         beta = jax.nn.sigmoid(project(self.b_proj, into=jnp.float32))
         step = jax.nn.softplus(project(self.a_proj, into=jnp.float32) + self.dt_bias[...])
         q, k = _unit_length(q) * q.shape[-1] ** -0.5, _unit_length(k)
         log_decay = -jnp.exp(self.A_log[...].astype(jnp.float32)) * step
-        out, state = gated_delta_rule(
+        out, state = mixing.gated_delta_rule(
             q,
             k,
             v,

@@ -4,8 +4,10 @@
 
 "reference" holds all T · S scores. "chunked" holds one block of them: it walks the lower triangle
 of block pairs with a running maximum and sum (Rabe & Staats, arXiv:2112.05682; Dao et al.,
-arXiv:2205.14135), so memory grows with T alone and the upper triangle costs nothing. Its backward
-pass walks the same pairs with the scores recomputed. Softmax is float32 throughout.
+arXiv:2205.14135), so memory grows with T alone and the upper triangle costs nothing, nor do pairs
+of blocks without a common document. Its backward pass walks the same pairs with the scores
+recomputed. Softmax is float32 throughout. The walk takes any keys' blocks, for rows of which each
+device holds a part (`parallel/context.py`).
 """
 
 import functools
@@ -119,21 +121,31 @@ def _reference(q, k, v, segment_ids):
 
 
 def _chunked(q, k, v, segment_ids):
-    B, T = q.shape[:2]
-    block = min(_BLOCK, T)
-    padding = -T % block
+    T = q.shape[1]
     if segment_ids is None:
-        segment_ids = jnp.zeros((B, T), jnp.int32)
+        segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+    q, k, v, segments = (split_blocks(x) for x in (q, k, v, segment_ids))
+    return join_blocks(_pairs(q, k, v, segments), T)
 
-    def split(x):
-        """[B, T, heads..., X] → [blocks, B, heads..., block, X]."""
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(B, -1, block, *x.shape[2:])
-        return x.transpose(1, 0, *range(3, x.ndim - 1), 2, x.ndim - 1)
 
-    segments = split(segment_ids[..., None])[..., 0]
-    out = _pairs(split(q), split(k), split(v), segments)
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T + padding, *q.shape[2:4], -1)[:, :T]
+def split_blocks(x: Array) -> Array:
+    """[B, T, heads..., X] → [Z, B, heads..., C, X], and segment ids [B, T] → [Z, B, C].
+
+    The last block is padded with -1, which as an id is no document's.
+    """
+    T = x.shape[1]
+    block = min(_BLOCK, T)
+    x = jnp.pad(x, [(0, 0), (0, -T % block)] + [(0, 0)] * (x.ndim - 2), constant_values=-1)
+    x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
+    if x.ndim == 3:
+        return x.swapaxes(0, 1)
+    return x.transpose(1, 0, *range(3, x.ndim - 1), 2, x.ndim - 1)
+
+
+def join_blocks(x: Array, tokens: int) -> Array:
+    """[Z, B, heads..., C, X] → [B, T, heads..., X], without what lies beyond T tokens."""
+    x = x.transpose(1, 0, x.ndim - 2, *range(2, x.ndim - 2), x.ndim - 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]
 
 
 # Blocks below: q, out [Z B K R C H], k, v [Z B K C H], segments [Z B C].
@@ -145,47 +157,100 @@ def _pairs(q, k, v, segments):
 
 
 def _pairs_forward(q, k, v, segments):
-    def visit(carry, pair):
-        i, j = pair
-        scores, _ = _scores(q, k, segments, i, j)
-        after = _add_block(tuple(x[i] for x in carry), scores, v[j], "bkrcd,bkdp->bkrcp")
-        return tuple(x.at[i].set(y) for x, y in zip(carry, after, strict=True)), None
-
-    rows = q.shape[:-1]
-    start = (
-        jnp.zeros((*rows, v.shape[-1]), jnp.float32),
-        jnp.full(rows, _MASKED),
-        jnp.zeros(rows),
-    )
-    (total, peak, norm), _ = jax.lax.scan(visit, start, _lower_triangle(q.shape[0]))
-    out = (total / norm[..., None]).astype(v.dtype)
-    return out, (q, k, v, segments, out, peak + jnp.log(norm))
+    own = causal_pairs(q.shape[0])
+    carry = add_pairs(no_pairs(q, v), q, k, v, segments, segments, own, causal=True)
+    out, log_norm = normalize(carry, v.dtype)
+    return out, (q, k, v, segments, out, log_norm)
 
 
 def _pairs_backward(residuals, d_out):
     q, k, v, segments, out, log_norm = residuals
-    balance = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
-    scale = q.shape[-1] ** -0.5
-
-    def visit(carry, pair):
-        d_q, d_k, d_v = carry
-        i, j = pair
-        scores, mask = _scores(q, k, segments, i, j)
-        weights = jnp.where(mask, jnp.exp(scores - log_norm[i][..., None]), 0)
-        d_v = d_v.at[j].add(_dot("bkrcd,bkrcp->bkdp", weights.astype(v.dtype), d_out[i]))
-        d_weights = _dot("bkrcp,bkdp->bkrcd", d_out[i], v[j])
-        d_scores = scale * (weights * (d_weights - balance[i][..., None]))
-        d_scores = d_scores.astype(q.dtype)
-        d_q = d_q.at[i].add(_dot("bkrcd,bkdh->bkrch", d_scores, k[j]))
-        d_k = d_k.at[j].add(_dot("bkrcd,bkrch->bkdh", d_scores, q[i]))
-        return (d_q, d_k, d_v), None
-
-    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    grads, _ = jax.lax.scan(visit, start, _lower_triangle(q.shape[0]))
+    d_q = jnp.zeros(q.shape, jnp.float32)
+    grads = add_pair_gradients(
+        d_q, q, k, v, segments, segments, log_norm, out, d_out, causal_pairs(q.shape[0]),
+        causal=True,
+    )  # fmt: skip
     return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
 
 
 _pairs.defvjp(_pairs_forward, _pairs_backward)
+
+
+def causal_pairs(blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs (i, j) of a query block and a key block with i ≥ j, each query block's own last."""
+    i, j = np.tril_indices(blocks)
+    return i.astype(np.int32), j.astype(np.int32)
+
+
+def no_pairs(q: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Running sum, maximum and norm of each query's softmax before it has seen anything."""
+    rows = q.shape[:-1]
+    total = jnp.zeros((*rows, v.shape[-1]), jnp.float32)
+    return total, jnp.full(rows, _MASKED), jnp.zeros(rows)
+
+
+def add_pairs(carry, q, k, v, q_segments, k_segments, pairs, *, causal):
+    """Running sum, maximum and norm after the given pairs of query blocks and key blocks.
+
+    Args:
+      carry: from `no_pairs` or an earlier call.
+      q: queries' blocks.
+      k, v: keys' and values' blocks, which may be other tokens than q's.
+      q_segments, k_segments: documents of both; a pair without a common one is skipped.
+      pairs: indices (i, j) of blocks; each query has to see itself once, in whatever call.
+      causal: whether k's blocks are q's own, so that later tokens are to be masked.
+    """
+
+    def visit(carry, pair):
+        i, j = pair
+        mask = _mask(q_segments[i], k_segments[j], i, j, causal)
+
+        def attend(rows):
+            scores = jnp.where(mask, _scores(q[i], k[j]), _MASKED)
+            return _add_block(rows, scores, v[j], "bkrcd,bkdp->bkrcp")
+
+        rows = tuple(x[i] for x in carry)
+        rows = jax.lax.cond(mask.any(), attend, lambda rows: rows, rows)
+        return tuple(x.at[i].set(y) for x, y in zip(carry, rows, strict=True)), None
+
+    return jax.lax.scan(visit, carry, pairs)[0]
+
+
+def normalize(carry, dtype):
+    """Outputs, and the logarithm of each query's norm, which the backward pass needs."""
+    total, peak, norm = carry
+    return (total / norm[..., None]).astype(dtype), peak + jnp.log(norm)
+
+
+def add_pair_gradients(
+    d_q, q, k, v, q_segments, k_segments, log_norm, out, d_out, pairs, *, causal
+):
+    """Gradients through the given pairs: d_q with theirs added, and those of k and v; float32."""
+    scale = q.shape[-1] ** -0.5
+    balance = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+
+    def visit(carry, pair):
+        i, j = pair
+        mask = _mask(q_segments[i], k_segments[j], i, j, causal)
+
+        def attend(rows):
+            d_q, d_k, d_v = rows
+            weights = jnp.exp(_scores(q[i], k[j]) - log_norm[i][..., None])
+            weights = jnp.where(mask, weights, 0)
+            d_v += _dot("bkrcd,bkrcp->bkdp", weights.astype(v.dtype), d_out[i])
+            d_weights = _dot("bkrcp,bkdp->bkrcd", d_out[i], v[j])
+            d_scores = scale * (weights * (d_weights - balance[i][..., None]))
+            d_scores = d_scores.astype(q.dtype)
+            d_q += _dot("bkrcd,bkdh->bkrch", d_scores, k[j])
+            d_k += _dot("bkrcd,bkrch->bkdh", d_scores, q[i])
+            return d_q, d_k, d_v
+
+        rows = tuple(x[n] for x, n in zip(carry, (i, j, j), strict=True))
+        rows = jax.lax.cond(mask.any(), attend, lambda rows: rows, rows)
+        return tuple(x.at[n].set(y) for x, n, y in zip(carry, (i, j, j), rows, strict=True)), None
+
+    start = (d_q, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    return jax.lax.scan(visit, start, pairs)[0]
 
 
 def _add_block(carry, scores, v, product):
@@ -198,20 +263,17 @@ def _add_block(carry, scores, v, product):
     return total, new_peak, shrink * norm + weights.sum(-1)
 
 
-def _scores(q, k, segments, i, j):
-    """Masked scores of query block i with key block j, and their mask."""
-    C = q.shape[-2]
-    causal = i * C + jnp.arange(C)[:, None] >= j * C + jnp.arange(C)
-    mask = causal & (segments[i][:, :, None] == segments[j][:, None, :])
-    mask = mask[:, None, None]
-    scores = _dot("bkrch,bkdh->bkrcd", q[i], k[j]) * q.shape[-1] ** -0.5
-    return jnp.where(mask, scores, _MASKED), mask
+def _mask(q_segments, k_segments, i, j, causal):
+    """Which of key block j's tokens [B, 1, 1, C, D] those of query block i may look at."""
+    mask = q_segments[:, :, None] == k_segments[:, None, :]
+    if causal:
+        C, D = mask.shape[1:]
+        mask &= i * C + jnp.arange(C)[:, None] >= j * D + jnp.arange(D)
+    return mask[:, None, None]
 
 
-def _lower_triangle(blocks):
-    """All pairs i ≥ j, each query block's own last."""
-    i, j = np.tril_indices(blocks)
-    return i.astype(np.int32), j.astype(np.int32)
+def _scores(q, k):
+    return _dot("bkrch,bkdh->bkrcd", q, k) * q.shape[-1] ** -0.5
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

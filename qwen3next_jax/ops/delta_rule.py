@@ -17,9 +17,20 @@ Hazards, all in float32 here whatever the inputs are:
 - L⁻¹ is built from inverses of diagonal blocks, doubled in size. The power series of (I − L) is
   also exact on paper, but loses everything when keys are correlated.
 - Documents packed in a row end anywhere in a chunk: Γ, γ, d and γ_C are zero across a boundary.
+
+A row may be cut in stretches that lie on different devices (`gated_delta_rule_stretch`). Whatever
+state S comes in, a stretch hands on M S + B, with M the product of its tokens' exp(g)(I − β k kᵀ).
+[M | B] is what the chunks make of the columns [I | 0], without queries, so each device learns what
+comes in before it computes outputs; maps are composed across devices by whoever calls, through a
+scan that this file is given. Backward, gradients of states flow through Mᵀ the same way. It costs
+one pass more over the chunks' writes, with H + P columns instead of P, and one more over their
+gradients: the other way, to carry H more columns through the pass proper and read outputs off them,
+costs as many products and twice the memory for states.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +83,50 @@ def gated_delta_rule(
     implementations = {"chunked": _chunked, "reference": _recurrent}
     if implementation not in implementations:
         raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
+    return _apply(
+        implementations[implementation],
+        q, k, v, log_decay, beta, segment_ids, initial_state, jnp.zeros(len(q), jnp.int32),
+    )  # fmt: skip
+
+
+Scan = Callable[..., Any]
+
+
+def gated_delta_rule_stretch(
+    q: Float[Array, "B T K H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T N P"],
+    *,
+    log_decay: Float[Array, "B T N"],
+    beta: Float[Array, "B T N"],
+    segment_ids: Int[Array, "B T"] | None,
+    initial_state: Float[Array, "B N H P"] | None,
+    scan: Scan,
+) -> tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]:
+    """The same for one of the stretches that a row is cut in.
+
+    Args:
+      q, k, v, log_decay, beta, segment_ids: as above, of this stretch.
+      initial_state: as above on the row's first stretch; zeros or None on the others.
+      scan: `scan(combine, x, reverse=False)` returns x of all stretches before this one, combined
+        pairwise by `combine(earlier, later)`, which is associative, and zeros where there is none;
+        `reverse` turns the order of stretches around. Zeros must be neutral as `earlier`.
+
+    Returns:
+      Outputs of this stretch, and the state behind it.
+    """
+    if segment_ids is None:
+        before = jnp.zeros(len(q), jnp.int32)
+    else:
+        # The last document to have a token before this stretch: what comes in is its state.
+        last = _spread_over_padding(segment_ids, jnp.zeros(len(q), jnp.int32))[:, -1]
+        before = scan(lambda earlier, later: jnp.where(later == 0, earlier, later), last)
+    compute = functools.partial(_chunked, scan=scan)
+    return _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before)
+
+
+def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before):
+    """Runs an implementation in float32; `before` [B] is the document before the first token's."""
     B, T, K, H = k.shape
     N, P = v.shape[2:]
     if N % K:
@@ -84,29 +139,35 @@ def gated_delta_rule(
         real = segment_ids != 0
         log_decay = jnp.where(real[..., None], log_decay, 0)
         beta = jnp.where(real[..., None], beta, 0)
-        segments = _spread_over_padding(segment_ids)
+        segments = _spread_over_padding(segment_ids, before)
+    # Where nothing was before, the initial state belongs to the first document.
+    before = jnp.where(before == 0, segments[:, 0], before)
     if initial_state is None:
         initial_state = jnp.zeros((B, N, H, P), jnp.float32)
 
     q, k, v32, g, beta, state = (
         x.astype(jnp.float32) for x in (q, k, v, log_decay, beta, initial_state)
     )
-    out, state = implementations[implementation](q, k, v32, g, beta, segments, state)
+    out, state = compute(q, k, v32, g, beta, segments, before, state)
     if real is not None:
         out = jnp.where(real[..., None, None], out, 0)
     return out.astype(v.dtype), state
 
 
-def _spread_over_padding(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Gives padding the id of the document before it, or, at the row's start, of the first one."""
+def _spread_over_padding(
+    segment_ids: Int[Array, "B T"], before: Int[Array, "B"]
+) -> Int[Array, "B T"]:
+    """Gives padding the id of the document before it, or where there is none, of the first one."""
     real = segment_ids != 0
     index = jnp.arange(segment_ids.shape[1])
     last_real = jax.lax.cummax(jnp.where(real, index, -1), axis=1)
     source = jnp.where(last_real < 0, jnp.argmax(real, axis=1, keepdims=True), last_real)
-    return jnp.take_along_axis(segment_ids, source, axis=1)
+    spread = jnp.take_along_axis(segment_ids, source, axis=1)
+    return jnp.where((last_real < 0) & (before != 0)[:, None], before[:, None], spread)
 
 
-def _recurrent(q, k, v, g, beta, segments, state):
+def _recurrent(q, k, v, g, beta, segments, before, state):
+    del before  # with a whole row it is the first token's
     repeats = v.shape[2] // k.shape[2]
     q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
@@ -123,7 +184,7 @@ def _recurrent(q, k, v, g, beta, segments, state):
     return jnp.moveaxis(out, 0, 1), state
 
 
-def _chunked(q, k, v, g, beta, segments, state):
+def _chunked(q, k, v, g, beta, segments, before, state, scan=None):
     B, T, K, H = k.shape
     N, P = v.shape[2:]
     chunk = min(_CHUNK, max(_BLOCK, 1 << (T - 1).bit_length()))
@@ -137,12 +198,14 @@ def _chunked(q, k, v, g, beta, segments, state):
 
     R = N // K
     out, state = _chunks(
+        scan,
         split(q, K),
         split(k, K),
         split(v, K, R),
         split(g, K, R),
         split(beta, K, R),
         split(segments, mode="edge"),
+        before,
         state.reshape(B, K, R, H, P),
     )
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T + padding, N, P)
@@ -153,35 +216,67 @@ def _chunked(q, k, v, g, beta, segments, state):
 # q, k [Z B K C H], v [Z B K R C P], g, beta [Z B K R C], segments [Z B C], states [B K R H P].
 
 
-@jax.custom_vjp
-def _chunks(q, k, v, g, beta, segments, state):
-    return _chunks_forward(q, k, v, g, beta, segments, state)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunks(scan, q, k, v, g, beta, segments, before, state):
+    return _chunks_forward(scan, q, k, v, g, beta, segments, before, state)[0]
 
 
-def _chunks_forward(q, k, v, g, beta, segments, state):
-    decay = _decays(g, segments)
+def _chunks_forward(scan, q, k, v, g, beta, segments, before, state):
+    decay = _decays(g, segments, before)
     inverse = _unit_lower_inverse(beta[..., None] * _key_products(k, decay))
     scores = _score(q, k, decay)
 
+    transition = None
+    if scan is not None:
+        transition, added = _as_map(k, v, beta, inverse, decay, state)
+        state += scan(_compose, (transition, added))[1]
+
     def step(state, chunk):
-        q, k, v, beta, inverse, scores, start, end, whole = chunk
-        errors = v - start[..., None] * jnp.einsum("bkch,bkrhp->bkrcp", k, state)
-        new = jnp.einsum("bkrcd,bkrdp->bkrcp", inverse, beta[..., None] * errors, precision=_HIGH)
+        q, scores, *written = chunk
+        after, new = _write(state, *written)
+        start = written[4]
         out = start[..., None] * jnp.einsum("bkch,bkrhp->bkrcp", q, state)
         out += jnp.einsum("bkrcd,bkrdp->bkrcp", scores, new, precision=_HIGH)
-        after = whole[..., None, None] * state
-        after += jnp.einsum("bkch,bkrcp->bkrhp", k, end[..., None] * new)
         return after, (out, state)
 
-    chunks = (q, k, v, beta, inverse, scores, *decay[1:])
+    chunks = (q, scores, k, v, beta, inverse, *decay[1:])
     final, (out, states) = jax.lax.scan(step, state, chunks)
-    return (out, final), (q, k, v, g, beta, segments, inverse, states)
+    return (out, final), (q, k, v, g, beta, segments, before, inverse, states, transition)
 
 
-def _chunks_backward(residuals, cotangents):
-    q, k, v, g, beta, segments, inverse, states = residuals
+def _write(state, k, v, beta, inverse, start, end, whole):
+    """The state after a chunk, and what each of its tokens wrote."""
+    errors = v - start[..., None] * jnp.einsum("bkch,bkrhp->bkrcp", k, state)
+    new = jnp.einsum("bkrcd,bkrdp->bkrcp", inverse, beta[..., None] * errors, precision=_HIGH)
+    after = whole[..., None, None] * state
+    return after + jnp.einsum("bkch,bkrcp->bkrhp", k, end[..., None] * new), new
+
+
+def _as_map(k, v, beta, inverse, decay, state):
+    """What the chunks do to a state that comes in beside `state`: S → M S + B, as (M, B)."""
+    H = k.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(H), (*state.shape[:-1], H))
+
+    def step(columns, chunk):
+        k, v, *rest = chunk
+        v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(H, 0)])  # nothing is written into M's columns
+        return _write(columns, k, v, *rest)[0], None
+
+    columns = jnp.concatenate([identity, state], axis=-1)
+    columns, _ = jax.lax.scan(step, columns, (k, v, beta, inverse, *decay[1:]))
+    return columns[..., :H], columns[..., H:]
+
+
+def _compose(earlier, later):
+    """The map that applies two maps, one after the other."""
+    dot = functools.partial(jnp.einsum, "bkrhi,bkrip->bkrhp", precision=_HIGHEST)
+    return dot(later[0], earlier[0]), dot(later[0], earlier[1]) + later[1]
+
+
+def _chunks_backward(scan, residuals, cotangents):
+    q, k, v, g, beta, segments, before, inverse, states, transition = residuals
     d_out, d_final = cotangents
-    decay = gamma, start, end, whole = _decays(g, segments)
+    decay = gamma, start, end, whole = _decays(g, segments, before)
     products = _key_products(k, decay)
     scores = _score(q, k, decay)
     dot = functools.partial(jnp.einsum, precision=_HIGH)
@@ -204,6 +299,9 @@ def _chunks_backward(residuals, cotangents):
         return d_state, (d_scaled, d_after)
 
     chunks = (q, k, beta, inverse, d_out, d_new_inside, start, end, whole)
+    if scan is not None:
+        added, _ = jax.lax.scan(lambda d, c: (step(d, c)[0], None), d_final, chunks, reverse=True)
+        d_final += scan(_compose, (transition.swapaxes(-1, -2), added), reverse=True)[1]
     d_state, (d_scaled, d_after) = jax.lax.scan(step, d_final, chunks, reverse=True)
 
     # The rest is parallel. `d_products` is the gradient of stril(β ⊙ K Kᵀ ⊙ Γ), from L⁻¹'s.
@@ -235,13 +333,13 @@ def _chunks_backward(residuals, cotangents):
     d_g += jax.lax.cumsum(d_start, axis=4, reverse=True)
     d_g += jnp.pad(jax.lax.cumsum(d_end, axis=4)[..., :-1], [(0, 0)] * 4 + [(1, 0)])
     d_g += d_whole[..., None]
-    return d_q, d_k, d_v, d_g, d_beta, None, d_state
+    return d_q, d_k, d_v, d_g, d_beta, None, None, d_state
 
 
 _chunks.defvjp(_chunks_forward, _chunks_backward)
 
 
-def _decays(g, segments):
+def _decays(g, segments, before):
     """Γ [Z B K R C C], γ and d [Z B K R C], γ_C [Z B K R], zero across documents."""
     C = g.shape[-1]
     # The exponent of Γ_ij is Σ_{j<l≤i} g_l: a product of 0/1 masks with g, exact but for rounding.
@@ -252,7 +350,7 @@ def _decays(g, segments):
     causal = np.tril(np.ones((C, C), bool))
     gamma = _masked_exp(spans, (causal & same)[:, :, None, None])
 
-    before = jnp.concatenate([segments[:1, :, 0], segments[:-1, :, -1]])[..., None]
+    before = jnp.concatenate([before[None], segments[:-1, :, -1]])[..., None]
     last = segments[..., -1:]
     start = _masked_exp(jax.lax.cumsum(g, axis=4), (segments == before)[:, :, None, None])
     # Summed without g_i, rather than subtracting it: its rounding error would stay behind.
@@ -279,14 +377,12 @@ def _score(q, k, decay):
 
 def _unit_lower_inverse(lower):
     """Inverts I + lower, for a strictly lower triangular matrix in the last two axes."""
-    *batch, C, _ = lower.shape
-    # One batch axis: given more, jaxlib 0.10's CPU library may read beyond its buffers and die.
-    lower = lower.reshape(-1, C, C)
+    C = lower.shape[-1]
     size = min(_BLOCK, C)
     blocks = _diagonal_blocks(lower, size)
 
-    # Row i of the inverse is eᵢ − lower[i] · inverse, of which only the rows above i count.
-    # (Written as a sum of products, it crashes jaxlib 0.10.2 on CPUs without AVX-512.)
+    # Row i of the inverse is eᵢ − lower[i] · inverse, of which only the rows above i count. Written
+    # as a sum of products it crashes in jaxlib 0.10.2's kernels for CPUs without AVX-512.
     def fill(i, inverse):
         above = jnp.einsum("...j,...jk->...k", blocks[..., i, :], inverse, precision=_HIGHEST)
         return inverse.at[..., i, :].set(jnp.eye(size)[i] - above)
@@ -300,7 +396,7 @@ def _unit_lower_inverse(lower):
         top = jnp.concatenate([above, jnp.zeros_like(above)], axis=-1)
         inverse = jnp.concatenate([top, jnp.concatenate([corner, below], axis=-1)], axis=-2)
         size *= 2
-    return inverse.reshape(*batch, C, C)
+    return inverse[..., 0, :, :]
 
 
 def _diagonal_blocks(x, size):

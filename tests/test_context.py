@@ -1,0 +1,108 @@
+"""Rows split over devices give what they give on one: the mixers' ops, their gradients, their cost.
+
+`split_ops.py` computes all of it in a process with 8 virtual devices, against the float64
+recurrence (delta rule) and the implementations that see all tokens at once (the others).
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from split_ops import MESHES, meshes
+
+from qwen3next_jax.parallel import context
+
+TESTS = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def report():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+    }
+    command = [sys.executable, TESTS / "split_ops.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("op", ["delta", "attention", "conv"])
+def test_packed_documents_over_several_devices_give_what_they_give_on_one(op, mesh, report):
+    check(report[f"{op} packed"][mesh])
+
+
+@pytest.mark.parametrize("mesh", meshes(packed=False))
+@pytest.mark.parametrize("op", ["delta", "attention", "conv"])
+def test_without_segment_ids_a_row_is_one_document_on_all_devices(op, mesh, report):
+    check(report[f"{op} whole"][mesh])
+
+
+@pytest.mark.parametrize("module", ["GatedAttention", "GatedDeltaNet"])
+def test_modules_count_positions_from_the_row_s_start_on_every_device(module, report):
+    assert report["modules"][module] < 3e-6  # float32 sums in another order
+
+
+def check(errors):
+    # Float32 against float64, or sums in another order; g's and strong decay's errors included.
+    wrong = {
+        (part, row): error
+        for part, rows in errors.items()
+        for row, error in rows.items()
+        if not error < 3e-6
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("op", ["delta", "attention"])
+def test_memory_of_a_device_falls_with_the_axis(op, report):
+    used = report[f"{op} bytes"]
+    # From 2 on; one device needs no buffers for what travels. 1.9 and 1.5: what travels is small
+    # beside a stretch's states, not beside its keys and values.
+    factor = {"delta": 1.9, "attention": 1.5}[op]
+    assert used["1"] > used["2"] > factor * used["4"] > factor**2 * used["8"]
+
+
+@pytest.mark.parametrize("op", ["delta", "attention"])
+def test_nothing_but_neighbours_exchange_anything(op, report):
+    found = report[f"{op} collectives"]
+    assert set(found) == {"collective-permute"}
+    # Of the row's 4096 tokens nothing larger than a device's 512 with their 4 heads of 32.
+    assert found["collective-permute"][1] <= 512 * 4 * 32
+
+
+def test_attention_deals_every_piece_once_and_early_ones_with_late_ones():
+    for ways in (2, 3, 4, 8, 16):
+        held = {rank: [] for rank in range(ways)}
+        for half, pairs in enumerate(context._dealing(ways)):
+            assert sorted(to for _, to in pairs) == list(range(ways))
+            for source, to in pairs:
+                held[to].append(2 * source + half)
+        assert all(sorted(held[r]) == [r, 2 * ways - 1 - r] for r in range(ways))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (
+            36,
+            dict(halves=True),
+            "36 tokens cannot be split over mesh axis context=8.*multiple of 16",
+        ),
+        (36, {}, "choose a multiple of 8"),
+        (16, dict(at_least=3), "choose a multiple of 8, at least 24"),
+    ],
+)
+def test_tokens_that_cannot_be_split_are_refused_with_choices(tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        context._check_tokens(tokens, 8, **options)
+
+
+def test_implementations_that_need_whole_rows_are_refused_where_they_are_split():
+    context._check_implementation("reference", 1)
+    with pytest.raises(ValueError, match=r"'reference' needs whole rows, but .*context=2"):
+        context._check_implementation("reference", 2)
