@@ -90,16 +90,19 @@ def test_bfloat16_inputs_give_bfloat16_outputs_close_to_float64(implementation):
 
 @pytest.mark.parametrize("queries", [3, 40])
 @pytest.mark.parametrize("slots", [45, 1300])
-def test_queries_see_the_slots_of_a_cache_up_to_their_own(queries, slots):
+def test_queries_see_the_filled_slots_of_a_cache_and_new_tokens_up_to_their_own(queries, slots):
     q, k, v = (jnp.asarray(x) for x in make(slots))
     whole = attention(q, k, v)
     own = jnp.array([[0], [slots - queries]]) + jnp.arange(queries)
     row = jnp.arange(2)[:, None]
-    # What lies in later slots must not matter, whatever it is.
-    later = (jnp.arange(slots) > own[:, -1:])[..., None, None]
-    k, v = (jnp.where(later, 1e4, x) for x in (k, v))
-    k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-    out = cached_attention(q[row, own], k, v, query_slots=own)
+    # What lies in slots that are not filled must not matter, whatever it is.
+    lengths = own[:, 0]
+    later = (jnp.arange(slots) >= lengths[:, None])[..., None, None]
+    cached_k, cached_v = (jnp.where(later, 1e4, x) for x in (k, v))
+    out = cached_attention(
+        q[row, own], k[row, own], v[row, own], lengths=lengths,
+        cached_k=cached_k.transpose(0, 2, 3, 1), cached_v=cached_v.swapaxes(1, 2),
+    )  # fmt: skip
     np.testing.assert_allclose(out, whole[row, own], atol=2e-6)  # float32 sums, reordered
 
 

@@ -66,51 +66,64 @@ def attention(
 
 def cached_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K H S"],
-    v: Float[Array, "B K S P"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K P"],
     *,
-    query_slots: Int[Array, "B T"],
+    cached_k: Float[Array, "B K H S"],
+    cached_v: Float[Array, "B K S P"],
+    lengths: Int[Array, "B"],
 ) -> Float[Array, "B T N P"]:
-    """Attends to a cache: each query to the slots up to its own; not differentiable.
+    """Attends to a cache and, causally, to the T tokens behind it; not differentiable.
 
-    A few queries look at all slots at once. Many walk blocks of slots, as far as the furthest
-    query sees, so that memory does not grow with the context and unused slots cost nothing.
+    The new tokens are taken apart from the cache so that they can be written to it afterwards: a
+    buffer that is written first and then read is copied as a whole by XLA's CPU backend.
+
+    A few queries look at all slots at once. Many walk blocks of slots, as far as any row's cache
+    is filled, so that memory does not grow with the context and unused slots cost nothing.
 
     Args:
-      q: queries.
-      k, v: keys and values by slot, each laid out as the product that reads it is fastest.
-      query_slots: the slot of each query.
+      q, k, v: of the new tokens.
+      cached_k, cached_v: by slot, each laid out as the product that reads it is fastest.
+      lengths: of each row, how many slots are filled; what lies in later ones does not matter.
 
     Returns:
       Outputs in v's dtype.
     """
     B, T, N, H = q.shape
-    K, S = v.shape[1:3]
+    K, S = cached_v.shape[1:3]
     # The queries of a KV head are rows of one matrix.
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    slots = jnp.tile(query_slots, (1, N // K))[:, None, :, None]
-    scale = H**-0.5
+    filled = lengths[:, None, None, None]
+    causal = np.tile(np.tril(np.ones((T, T), bool)), (N // K, 1))
+
+    def scores(k, product, mask):
+        return jnp.where(mask, H**-0.5 * _dot(product, q, k), _MASKED)
+
+    new_scores = scores(k, "bkqh,btkh->bkqt", causal)
     if T <= _FEW:
-        scores = jnp.where(jnp.arange(S) <= slots, scale * _dot("bkqh,bkhs->bkqs", q, k), _MASKED)
-        weights = jax.nn.softmax(scores, axis=-1)
-        out = _dot("bkqs,bksp->bkqp", weights.astype(v.dtype), v)
+        old_scores = scores(cached_k, "bkqh,bkhs->bkqs", jnp.arange(S) < filled)
+        weights = jax.nn.softmax(jnp.concatenate([old_scores, new_scores], -1), axis=-1)
+        weights = weights.astype(v.dtype)
+        out = _dot("bkqs,bksp->bkqp", weights[..., :S], cached_v)
+        out += _dot("bkqt,btkp->bkqp", weights[..., S:], v)
     else:
         block = min(_SLOTS, S)
 
         def visit(i, carry):
             # The last block may reach back into the one before it: those slots are masked.
             start = jnp.minimum(i * block, S - block)
-            k_block = jax.lax.dynamic_slice_in_dim(k, start, block, axis=3)
-            v_block = jax.lax.dynamic_slice_in_dim(v, start, block, axis=2)
+            k_block = jax.lax.dynamic_slice_in_dim(cached_k, start, block, axis=3)
+            v_block = jax.lax.dynamic_slice_in_dim(cached_v, start, block, axis=2)
             index = start + jnp.arange(block)
-            mask = (index <= slots) & (index >= i * block)
-            scores = jnp.where(mask, scale * _dot("bkqh,bkhs->bkqs", q, k_block), _MASKED)
-            return _add_block(carry, scores, v_block, "bkqs,bksp->bkqp")
+            mask = (index < filled) & (index >= i * block)
+            old_scores = scores(k_block, "bkqh,bkhs->bkqs", mask)
+            return _add_block(carry, old_scores, v_block, "bkqs,bksp->bkqp")
 
         rows = q.shape[:-1]
         start = (jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, _MASKED), jnp.zeros(rows))
-        blocks = query_slots.max() // block + 1
-        total, _, norm = jax.lax.fori_loop(0, blocks, visit, start)
+        blocks = (lengths.max() + block - 1) // block
+        carry = jax.lax.fori_loop(0, blocks, visit, start)
+        total, _, norm = _add_block(carry, new_scores, v, "bkqt,btkp->bkqp")
         out = total / norm[..., None]
     out = out.astype(v.dtype).reshape(B, K, N // K, T, -1)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
