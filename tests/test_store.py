@@ -18,6 +18,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from launched import run
+from several import big_state
 
 from qwen3next_jax.checkpoint import store as store_module
 from qwen3next_jax.checkpoint.store import (
@@ -131,6 +133,56 @@ def test_saving_an_earlier_step_leaves_the_later_course(tmp_path):
     save_steps(tmp_path, [10, 20, 30])
     save_steps(tmp_path, [20])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20"]
+
+
+def test_the_best_stay_besides_the_newest(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+    metrics = {1: 3.0, 2: 1.0, 3: None, 4: float("nan"), 5: 2.0, 6: 4.0, 7: 5.0}
+    for step, metric in metrics.items():
+        store.save(step, make_state(step), {}, metric=metric)
+    assert store.steps() == [7, 5, 2]
+    assert store.best_step() == 2
+    store.close()
+    # Another run goes on, and remembers.
+    store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+    store.save(8, make_state(8), {}, metric=0.5)
+    store.save(9, make_state(9), {})
+    assert store.steps() == [9, 8, 2]
+    assert store.metric(8) == 0.5
+    assert store.metric(9) is None
+    store.close()
+
+
+def read_here(directory, step):
+    wanted = abstract(big_state(0))
+    store = CheckpointStore(directory)
+    found, state, extras = store.restore_latest(wanted)
+    store.close()
+    assert (found, extras) == (step, {"step": step})
+    assert_same_bits(state, big_state(step))
+
+
+def test_processes_save_together_and_agree_on_which_checkpoint_is_good(tmp_path):
+    # Two processes of two devices, four ways to lay the arrays; then one process of one device.
+    # The newest checkpoint is one that process 1 alone cannot read: both take the one before.
+    assert run("checkpoints", tmp_path) == [["took 10"]] * 2
+    read_here(tmp_path, 20)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_eight_devices_is_restored_on_any_others(tmp_path):
+    def on(devices, *command):
+        subprocess.run(
+            [sys.executable, "tests/several.py", *map(str, command)], cwd=ROOT, check=True,
+            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        )  # fmt: skip
+
+    on(8, "save", tmp_path, 5)
+    for devices in (8, 4, 2):
+        on(devices, "restore", tmp_path, 5)
+    for processes, devices in ((4, 1), (2, 4)):
+        run("restore", tmp_path, 5, processes=processes, devices=devices)
+    read_here(tmp_path, 5)
 
 
 def test_a_directory_without_checkpoints_says_so(tmp_path):

@@ -129,12 +129,24 @@ def _watched(peer_timeout: float) -> Iterator[None]:
     watch = Watch(state.client, address, state.process_id, hosts, peer_timeout)
     try:
         yield
-        exchange("done")  # process 0, which coordinates, must not leave before the others are done
+        exchange("finished")
     except BaseException as error:
         if not (isinstance(error, SystemExit) and not error.code):
             watch.report(error)
         raise
     watch.stop()
+    _leave()
+
+
+def _leave() -> None:
+    """Process 0 leaves last: without the coordinator, JAX aborts the others."""
+    client, me = distributed.global_state.client, distributed.global_state.process_id
+    if me == 0:
+        for process in range(1, jax.process_count()):
+            client.blocking_key_value_get(f"qwen3next_jax/left/{process}", _DAY_MS)
+        time.sleep(2)  # they have no way to tell that they are off the line
+    else:
+        client.key_value_set(f"qwen3next_jax/left/{me}", "")
     jax.distributed.shutdown()
 
 

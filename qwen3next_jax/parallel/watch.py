@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -184,7 +185,8 @@ def _on_abort(explain: Callable[[], None]) -> Any:
 
 def _from_runtime(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        # What a failed collective raises depends on who waits for it: ValueError("UNKNOWN: Gloo ...
+        if isinstance(error, jax.errors.JaxRuntimeError) or re.match("[A-Z_]+: ", str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

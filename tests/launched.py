@@ -1,0 +1,33 @@
+"""Runs a check of `several.py` in several processes, as a test sees it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def start(*command, processes=2, devices=2, grace=60.0, **kwargs):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "qwen3next_jax.launch", "-n", str(processes), f"--grace={grace}",
+         "--", *map(str, command)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, **kwargs,
+    )  # fmt: skip
+
+
+def lines(output, process):
+    mark = f"[{process}] "
+    return [line.removeprefix(mark) for line in output.splitlines() if line.startswith(mark)]
+
+
+def run(check, *arguments, **kwargs):
+    """The lines that each process wrote to stdout."""
+    launched = start("tests/several.py", check, *arguments, **kwargs)
+    out, err = launched.communicate()
+    assert launched.returncode == 0, err
+    return [
+        [x for x in lines(out, i) if "Gloo" not in x] for i in range(kwargs.get("processes", 2))
+    ]

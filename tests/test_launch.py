@@ -1,0 +1,64 @@
+"""The launcher of processes on one machine, with commands that need no JAX."""
+
+import signal
+
+from launched import lines, start
+
+SHOW = "import sys; print(*sys.argv[1:]); print('to stderr', file=sys.stderr)"
+
+
+def script(tmp_path, text):
+    path = tmp_path / "script.py"
+    path.write_text(text)
+    return path
+
+
+def test_each_process_gets_its_flags_and_its_lines_are_marked(tmp_path):
+    launched = start(script(tmp_path, SHOW), "--mine=1", processes=3)
+    out, err = launched.communicate()
+    assert launched.returncode == 0
+    addresses = set()
+    for i in range(3):
+        [line] = lines(out, i)
+        mine, address, count, number = line.split()
+        assert (mine, count, number) == ("--mine=1", "--num_processes=3", f"--process_id={i}")
+        addresses.add(address)
+        assert lines(err, i) == ["to stderr"]
+    [address] = addresses
+    assert address.startswith("--coordinator_address=localhost:")
+
+
+def test_when_one_fails_the_others_are_killed_and_its_code_is_returned(tmp_path):
+    text = "import sys, time\nif sys.argv[-1].endswith('=1'): sys.exit(7)\ntime.sleep(1000)"
+    launched = start(script(tmp_path, text), processes=3, grace=0.5)
+    err = launched.communicate()[1]
+    assert launched.returncode == 7
+    assert "Process 1 ended with exit code 7" in err
+    assert "Killing 0, 2" in err
+
+
+def test_the_others_may_end_by_themselves(tmp_path):
+    text = (
+        "import os, sys, time\nif sys.argv[-1][-1] == '0': os.kill(os.getpid(), 9)\ntime.sleep(1)"
+    )
+    launched = start(script(tmp_path, text))
+    err = launched.communicate()[1]
+    assert launched.returncode == 128 + 9
+    assert "Process 0 was ended by SIGKILL" in err
+    assert "Killing" not in err
+
+
+def test_signals_are_passed_on(tmp_path):
+    text = (
+        "import signal, sys, time\n"
+        "def leave(*_): print('saved', flush=True); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    launched = start(script(tmp_path, text))
+    assert sorted(launched.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    launched.send_signal(signal.SIGTERM)
+    out = launched.communicate()[0]
+    assert launched.returncode == 0
+    assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]

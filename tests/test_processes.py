@@ -1,0 +1,86 @@
+"""Processes that exchange, wait for each other, compare themselves and share batches."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from launched import ROOT, run
+
+from qwen3next_jax.parallel import processes
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """By check, what each of two processes told."""
+    told = run("basics", tmp_path_factory.mktemp("basics") / "file")
+    parts = [[x.split("\n") for x in "\n".join(process).split("\n--")] for process in told]
+    checks = ("exchange", "first", "differ", "share")
+    return {
+        check: [[x for x in process[i] if x] for process in parts] for i, check in enumerate(checks)
+    }
+
+
+def test_each_process_learns_what_all_gave_in_every_round(told):
+    expected = [str([{"process": i, "round": round_} for i in range(2)]) for round_ in range(3)]
+    assert told["exchange"] == [expected] * 2
+
+
+def test_the_others_read_what_process_0_wrote_first(told):
+    assert told["first"] == [["written"]] * 2
+
+
+def test_processes_that_differ_are_named_with_what_differs(told):
+    for lines in told["differ"]:
+        assert any(
+            "process 1 (" in x and "config.train.seed: 1, on process 0 0" in x for x in lines
+        )
+        assert not any("steps" in x for x in lines)
+
+
+def test_rows_go_to_the_processes_whose_devices_hold_them(told):
+    # Rows over processes: half the rows each. Columns over processes: both need all rows.
+    assert told["share"] == [["share 0 of 2", "share 0 of 1"], ["share 1 of 2", "share 0 of 1"]]
+
+
+def test_alone_everything_is_at_hand():
+    assert processes.exchange({"a": (1, 2)}) == [{"a": [1, 2]}]
+    with processes.process_0_first():
+        pass
+    processes.require_same({"model": {"layers": 3}})
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    share = processes.BatchShare(NamedSharding(mesh, PartitionSpec("x")), (3, 2))
+    assert (share.hosts, share.host) == (1, 0)
+    batch = np.arange(6).reshape(3, 2)
+    np.testing.assert_array_equal(share.assemble({"x": batch})["x"], batch)
+
+
+def test_the_description_of_a_program_tells_every_file_of_the_package():
+    program = processes._program()
+    assert "code parallel/processes.py" in program
+    assert program["jax"] == jax.__version__
+
+
+def test_alone_sigterm_asks_to_stop_and_a_second_one_ends_the_process():
+    before = signal.getsignal(signal.SIGTERM)
+    with processes._sigterm() as should_stop:
+        assert not should_stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert should_stop(2)
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_half_given_processes_are_refused():
+    script = (
+        "from qwen3next_jax.parallel.processes import joined\n"
+        "with joined(coordinator_address='localhost:1', num_processes=2): pass"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "num_processes=2, process_id=None" in done.stderr
+    assert "give all three" in done.stderr
