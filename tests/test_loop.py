@@ -37,10 +37,13 @@ def whole(corpus, tmp_path_factory):
     return workdir, model
 
 
+TIMES = ("tokens_per_second", "data_wait")
+
+
 def course(workdir):
-    """Metrics but for the speed, by step and kind of line."""
+    """Metrics but for times, by step and kind of line."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def assert_same_model(a, b):
@@ -62,7 +65,7 @@ def stop_at(monkeypatch, step, *, change=None):
         class Stopping:
             # Counts from the restored position on, so that `step` is one of this call.
             count = 0
-            get_state, set_state = batches.get_state, batches.set_state
+            get_state, set_state, close = batches.get_state, batches.set_state, batches.close
 
             def __next__(self):
                 self.count += 1
@@ -84,6 +87,12 @@ def test_metrics_have_what_the_docs_promise(whole):
         assert expected <= line.keys()
         total = line["ce"] + 0.1 * line["mtp_ce"] + 1e-3 * line["balance_loss"]
         np.testing.assert_allclose(line["loss"], total, rtol=1e-6)
+        assert {"text/epoch", "text/records", "text/tokens"} <= line.keys()
+        filled = line["packing_efficiency"] * line["step"] * 8 * 48
+        assert filled == pytest.approx(line["text/tokens"]) == pytest.approx(line["tokens"])
+        assert line["skipped_records"] == line["truncated_records"] == line["skipped_files"] == 0
+    lines = map(json.loads, (whole[0] / "metrics.jsonl").read_text().splitlines())
+    assert all(0 <= line["data_wait"] <= 1 for line in lines if "loss" in line)
     assert training[-1]["loss"] < training[0]["loss"]
     assert {"eval_ce", "eval_bits_per_byte"} <= course(whole[0])[-1].keys()
 

@@ -5,13 +5,13 @@ A tokenised document is a dict of arrays of one length: `tokens` and `targets`, 
 and what is predicted all but the first, so that each token after BOS is a target once.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float32, Int32
 
-from qwen3next_jax.data.sources import BadRecordError, Record
+from qwen3next_jax.data.sources import BadRecordError, Record, Records
 from qwen3next_jax.data.tokenizer import Tokenizer
 
 # Arrays of one length, which differs between documents: hence no letter for it.
@@ -31,7 +31,7 @@ def tokenized(record: Record, tokenizer: Tokenizer) -> Document:
 
 
 def readable(
-    records: Sequence[Record], tokenizer: Tokenizer, *, on_error: str
+    records: Records, tokenizer: Tokenizer, *, on_error: str
 ) -> Iterator[tuple[Record, Document]]:
     """All records with their documents, in order.
 
@@ -58,16 +58,16 @@ def log_skipped(error: BadRecordError) -> None:
     logging.log_first_n(logging.WARNING, "Skipped %s", 5, error)
 
 
-class Texts(Sequence[str]):
+class Texts:
     """What records say, for a tokenizer to be trained on; "" for those that are skipped."""
 
-    def __init__(self, records: Sequence[Record], *, on_error: str):
+    def __init__(self, records: Records, *, on_error: str):
         self._records, self._on_error = records, on_error
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+    def __getitem__(self, index: int) -> str:
         try:
             record = self._records[index]
         except BadRecordError:

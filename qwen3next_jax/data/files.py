@@ -305,15 +305,20 @@ def _line_ends(path: str) -> np.ndarray:
 
 
 def _unpack_zstd(zstandard: Any, file: BinaryIO, target: BinaryIO) -> None:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(
-        read_across_frames=True
-    )
+    """Frame by frame: only a frame's own decompressor knows whether it has ended."""
+    new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    frame = None
     try:
         while chunk := file.read(_SCANNED):
-            target.write(decompressor.decompress(chunk))
+            while chunk:
+                frame = frame or new()
+                target.write(frame.decompress(chunk))
+                chunk = b""
+                if frame.eof:
+                    chunk, frame = frame.unused_data, None
     except zstandard.ZstdError as error:
         raise BadFileError(f"is no zstd: {error}") from error
-    if not decompressor.eof:
+    if frame is not None:
         raise BadFileError("is a truncated zstd file")
 
 

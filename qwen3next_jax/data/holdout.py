@@ -6,15 +6,13 @@ where that is below the fraction. Raising the fraction only adds to the held-out
 many records the number of each is mixed into the file's hash, millions a second.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from qwen3next_jax.data.hashing import hash64, mix64
 from qwen3next_jax.data.sources import Record, Source
 
 
-class Part(Sequence[Record]):
+class Part:
     """Some records of a source, by the rest that is left out or by themselves.
 
     Held-out records are few, so their numbers are kept, and the training part is told by them.
@@ -30,7 +28,7 @@ class Part(Sequence[Record]):
         held_out = len(self._held_out)
         return len(self.source) - held_out if self._training else held_out
 
-    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         if not self._training:

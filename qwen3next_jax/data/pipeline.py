@@ -27,7 +27,7 @@ from qwen3next_jax.data.documents import Document, Texts, readable
 from qwen3next_jax.data.holdout import split as split_source
 from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
 from qwen3next_jax.data.shard import Packing, Shard, TrainingPart
-from qwen3next_jax.data.sources import Chained, Record, open_source
+from qwen3next_jax.data.sources import Chained, Records, open_source
 from qwen3next_jax.data.tokenizer import (
     Tokenizer,
     check_vocabulary,
@@ -52,7 +52,7 @@ class Data:
     """
 
     train: Sequence[TrainingPart]
-    held_out: Sequence[Record]
+    held_out: Records
     tokenizer: Tokenizer
     num_shards: int = 1
     packing: str = "concatenate"
@@ -203,11 +203,14 @@ def check_shards(num_shards: int, *, batch_size: int, hosts: int) -> None:
             )
 
 
-def input_metrics(data: Data, states: Mapping[str, Any]) -> dict[str, float]:
-    """What the shards have given so far, from their states.
+def input_metrics(
+    data: Data, states: Mapping[str, Any], *, sequence_length: int
+) -> dict[str, float]:
+    """What some shards have given so far, from their states.
 
     Of each part NAME: NAME/epoch (how often its records were read), NAME/records and NAME/tokens.
-    In all: skipped_records, truncated_records and skipped_files.
+    In all: packing_efficiency, the share of positions that hold a token; skipped_records,
+    truncated_records and skipped_files.
     """
     counts = [state["counts"] for state in states.values()]
     metrics: dict[str, float] = {}
@@ -217,6 +220,9 @@ def input_metrics(data: Data, states: Mapping[str, Any]) -> dict[str, float]:
         metrics[f"{part.name}/epoch"] = records / size
         metrics[f"{part.name}/records"] = records
         metrics[f"{part.name}/tokens"] = sum(count["tokens"][i] for count in counts)
+    positions = sum(count["rows"] for count in counts) * sequence_length
+    tokens = sum(sum(count["tokens"]) for count in counts)
+    metrics["packing_efficiency"] = tokens / max(positions, 1)
     metrics["skipped_records"] = sum(count["skipped"] for count in counts)
     metrics["truncated_records"] = sum(count["truncated"] for count in counts)
     metrics["skipped_files"] = data.skipped_files

@@ -23,7 +23,7 @@ import grain
 from qwen3next_jax.data.documents import Document, log_skipped, tokenized
 from qwen3next_jax.data.hashing import hash64, permutation
 from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
-from qwen3next_jax.data.sources import BadRecordError, Record
+from qwen3next_jax.data.sources import BadRecordError, Records
 from qwen3next_jax.data.tokenizer import Tokenizer
 
 
@@ -38,7 +38,7 @@ class TrainingPart:
     """
 
     name: str
-    records: Sequence[Record]
+    records: Records
     weight: float = 1.0
 
 

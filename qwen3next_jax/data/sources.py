@@ -1,6 +1,6 @@
 """Records of text by number, whatever holds them: files of text, JSONL, Parquet, ArrayRecord, TFDS.
 
-`open_source` gives a `Source`, a sequence of `Record`. It is files one after another, and a file
+`open_source` gives a `Source` of `Record`s by number. It is files one after another, and a file
 (`data/files.py`) is a sequence of raw values: a text, or an object one of whose fields holds the
 text or the messages of a chat. A record is read when it is asked for; nothing but its place is kept
 in memory. Sources can be pickled and used by several threads at a time.
@@ -15,7 +15,7 @@ import functools
 import pathlib
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from absl import logging
@@ -55,7 +55,15 @@ class Record:
     tokens: Mapping[str, np.ndarray] | None = None
 
 
-class Chained(Sequence):
+@runtime_checkable
+class Records(Protocol):
+    """Records by number: a source, a part of one, or a list."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+class Chained:
     """The elements of several sequences, one after another."""
 
     def __init__(self, sequences: Sequence[Any]):
@@ -65,7 +73,7 @@ class Chained(Sequence):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Any:
         sequence, number = self.place(index)
         return sequence[number]
 
@@ -77,7 +85,7 @@ class Chained(Sequence):
         return self._sequences[i], index - int(self._ends[i]) + len(self._sequences[i])
 
 
-class Source(Sequence[Record]):
+class Source:
     """The records of files, one after another.
 
     Attributes:
@@ -102,7 +110,7 @@ class Source(Sequence[Record]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def __getitem__(self, index: int) -> Record:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Record:
         file, number = self._values.place(index)
         name = file.name if file.is_one_document else f"{file.name}:{number + 1}"
         try:

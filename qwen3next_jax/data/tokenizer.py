@@ -19,8 +19,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import sentencepiece
 import tokenizers
@@ -281,8 +281,16 @@ class HuggingFaceTokenizer:
 Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
 
 
+@runtime_checkable
+class Texts(Protocol):
+    """Texts by number, a list say."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> str: ...
+
+
 def train_tokenizer(
-    texts: Sequence[str], path: str | os.PathLike, *, vocab_size: int
+    texts: Texts, path: str | os.PathLike, *, vocab_size: int
 ) -> SentencePieceTokenizer:
     """Trains a lossless byte-pair encoding on `texts` and writes it to `path`.
 

@@ -12,8 +12,8 @@ import json
 import pathlib
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import RunConfig
-from qwen3next_jax.data.pipeline import Data, training_batches
+from qwen3next_jax.data.pipeline import Data, input_metrics, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.grouped_matmul import default_implementation
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh
@@ -119,25 +119,27 @@ def _train(
 
     writer, progress = reporters(workdir, t.num_steps, start_step=start)
     train_step = compiled_together(program.step)
-    unsettled: deque[tuple[int, dict[str, jax.Array], Any]] = deque()
+    unsettled: deque[tuple[int, dict[str, jax.Array], Any, Any]] = deque()
     # A step is looked at when the next one is under way, so that the devices never wait. Virtual
     # devices of a CPU share its threads: two steps with collectives could wait for each other.
     ahead = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 1
     clock = _Clock(tokens)
     # However the loop ends, a save under way is completed and the metrics are on disk.
-    with closing(store), closing(writer), closing(progress):
+    with closing(store), closing(writer), closing(progress), closing(batches):
         for step in range(start + 1, t.num_steps + 1):
             if t.profile_steps and step == t.profile_steps[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            batch = share.assemble(next(batches))
+            with clock.waiting():
+                rows = next(batches)
+            batch = share.assemble(rows)
             state, metrics = train_step(state, batch)
-            unsettled.append((step, metrics, batch))
+            unsettled.append((step, metrics, batch, batches.get_state()))
             stopping = should_stop(step) and step < t.num_steps
             evaluating = _due(step, t.eval_every, t.num_steps) and not stopping
             saving = _due(step, t.checkpoint_every, t.num_steps) or stopping
             profiled = bool(t.profile_steps) and step == t.profile_steps[1]
             while len(unsettled) > (0 if evaluating or saving or profiled else ahead):
-                done, metrics, batch = unsettled.popleft()
+                done, metrics, batch, read = unsettled.popleft()
                 values = {name: np.asarray(x).item() for name, x in metrics.items()}
                 if values.pop("halted"):
                     bad = first_bad_parameter(program.graph, config, state.params, batch)
@@ -148,8 +150,10 @@ def _train(
                     clock.restart(tokens)  # it compiled
                 if done % t.log_every == 0 or done in (1, t.num_steps):
                     values["learning_rate"] = float(program.schedule(done - 1))
-                    speed = clock.tokens_per_second(tokens)
-                    writer.write(done, {**values, "tokens": tokens, "tokens_per_second": speed})
+                    values |= input_metrics(data, read, sequence_length=t.sequence_length)
+                    speed, wait = clock.read(tokens)
+                    values |= {"tokens": tokens, "tokens_per_second": speed, "data_wait": wait}
+                    writer.write(done, values)
                     progress.update(done, loss=values["loss"], tokens_per_second=speed)
             if profiled:
                 jax.profiler.stop_trace()
@@ -240,15 +244,24 @@ def _non_finite(
 
 
 class _Clock:
-    """Tokens per second since the last reading, compilation, evaluation and saving left out."""
+    """What was done since the last reading; compilation, evaluation and saving are left out."""
 
     def __init__(self, tokens: int):
         self.restart(tokens)
 
     def restart(self, tokens: int) -> None:
-        self._start, self._tokens = time.monotonic(), tokens
+        self._start, self._tokens, self._waited = time.monotonic(), tokens, 0.0
 
-    def tokens_per_second(self, tokens: int) -> float:
-        speed = (tokens - self._tokens) / max(time.monotonic() - self._start, 1e-9)
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def read(self, tokens: int) -> tuple[float, float]:
+        """Tokens per second, and the share of the time that was spent waiting for data."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        speed, wait = (tokens - self._tokens) / seconds, min(self._waited / seconds, 1.0)
         self.restart(tokens)
-        return speed
+        return speed, wait
