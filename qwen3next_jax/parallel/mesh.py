@@ -213,7 +213,7 @@ _sum_columns.defvjp(
 )
 
 
-def parameter_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
+def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
     """The sharding of each parameter, from its axes' names.
 
     Raises:

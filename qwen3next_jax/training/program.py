@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import RunConfig
@@ -31,8 +31,10 @@ class Program(NamedTuple):
     step: Any  # jitted; from a state, which it consumes, and a batch to the next and metrics
 
 
-def make_program(config: RunConfig, mesh: Mesh) -> Program:
+def make_program(config: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     """Builds the step of a run, to be called (or lowered) under `jax.set_mesh(mesh)`.
+
+    An abstract mesh will do for the shapes and places of the state.
 
     Raises:
       ValueError: if the mesh cannot divide a parameter, or no rule updates it.
@@ -67,7 +69,7 @@ def new_model(config: RunConfig) -> Qwen3Next:
 
 
 def _abstract_state(
-    params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh
+    params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shapes and shardings of the whole state; the optimizer's moments lie as their parameters."""
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -84,7 +86,9 @@ def _abstract_state(
     return jax.tree.unflatten(jax.tree.structure(state), placed)
 
 
-def _abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(
+    config: RunConfig, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.train.global_batch_size, config.train.sequence_length)
     whole = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
     return {

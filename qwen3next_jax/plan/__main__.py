@@ -1,0 +1,238 @@
+"""Says what a run will cost, without a device.
+
+    python -m qwen3next_jax.plan --config=FILE [--config.KEY=V ...] [--topology=v5p:4x4x4]
+    python -m qwen3next_jax.plan --config=FILE --compile [--hlo=FILE]
+    python -m qwen3next_jax.plan --config=FILE --search [--best=2]
+
+The first answers at once, by arithmetic. `--compile` compiles the train step with the TPU compiler,
+which takes minutes; `--search` ranks meshes and remat choices and compiles the best few. `--json`
+prints one object as the last line.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "The machine: chip and torus.")
+_COMPILE = flags.DEFINE_bool("compile", False, "Compile the step with the TPU compiler.")
+_HLO = flags.DEFINE_string("hlo", None, "With --compile: a file for the compiled text.")
+_SEARCH = flags.DEFINE_bool("search", False, "Rank meshes and remat choices.")
+_BEST = flags.DEFINE_integer("best", 2, "With --search: how many to compile.", lower_bound=0)
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
+
+# Dense Qwen3-32B, the makers' yardstick.
+_YARDSTICK = dict(
+    model_type="qwen3", vocab_size=151936, hidden_size=5120, num_hidden_layers=64,
+    max_position_embeddings=40960, num_attention_heads=64, num_key_value_heads=8, head_dim=128,
+    rope_theta=1e6, intermediate_size=25600, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments {argv[1:]}; values are given as --config.KEY=V")
+    if _CONFIG.value is None:
+        raise app.UsageError("--config=FILE is needed, such as --config=configs/80b_a3b.py")
+    if _HLO.value and not _COMPILE.value:
+        raise app.UsageError("--hlo needs --compile")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used, here or elsewhere
+    from qwen3next_jax.config import RunConfig
+    from qwen3next_jax.plan import costs, search, tpu
+    from qwen3next_jax.training.program import make_program
+
+    try:
+        config = RunConfig.from_dict(_CONFIG.value.to_dict())
+        chip, places = tpu.parse_topology(_TOPOLOGY.value)
+        from qwen3next_jax.parallel.mesh import axis_sizes
+
+        mesh = axis_sizes(config.mesh, places)
+        program = make_program(config, search.abstract_mesh(mesh))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    result = _arithmetic(config, program, mesh, chip, costs)
+    try:
+        if _SEARCH.value:
+            result["search"] = _search(config, program, chip, places, search, tpu)
+        if _COMPILE.value:
+            result.update(_compiled(config, chip, tpu))
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    if _JSON.value:
+        print(json.dumps(result))
+
+
+def _arithmetic(config: Any, program: Any, mesh: dict[str, int], chip: Any, costs: Any) -> dict:
+    import jax
+
+    from qwen3next_jax.config import ModelConfig
+
+    c, t = config.model, config.train
+    s = t.sequence_length
+    params = program.state.params
+    parts = costs.parameters(params, c)
+    total = sum(parts.values())
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
+    print(f"Parameters: {total:,}, active for a token {costs.active_parameters(params, c):,}")
+    _table({part: f"{n:,}" for part, n in parts.items()})
+
+    forward = costs.forward_flops(c, s)
+    flops = sum(forward.values())
+    executed = costs.executed_flops(c, s, remat=t.remat)
+    print(f"\nOperations a token, forward, at {s:,} tokens of context: {flops / 1e9:.3f} G")
+    _table({part: f"{n / 1e9:.3f} G" for part, n in forward.items()})
+    print(
+        f"  training {3 * flops / 1e9:.2f} G a token; a step executes {executed / 1e9:.2f} G "
+        f"(remat={t.remat!r}) and has {t.global_batch_size * s:,} tokens"
+    )
+
+    yardstick = ModelConfig.from_hf(_YARDSTICK)
+    print("\nBeside dense Qwen3-32B (forward operations a token; cached bytes a token)")
+    print(f"  {'context':>9} {'this':>9} {'without MTP':>12} {'32B':>9} {'ratio':>6} {'cache':>7}")
+    cached, states = costs.serving_bytes(c)
+    dense = costs.serving_bytes(yardstick)[0]
+    for context in (4096, 32768, 131072, 262144):
+        with_mtp = sum(costs.forward_flops(c, context).values())
+        without = sum(costs.forward_flops(c, context, mtp=False).values())
+        theirs = sum(costs.forward_flops(yardstick, context).values())
+        print(
+            f"  {context:>9,} {with_mtp / 1e9:>7.2f} G {without / 1e9:>10.2f} G "
+            f"{theirs / 1e9:>7.2f} G {theirs / without:>5.1f}x "
+            f"{dense / (cached + states / context):>6.1f}x"
+        )
+    print("  The makers claim a training cost under a tenth and over ten times the throughput")
+    print("  beyond 32K tokens. Compute alone is not a tenth at 4K.")
+
+    laid_out = costs.weights(params, _abstract(mesh))
+    opt = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.opt_state))
+    memory = costs.memory(config, laid_out, mesh, optimizer_width=opt / total)
+    used = sum(memory.values())
+    sent = costs.communication(config, laid_out, mesh)
+    low, high = costs.step_seconds(config, laid_out, mesh, chip)
+    print(f"\nOn {_TOPOLOGY.value}, mesh {mesh}: training state {state / 1e9:,.2f} GB in all")
+    print(f"  memory a device: {used / 1e9:.2f} GB of {chip.hbm / 1e9:.1f} GB")
+    _table({part: f"{n / 1e9:.2f} GB" for part, n in memory.items()})
+    print(f"  communication a device and step: {sum(sent.values()) / 1e9:.2f} GB")
+    _table({part: f"{n / 1e9:.2f} GB" for part, n in sent.items()})
+    print(f"  a step takes about {low:.2f} to {high:.2f} s (by arithmetic; --compile knows more)")
+    return {
+        "parameters": total,
+        "parameters_by_part": parts,
+        "active_parameters": costs.active_parameters(params, c),
+        "flops_per_token": flops,
+        "flops_by_part": forward,
+        "executed_flops_per_token": executed,
+        "training_state_bytes": state,
+        "memory_bytes": used,
+        "memory_by_part": memory,
+        "communication_bytes": sent,
+        "fits": used <= chip.hbm,
+        "step_seconds": high,
+        "step_seconds_bounds": [low, high],
+        "topology": _TOPOLOGY.value,
+        "mesh": mesh,
+        "source": "arithmetic",
+    }
+
+
+def _compiled(config: Any, chip: Any, tpu: Any) -> dict:
+    from qwen3next_jax.plan import costs
+
+    print(f"\nCompiling the step for {_TOPOLOGY.value}; this takes minutes ...", flush=True)
+    try:
+        compiled = tpu.compile_step(config, _TOPOLOGY.value)
+    except tpu.OutOfMemoryError as error:
+        print(f"  It does not fit: {error}")
+        return {"fits": False, "source": "compiler", "error": str(error)}
+    if _HLO.value:
+        pathlib.Path(_HLO.value).write_text(compiled.text)
+    used = sum(compiled.memory.values())
+    e, t = compiled.estimate, config.train
+    low, high = e.step_seconds
+    _, places = tpu.parse_topology(_TOPOLOGY.value)
+    tokens = t.global_batch_size * t.sequence_length / places
+    mfu = tokens * costs.train_flops(config.model, t.sequence_length) / high / chip.flops
+    print(f"  compiled in {compiled.seconds:.0f} s")
+    print(f"  memory a device: {used / 1e9:.2f} GB of {chip.hbm / 1e9:.1f} GB")
+    _table({part: f"{n / 1e9:.2f} GB" for part, n in compiled.memory.items()})
+    print(
+        f"  step: {low:.2f} s (communication hidden) to {high:.2f} s (not hidden): "
+        f"{e.fusion_seconds:.2f} s fusions, {e.kernel_seconds:.2f} s kernels, "
+        f"{e.collective_seconds:.2f} s collectives"
+    )
+    _table({kind: f"{n / 1e9:.2f} GB" for kind, n in e.collective_bytes.items()})
+    print(f"  {tokens / high:,.0f} tokens/s/chip, MFU {mfu:.1%}, nothing hidden")
+    print("  what takes longest:")
+    for name, seconds in e.dominant:
+        print(f"    {seconds:8.4f} s  {name[-110:]}")
+    for name in e.uncosted:
+        print(f"    NOT IN THE ESTIMATE: {name[-110:]}")
+    return {
+        "memory_bytes": used,
+        "memory_by_part": compiled.memory,
+        "fits": used <= chip.hbm,
+        "step_seconds": high,
+        "step_seconds_bounds": [low, high],
+        "tokens_per_second_per_chip": tokens / high,
+        "mfu": mfu,
+        "estimate": dataclasses.asdict(e),
+        "compile_seconds": compiled.seconds,
+        "source": "compiler",
+    }
+
+
+def _search(config: Any, program: Any, chip: Any, places: int, search: Any, tpu: Any) -> list:
+    import jax
+
+    opt = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.opt_state))
+    count = sum(x.size for x in jax.tree.leaves(program.state.params))
+    found = search.rank(config, program.state.params, chip, places, optimizer_width=opt / count)
+    if not found:
+        print("\nBy arithmetic, no mesh holds this run: take more chips, or fewer tokens a step.")
+        return []
+    print(f"\n{len(found)} layouts fit by arithmetic; the fastest of them:")
+    rows = []
+    for i, layout in enumerate(found[:10]):
+        low, high = layout.step_seconds
+        used = {axis: n for axis, n in layout.mesh.items() if n > 1}
+        remat = layout.config.train.remat
+        row = dict(mesh=layout.mesh, remat=remat, memory_bytes=layout.memory_bytes,
+                   step_seconds=high)  # fmt: skip
+        print(f"  {low:7.2f} to {high:6.2f} s  {layout.memory_bytes / 1e9:6.1f} GB  "
+              f"remat={remat:5}  {used}", flush=True)  # fmt: skip
+        if i < _BEST.value:
+            try:
+                compiled = tpu.compile_step(layout.config, _TOPOLOGY.value)
+            except (tpu.OutOfMemoryError, ValueError) as error:
+                row["compiled"] = str(error)
+                print(f"      compiler: {error}")
+            else:
+                memory = sum(compiled.memory.values())
+                low, high = compiled.estimate.step_seconds
+                row["compiled"] = dict(memory_bytes=memory, step_seconds=high)
+                print(f"      compiler: {low:.2f} to {high:.2f} s, {memory / 1e9:.1f} GB")
+        rows.append(row)
+    return rows
+
+
+def _abstract(mesh: dict[str, int]) -> Any:
+    from qwen3next_jax.plan.search import abstract_mesh
+
+    return abstract_mesh(mesh)
+
+
+def _table(rows: dict[str, str]) -> None:
+    width = max(map(len, rows), default=0)
+    for name, value in rows.items():
+        print(f"    {name:<{width}}  {value:>18}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,330 @@
+"""What a model and a run cost by arithmetic alone: parameters, operations, memory, communication.
+
+Parameters and state are counted on the shapes that training itself allocates. Operations count a
+multiply-add as 2 and matrix products only: norms, gates and softmaxes are below a percent. The
+rest of a step's memory and its communication are models of what the compiled step holds and sends;
+`tpu.py` asks the compiler.
+
+Letters are those of docs/architecture.md; s is the length of a sequence, t the tokens of a device.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen3next_jax.checkpoint.store import named_leaves
+from qwen3next_jax.config import FULL, LINEAR, ModelConfig, RunConfig
+from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
+
+# Parts of the model, by what their parameters' names contain; the first match counts.
+_PARTS = (
+    ("embed_tokens", "embedding"),
+    ("lm_head", "head"),
+    ("mtp/", "MTP"),
+    ("shared_expert", "shared experts"),
+    ("mlp/gate_up_proj", "experts"),
+    ("mlp/down_proj", "experts"),
+    ("mlp/router", "routers"),
+    ("mlp/", "feed-forward"),
+    ("linear_attn", "DeltaNet"),
+    ("self_attn", "attention"),
+    ("norm", "norms"),
+)
+
+
+def parameters(params: Any, config: ModelConfig) -> dict[str, int]:
+    """Counts parameters by part.
+
+    Args:
+      params: or their shapes.
+      config: tells a dense model's `mlp/down_proj` from experts.
+    """
+    parts: Counter[str] = Counter()
+    for name, x in named_leaves(params):
+        part = next(part for pattern, part in _PARTS if pattern in name)
+        if part == "experts" and not config.num_experts:
+            part = "feed-forward"
+        parts[part] += math.prod(x.shape)
+    return dict(parts)
+
+
+def active_parameters(params: Any, config: ModelConfig) -> int:
+    """Parameters that one token meets: of the experts its own, of the embedding one row."""
+    total = 0
+    for name, x in named_leaves(params):
+        size = math.prod(x.shape)
+        if "embed_tokens" in name and not config.tie_word_embeddings:
+            size = config.hidden_size
+        elif config.num_experts and name.endswith(("mlp/gate_up_proj", "mlp/down_proj")):
+            size = size * config.num_experts_per_tok // config.num_experts
+        total += size
+    return total
+
+
+def forward_flops(
+    config: ModelConfig, s: int, *, seen: float = 0.5, mtp: bool = True
+) -> dict[str, float]:
+    """Operations a token of the forward pass, by part.
+
+    Args:
+      config: the model's.
+      s: tokens in a sequence.
+      seen: share of the s × s scores that are computed: a half for causal attention.
+      mtp: with the MTP module, unrolled for all of its steps.
+    """
+    D, V = config.hidden_size, config.vocab_size
+    parts: dict[str, float] = defaultdict(float)
+    for mixer, sparse in config.layers:
+        if mixer == LINEAR:
+            parts["DeltaNet projections"] += _delta_projections(config)
+            parts["delta rule"] += _delta_rule(config)
+        else:
+            parts["attention projections"] += _attention_projections(config)
+            parts["attention scores"] += seen * _scores(config, s)
+        for name, flops in _feed_forward(config, sparse).items():
+            parts[name] += flops
+    parts["head"] += 2 * D * V
+    if mtp and config.mtp_steps:
+        layer: float = _attention_projections(config) + seen * _scores(config, s)
+        layer += sum(_feed_forward(config, config.num_experts > 0).values())
+        parts["MTP"] += config.mtp_steps * (2 * 2 * D * D + layer + 2 * D * V)
+    return dict(parts)
+
+
+def train_flops(config: ModelConfig, s: int) -> float:
+    """Operations a token that training needs: three times the forward pass (what MFU counts)."""
+    return 3 * sum(forward_flops(config, s).values())
+
+
+def executed_flops(config: ModelConfig, s: int, *, remat: str, seen: float = 0.5) -> float:
+    """Operations a token that a step executes: the layers once more where they are computed again.
+
+    The cross-entropy computes its gradients in the forward pass, and the MTP module is kept.
+    """
+    flops = 3 * sum(forward_flops(config, s, seen=seen).values())
+    if remat == "layer":
+        layers = forward_flops(config, s, seen=seen, mtp=False)
+        flops += sum(layers.values()) - layers["head"]
+        # A dense layer's last product is not: nothing of the backward pass needs it.
+        dense = sum(not sparse for _, sparse in config.layers)
+        flops -= dense * 2 * config.hidden_size * config.intermediate_size
+    return flops
+
+
+def _delta_projections(c: ModelConfig) -> int:
+    keys = c.linear_num_key_heads * c.linear_key_head_dim
+    values = c.linear_num_value_heads * c.linear_value_head_dim
+    conv = 2 * c.linear_conv_kernel_dim * (2 * keys + values)
+    # q, k; v, z and the way out; two gates a head.
+    return 2 * c.hidden_size * (2 * keys + 3 * values + 2 * c.linear_num_value_heads) + conv
+
+
+def _delta_rule(c: ModelConfig) -> int:
+    """Four products of a state with a vector: decay, read, write, query. Chunks cost about that."""
+    return 8 * c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
+
+
+def _attention_projections(c: ModelConfig) -> int:
+    queries = c.num_attention_heads * c.head_dim * (3 if c.attention_output_gate else 2)
+    return 2 * c.hidden_size * (queries + 2 * c.num_key_value_heads * c.head_dim)
+
+
+def _scores(c: ModelConfig, s: int) -> int:
+    return 4 * c.num_attention_heads * c.head_dim * s
+
+
+def _feed_forward(c: ModelConfig, sparse: bool) -> dict[str, int]:
+    D = c.hidden_size
+    if not sparse:
+        return {"feed-forward": 6 * D * c.intermediate_size}
+    return {
+        "routers": 2 * D * c.num_experts,
+        "experts": 6 * D * c.moe_intermediate_size * c.num_experts_per_tok,
+        "shared experts": (6 * c.shared_expert_intermediate_size + 2) * D
+        if c.shared_expert_intermediate_size
+        else 0,
+    }
+
+
+# Memory and communication, per device.
+
+
+class Weight(NamedTuple):
+    """A parameter on a mesh."""
+
+    name: str
+    size: int
+    own: int  # entries that a device holds
+    width: int  # bytes of an entry
+
+
+def weights(params: nnx.State, mesh: Any) -> list[Weight]:
+    """How a model's parameters lie on a mesh; it need not be of devices (`AbstractMesh`)."""
+    places = dict(named_leaves(parameter_shardings(params, mesh)))
+    return [
+        Weight(name, x.size, math.prod(places[name].shard_shape(x.shape)), x.dtype.itemsize)
+        for name, x in named_leaves(params)
+    ]
+
+
+def tokens_per_device(config: RunConfig, mesh: Mapping[str, int]) -> int:
+    """Of a micro-batch; every device of `tensor` has all tokens of its row."""
+    t = config.train
+    ways = math.prod(mesh[axis] for axis in ROWS) * mesh["context"]
+    rows = t.global_batch_size // t.gradient_accumulation_steps
+    return max(1, rows * t.sequence_length // ways)
+
+
+def memory(
+    config: RunConfig,
+    params: Sequence[Weight],
+    mesh: Mapping[str, int],
+    *,
+    optimizer_width: float,
+) -> dict[str, float]:
+    """Bytes a device holds at the peak of a step, by what they are.
+
+    Args:
+      config: the run's.
+      params: its parameters on the mesh.
+      mesh: sizes of its axes.
+      optimizer_width: bytes of optimizer state a parameter.
+    """
+    c, t = config.model, tokens_per_device(config, mesh)
+    width = jnp.dtype(config.precision.compute).itemsize
+    own = sum(p.own for p in params)
+    layers: list[float] = [
+        _activations(c, mixer, sparse, t, mesh, width) for mixer, sparse in c.layers
+    ]
+    kept: float
+    if config.train.remat == "layer":
+        kept = c.num_hidden_layers * t * c.hidden_size * width
+    else:
+        kept = sum(layers)
+    if c.mtp_steps:
+        kept += c.mtp_steps * _activations(c, FULL, c.num_experts > 0, t, mesh, width)
+    rows = max(1, t * mesh["context"] // config.train.sequence_length)
+    chunk = min(config.train.loss_chunk, config.train.sequence_length // mesh["context"])
+    # Logits and their gradient in float32; the head and its gradient whole.
+    head = c.vocab_size // mesh["tensor"] * (rows * chunk * 8 + c.hidden_size * (width + 4))
+    gathered = 2 * width * sum(p.size / _kept_apart(p.name, mesh) for p in params if _stacked(p))
+    return {
+        "parameters": float(sum(p.own * p.width for p in params)),
+        "optimizer state": own * optimizer_width,
+        "gradients": 4.0 * own,
+        "kept activations": float(kept),
+        "one layer, or the head": max(max(layers) + gathered / c.num_hidden_layers, float(head)),
+    }
+
+
+def _activations(
+    c: ModelConfig, mixer: str, sparse: bool, t: int, mesh: Mapping[str, int], width: int
+) -> float:
+    """What a layer's backward pass finds of its forward pass, for t tokens."""
+    D, tensor = c.hidden_size, mesh["tensor"]
+    mixed: float
+    fed: float
+    if mixer == LINEAR:
+        K, H = c.linear_num_key_heads, c.linear_key_head_dim
+        N, P = c.linear_num_value_heads, c.linear_value_head_dim
+        # Projections; float32 q, k, v and outputs; inverses of 64 a token and head, one state a
+        # chunk of 64.
+        mixed = width * (2 * K * H + 3 * N * P) + 4 * (2 * K * H + 3 * N * P)
+        mixed += 4 * N * (64 + H * P / 64)
+    else:
+        mixed = width * c.head_dim * (5 * c.num_attention_heads + 4 * c.num_key_value_heads)
+    if sparse:
+        # Each assignment's row on its way there, and its expert's hidden values.
+        E, F, A = c.num_experts, c.moe_intermediate_size, c.num_experts_per_tok
+        fed = width * A * (4 * D + 4 * F / tensor) + 4 * 3 * E
+        fed += width * 3 * c.shared_expert_intermediate_size / tensor
+    else:
+        fed = width * 3 * c.intermediate_size / tensor
+    return t * (mixed / tensor + fed + 4 * D * width)
+
+
+def _stacked(param: Weight) -> bool:
+    return param.name.startswith("groups/")
+
+
+def _kept_apart(name: str, mesh: Mapping[str, int]) -> int:
+    """Ways in which a parameter stays split where it is used."""
+    split = mesh["tensor"]
+    if name.endswith(("mlp/gate_up_proj", "mlp/down_proj")):
+        split *= mesh["expert"]
+    return split
+
+
+def communication(
+    config: RunConfig, params: Sequence[Weight], mesh: Mapping[str, int]
+) -> dict[str, float]:
+    """Bytes that a device sends and receives in a step, by what for; the larger side of each."""
+    c, t = config.model, tokens_per_device(config, mesh)
+    width = jnp.dtype(config.precision.compute).itemsize
+    parts = config.train.gradient_accumulation_steps
+    passes = 3 if config.train.remat == "layer" else 2  # forward, again, backward
+    sent: dict[str, float] = defaultdict(float)
+    for p in params:
+        used = p.size / _kept_apart(p.name, mesh)
+        if used > p.own:
+            gathers = passes - 1 if _stacked(p) else 1
+            sent["parameters gathered"] += parts * gathers * used * width
+            sent["gradients scattered"] += parts * used * width
+        if mesh["data"] > 1:
+            sent["gradients over data"] += parts * p.own * 4
+    sparse = sum(sparse for _, sparse in c.layers)
+    if mesh["expert"] > 1:
+        each = t * c.num_experts_per_tok * c.hidden_size * width
+        away = (mesh["expert"] - 1) / mesh["expert"]
+        sent["tokens to experts and back"] += (
+            parts * away * 2 * each * (sparse * passes + 2 * c.mtp_steps)
+        )
+    if mesh["tensor"] > 1:
+        sums = 2 * t * c.hidden_size * width
+        sent["sums over tensor"] += parts * passes * c.num_hidden_layers * sums
+    if mesh["context"] > 1:
+        keys = 2 * t * c.num_key_value_heads * c.head_dim * width
+        full = sum(mixer != LINEAR for mixer in c.mixers) + c.mtp_steps
+        sent["keys and values around the ring"] += (
+            parts * full * (passes + 1) * (mesh["context"] - 1) * keys
+        )
+        state = 4 * c.linear_num_value_heads * c.linear_key_head_dim
+        state *= c.linear_key_head_dim + c.linear_value_head_dim
+        rows = max(1, t * mesh["context"] // config.train.sequence_length)
+        steps = math.ceil(math.log2(mesh["context"]))
+        sent["delta states"] += (
+            parts * (len(c.mixers) - full + c.mtp_steps) * passes * (steps * rows * state)
+        )
+    return dict(sent)
+
+
+def serving_bytes(config: ModelConfig) -> tuple[int, int]:
+    """Cached bytes a token (bfloat16 keys and values), and a sequence (float32 delta states)."""
+    full = sum(mixer != LINEAR for mixer in config.mixers)
+    per_token = full * 2 * config.num_key_value_heads * config.head_dim * 2
+    states = (len(config.mixers) - full) * config.linear_num_value_heads
+    return per_token, states * config.linear_key_head_dim * config.linear_value_head_dim * 4
+
+
+def step_seconds(
+    config: RunConfig, params: Sequence[Weight], mesh: Mapping[str, int], chip: Any
+) -> tuple[float, float]:
+    """A guess at a step's time, with all communication hidden and with none.
+
+    Products run at `_EFFICIENCY` of the chip's peak, what it was for compiled steps; the optimizer
+    reads and writes its state once.
+    """
+    c, t = config.model, config.train
+    tokens = tokens_per_device(config, mesh) * t.gradient_accumulation_steps / mesh["tensor"]
+    flops = tokens * executed_flops(c, t.sequence_length, remat=t.remat)
+    updates = sum(p.own for p in params) * 28 / chip.hbm_bandwidth
+    compute = flops / (_EFFICIENCY * chip.flops) + updates
+    sent = sum(communication(config, params, mesh).values()) / chip.ici_bandwidth
+    return max(compute, sent), compute + sent
+
+
+_EFFICIENCY = 0.3

@@ -1,0 +1,192 @@
+"""Estimates the time of a compiled TPU program from its text.
+
+- Fusions carry the compiler's own estimate in cycles; loops multiply it by their trip counts.
+- Kernels (Pallas) carry operations and bytes instead, if their authors said so. They are taken to
+  reach half of either peak, and the slower of the two counts. One that says nothing is listed: an
+  estimate that leaves work out must not look like one that doesn't.
+- Collectives are the bytes of their larger side over the speed of the links.
+
+Whether collectives hide behind computation the text does not tell: the truth lies between the
+larger of the two times and their sum. It knows nothing of dynamic trip counts: such loops count
+once and are listed too.
+"""
+
+import dataclasses
+import re
+from collections import Counter, defaultdict
+from typing import Any
+
+_WIDTHS = {
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
+    "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
+}  # fmt: skip
+_KERNEL_EFFICIENCY = 0.5
+_COLLECTIVE = re.compile(
+    r"= (\(?[^=]*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|"
+    r"ragged-all-to-all)(-start)?\("
+)
+_KERNEL_COST = re.compile(
+    r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one step on one chip."""
+
+    fusion_seconds: float
+    kernel_seconds: float
+    collective_seconds: float
+    collective_bytes: dict[str, float]  # by kind
+    dominant: list[tuple[str, float]]  # seconds of the operations that take longest, by name
+    uncosted: list[str]  # what runs and is not in the estimate
+
+    @property
+    def step_seconds(self) -> tuple[float, float]:
+        """With all communication hidden behind computation, and with none."""
+        compute = self.fusion_seconds + self.kernel_seconds
+        return max(compute, self.collective_seconds), compute + self.collective_seconds
+
+
+def estimate(text: str, chip: Any) -> Estimate:
+    """Reads a program.
+
+    Args:
+      text: of the optimised program, `compiled.as_text()`.
+      chip: its flops, hbm_bandwidth, ici_bandwidth and clock.
+    """
+    computations, entry = _computations(text)
+    runs, unknown = _runs(computations, entry)
+    seconds: dict[str, float] = defaultdict(float)
+    uncosted: Counter[str] = Counter({f"loop of unknown length: {u}": 1 for u in unknown})
+    sent: dict[str, float] = defaultdict(float)
+    fusions = kernels = 0.0
+    for name, times in runs.items():
+        for line in computations.get(name, ()):
+            if cycles := re.search(r'estimated_cycles":"?(\d+)', line):
+                spent = times * int(cycles[1]) / chip.clock
+                fusions += spent
+                seconds[_label(line)] += spent
+            if found := _COLLECTIVE.search(line):
+                shapes, kind, starts = found.groups()
+                # A reduce-scatter's larger side is what goes in; an async start lists both sides.
+                size = _bytes(shapes) * (_group(line) if kind == "reduce-scatter" else 1)
+                sent[kind] += times * size / (2 if starts else 1)
+            if 'custom_call_target="tpu_custom_call"' in line:
+                if cost := _KERNEL_COST.search(line):
+                    flops, moved = map(int, cost.groups())
+                    spent = max(flops / chip.flops, moved / chip.hbm_bandwidth)
+                    spent *= times / _KERNEL_EFFICIENCY
+                    kernels += spent
+                    seconds[_label(line)] += spent
+                else:
+                    uncosted[_label(line)] += times
+            elif re.search(r'custom_call_target="(InvertDiag|Triangular)', line):
+                uncosted["triangular solve"] += times
+    return Estimate(
+        fusions,
+        kernels,
+        sum(sent.values()) / chip.ici_bandwidth,
+        dict(sent),
+        sorted(seconds.items(), key=lambda item: -item[1])[:12],
+        [f"{name} ({n} times)" for name, n in uncosted.most_common()],
+    )
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The instructions of each computation, long ones joined to one line, and the entry's name."""
+    found: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$", line):
+            current = found.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif line.startswith("}") and not line.startswith("}}"):
+            current = None
+        elif current is not None:
+            if re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
+                current.append(line)
+            elif current:
+                current[-1] += line
+    return found, entry
+
+
+def _runs(computations: dict[str, list[str]], entry: str) -> tuple[Counter[str], list[str]]:
+    """How often each computation runs in a step, and the loops that no constant bounds."""
+    runs: Counter[str] = Counter()
+    unknown: list[str] = []
+
+    def visit(name: str, times: int) -> None:
+        runs[name] += times
+        for line in computations.get(name, ()):
+            if " while(" in line:
+                trips = _trips(computations, line)
+                if not trips:
+                    unknown.append(_label(line))
+                visit(_named("body", line)[0], times * (trips or 1))
+            elif " conditional(" in line:
+                branches = re.search(r"branch_computations=\{([^}]*)\}", line)
+                names = branches[1].split(",") if branches else []
+                names = names or _named("true_computation", line) + _named(
+                    "false_computation", line
+                )
+                for branch in names:
+                    visit(branch.strip().lstrip("%"), times)
+            elif " call(" in line:
+                for callee in _named("to_apply", line):
+                    visit(callee, times)
+            elif "async-start" in line or " call-start(" in line:
+                for callee in _named("calls", line) + _named("called_computations", line):
+                    visit(callee, times)
+
+    visit(entry, 1)
+    return runs, unknown
+
+
+def _trips(computations: dict[str, list[str]], loop: str) -> int:
+    """Trips of a loop: as the compiler notes them, or the largest constant of its condition."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop):
+        return int(known[1])
+    lines = list(computations.get(_named("condition", loop)[0], ()))
+    for line in tuple(lines):
+        for callee in _named("calls", line):
+            lines += computations.get(callee, [])
+    return max(
+        (int(n) for line in lines for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", line)),
+        default=0,
+    )
+
+
+def _named(key: str, line: str) -> list[str]:
+    return re.findall(rf"{key}=\{{?%?([\w.\-]+)", line)
+
+
+def _bytes(shapes: str) -> int:
+    total = 0
+    for dtype, sizes in re.findall(r"\b(\w+)\[([\d,]*)\]", shapes):
+        size = _WIDTHS.get(dtype, 0)
+        for n in filter(None, sizes.split(",")):
+            size *= int(n)
+        total += size
+    return total
+
+
+def _group(line: str) -> int:
+    """Devices in one group of a collective, however its groups are written."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        ways = 1
+        for axis in re.findall(r"'([^']+)'", mesh[2]):
+            ways *= int(sizes.get(axis, 1))
+        return ways
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(iota[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return len(listed[1].split(","))
+    return 1
+
+
+def _label(line: str) -> str:
+    """Where an instruction comes from, numbers left out so that layers add up."""
+    name = re.search(r'op_name="([^"]*)"', line)
+    return re.sub(r"\d+", "#", name[1] if name else line.split()[0])

@@ -1,0 +1,156 @@
+"""Compiles a run's step for TPUs that are not here, and estimates its time.
+
+The package `libtpu` holds the whole TPU compiler and describes machines by their topology. What it
+compiles for them is what they would run, so the memory it reports is what a device would hold.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from qwen3next_jax.config import RunConfig
+from qwen3next_jax.parallel.mesh import make_mesh
+from qwen3next_jax.plan.hlo import Estimate, estimate
+from qwen3next_jax.training.program import make_program
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip can do, as published; `ici` is what a ring of collectives was seen to reach."""
+
+    flops: float  # bfloat16 products a second
+    hbm: float  # bytes that a program can use
+    hbm_bandwidth: float  # bytes a second
+    ici_bandwidth: float  # bytes a second of collectives
+    clock: float  # cycles a second
+    dimensions: int  # of its torus
+
+
+_GIB = 2**30
+CHIPS = {
+    "v5p": Chip(459e12, 95.74 * _GIB, 2765e9, 180e9, 1.75e9, 3),
+    "v5e": Chip(197e12, 15.75 * _GIB, 819e9, 60e9, 1.5e9, 2),
+    "v6e": Chip(918e12, 31.25 * _GIB, 1640e9, 134e9, 1.75e9, 2),
+}
+
+
+def parse_topology(name: str) -> tuple[Chip, int]:
+    """From "v5p:4x4x4" the chip and how many there are.
+
+    Raises:
+      ValueError: names the nearest topologies that there are.
+    """
+    kind, _, sizes = name.partition(":")
+    if kind not in CHIPS:
+        near = difflib.get_close_matches(kind, CHIPS, n=2, cutoff=0.3) or list(CHIPS)
+        raise ValueError(
+            f"The topology {name!r} is of no known chip; did you mean "
+            f"{' or '.join(_example(k) for k in near)}?"
+        )
+    chip = CHIPS[kind]
+    parts = sizes.split("x")
+    if len(parts) != chip.dimensions or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise ValueError(
+            f"The topology {name!r} should have {chip.dimensions} sizes; known are "
+            f"{', '.join(f'{kind}:{s}' for s in _SIZES[chip.dimensions])}"
+        )
+    return chip, math.prod(map(int, parts))
+
+
+_SIZES = {
+    2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
+}
+
+
+def _example(kind: str) -> str:
+    return f"{kind}:{_SIZES[CHIPS[kind].dimensions][4]}"
+
+
+def devices(topology: str) -> Sequence[jax.Device]:
+    """The devices of a topology, to build a mesh from; none of them is here.
+
+    Raises:
+      ValueError: the topology is unknown.
+      ModuleNotFoundError: the TPU compiler is not installed; says how to.
+    """
+    parse_topology(topology)
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "The TPU compiler is not installed: pip install 'qwen3next_jax[tpu]'"
+        ) from error
+    # The compiler asks who it is on a real machine's network; here nobody would answer. Two plans
+    # may compile at a time, which two users of one TPU may not.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:
+        kind = topology.partition(":")[0]
+        sizes = ", ".join(f"{kind}:{s}" for s in _SIZES[CHIPS[kind].dimensions])
+        raise ValueError(
+            f"The compiler refuses the topology {topology!r} ({error}); known are {sizes}"
+        ) from error
+    return list(description.devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a step."""
+
+    seconds: float  # that the compilation took
+    memory: dict[str, float]  # bytes a device holds at the peak, by what they are
+    estimate: Estimate
+    text: str  # the compiled program
+
+
+class OutOfMemoryError(RuntimeError):
+    """The step does not fit; the message is the compiler's."""
+
+
+def compile_step(config: RunConfig, topology: str) -> Compiled:
+    """Compiles the real train step of a run for a topology.
+
+    Raises:
+      OutOfMemoryError: a device cannot hold it.
+      ValueError, ModuleNotFoundError: as `devices`; the mesh does not fit the topology or the
+        model.
+    """
+    chip, _ = parse_topology(topology)
+    mesh = make_mesh(config.mesh, devices(topology))
+    program = make_program(config, mesh)
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        lowered = program.step.lower(program.state, program.batch)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise OutOfMemoryError(str(error).splitlines()[0]) from error
+            raise
+    seconds = time.monotonic() - start
+    text = compiled.as_text()
+    return Compiled(seconds, _memory(compiled.memory_analysis()), estimate(text, chip), text)
+
+
+def _memory(analysis: Any) -> dict[str, float]:
+    # Donated arguments and the results that take their place are one and the same.
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {
+        "state and batch": analysis.argument_size_in_bytes,
+        "results": results,
+        "temporary": analysis.temp_size_in_bytes,
+        "program": analysis.generated_code_size_in_bytes,
+    }

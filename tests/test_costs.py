@@ -1,0 +1,154 @@
+import dataclasses
+import functools
+import math
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from oracles import RELEASED, abstract_model, small_config
+
+from configs import tiny
+from qwen3next_jax.config import ModelConfig, RunConfig
+from qwen3next_jax.model import gated_attention, gated_delta_net, moe
+from qwen3next_jax.parallel.mesh import AXES
+from qwen3next_jax.plan import costs
+from qwen3next_jax.plan.search import abstract_mesh, rank
+from qwen3next_jax.plan.tpu import CHIPS
+from qwen3next_jax.training.program import make_program
+from qwen3next_jax.training.step import make_gradients
+
+ROOT = pathlib.Path(__file__).parents[1]
+ONE = dict.fromkeys(AXES, 1)
+
+
+def run_config(name="tiny"):
+    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    return RunConfig.from_dict(config.to_dict())
+
+
+def test_parameters_are_those_of_the_released_model():
+    config = ModelConfig.from_hf({**RELEASED, "mtp_steps": 1})
+    parts = costs.parameters(nnx.state(abstract_model(config)), config)
+    assert round(sum(parts.values()) / 1e9, 2) == 81.32
+    assert round(parts["MTP"] / 1e9, 2) == 1.65
+    assert parts["embedding"] == parts["head"] == 151936 * 2048
+    assert parts["experts"] == 48 * 512 * 3 * 2048 * 512
+
+
+@pytest.mark.parametrize("name", ["tiny", "1b_a100m", "80b_a3b", "qwen3_32b"])
+def test_counts_of_parameters_and_state_are_those_of_eval_shape(name):
+    config = run_config(name)
+    program = make_program(config, abstract_mesh(ONE))
+    model = nnx.state(abstract_model(config.model))
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(model))
+    assert sum(costs.parameters(program.state.params, config.model).values()) == size
+    laid_out = costs.weights(program.state.params, abstract_mesh(ONE))
+    assert sum(p.own for p in laid_out) == size
+    # Master copies and second moments are float32, first moments as the config says.
+    width = 4 + 4 + jnp.dtype(config.precision.optimizer).itemsize
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
+    assert 0 <= state - width * size < 100  # counters
+
+
+def test_a_split_model_lies_where_training_puts_it():
+    config = run_config("80b_a3b")
+    mesh = {**ONE, "fsdp": 4, "expert": 16}
+    program = make_program(config, abstract_mesh(mesh))
+    laid_out = costs.weights(program.state.params, abstract_mesh(mesh))
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(program.state.params)
+    )
+    assert sum(p.own * p.width for p in laid_out) == held
+
+
+def test_forward_operations_are_the_published_arithmetic():
+    config = ModelConfig.from_hf({**RELEASED, "mtp_steps": 1})
+    for s in (4096, 262144):
+        with_mtp = sum(costs.forward_flops(config, s).values())
+        without = sum(costs.forward_flops(config, s, mtp=False).values())
+        # docs/architecture.md gives three digits.
+        assert with_mtp == pytest.approx(8.04e9 + 106496 * s, rel=1e-3)
+        assert without == pytest.approx(7.28e9 + 98304 * s, rel=1e-3)
+
+
+def even_groups(rows, weights, group_sizes, *, implementation=None):
+    """The products of even loads and no more, where all of a compiler's ways on a CPU do more."""
+    rows = rows.reshape(len(weights), -1, rows.shape[1])
+    return jnp.einsum("erd,edf->erf", rows, weights).reshape(-1, weights.shape[2])
+
+
+def with_reference(op):
+    @functools.wraps(op)
+    def reference(*args, implementation, **options):
+        return op(*args, implementation="reference", **options)
+
+    return reference
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "hybrid"])
+def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
+    monkeypatch.setattr(gated_attention, "attention", with_reference(gated_attention.attention))
+    monkeypatch.setattr(
+        gated_delta_net, "gated_delta_rule", with_reference(gated_delta_net.gated_delta_rule)
+    )
+    monkeypatch.setattr(moe, "grouped_matmul", even_groups)
+    monkeypatch.setattr(moe, "row_alignment", lambda implementation: 1)
+    # The compiler counts a loop's body once.
+    monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+    T = 32
+    given = tiny.get_config()
+    given.model.update(
+        vocab_size=4096, hidden_size=512, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, linear_num_key_heads=4, linear_num_value_heads=8,
+        linear_key_head_dim=64, linear_value_head_dim=64, num_experts=8, num_experts_per_tok=2,
+        moe_intermediate_size=512, shared_expert_intermediate_size=512, intermediate_size=1024,
+        full_attention_interval=2 if kind == "hybrid" else 1, mtp_steps=int(kind != "dense"),
+    )  # fmt: skip
+    if kind == "dense":
+        given.model.update(num_experts=0, num_experts_per_tok=0)
+    given.train.update(global_batch_size=2, sequence_length=T, loss_chunk=T, remat=remat)
+    config = RunConfig.from_dict(given.to_dict())
+    program = make_program(config, abstract_mesh(ONE))
+
+    def bare(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    params, batch = jax.tree.map(bare, (program.state.params, program.batch))
+    lowered = jax.jit(make_gradients(program.graph, config)).lower(params, batch)
+    counted = lowered.cost_analysis()["flops"]
+    if kind == "dense":  # compilation of the others would take minutes
+        assert lowered.compile().cost_analysis()["flops"] == pytest.approx(counted, rel=0.01)
+    ours = 2 * T * costs.executed_flops(config.model, T, remat=remat, seen=1.0)
+    # The compiler counts norms, gates and softmaxes too, about 1 in the model dimension.
+    assert counted == pytest.approx(ours, rel=0.02)
+
+
+def test_ranking_prefers_what_fits_and_is_fast():
+    config = run_config("80b_a3b")
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, global_batch_size=256)
+    )
+    program = make_program(config, abstract_mesh(ONE))
+    given = dict(optimizer_width=6.0)
+    found = rank(config, program.state.params, CHIPS["v5p"], 64, **given)
+    assert all(math.prod(layout.mesh.values()) == 64 for layout in found)
+    assert all(layout.memory_bytes <= CHIPS["v5p"].hbm for layout in found)
+    times = [sum(layout.step_seconds) for layout in found]
+    assert times == sorted(times)
+    assert not rank(config, program.state.params, CHIPS["v5e"], 16, **given)  # 0.8 TB of state
+
+
+def test_small_config_has_a_part_for_every_parameter():
+    for config in (
+        small_config(mtp_steps=1),
+        small_config(mlp_only_layers=(0,), intermediate_size=16),
+    ):
+        model = nnx.state(abstract_model(config))
+        assert sum(costs.parameters(model, config).values()) == sum(
+            x.size for x in jax.tree.leaves(model)
+        )

@@ -1,0 +1,63 @@
+import pytest
+
+from qwen3next_jax.plan.hlo import estimate
+from qwen3next_jax.plan.tpu import CHIPS, Chip, parse_topology
+
+CHIP = Chip(
+    flops=1e9, hbm=1e9, hbm_bandwidth=1e9, ici_bandwidth=1e6, clock=1e6, dimensions=2
+)  # fmt: skip
+
+# A loop of 3 fusions in a loop of 5, a kernel with an estimate and one without, a reduce-scatter
+# over 4 devices and an asynchronous all-gather, whose text lists operand and result.
+PROGRAM = """HloModule jit_step
+
+%inner_body (p: s32[]) -> s32[] {
+  %fusion.1 = f32[8]{0} fusion(%p), kind=kLoop, metadata={op_name="layer_1/mul"}, \
+backend_config={"estimated_cycles":"1000"}
+}
+
+%inner_condition (p: s32[]) -> pred[] {
+  %constant.3 = s32[] constant(3)
+}
+
+%outer_body (p: s32[]) -> s32[] {
+  %while.2 = s32[] while(%p), condition=%inner_condition, body=%inner_body
+}
+
+%outer_condition (p: s32[]) -> pred[] {
+  %p = s32[] parameter(0)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %while.1 = s32[] while(%p), condition=%outer_condition, body=%outer_body, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %kernel.1 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", \
+metadata={op_name="good_kernel"}, backend_config={"custom_call_config":{"cost_estimate":\
+{"flops":"2000000","transcendentals":"0","bytes_accessed":"500"}}}
+  %kernel.2 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", \
+metadata={op_name="silent_kernel"}
+  %reduce-scatter.1 = f32[100]{0} reduce-scatter(%p), replica_groups=[16,4]<=[64], dimensions={0}
+  %all-gather-start.1 = (bf16[100]{0}, bf16[300]{0}) all-gather-start(%p), dimensions={0}
+}
+"""
+
+
+def test_loops_kernels_and_collectives_add_up():
+    found = estimate(PROGRAM, CHIP)
+    assert found.fusion_seconds == pytest.approx(3 * 5 * 1000 / CHIP.clock)
+    # Half of peak: 2e6 operations at 1e9 a second take 2 ms, taken twice.
+    assert found.kernel_seconds == pytest.approx(4e-3)
+    assert found.collective_bytes == {"reduce-scatter": 4 * 400, "all-gather": (200 + 600) / 2}
+    assert found.collective_seconds == pytest.approx(2000 / CHIP.ici_bandwidth)
+    assert found.step_seconds == pytest.approx((0.019, 0.021))
+    assert dict(found.dominant) == pytest.approx({"layer_#/mul": 0.015, "good_kernel": 0.004})
+    assert found.uncosted == ["silent_kernel (1 times)"]
+
+
+def test_topologies_are_read_and_unknown_ones_name_the_nearest():
+    assert parse_topology("v5p:4x4x4") == (CHIPS["v5p"], 64)
+    assert parse_topology("v6e:16x16") == (CHIPS["v6e"], 256)
+    with pytest.raises(ValueError, match="did you mean v5p:4x4x4"):
+        parse_topology("v5q:4x4x4")
+    with pytest.raises(ValueError, match="should have 2 sizes; known are v6e:2x2"):
+        parse_topology("v6e:4x4x4")
