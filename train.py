@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
 def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
     """Trains, evaluates, and prints a sample; returns whether it was stopped before the end."""
     from qwen3next_jax.data.pipeline import evaluation_batches, load_data
+    from qwen3next_jax.data.tokenizer import keep_tokenizer
     from qwen3next_jax.evaluation.perplexity import perplexity
     from qwen3next_jax.inference.decode import generate
     from qwen3next_jax.parallel.processes import process_0_first
@@ -79,6 +80,7 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
             vocab_size=config.model.vocab_size,
             trained_tokenizer=workdir / "tokenizer.model",
         )
+        keep_tokenizer(data.tokenizer, workdir)
     logging.info(
         "%d records to train on, %d held out (%s bytes)",
         sum(len(part.records) for part in data.train), len(data.held_out),

@@ -138,9 +138,7 @@ def test_what_is_learnt_is_what_the_golden_file_shows(family, chat, tokenizers):
 def test_tokens_and_mask_are_those_of_transformers(family, chat, tokenizers):
     """Which reads the mask off the marks, where ours here follows from renderings without them."""
     tokenizer = tokenizers[family]
-    theirs = PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer._path), **tokenizer.special_tokens
-    )
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.path), **tokenizer.special_tokens)
     want = theirs.apply_chat_template(
         [{k: v for k, v in m.items() if k != "weight"} for m in CHATS[chat]["messages"]],
         tools=CHATS[chat].get("tools"), chat_template=marked_template(family),

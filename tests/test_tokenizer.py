@@ -18,6 +18,8 @@ from qwen3next_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     check_vocabulary,
+    identity,
+    keep_tokenizer,
     load_tokenizer,
     train_tokenizer,
 )
@@ -276,9 +278,53 @@ def test_a_tokenizer_is_found_by_file_or_by_directory(tmp_path):
     file = make_tokenizer_json(model)
     for path in (model, file, str(model)):
         assert isinstance(load_tokenizer(path), HuggingFaceTokenizer)
-    # A run whose config names a tokenizer was trained with that one.
-    write(run, config={"model": {}, "data": {"tokenizer": str(file)}})
-    assert isinstance(load_tokenizer(run), HuggingFaceTokenizer)
+    # A run keeps a copy of its own; one that has none was trained with what its config names.
+    for named in (file, model):
+        write(run, config={"model": {}, "data": {"tokenizer": str(named)}})
+        assert not isinstance(load_tokenizer(run), HuggingFaceTokenizer)
+        (tmp_path / "bare").mkdir(exist_ok=True)
+        write(tmp_path / "bare", config={"model": {}, "data": {"tokenizer": str(named)}})
+        assert isinstance(load_tokenizer(tmp_path / "bare"), HuggingFaceTokenizer)
+
+
+@pytest.mark.parametrize("config", [{}, {"bos_token": "<|endoftext|>"}])
+def test_a_kept_tokenizer_is_the_same_wherever_its_tokens_were_named(config, tmp_path):
+    path = make_tokenizer_json(tmp_path / "model", **config)
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    described = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    write(tmp_path / "model", config={"eos_token_id": 2, "bos_token_id": 0},
+          generation_config={"eos_token_id": [2, 0]})  # fmt: skip
+    for told in (described, {k: v for k, v in described.items() if k[1:] != "os_token"}):
+        write(tmp_path / "model", tokenizer_config=told)
+        tokenizer = load_tokenizer(path)
+        copy = tmp_path / f"copy {len(told)}"
+        for _ in range(2):
+            keep_tokenizer(tokenizer, copy)
+            kept = load_tokenizer(copy)
+            assert identity(kept) == identity(tokenizer)
+            assert kept.stop_ids == tokenizer.stop_ids
+            assert kept.chat_template == "{{ messages }}"
+        (copy / "tokenizer_config.json").unlink()  # damaged by whoever
+        keep_tokenizer(tokenizer, copy)
+        assert identity(load_tokenizer(copy)) == identity(tokenizer)
+    other = tmp_path / "other.jinja"
+    other.write_text("{{ 1 }}")
+    changed = load_tokenizer(path, chat_template=other)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is another than that of"):
+        keep_tokenizer(changed, copy)
+    keep_tokenizer(changed, tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new").chat_template == "{{ 1 }}"
+    with pytest.raises(ValueError, match=r"tokenizer\.json is another than that of .*some\.model"):
+        keep_tokenizer(train_tokenizer(TEXTS[:3], tmp_path / "some.model", vocab_size=300), copy)
+
+
+def test_a_sentencepiece_model_is_kept_and_has_a_template_only_where_one_is_given(tmp_path):
+    tokenizer = train_tokenizer(TEXTS[:3], tmp_path / "some.model", vocab_size=300)
+    with pytest.raises(FileNotFoundError, match="holds no chat template"):
+        _ = tokenizer.chat_template
+    keep_tokenizer(tokenizer, tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy").iterdir()] == ["tokenizer.model"]
+    assert identity(load_tokenizer(tmp_path / "copy")) == identity(tokenizer)
 
 
 def test_where_no_tokenizer_is_the_error_says_what_was_expected(tmp_path):

@@ -14,7 +14,9 @@ back into a space, so `encode` hands over a "▁" of the text itself as its thre
 """
 
 import bisect
+import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -26,21 +28,26 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
+from qwen3next_jax.data.chat import load_chat_template
+
 _SPACE = "▁"
 _RESERVED = "▅"  # SentencePiece skips training text that holds its mark for unknown pieces
 _TRAINING_CHARACTERS = 50_000_000  # enough for any vocabulary; takes about 15 seconds
 _SAMPLE = 1000  # documents that tell how long all are
 
 
-def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
+def load_tokenizer(
+    path: str | os.PathLike, *, chat_template: str | os.PathLike = ""
+) -> "Tokenizer":
     """The tokenizer of a file or of a directory.
 
     Args:
       path: a `tokenizer.json`, a SentencePiece model of any other name, or a directory: a Hugging
-        Face model, a work directory of ours, or one of its step folders.
+        Face model, a work directory of ours, one of its step folders, or prepared data.
+      chat_template: a file that replaces the one beside the tokenizer.
 
-    In a directory the tokenizer is, in this order: the one that `data.tokenizer` of our run's
-    `config.json` names, `tokenizer.json`, `tokenizer.model`.
+    In a directory the tokenizer is, in this order: `tokenizer.json`, `tokenizer.model`, the one
+    that `data.tokenizer` of our run's `config.json` names.
 
     Raises:
       FileNotFoundError: there is nothing of this kind at `path`.
@@ -51,7 +58,12 @@ def load_tokenizer(path: str | os.PathLike) -> "Tokenizer":
         file = _tokenizer_file(file)
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist; expected {_EXPECTED}, or a directory")
-    return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+    tokenizer: Tokenizer = (
+        HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+    )
+    if chat_template:
+        tokenizer.chat_template = epath.Path(chat_template).read_text()
+    return tokenizer
 
 
 _EXPECTED = "a SentencePiece model or a tokenizer.json"
@@ -61,17 +73,21 @@ def _tokenizer_file(directory: epath.Path) -> epath.Path:
     run = directory
     if directory.name.isdigit() and directory.parent.name == "checkpoints":
         run = directory.parent.parent  # a step folder
-    named = _read_json(run / "config.json").get("data", {}).get("tokenizer")
-    if named:
-        return epath.Path(named)
     for name in ("tokenizer.json", "tokenizer.model"):
         if (run / name).exists():
             return run / name
+    named = _read_json(run / "config.json").get("data", {}).get("tokenizer")
+    if named:
+        return (
+            _tokenizer_file(epath.Path(named)) if epath.Path(named).is_dir() else epath.Path(named)
+        )
     raise FileNotFoundError(f"{run} holds no tokenizer; expected tokenizer.json or tokenizer.model")
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model, read from `path`.
+
+    Its attributes are those of `HuggingFaceTokenizer`.
 
     With a model made by `train_tokenizer`, `decode(encode(text)) == text` for all text. Others may
     normalise.
@@ -81,9 +97,10 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike):
+        self.path = epath.Path(path)
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
-            self._pieces.load_from_serialized_proto(epath.Path(path).read_bytes())
+            self._pieces.load_from_serialized_proto(self.path.read_bytes())
         except RuntimeError as error:
             raise ValueError(
                 f"{path} is not a SentencePiece model; expected {_EXPECTED}"
@@ -104,6 +121,11 @@ class SentencePieceTokenizer:
             "bos_token": self._pieces.id_to_piece(self.bos_id),
             "eos_token": self._pieces.id_to_piece(self.eos_id),
         }
+
+    @functools.cached_property
+    def chat_template(self) -> str:
+        """Jinja, as `load_chat_template` finds it beside the file, or raises."""
+        return load_chat_template(self.path.parent)
 
     @property
     def vocab_size(self) -> int:
@@ -182,6 +204,7 @@ class HuggingFaceTokenizer:
     Where no file names a BOS, the EOS is what stands between documents, and serves as both.
 
     Attributes:
+      path: the file.
       bos_id, eos_id: the two tokens.
       stop_ids: all the tokens that end a text: the EOS, and those of `generation_config.json`.
       adds_bos: whether a prompt begins with BOS (`add_bos_token`); not so for Qwen.
@@ -192,8 +215,8 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self._path = epath.Path(path)
-        content = self._path.read_text()
+        self.path = epath.Path(path)
+        content = self.path.read_text()
         try:
             self._parsing = tokenizers.Tokenizer.from_str(content)
             self._literal = tokenizers.Tokenizer.from_str(content)
@@ -206,7 +229,7 @@ class HuggingFaceTokenizer:
             tokenizer.no_padding()
             tokenizer.post_processor = None  # it adds BOS and EOS, and shortens offsets
 
-        folder = self._path.parent
+        folder = self.path.parent
         config = _read_json(folder / "tokenizer_config.json")
         ids = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
         ids[1] = ids[1].get("model", ids[1])  # a work directory's has sections,
@@ -231,17 +254,32 @@ class HuggingFaceTokenizer:
         self.adds_bos: bool = bool(config.get("add_bos_token"))
         self._vocab_size = 1 + max(self._parsing.get_vocab().values())
 
+    def names_delimiters(self) -> bool:
+        """Whether `tokenizer_config.json` alone says what EOS and BOS are."""
+        wanted = {"eos_token"} | ({"bos_token"} if self.bos_id != self.eos_id else set())
+        return wanted <= self.special_tokens.keys()
+
+    def delimiters(self) -> dict[str, str | None]:
+        """The texts of EOS and BOS, under their names in `tokenizer_config.json`."""
+        ids = {"eos_token": self.eos_id, "bos_token": self.bos_id}
+        return {name: self._parsing.id_to_token(i) for name, i in ids.items()}
+
     def _named(self, which: str, ids: Iterable[Mapping[str, Any]]) -> int | None:
         token = self.special_tokens.get(f"{which}_token")
         if token is not None:
             found = self._parsing.token_to_id(token)
             if found is None:
                 raise ValueError(
-                    f"{self._path} lacks the {which}_token {token!r} that tokenizer_config.json "
+                    f"{self.path} lacks the {which}_token {token!r} that tokenizer_config.json "
                     "beside it names"
                 )
             return found
         return next((i for given in ids for i in _as_list(given.get(f"{which}_token_id"))), None)
+
+    @functools.cached_property
+    def chat_template(self) -> str:
+        """Jinja, as `load_chat_template` finds it beside the file, or raises."""
+        return load_chat_template(self.path.parent)
 
     @property
     def vocab_size(self) -> int:
@@ -324,12 +362,57 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ValueError(_explain(str(error), vocab_size, len(texts))) from error
-    finished = epath.Path(path)
-    finished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = finished.parent / f".{finished.name}.{os.getpid()}"
-    unfinished.write_bytes(model.content)
-    unfinished.replace(finished)
+    _write_whole(epath.Path(path), model.content)
     return SentencePieceTokenizer(path)
+
+
+def identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the ids of a document, for JSON; two tokenizers of one identity are one."""
+    return {
+        "sha256": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
+
+
+def keep_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
+    """Copies a tokenizer to where what depends on it is kept, so that it travels along.
+
+    With it go its chat template and the files beside it that say what its tokens are for. Each file
+    appears whole or not at all.
+
+    Raises:
+      ValueError: the directory holds another tokenizer or another chat template.
+    """
+    folder = epath.Path(directory)
+    kind = "tokenizer.json" if isinstance(tokenizer, HuggingFaceTokenizer) else "tokenizer.model"
+    contents = {kind: tokenizer.path.read_bytes()}
+    for name in _BESIDE:
+        if (file := tokenizer.path.parent / name).exists():
+            contents[name] = file.read_bytes()
+    with contextlib.suppress(FileNotFoundError):
+        contents["chat_template.jinja"] = tokenizer.chat_template.encode()
+    if isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.names_delimiters():
+        # A model's config.json did, which does not come along.
+        config = json.loads(contents.get("tokenizer_config.json", b"{}"))
+        contents["tokenizer_config.json"] = json.dumps(
+            {**config, **tokenizer.delimiters()}, indent=2, ensure_ascii=False
+        ).encode()
+    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+        if (file := folder / name).exists() and file.read_bytes() != contents.get(name):
+            raise ValueError(
+                f"{file} is another than that of {tokenizer.path}, and what is in {folder} was "
+                "made with it; choose another directory, or remove it"
+            )
+    for name, content in contents.items():
+        if not (folder / name).exists() or (folder / name).read_bytes() != content:
+            _write_whole(folder / name, content)
+
+
+_BESIDE = (
+    "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -339,6 +422,13 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"The tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size={vocab_size}; "
             f"set model.vocab_size to {tokenizer.vocab_size} or more, or choose another tokenizer"
         )
+
+
+def _write_whole(path: epath.Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.parent / f".{path.name}.{os.getpid()}"
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
