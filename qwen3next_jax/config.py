@@ -25,6 +25,7 @@ _SOURCES = {
     "array_record": "/corpus/*.array_record",
     "tfds": "wiki40b/en:1.3.0",
     "synthetic": "",
+    "prepared": "/corpus/prepared",
 }
 _PATHLESS = ("stdlib", "synthetic")
 
@@ -327,7 +328,8 @@ def _not_divisible(name: str, value: int, divisor_name: str, divisor: int) -> st
 class DataConfig:
     """Where the text comes from and how it becomes rows of tokens."""
 
-    # "stdlib", "text", "jsonl", "parquet", "array_record", "tfds", "synthetic" or "mixture"
+    # "stdlib", "text", "jsonl", "parquet", "array_record", "tfds", "synthetic", "prepared" or
+    # "mixture"
     source: str
     path: str  # a glob of files; for "tfds" a dataset; "" for sources without
     field: str  # of objects: holds the text or the messages
@@ -336,6 +338,7 @@ class DataConfig:
     mixture: Mapping[str, Mapping[str, Any]]
     # A SentencePiece model or a tokenizer.json; "": one is trained on the training part and kept.
     tokenizer: str
+    chat_template: str  # a Jinja file; "": the one beside the tokenizer
     holdout_fraction: float  # share of the records held out for evaluation, chosen by their names
     on_error: str  # records and files that cannot be used: "raise", or "skip" and count them
     packing: str  # "concatenate", or "best_fit", which keeps documents whole

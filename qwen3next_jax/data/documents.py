@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float32, Int32
 
+from qwen3next_jax.data.chat_document import chat_document
 from qwen3next_jax.data.sources import BadRecordError, Record, Records
 from qwen3next_jax.data.tokenizer import Tokenizer
 
@@ -23,7 +24,13 @@ def tokenized(record: Record, tokenizer: Tokenizer) -> Document:
     if record.tokens is not None:
         return record.tokens
     if record.messages is not None:
-        raise BadRecordError(f"{record.name}: chats are not yet read")
+        chat = {"messages": record.messages, "tools": record.tools,
+                "chat_template_kwargs": record.chat_template_kwargs}  # fmt: skip
+        template = tokenizer.chat_template  # where there is none, no chat can be used
+        try:
+            return chat_document(chat, tokenizer, template)
+        except ValueError as error:
+            raise BadRecordError(f"{record.name}: {error}") from error
     if not record.text:
         raise BadRecordError(f"{record.name}: is an empty document")
     ids = tokenizer.encode(record.text)

@@ -32,6 +32,10 @@ from qwen3next_jax.data.hashing import mix64
 _SCANNED = 1 << 24  # bytes at a time
 
 
+# Of objects, the fields that a chat needs besides its messages, where there are such.
+BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
+
+
 class BadFileError(ValueError):
     """A file that cannot be read."""
 
@@ -122,7 +126,7 @@ def open_json_lines(name: str, path: epath.Path) -> JsonLinesFile:
         def unpack(target: BinaryIO) -> None:
             with path.open("rb") as file:
                 _unpack_zstd(zstandard, file, target)
-    elif _is_local(path):
+    elif is_local(path):
         return JsonLinesFile(name, path)
     else:
 
@@ -134,7 +138,7 @@ def open_json_lines(name: str, path: epath.Path) -> JsonLinesFile:
 
 
 def open_parquet(name: str, path: epath.Path, *, field: str) -> JsonLinesFile:
-    """A Parquet file's rows as objects of `field`, and of `tools` where there is such a column."""
+    """A Parquet file's rows as objects of `field` and, where there are such, `BESIDE_MESSAGES`."""
     arrow = import_extra("pyarrow")
     parquet = import_extra("pyarrow.parquet")
 
@@ -145,7 +149,7 @@ def open_parquet(name: str, path: epath.Path, *, field: str) -> JsonLinesFile:
                 names = table.schema_arrow.names
                 if field not in names:
                     raise BadFileError(f"has no column {field!r}; its columns are {sorted(names)}")
-                columns = [field] + ["tools"] * ("tools" in names and field != "tools")
+                columns = [field, *(c for c in BESIDE_MESSAGES if c in names and c != field)]
                 for batch in table.iter_batches(batch_size=1024, columns=columns):
                     for row in range(batch.num_rows):
                         target.write(_json_line(batch, row) + b"\n")
@@ -185,7 +189,7 @@ class ArrayRecordFile:
 
 def open_array_record(path: epath.Path) -> grain.sources.ArrayRecordDataSource:
     """The records of one file as bytes."""
-    if not _is_local(path):
+    if not is_local(path):
 
         def unpack(target: BinaryIO) -> None:
             with path.open("rb") as file:
@@ -277,7 +281,7 @@ def decode_utf8(content: bytes) -> str:
         ) from error
 
 
-def import_extra(module: str) -> Any:
+def import_extra(module: str, *, extra: str = "data") -> Any:
     """Imports what not every installation has."""
     import importlib
 
@@ -285,8 +289,8 @@ def import_extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{module} is needed for this data and cannot be imported ({error}); install it by "
-            "pip install 'qwen3next_jax[data]'"
+            f"{module} is needed for this and cannot be imported ({error}); install it by "
+            f"pip install 'qwen3next_jax[{extra}]'"
         ) from error
 
 
@@ -356,5 +360,6 @@ def _unpacked(
     return copy
 
 
-def _is_local(path: epath.Path) -> bool:
+def is_local(path: epath.Path) -> bool:
+    """Whether other libraries can open the path."""
     return "://" not in os.fspath(path)

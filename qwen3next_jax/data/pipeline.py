@@ -26,6 +26,7 @@ from etils import epath
 from qwen3next_jax.data.documents import Document, Texts, readable
 from qwen3next_jax.data.holdout import split as split_source
 from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
+from qwen3next_jax.data.prepared import check_prepared, prepared_source
 from qwen3next_jax.data.shard import Packing, Shard, TrainingPart
 from qwen3next_jax.data.sources import Chained, Records, open_source
 from qwen3next_jax.data.tokenizer import (
@@ -95,6 +96,7 @@ def load_data(
     split: str = "train",
     mixture: Mapping[str, Mapping[str, Any]] | None = None,
     tokenizer: str = "",
+    chat_template: str = "",
     holdout_fraction: float,
     on_error: str = "raise",
     vocab_size: int,
@@ -110,7 +112,8 @@ def load_data(
       source, path, field, split, on_error: see `open_source`.
       mixture: instead of one source several; of each, by its name, its `weight` and what differs
         from the `source`, `path`, `field` and `split` given.
-      tokenizer: what `load_tokenizer` takes; "" stands for `trained_tokenizer`.
+      tokenizer, chat_template: what `load_tokenizer` takes; of the tokenizer, "" stands for that of
+        prepared data, or else for `trained_tokenizer`.
       holdout_fraction: share of the records held out.
       vocab_size: of the model, hence the most that the tokenizer may have.
       trained_tokenizer: where the tokenizer is kept; it is trained if there is no such file.
@@ -121,7 +124,9 @@ def load_data(
       FileNotFoundError: there is no file `tokenizer`.
     """
     given: dict[str, Any] = {"source": source, "path": path, "field": field, "split": split}
-    parts = mixture or {source: {"weight": 1.0}}
+    # A part's name decides the order of its records, and prepared data keep their source's.
+    alone = prepared_source(path) if source == "prepared" else source
+    parts = mixture or {alone: {"weight": 1.0}}
     train, held_out, skipped_files = [], [], 0
     for name, part in parts.items():
         opened = open_source(
@@ -132,13 +137,20 @@ def load_data(
         train.append(TrainingPart(name, kept, float(part["weight"])))
         held_out.append(out)
 
+    if source == "prepared":
+        tokenizer = tokenizer or path
     if tokenizer or epath.Path(trained_tokenizer).exists():
-        loaded: Tokenizer = load_tokenizer(tokenizer or trained_tokenizer)
+        loaded: Tokenizer = load_tokenizer(
+            tokenizer or trained_tokenizer, chat_template=chat_template
+        )
     else:
         logging.info("Training a tokenizer of %d tokens: %s", vocab_size, trained_tokenizer)
         texts = Texts(Chained([part.records for part in train]), on_error=on_error)
         loaded = train_tokenizer(texts, trained_tokenizer, vocab_size=vocab_size)
     check_vocabulary(loaded, vocab_size)
+    for part in parts.values():
+        if part.get("source", source) == "prepared":
+            check_prepared(part.get("path", path), loaded)
     return Data(
         train=train, held_out=Chained(held_out), tokenizer=loaded, on_error=on_error,
         skipped_files=skipped_files, **rows,

@@ -24,8 +24,9 @@ from etils import epath
 from qwen3next_jax.data import files
 from qwen3next_jax.data.files import BadFileError, RecordFile
 from qwen3next_jax.data.globs import fixed_folder, matching_files
+from qwen3next_jax.data.prepared import TokenizedDocument, open_prepared
 
-SOURCES = ("stdlib", "text", "jsonl", "parquet", "array_record", "tfds", "synthetic")
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "array_record", "tfds", "synthetic", "prepared")
 
 # Folders of the standard library that are not part of it, or whose odd files test Python itself.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -45,6 +46,7 @@ class Record:
       text: of a document.
       messages: of a chat, as its template expects them.
       tools: JSON schemas of the functions that the chat may call, or None.
+      chat_template_kwargs: what else the chat's template reads, or None.
       tokens: a tokenised document, as `data/documents.py` describes it.
     """
 
@@ -52,6 +54,7 @@ class Record:
     text: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     tokens: Mapping[str, np.ndarray] | None = None
 
 
@@ -110,9 +113,14 @@ class Source:
     def __len__(self) -> int:
         return len(self._values)
 
+    def name(self, index: int) -> str:
+        """The name of a record, good or bad."""
+        file, number = self._values.place(index)
+        return file.name if file.is_one_document else f"{file.name}:{number + 1}"
+
     def __getitem__(self, index: int) -> Record:
         file, number = self._values.place(index)
-        name = file.name if file.is_one_document else f"{file.name}:{number + 1}"
+        name = self.name(index)
         try:
             return _record(name, file[number], self._field)
         except (files.BadValueError, OSError) as error:
@@ -127,7 +135,8 @@ def open_source(
     Args:
       source: one of `SOURCES`:
         "stdlib", the .py files of the running Python's own library, each in the encoding it
-        declares; "text", UTF-8 files, each a document; "jsonl", an object a line, plain or
+        declares; "prepared", what `data/prepare.py` made of another; "text",
+        UTF-8 files, each a document; "jsonl", an object a line, plain or
         compressed (.gz, .zst); "parquet", an object a row; "array_record", a UTF-8 text or an
         object a record; "tfds", a dataset of TensorFlow Datasets; "synthetic", made-up words.
       path: a glob in which `**` stands for any folders, a cloud path too; for "tfds" the dataset's
@@ -143,6 +152,8 @@ def open_source(
     """
     if source == "synthetic":
         return Source([files.SyntheticFile()])
+    if source == "prepared":
+        return Source(open_prepared(path))
     if source == "tfds":
         return Source([files.TfdsSplit(path, split)], field=field)
     open_file: Callable[[str, epath.Path], RecordFile]
@@ -191,6 +202,8 @@ def _record(name: str, value: Any, field: str) -> Record:
     """A value of a file as a record."""
     if isinstance(value, str):
         return Record(name=name, text=value)
+    if isinstance(value, TokenizedDocument):
+        return Record(name=name, tokens=value)
     if not isinstance(value, Mapping):
         raise files.BadValueError(f"expected an object with a field {field!r}, found {value!r:.80}")
     if field not in value:
@@ -201,7 +214,8 @@ def _record(name: str, value: Any, field: str) -> Record:
     if isinstance(content, str):
         return Record(name=name, text=content)
     if isinstance(content, list) and all(isinstance(message, Mapping) for message in content):
-        return Record(name=name, messages=content, tools=value.get("tools"))
+        beside = {key: value.get(key) for key in files.BESIDE_MESSAGES}
+        return Record(name=name, messages=content, **beside)
     raise files.BadValueError(
         f"field {field!r} is {content!r:.80}; expected a string, or a list of messages"
     )
