@@ -1,0 +1,47 @@
+r"""Trains a SentencePiece tokenizer on a source.
+
+    python -m qwen3next_jax.data.train_tokenizer --source=jsonl --path='/corpus/*.jsonl.zst' \
+        --vocab_size=32768 --output=tokenizer.model
+
+It is the one that a run with `data.tokenizer=""` would train for itself: a lossless byte-pair
+encoding, on evenly spaced documents of about 50 million characters. Records that would be held out
+by `--holdout_fraction`, as a run's config has it, are not looked at.
+"""
+
+import argparse
+import sys
+
+from qwen3next_jax.data.documents import Texts
+from qwen3next_jax.data.holdout import split
+from qwen3next_jax.data.sources import SOURCES, open_source
+from qwen3next_jax.data.tokenizer import train_tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command line."""
+    parser = argparse.ArgumentParser(prog="python -m qwen3next_jax.data.train_tokenizer",
+                                     description=(__doc__ or "").partition("\n")[0])  # fmt: skip
+    sources = [source for source in SOURCES if source != "prepared"]
+    parser.add_argument("--source", required=True, choices=sources)
+    parser.add_argument("--path", default="", help="as data.path: a glob of files, or a dataset")
+    parser.add_argument("--field", default="text", help="of objects, the one with the text")
+    parser.add_argument("--split", default="train", help="of TensorFlow Datasets")
+    parser.add_argument("--on_error", default="raise", choices=("raise", "skip"))
+    parser.add_argument("--holdout_fraction", type=float, default=0.0, help="as in the config")
+    parser.add_argument("--vocab_size", type=int, required=True)
+    parser.add_argument("--output", required=True, help="a file")
+    args = parser.parse_args(argv)
+    try:
+        records = open_source(
+            args.source, args.path, field=args.field, split=args.split, on_error=args.on_error
+        )
+        kept = split(records, args.holdout_fraction)[0] if args.holdout_fraction else records
+        texts = Texts(kept, on_error=args.on_error)
+        tokenizer = train_tokenizer(texts, args.output, vocab_size=args.vocab_size)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(str(error))
+    print(f"{args.output}: {tokenizer.vocab_size} tokens, from {len(texts)} records")
+
+
+if __name__ == "__main__":
+    main()

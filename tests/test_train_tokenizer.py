@@ -1,0 +1,29 @@
+"""The command trains the tokenizer that a run would train for itself."""
+
+import pytest
+from small_run import write_corpus
+
+from qwen3next_jax.data.pipeline import load_data
+from qwen3next_jax.data.train_tokenizer import main
+
+
+def test_it_is_the_runs_own(tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "texts")
+    given = ["--source=text", f"--path={corpus}/*.txt", "--vocab_size=320"]
+    main([*given, "--holdout_fraction=0.2", f"--output={tmp_path}/a.model"])
+    load_data(source="text", path=f"{corpus}/*.txt", holdout_fraction=0.2, vocab_size=320,
+              trained_tokenizer=tmp_path / "b.model")  # fmt: skip
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    assert "a.model: 320 tokens, from 3" in capsys.readouterr().out
+    main([*given, f"--output={tmp_path}/all.model"])
+    assert "all.model: 320 tokens, from 40 records" in capsys.readouterr().out
+
+
+def test_what_cannot_be_trained_on_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text("short")
+    given = ["--source=text", f"--output={tmp_path}/x"]
+    with pytest.raises(SystemExit, match=r"too little text for a tokenizer of vocab_size=9999"):
+        main([*given, f"--path={tmp_path}/*.txt", "--vocab_size=9999"])
+    with pytest.raises(SystemExit, match=r"matches no file"):
+        main([*given, f"--path={tmp_path}/*.md", "--vocab_size=300"])
+    assert not (tmp_path / "x").exists()
