@@ -22,6 +22,7 @@ def transformers_model(name="sparse"):
     """A small model of transformers with all weights random, norms and gates included."""
     changes = {
         "sparse": {"num_hidden_layers": 4},
+        "chat": {"num_hidden_layers": 4, "vocab_size": 288},  # holds hf_tokenizer.py's tokens
         "one dense layer, tied": {"mlp_only_layers": [1], "intermediate_size": 40,
                                   "tie_word_embeddings": True},
         "dense": DENSE,
@@ -42,11 +43,12 @@ def transformers_model(name="sparse"):
     return model.eval()
 
 
-def released(directory, *, fused=(), dtype=torch.bfloat16, shards=3, mtp=True):
+def released(directory, *, name="sparse", fused=(), dtype=torch.bfloat16, shards=3, mtp=True):
     """Writes what a released checkpoint holds: an MTP module, and of two dtypes.
 
     Args:
       directory: does not exist.
+      name: of a sparse `transformers_model`.
       fused: of "model" and "mtp", those with their experts in one tensor.
       dtype: of all but A_log.
       shards: how many files.
@@ -56,18 +58,18 @@ def released(directory, *, fused=(), dtype=torch.bfloat16, shards=3, mtp=True):
       The tensors by name.
     """
     directory.mkdir(parents=True)
-    described = {**transformers_model().config.to_dict(), "dtype": str(dtype).partition(".")[2]}
+    described = {**transformers_model(name).config.to_dict(), "dtype": str(dtype).partition(".")[2]}
     (directory / "config.json").write_text(json.dumps(described))
-    tensors = {name: p.detach().clone() for name, p in transformers_model().named_parameters()}
+    tensors = {name: p.detach().clone() for name, p in transformers_model(name).named_parameters()}
     if mtp:
         D = tensors["model.norm.weight"].shape[0]
         tensors["mtp.fc.weight"] = torch.randn(D, 2 * D)
         for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
             tensors[f"mtp.{name}.weight"] = torch.randn(D)
-        for name, tensor in list(tensors.items()):
-            if name.startswith("model.layers.3."):
-                name = name.replace("model.layers.3.", "mtp.layers.0.")
-                tensors[name] = torch.randn_like(tensor)
+        for key, tensor in list(tensors.items()):
+            if key.startswith("model.layers.3."):
+                key = key.replace("model.layers.3.", "mtp.layers.0.")
+                tensors[key] = torch.randn_like(tensor)
     laid_out = {}
     for name, tensor in tensors.items():
         if not name.endswith("A_log"):

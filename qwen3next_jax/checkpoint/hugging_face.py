@@ -182,11 +182,9 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
     tensors, problems, lost = safetensors_files.read_directory(directory)
     stored = tensors.stored
     try:
-        config = ModelConfig.from_hf(directory)
+        config = _described(directory, [*stored, *lost])
     except (ValueError, OSError) as error:
         raise _refused(directory, [f"config.json: {error}", *problems]) from None
-    mtp_steps = int(any(name.startswith("mtp.") for name in [*stored, *lost]))
-    config = dataclasses.replace(config, mtp_steps=mtp_steps)
     layout = Layout.of([*stored, *lost], config)
     table = _table(config, layout, abstract_parameters(config))
     if stored or not problems:
@@ -210,6 +208,17 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
     if problems:
         raise _refused(directory, problems)
     return HFCheckpoint(config, layout, table, tensors, dtypes)
+
+
+def describe_hf(directory: pathlib.Path) -> ModelConfig:
+    """The model of a directory, of which only config.json and the tensors' names are looked at."""
+    tensors, _, lost = safetensors_files.read_directory(directory)
+    return _described(directory, [*tensors.stored, *lost])
+
+
+def _described(directory: pathlib.Path, names: Collection[str]) -> ModelConfig:
+    config = ModelConfig.from_hf(directory)
+    return dataclasses.replace(config, mtp_steps=int(any(n.startswith("mtp.") for n in names)))
 
 
 def read_parameter(

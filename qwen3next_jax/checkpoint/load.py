@@ -22,6 +22,7 @@ from qwen3next_jax.checkpoint.hugging_face import (
     abstract_parameters,
     build_model,
     cast,
+    describe_hf,
     load_hf,
     open_hf,
     read_parameter,
@@ -126,13 +127,20 @@ def load_parameters(
 
 def check_same_model(path: str | os.PathLike[str], config: ModelConfig) -> None:
     """Raises the ValueError that `load_parameters` would, without reading the weights."""
-    _check_same_model(config, checkpoint_config(path), path)
+    ours = find_checkpoint(pathlib.Path(path))
+    found = open_hf(pathlib.Path(path)).config if ours is None else ours.config
+    _check_same_model(config, found, path)
 
 
 def checkpoint_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The model of a checkpoint, without its weights; raises what `load_checkpoint` would."""
+    """The model of a checkpoint, by its config.json and the names of its tensors alone.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the path leads to none, or to one of another kind of model.
+    """
     ours = find_checkpoint(pathlib.Path(path))
-    return open_hf(pathlib.Path(path)).config if ours is None else ours.config
+    return describe_hf(pathlib.Path(path)) if ours is None else ours.config
 
 
 def find_checkpoint(path: pathlib.Path) -> OurCheckpoint | None:

@@ -51,7 +51,7 @@ from qwen3next_jax.data.sources import SOURCES, BadRecordError, Record, Source, 
 from qwen3next_jax.data.tokenizer import Tokenizer, identity, keep_tokenizer, load_tokenizer
 
 _PLAN = "plan.json"
-_EXAMPLES = 5  # of a shard's records that were skipped, those in its note
+_EXAMPLES = 5  # of a shard's records that were skipped, those in its note; of all, those logged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,13 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{error}\nShards that are finished stay; the same command goes on from there.")
     seconds = time.monotonic() - start
+    examples = [example for shard in manifest["shards"] for example in shard["examples"]]
+    for example in examples[:_EXAMPLES]:
+        logging.warning("Skipped %s", example)
     print(
-        f"{args['output']}: {manifest['records']:,} records, {manifest['tokens']:,} tokens, "
-        f"{manifest['skipped']:,} records that cannot be used, in {len(manifest['shards'])} shards,"
-        f" after {seconds:.1f} s"
+        f"{args['output']}: {manifest['records']:,} records, {manifest['skipped']:,} of them "
+        f"skipped, {manifest['tokens']:,} tokens, in {len(manifest['shards'])} shards, after "
+        f"{seconds:.1f} s"
     )
 
 
@@ -147,7 +150,7 @@ def prepare(job: Job, run: Run) -> dict[str, Any]:
         keep_tokenizer(tokenizer, output)
         _write_json(output / _PLAN, plan)
         shards = range(job.num_shards)
-        todo = [k for k in shards if not _note(job, k).exists()]
+        todo = [k for k in shards if not _is_made(job, k)]
         if len(todo) < len(shards):
             logging.info(
                 "Going on: %d of %d shards are there", len(shards) - len(todo), len(shards)
@@ -273,6 +276,14 @@ def _shard_name(job: Job, k: int) -> str:
 
 def _note(job: Job, k: int) -> epath.Path:
     return epath.Path(job.output) / f"{_shard_name(job, k)}.json"
+
+
+def _is_made(job: Job, k: int) -> bool:
+    """Whether a shard is there as its note says; the machine may have stopped before it was."""
+    shard = epath.Path(job.output) / _shard_name(job, k)
+    if not (_note(job, k).exists() and shard.exists()):
+        return False
+    return json.loads(_note(job, k).read_text())["bytes"] == shard.stat().length
 
 
 def _content(record: Record) -> bytes:

@@ -179,8 +179,10 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> tuple[int, str]:
         try:
             for record in records:
                 writer.write(record)
-        finally:
             writer.close()
+        except BaseException:
+            local.unlink()
+            raise
         with local.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = local.stat().st_size
