@@ -63,6 +63,8 @@ def launch(command: list[str], count: int, grace: float) -> int:
         for i in range(count)
     ]
 
+    _tell(f"Processes {', '.join(f'{i}: {process.pid}' for i, process in enumerate(processes))}")
+
     def forward(number: int, _: object) -> None:
         for process in processes:
             process.send_signal(number)

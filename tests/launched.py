@@ -8,13 +8,13 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def start(*command, processes=2, devices=2, grace=60.0, **kwargs):
+def start(*command, processes=2, devices=2, grace=60.0, env=None):
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "qwen3next_jax.launch", "-n", str(processes), f"--grace={grace}",
          "--", *map(str, command)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, **kwargs,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | (env or {}),
     )  # fmt: skip
 
 

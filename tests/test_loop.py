@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from launched import lines, start
 from oracles import quick_jit
 from small_run import run, small_config, write_corpus
 
@@ -220,3 +221,59 @@ def test_eight_devices_take_the_course_of_one(corpus, tmp_path, mesh):
         for key in a:
             # float32 sums in another order, amplified over eight steps of AdamW
             np.testing.assert_allclose(a[key], b[key], rtol=1e-3, err_msg=key)
+
+
+def train_together(processes, devices, corpus, workdir):
+    return start(
+        "train.py", f"--config={HERE / 'smallest.py'}", f"--workdir={workdir}",
+        "--peer_timeout=15",
+        processes=processes, devices=devices, env={"CORPUS": str(corpus)},
+    )  # fmt: skip
+
+
+def wait_for_step(launched, workdir, step):
+    while last_step(workdir) < step:
+        assert launched.poll() is None, launched.communicate()[1]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_processes_take_the_course_of_one_through_a_kill_a_stop_and_another_count(corpus, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    single = train_together(1, 4, corpus, one)
+    assert single.wait() == 0, single.stderr.read()
+
+    # Two processes, of which one is killed: the other ends by itself and names it.
+    killed = train_together(2, 2, corpus, many)
+    first_line = killed.stderr.readline()
+    wait_for_step(killed, many, 10)
+    os.kill(int(first_line.split(" 1: ")[1]), signal.SIGKILL)
+    err = killed.communicate()[1]
+    assert killed.returncode == 128 + signal.SIGKILL
+    assert any("process 1 (" in line and "is missing" in line for line in lines(err, 0)), err
+    assert "Killing" not in err
+    before = {line["step"]: line for line in course(many)}
+
+    # Again: it goes on as before, bit for bit, and SIGTERM loses no step.
+    stopped = train_together(2, 2, corpus, many)
+    wait_for_step(stopped, many, max(before) + 5)
+    stopped.send_signal(signal.SIGTERM)
+    err = stopped.communicate()[1]
+    assert stopped.returncode == 0, err
+    after = {line["step"]: line for line in course(many)}
+    for step, line in before.items():
+        assert after[step] == line, step
+    saved = max(int(path.name) for path in (many / "checkpoints").iterdir())
+    assert max(after) == saved
+    assert saved < 60
+
+    # The rest in four processes.
+    last = train_together(4, 1, corpus, many)
+    err = last.communicate()[1]
+    assert last.returncode == 0, err
+    assert f"Going on from the checkpoint of step {saved}" in err
+    for a, b in zip(course(many), course(one), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            # Sums over processes in another order: float32, amplified over 60 steps of AdamW.
+            np.testing.assert_allclose(a[key], b[key], rtol=1e-3, err_msg=f"{key} at {a['step']}")
