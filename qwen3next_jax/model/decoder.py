@@ -6,6 +6,7 @@ with depth. Rematerialisation is per layer: with it the backward pass keeps the 
 and computes the rest again.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,11 +140,12 @@ class Qwen3Next(nnx.Module):
 
         def group(x, params):
             stats = []
-            for layer in nnx.merge(graph, params).layers:
-                x, layer_stats = self._run_layer(layer, x, segment_ids, positions)
-                if layer_stats is not None:
-                    stats.append(layer_stats)
-            return x, jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
+            layers = zip(self.config.group, nnx.merge(graph, params).layers, strict=True)
+            for _, alike in itertools.groupby(layers, key=lambda pair: pair[0]):
+                x, their_stats = self._run_alike([p[1] for p in alike], x, segment_ids, positions)
+                if their_stats is not None:
+                    stats.append(their_stats)
+            return x, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
 
         x, stats = jax.lax.scan(group, self.embed(tokens), stacked)
         # [groups, layers with experts in a group, ...] → [layers with experts, ...]
@@ -210,16 +212,25 @@ class Qwen3Next(nnx.Module):
         model.groups = nnx.List(_apart(self.groups))
         return model
 
-    def _run_layer(self, layer, x, segment_ids, positions):
-        graph, params = nnx.split(layer)
+    def _run_alike(self, layers, x, segment_ids, positions):
+        """Runs neighbouring layers of one kind; their statistics are stacked, or None."""
+        graph, params = nnx.graphdef(layers[0]), [nnx.state(layer) for layer in layers]
 
-        def run(params, x):
+        def run(x, params):
             layer = nnx.merge(graph, params)
             return layer(x, segment_ids=segment_ids, positions=positions)[:2]
 
-        if self.remat == "layer":
-            run = jax.checkpoint(run, prevent_cse=False)  # inside a scan nothing can be merged
-        return run(params, x)
+        if self.remat == "none":
+            stats = []
+            for one in params:
+                x, layer_stats = run(x, one)
+                stats.append(layer_stats)
+            return x, jax.tree.map(lambda *s: jnp.stack(s), *stats)
+        # Compiled once for all of them. Their parameters are copied for that, in slices still. The
+        # barriers that `checkpoint` sets make a layer wait for its turn in the backward pass: left
+        # to itself, a TPU's scheduler computes a whole group again before it uses any of it.
+        stacked = jax.tree.map(lambda *p: jnp.stack(p), *params)
+        return jax.lax.scan(jax.checkpoint(run), x, stacked)
 
 
 def _apart(stacked: Group) -> list[Group]:
