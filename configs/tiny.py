@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
             field="text",  # of JSON objects and table rows, the one that holds the text
             split="train",  # of TensorFlow Datasets
             mixture=ConfigDict(),  # of source="mixture": {name: {weight=..., source=..., ...}}
-            tokenizer="",  # a SentencePiece model or tokenizer.json; "": train one and keep it
+            tokenizer="",  # SentencePiece, tokenizer.json or "bytes"; "": train one and keep it
             chat_template="",  # a Jinja file; "": the one beside the tokenizer
             holdout_fraction=0.05,  # share of the records kept for evaluation
             on_error="raise",  # at a bad record; or "skip" it and count it

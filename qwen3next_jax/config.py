@@ -336,7 +336,7 @@ class DataConfig:
     split: str  # of "tfds"
     # Of each part, by its name: weight, and what differs from source, path, field and split above.
     mixture: Mapping[str, Mapping[str, Any]]
-    # A SentencePiece model or a tokenizer.json; "": one is trained on the training part and kept.
+    # A SentencePiece model, a tokenizer.json or "bytes"; "": one is trained and kept.
     tokenizer: str
     chat_template: str  # a Jinja file; "": the one beside the tokenizer
     holdout_fraction: float  # share of the records held out for evaluation, chosen by their names

@@ -340,3 +340,14 @@ def test_where_no_tokenizer_is_the_error_says_what_was_expected(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json: "):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a  b\n", "日本語🎉 e\u0301", "<|eos|>", "\0\ufeff\r\n", TEXTS[0]]
+)
+def test_bytes_are_the_bytes_of_the_text(text):
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.decode([256, *text.encode(), 257]) == text
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (256, 257, 258)
+    assert tokenizer.encode("a<|eos|>", parse_special=True) == [97, 257]

@@ -43,7 +43,8 @@ def load_tokenizer(
 
     Args:
       path: a `tokenizer.json`, a SentencePiece model of any other name, or a directory: a Hugging
-        Face model, a work directory of ours, one of its step folders, or prepared data.
+        Face model, a work directory of ours, one of its step folders, or prepared data; or "bytes",
+        whose ids are the 256 bytes of UTF-8, BOS 256 and EOS 257.
       chat_template: a file that replaces the one beside the tokenizer.
 
     In a directory the tokenizer is, in this order: `tokenizer.json`, `tokenizer.model`, the one
@@ -53,11 +54,14 @@ def load_tokenizer(
       FileNotFoundError: there is nothing of this kind at `path`.
       ValueError: the file is of another kind, or says too little; see the two classes.
     """
-    file = epath.Path(path)
+    # The bytes are a tokenizer.json like any other, so they travel with a run like any other.
+    file = _BYTES if path == "bytes" else epath.Path(path)
     if file.is_dir():
         file = _tokenizer_file(file)
     if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist; expected {_EXPECTED}, or a directory")
+        raise FileNotFoundError(
+            f"{file} does not exist; expected {_EXPECTED}, a directory, or 'bytes'"
+        )
     tokenizer: Tokenizer = (
         HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
     )
@@ -67,6 +71,7 @@ def load_tokenizer(
 
 
 _EXPECTED = "a SentencePiece model or a tokenizer.json"
+_BYTES = epath.Path(__file__).parent / "bytes_tokenizer"
 
 
 def _tokenizer_file(directory: epath.Path) -> epath.Path:
