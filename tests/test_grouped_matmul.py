@@ -8,7 +8,7 @@ from oracles import quick_jit
 
 from qwen3next_jax.ops.grouped_matmul import grouped_matmul
 
-IMPLEMENTATIONS = ["reference", "ragged", "blocked"]
+IMPLEMENTATIONS = ["reference", "ragged", "blocked", "pallas"]
 # Groups of no, one and several blocks; the last 64 rows belong to no group.
 SIZES = [0, 64, 0, 192, 64, 0]
 ROWS, D, F = 384, 6, 5

@@ -3,8 +3,10 @@
     y_r = x_r W_e(r)     rows sorted by group, group_sizes[e] of them for group e
 
 Implementations differ in what the platform is good at:
-- "ragged": `jax.lax.ragged_dot`, native on TPU and GPU; on a CPU it multiplies every row by every
-  group's matrix.
+- "pallas": the kernels of `megablox`, which come with JAX, for TPUs. On a CPU they are interpreted,
+  which is for tests only.
+- "ragged": `jax.lax.ragged_dot`, for GPUs. On a CPU it multiplies every row by every group's
+  matrix, and on a TPU its gradient by the weights does.
 - "blocked": groups are padded to whole blocks of 64 rows and each block is one plain product in a
   loop, which is what CPU matrix libraries are fast at.
 - "reference": a sum over groups of masked products.
@@ -14,16 +16,18 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.platform import platform
 
 _BLOCK = 64
+_TILE_ROWS, _TILE = 512, 1024  # of a kernel: three bfloat16 tiles, twice, fit a TPU's memory
 
 
 def default_implementation() -> str:
     """The implementation that suits the platform; see `ops.platform`."""
-    return "blocked" if platform() == "cpu" else "ragged"
+    return {"cpu": "blocked", "tpu": "pallas"}.get(platform(), "ragged")
 
 
 def row_alignment(implementation: str) -> int:
@@ -44,7 +48,7 @@ def grouped_matmul(
       rows: sorted by group; rows beyond the last group belong to none and give zeros.
       weights: one matrix a group.
       group_sizes: rows of each group, multiples of `row_alignment(implementation)`.
-      implementation: "ragged", "blocked" or "reference"; None: the platform's default.
+      implementation: "pallas", "ragged", "blocked" or "reference"; None: the platform's default.
 
     Returns:
       Products in rows' dtype, accumulated in float32.
@@ -53,6 +57,7 @@ def grouped_matmul(
       ValueError: for an unknown implementation, or rows that "blocked" cannot cut into blocks.
     """
     implementations: dict[str, Callable[..., Array]] = {
+        "pallas": _pallas,
         "ragged": _ragged,
         "blocked": _blocked,
         "reference": _reference,
@@ -76,6 +81,47 @@ def _reference(rows, weights, group_sizes):
 
 def _ragged(rows, weights, group_sizes):
     return jax.lax.ragged_dot(rows, weights, group_sizes.astype(jnp.int32)).astype(rows.dtype)
+
+
+@jax.custom_vjp
+def _pallas(rows, weights, group_sizes):
+    return _gmm(rows, weights, group_sizes)
+
+
+def _pallas_forward(rows, weights, group_sizes):
+    return _pallas(rows, weights, group_sizes), (rows, weights, group_sizes)
+
+
+def _pallas_backward(residuals, d_out):
+    rows, weights, group_sizes = residuals
+    d_rows = _gmm(d_out.astype(rows.dtype), weights, group_sizes, transpose_rhs=True)
+    d_weights = tgmm(
+        _whole_tiles(rows).T, _whole_tiles(d_out.astype(rows.dtype)), group_sizes.astype(jnp.int32),
+        weights.dtype, _tiling(rows.shape[1], weights.shape[2]), interpret=platform() == "cpu",
+    )  # fmt: skip
+    return d_rows, d_weights, None
+
+
+_pallas.defvjp(_pallas_forward, _pallas_backward)
+
+
+def _gmm(rows, weights, group_sizes, *, transpose_rhs=False):
+    inner, outer = weights.shape[1:][::-1] if transpose_rhs else weights.shape[1:]
+    out = gmm(
+        _whole_tiles(rows), weights, group_sizes.astype(jnp.int32), rows.dtype,
+        _tiling(inner, outer), transpose_rhs=transpose_rhs, interpret=platform() == "cpu",
+    )  # fmt: skip
+    # Rows beyond the last group were never written.
+    here = jnp.arange(len(rows)) < group_sizes.sum()
+    return jnp.where(here[:, None], out[: len(rows)], 0)
+
+
+def _whole_tiles(rows):
+    return jnp.pad(rows, ((0, -len(rows) % _TILE_ROWS), (0, 0)))
+
+
+def _tiling(inner, outer):
+    return _TILE_ROWS, min(_TILE, inner), min(_TILE, outer)
 
 
 @jax.custom_vjp
