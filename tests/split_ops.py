@@ -249,7 +249,7 @@ def main():
     report["modules"] = dict(module_errors())
     blocks._BLOCK = 128
     for op in ("delta", "attention"):
-        programs = {n: compiled(op, dict(context=n), 4096) for n in (1, 2, 4, 8)}
+        programs = {n: compiled(op, dict(context=n), 4096) for n in (1, 2, 8)}
         report[f"{op} bytes"] = {
             n: program.memory_analysis().temp_size_in_bytes for n, program in programs.items()
         }

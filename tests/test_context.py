@@ -61,10 +61,10 @@ def check(errors):
 @pytest.mark.parametrize("op", ["delta", "attention"])
 def test_memory_of_a_device_falls_with_the_axis(op, report):
     used = report[f"{op} bytes"]
-    # From 2 on; one device needs no buffers for what travels. 1.9 and 1.5: what travels is small
-    # beside a stretch's states, not beside its keys and values.
-    factor = {"delta": 1.9, "attention": 1.5}[op]
-    assert used["1"] > used["2"] > factor * used["4"] > factor**2 * used["8"]
+    # A quarter at best: what travels is small beside a stretch's states, but not beside its keys
+    # and values.
+    factor = {"delta": 3.8, "attention": 2.8}[op]
+    assert used["1"] > used["2"] > factor * used["8"]
 
 
 @pytest.mark.parametrize("op", ["delta", "attention"])
