@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 
+import corpora
 import jax.numpy as jnp
 import pytest
+from test_pipeline import make_texts
 
 from qwen3next_jax.checkpoint.load import load_checkpoint
 from qwen3next_jax.data.tokenizer import load_tokenizer
@@ -86,6 +88,29 @@ def speculation_keeps_the_greedy_text_and_many_drafts(workdir):
                 logits = model(jnp.asarray([prompt + want[:place]]))[0, -1]
                 best, second = jnp.sort(logits)[::-1][:2]
                 assert best - second < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*corpora.WRITTEN, "synthetic"])
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_every_source_trains_by_values_of_the_config_alone(kind, packing, tmp_path):
+    given = {"source": "synthetic"}
+    if kind != "synthetic":
+        given = corpora.write(kind, tmp_path / "corpus", make_texts(60))
+    values = {**given, "tokenizer": "bytes", "packing": packing, "too_long": "truncate"}
+    if kind == "synthetic":
+        values["holdout_fraction"] = 1e-4
+    result = train(
+        *(f"--config.data.{key}={value}" for key, value in values.items()),
+        "--config.train.num_steps=2", "--config.train.sequence_length=64",
+        "--config.train.sample_tokens=0", "--config.model.num_hidden_layers=1",
+        "--config.model.full_attention_interval=1", "--config.model.mtp_steps=0",
+        workdir=tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1][f"{given['source']}/tokens"] == lines[1]["tokens"] > 0
+    assert lines[-1]["eval_bits_per_byte"] > 0
 
 
 @pytest.mark.slow

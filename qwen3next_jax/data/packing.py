@@ -8,8 +8,9 @@
 Both are plans, made of lengths alone: a row is a list of pieces of documents. `fill_row` makes the
 arrays. Segments count from 1 in each row and 0 is padding; positions count from 0 in each segment.
 
-Grain has packers too. Its best-fit closes all of its open rows at the first document that fits none
-of them, which leaves more of them empty; the state of its concatenation does not survive JSON.
+Grain has packers too, and its best-fit fills rows as well (`benchmarks/input.py`). Plans serve
+both ways with one small state, end with an epoch, and tell which documents a row begins, so that
+what was read can be counted. The state of Grain's concatenation does not survive JSON.
 """
 
 import bisect
