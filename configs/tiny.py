@@ -131,6 +131,9 @@ def get_config() -> ConfigDict:
             context=1,  # each its own stretch of every row's tokens
             tensor=1,  # each its own heads and columns
             num_slices=1,  # TPU slices joined by a slower network, along data; -1: as found
+            moe_buffer_factor=-1.0,  # rows a device can receive, times an even load; -1: all
+            on_overflow="error",  # rows without place end the run; "drop": are counted
+            max_replicated=0.02,  # share of a device's state that may be copies, or it is refused
         )
     )
     return config

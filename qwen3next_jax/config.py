@@ -410,6 +410,12 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     num_slices: int = 1  # of TPUs, joined by a slower network; -1: as many as the devices lie in
+    # Rows that a device can receive for its experts, as a multiple of an even load; -1: all that
+    # can ever come, so that nothing is dropped.
+    moe_buffer_factor: float = -1.0
+    on_overflow: str = "error"  # "error" ends the run where a row finds no place; "drop" counts it
+    # The largest share of a device's training state that may be copies of other slices' arrays.
+    max_replicated: float = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -429,7 +435,8 @@ class RunConfig:
         "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
         "train.keep_checkpoints", "train.keep_best", "train.sample_tokens", "train.profile_steps",
         "train.remat", "train.loss_chunk", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context",
-        "mesh.tensor", "mesh.num_slices",
+        "mesh.tensor", "mesh.num_slices", "mesh.moe_buffer_factor", "mesh.on_overflow",
+        "mesh.max_replicated",
     )  # fmt: skip
 
     @classmethod
@@ -519,6 +526,7 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         "optimizer.schedule": ("cosine", "wsd", "constant"),
         "train.balance_scope": ("global", "micro_batch", "sequence"),
         "train.remat": ("none", "layer"),
+        "mesh.on_overflow": ("error", "drop"),
         "precision.parameters": ("float32", "bfloat16"),
         "precision.compute": ("float32", "bfloat16"),
         "precision.optimizer": ("float32", "bfloat16"),
@@ -533,7 +541,8 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "data.num_shards": 1,
         "data.window_rows": 1,
     }  # fmt: skip
-    unit = ("data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction")
+    unit = ("data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
+            "mesh.max_replicated")  # fmt: skip
     flat = _flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})
     for key, allowed in choices.items():
         if flat[key] not in allowed:
@@ -569,6 +578,11 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     greedy = [f"mesh.{axis}" for axis in axes if getattr(c.mesh, axis) == -1]
     if len(greedy) > 1:
         yield f"{' and '.join(greedy)} are all -1; only one axis can take what is left"
+    if c.mesh.moe_buffer_factor != -1 and c.mesh.moe_buffer_factor < 1:
+        yield (
+            f"mesh.moe_buffer_factor={c.mesh.moe_buffer_factor} has no room for an even load; "
+            "expected at least 1, or -1 for whatever comes"
+        )
     for axis in (*axes, "num_slices"):
         if (size := getattr(c.mesh, axis)) < 1 and size != -1:
             yield f"mesh.{axis}={size} must be at least 1, or -1 for what is left"

@@ -1,9 +1,18 @@
-"""What the tests of meshes share: a model that every axis can split, and packed documents."""
+"""What the tests of meshes share: a model that every axis can split, and packed documents.
+
+Run as a program on eight devices it computes losses and gradients on one of them and on the meshes
+that are named, and prints how they differ and what the compiled programs send around.
+"""
+
+import collections
+import json
+import re
+import sys
 
 import jax
 import numpy as np
 from flax import nnx
-from oracles import random_model, small_config
+from oracles import quick_jit, random_model, small_config
 
 from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh, parameter_shardings
@@ -21,20 +30,27 @@ MESHES = {
 }
 
 
+# Head sizes such that no query or key of a delta layer is short by chance: the gradient through its
+# length would amplify rounding errors.
+SIZES = dict(vocab_size=64, num_experts=16, linear_key_head_dim=16, linear_value_head_dim=16)
+# A model and a batch in which no token is undecided between its third and its fourth expert.
+SEED = 36
+
+
 def mesh_of(name, devices=None):
     sizes = {"data": 1, "fsdp": 1, **MESHES[name]}
     return make_mesh(MeshConfig(**sizes), devices)
 
 
 def config(**changes):
-    return small_config(mtp_steps=1, **{"vocab_size": 64, "num_experts": 16, **changes})
+    return small_config(mtp_steps=1, **{**SIZES, **changes})
 
 
-def model(seed=0, **options):
+def model(seed=SEED, **options):
     return random_model(config(), seed=seed, scale=0.3, **options)
 
 
-def batch(rows=16, tokens=128, seed=0):
+def batch(rows=8, tokens=64, seed=SEED):
     """Packed documents, of which some cross the boundaries of context shards, and padding."""
     rng = np.random.default_rng(seed)
     segments = np.zeros((rows, tokens), np.int32)
@@ -66,3 +82,68 @@ def loss_and_gradients(graph, chunk=16):
 def place(params, batch, mesh):
     params = jax.device_put(params, parameter_shardings(params, mesh))
     return params, jax.device_put(batch, jax.NamedSharding(mesh, BATCH))
+
+
+def train(value_and_grad, params, batch, steps=20, rate=0.3):
+    """Losses under plain gradient descent, the first gradients and metrics."""
+
+    @jax.jit
+    def descend(params, grads):
+        return jax.tree.map(lambda p, g: p - rate * g, params, grads)
+
+    losses, first = [], None
+    for _ in range(steps):
+        (value, metrics), grads = value_and_grad(params, batch)
+        first = first or (metrics, {"/".join(map(str, p)): np.asarray(g[...]) for p, g in
+                                    nnx.to_flat_state(grads)})  # fmt: skip
+        params = jax.block_until_ready(descend(params, grads))
+        losses.append(float(value))
+    metrics = {k: float(v) for k, v in first[0].items() if v.ndim == 0}
+    return {"loss": losses[0], "losses": losses, "metrics": metrics}, first[1]
+
+
+def collectives(text):
+    """How often each collective occurs, and those whose result is a whole expert table."""
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    c = config()
+    E, D, F = c.num_experts, c.hidden_size, c.moe_intermediate_size
+    tables = (f"[{E},{D},2,{F}]", f"[{E},{F},{D}]", f"[{E},{D},{2 * F}]")
+    whole = [f"{kind} {shape}" for shape, kind in found if any(t in shape for t in tables)]
+    return dict(collections.Counter(kind for _, kind in found)), whole
+
+
+def main(names):
+    graph, params = nnx.split(model())
+    given, top_k, gaps = batch(), jax.lax.top_k, []
+
+    def watched_top_k(p, k):
+        values, experts = top_k(p, k + 1)
+        gap = jnp.where(given["segment_ids"] != 0, values[..., k - 1] - values[..., k], 1)
+        jax.debug.callback(lambda g: gaps.append(float(g)), gap.min())
+        return values[..., :k], experts[..., :k]
+
+    jax.lax.top_k = watched_top_k
+    (value_and_grad := quick_jit(loss_and_gradients(graph)))(params, given)
+    jax.effects_barrier()
+    gap = min(gaps)
+    jax.lax.top_k = top_k
+    one, expected = train(value_and_grad, params, given)
+    print(json.dumps({"gap": gap, **one}), flush=True)
+    for name in names:
+        mesh = mesh_of(name)
+        with jax.set_mesh(mesh):
+            placed = place(params, given, mesh)
+            compiled = quick_jit(loss_and_gradients(graph)).lower(*placed).compile()
+            result, grads = train(compiled, *placed)
+        counts, whole = collectives(compiled.as_text())
+        errors = {
+            path: float(np.linalg.norm(grad - expected[path]) / np.linalg.norm(expected[path]))
+            for path, grad in grads.items()
+        }
+        result |= {"gradients": errors, "collectives": counts, "whole_tables": whole}
+        print(json.dumps({"mesh": name, **result}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

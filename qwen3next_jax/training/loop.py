@@ -23,11 +23,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
-from qwen3next_jax.checkpoint.store import CheckpointStore
+from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.pipeline import Data, input_metrics, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.grouped_matmul import default_implementation
+from qwen3next_jax.parallel.layout import describe_layout
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh
 from qwen3next_jax.parallel.processes import (
     BatchShare,
@@ -49,6 +50,10 @@ class Stopped(Exception):
 
 class NonFiniteLossError(RuntimeError):
     """The loss or a gradient was not finite; the message says where, and what is left."""
+
+
+class ExpertOverflowError(RuntimeError):
+    """Tokens found no place at their experts; the message says how many, and what helps."""
 
 
 def train(
@@ -76,6 +81,7 @@ def train(
       ValueError: if the directory holds a run of another config, `initial_checkpoint` is of
         another model, or the processes differ in config, code or versions.
       Stopped: `should_stop` was true.
+      ExpertOverflowError: if rows found no place and `mesh.on_overflow` is "error".
       NonFiniteLossError: with the step, the first bad parameter and the last good checkpoint.
     """
     mesh = make_mesh(config.mesh)
@@ -97,6 +103,7 @@ def _train(
         check_same_model(t.initial_checkpoint, config.model)  # before the directory is this run's
     _keep_config(config, workdir)
     program = make_program(config, mesh)
+    _report(config, mesh, program.state)
     share = BatchShare(NamedSharding(mesh, BATCH), (t.global_batch_size, t.sequence_length))
     batches = training_batches(
         data,
@@ -115,7 +122,6 @@ def _train(
         batches.set_state(extras["data"])
         if start < t.num_steps:
             logging.info("Going on from the checkpoint of step %d", start)
-    _report(config, mesh, program.state)
 
     writer, progress = reporters(workdir, t.num_steps, start_step=start)
     train_step = compiled_together(program.step)
@@ -142,6 +148,8 @@ def _train(
                 done, metrics, batch, read = unsettled.popleft()
                 values = {name: np.asarray(x).item() for name, x in metrics.items()}
                 if values.pop("halted"):
+                    if values.get("dropped_assignments") and config.mesh.on_overflow == "error":
+                        raise _overflow(done, values["dropped_assignments"], config)
                     bad = first_bad_parameter(program.graph, config, state.params, batch)
                     store.wait()
                     raise _non_finite(done, values, bad, store.latest_step(), workdir)
@@ -216,6 +224,11 @@ def _report(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
         mesh.devices.flat[0].platform,
         dict(mesh.shape),
     )
+    if mesh.size > 1:
+        layout = describe_layout(
+            named_leaves(state), mesh.shape, max_replicated=config.mesh.max_replicated
+        )
+        logging.info("Where the training state lies:\n%s", layout)
     logging.info(
         "Delta rule: chunked; attention: chunked; expert products: %s; compute: %s",
         default_implementation(),
@@ -225,6 +238,16 @@ def _report(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
+
+
+def _overflow(step: int, dropped: float, config: RunConfig) -> ExpertOverflowError:
+    return ExpertOverflowError(
+        f"At step {step}, {dropped:,.0f} assignments of tokens to experts found no place in the "
+        f"receive buffers of mesh.moe_buffer_factor={config.mesh.moe_buffer_factor}, and the step "
+        "was not taken. Raise the factor (-1: room for whatever comes), or let them be dropped "
+        'and counted by mesh.on_overflow="drop"; the same command then goes on from the last '
+        "checkpoint."
+    )
 
 
 def _non_finite(

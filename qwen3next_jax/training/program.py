@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import BATCH, parameter_shardings
 from qwen3next_jax.training.optimizer import make_optimizer
 from qwen3next_jax.training.step import TrainState, initial_state, make_train_step
@@ -37,8 +38,9 @@ def make_program(config: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     An abstract mesh will do for the shapes and places of the state.
 
     Raises:
-      ValueError: if the mesh cannot divide a parameter, or no rule updates it.
+      ValueError: if the run does not fit the mesh, or no rule updates a parameter.
     """
+    check_fits(config, mesh.shape)
     graph, params = abstract_model(config)
     optimizer, schedule = make_optimizer(
         config.optimizer,
@@ -65,6 +67,7 @@ def new_model(config: RunConfig) -> Qwen3Next:
         param_dtype=jnp.dtype(config.precision.parameters),
         dtype=jnp.dtype(config.precision.compute),
         remat=config.train.remat,
+        moe_buffer_factor=config.mesh.moe_buffer_factor,
     )
 
 

@@ -5,7 +5,8 @@ any number of micro-batches gives the update of the one big batch. The balance l
 over tokens: with scope "global" each micro-batch is balanced against the loads of the step so far,
 its own included, and the terms are averaged.
 
-A step whose loss or gradient is not finite changes nothing, and neither does any step after it:
+A step whose loss or gradient is not finite, or in which tokens found no place at their experts and
+`mesh.on_overflow` is "error", changes nothing, and neither does any step after it:
 the host sees it a step later, and finds the state from before.
 """
 
@@ -121,6 +122,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm))
+        if config.mesh.on_overflow == "error":
+            halted |= metrics.get("dropped_assignments", 0) > 0
         taken = TrainState(state.step + 1, halted, params, opt_state)
         state = jax.tree.map(lambda new, old: jnp.where(halted, old, new), taken, state)
         state = state._replace(halted=halted)

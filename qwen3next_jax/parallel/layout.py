@@ -1,0 +1,152 @@
+"""Whether a run fits a mesh, and where its arrays then lie: known before anything is allocated."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from qwen3next_jax.config import LINEAR, RunConfig
+from qwen3next_jax.parallel.mesh import ROWS, SLICES
+
+CHUNK = 64  # tokens that the delta rule works on at a time; no chunk lies on two devices
+# So many expert places make a receive buffer for the worst case many times as large as what comes.
+_EXACT_EXPERT_WAYS = 8
+_LARGE = 1 << 20  # bytes; smaller arrays may be whole everywhere
+
+
+def check_fits(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Checks that the mesh can divide all that it has to.
+
+    Args:
+      config: of the run.
+      sizes: of the mesh axes.
+
+    Raises:
+      ValueError: names everything that cannot be divided, with the nearest sizes that would work.
+    """
+    problems = list(_problems(config, sizes))
+    if problems:
+        raise ValueError("The run does not fit the mesh:\n  " + "\n  ".join(problems))
+
+
+def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
+    m, t = config.model, config.train
+    delta = LINEAR in m.mixers
+    sparse = any(sparse for _, sparse in m.layers)
+    columns = {
+        "model.num_attention_heads": m.num_attention_heads,
+        "model.linear_num_key_heads": delta and m.linear_num_key_heads,
+        "model.vocab_size": m.vocab_size,
+        "model.moe_intermediate_size": sparse and m.moe_intermediate_size,
+        "model.shared_expert_intermediate_size": sparse and m.shared_expert_intermediate_size,
+        "model.intermediate_size": not all(s for _, s in m.layers) and m.intermediate_size,
+    }
+    kv_heads = m.num_key_value_heads
+
+    def kv_heads_work(ways: int) -> bool:
+        # Fewer KV heads than places are held by several of them.
+        return kv_heads % ways == 0 or ways % kv_heads == 0
+
+    yield from _indivisible(sizes, ("tensor",), columns)
+    if not kv_heads_work(sizes["tensor"]):
+        works = [w for w in range(1, m.num_attention_heads + 1) if kv_heads_work(w)]
+        yield (
+            f"model.num_key_value_heads={kv_heads} and mesh.tensor={sizes['tensor']} do not divide "
+            f"one another; {_nearest(works, sizes['tensor'])} would work"
+        )
+    yield from _indivisible(sizes, ("expert",), {"model.num_experts": sparse and m.num_experts})
+    yield from _indivisible(sizes, SLICES, {"model.hidden_size": m.hidden_size})
+    rows = t.global_batch_size // t.gradient_accumulation_steps
+    name = "train.global_batch_size"
+    if t.gradient_accumulation_steps > 1:
+        name += " / train.gradient_accumulation_steps"
+    yield from _indivisible(sizes, ROWS, {name: rows})
+    if sizes["context"] > 1:
+        least = CHUNK if delta else 1
+        if t.sequence_length % (least * sizes["context"]):
+            step = least * sizes["context"]
+            works = [step * max(t.sequence_length // step, 1)]
+            works.append(works[0] + step)
+            chunks, rest = divmod(t.sequence_length, least)
+            ways = [w for w in range(1, chunks + 1) if chunks % w == 0 and not rest]
+            yield (
+                f"train.sequence_length={t.sequence_length} is not divisible by mesh.context="
+                f"{sizes['context']} times {least} tokens, the delta rule's chunk; a length of "
+                f"{works[0]} or {works[1]} would work"
+                + (f", or mesh.context={_nearest(ways, sizes['context'])}" if ways else "")
+            )
+    if sparse and sizes["expert"] > _EXACT_EXPERT_WAYS and config.mesh.moe_buffer_factor == -1:
+        yield (
+            f"mesh.moe_buffer_factor=-1 makes room for {sizes['expert']} times an even load on "
+            f"mesh.expert={sizes['expert']}; name a factor, such as 2.0, or use mesh.expert="
+            f"{_EXACT_EXPERT_WAYS}"
+        )
+
+
+def _indivisible(
+    sizes: Mapping[str, int], axes: tuple[str, ...], given: Mapping[str, int | bool]
+) -> Iterable[str]:
+    """Complains about what the axes together do not divide; 0 stands for what a run has not."""
+    ways = math.prod(sizes[axis] for axis in axes)
+    wrong = [name for name, size in given.items() if size and size % ways]
+    if wrong:
+        common = math.gcd(*(int(size) for size in given.values()))
+        works = [w for w in range(1, common + 1) if common % w == 0]
+        split = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+        yield (
+            f"{', '.join(f'{name}={given[name]}' for name in wrong)} "
+            f"{'is' if len(wrong) == 1 else 'are'} not divisible by {split}; "
+            f"{_nearest(works, ways)}{' in all' if len(axes) > 1 else ''} would work"
+        )
+
+
+def _nearest(choices: list[int], wanted: int) -> str:
+    return " or ".join(map(str, sorted(sorted(choices, key=lambda c: abs(c - wanted))[:2])))
+
+
+def describe_layout(
+    arrays: Iterable[tuple[str, Any]], sizes: Mapping[str, int], *, max_replicated: float
+) -> str:
+    """Tells how each large array is split, one line each.
+
+    Args:
+      arrays: by name, with shape, dtype and sharding; nothing needs to be allocated.
+      sizes: of the mesh axes.
+      max_replicated: the largest share of a device's bytes that may be copies of what other devices
+        than those along `data` hold. Arrays below a mebibyte are not counted.
+
+    Raises:
+      ValueError: if it is more, naming the arrays.
+    """
+    slices = math.prod(sizes.values()) // sizes["data"]
+    lines, copies, held = [], [], 0
+    arrays = list(arrays)
+    total = sum(_bytes(x, x.shape) for _, x in arrays)
+    for name, x in arrays:
+        here = _bytes(x, x.sharding.shard_shape(x.shape))
+        held += here
+        split = f"{x.dtype.name}{list(x.shape)} split {x.sharding.spec}"
+        line = f"{name}: {split}, {_mb(here)} a device"
+        if _bytes(x, x.shape) >= _LARGE:
+            copies.append((here - _bytes(x, x.shape) / slices, line))
+            if _bytes(x, x.shape) >= total / 1000:
+                lines.append(line)
+    copied = sum(size for size, _ in copies)
+    if copied > max_replicated * held:
+        worst = [line for size, line in sorted(copies, reverse=True)[:5] if size > 0]
+        raise ValueError(
+            f"{copied / held:.0%} of each device's {_mb(held)} are copies of what its neighbours "
+            f"hold, more than mesh.max_replicated={max_replicated}; let the table in "
+            "parallel/mesh.py split these, or raise mesh.max_replicated:\n  " + "\n  ".join(worst)
+        )
+    lines.append(f"In all {_mb(held)} a device, of which {_mb(copied)} copies")
+    return "\n".join(lines)
+
+
+def _bytes(x: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * x.dtype.itemsize
+
+
+def _mb(size: int | float) -> str:
+    return f"{size / 1e6:,.1f} MB"
