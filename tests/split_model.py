@@ -10,6 +10,7 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from oracles import quick_jit, random_model, small_config
@@ -84,7 +85,7 @@ def place(params, batch, mesh):
     return params, jax.device_put(batch, jax.NamedSharding(mesh, BATCH))
 
 
-def train(value_and_grad, params, batch, steps=20, rate=0.3):
+def train(value_and_grad, params, batch, steps=20, rate=0.03):
     """Losses under plain gradient descent, the first gradients and metrics."""
 
     @jax.jit
