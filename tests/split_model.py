@@ -85,7 +85,7 @@ def place(params, batch, mesh):
     return params, jax.device_put(batch, jax.NamedSharding(mesh, BATCH))
 
 
-def train(value_and_grad, params, batch, steps=20, rate=0.03):
+def train(value_and_grad, params, batch, steps=20, rate=0.01):
     """Losses under plain gradient descent, the first gradients and metrics."""
 
     @jax.jit

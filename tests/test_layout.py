@@ -39,7 +39,7 @@ def problems(sizes, **changes):
                                      r"mesh.expert=4; 4 or 8 in all would work"),
         (dict(data=8), {"train__gradient_accumulation_steps": 2},
          r"size / train.gradient_accumulation_steps=4 is not divisible by mesh.data=8"),
-        (dict(fsdp=3), {"train__global_batch_size": 9},
+        (dict(fsdp=3), {"train__global_batch_size": 12},
          r"model.hidden_size=128 is not divisible by mesh.fsdp=3; 2 or 4 in all would work"),
         (dict(expert=16), {"train__global_batch_size": 16},
          r"moe_buffer_factor=-1 makes room for 16 times an even load.*name a factor, such as 2.0"),
