@@ -59,7 +59,9 @@ def run(config, workdir):
     )
 
     def evaluate(graph, params):
-        batches = evaluation_batches(data, batch_size=4, sequence_length=64)
+        batches = evaluation_batches(
+            data, batch_size=config.train.global_batch_size, sequence_length=64
+        )
         return perplexity(graph, params, batches, text_bytes=data.held_out_bytes)
 
     return loop.train(config, workdir, data, evaluate=evaluate)

@@ -1,5 +1,10 @@
 """Dispatch and combine with stand-ins for the experts, against a sum over all experts."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,3 +92,88 @@ def test_rows_come_sorted_by_expert_in_aligned_groups_with_zeros_between(alignme
         assert not rows[start + counts[e] : start + sizes[e]].any()
         start += sizes[e]
     assert not rows[start:].any()
+
+
+ON_FOUR_DEVICES = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
+
+n, E, A, M, D = 4, 8, 3, 20, 6
+mesh = jax.make_mesh((n,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+rng = np.random.default_rng(0)
+draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+x, weights, table, d_y = draw(n * M, D), draw(n * M, A), draw(E, D), draw(n * M, D)
+# Uneven loads: low numbers are chosen more often.
+experts = jnp.argsort(draw(n * M, E) + 0.3 * jnp.arange(E), axis=1)[:, :A]
+
+def ragged_all_to_all(operand, output, first, size, place, came, *, axis_name):
+    "As documented, of gathers: the CPU has none of its own."
+    operands, firsts, sizes, places = (
+        jax.lax.all_gather(a, axis_name) for a in (operand, first, size, place)
+    )
+    me, index = jax.lax.axis_index(axis_name), jnp.arange(len(output))
+    for source in range(n):
+        at = index - places[source, me]
+        there = operands[source][(firsts[source, me] + at).clip(0, len(operand) - 1)]
+        output = jnp.where(((at >= 0) & (at < sizes[source, me]))[:, None], there, output)
+    return output
+
+jax.lax.ragged_all_to_all = ragged_all_to_all
+
+def compute(table):
+    def rows_of(rows, sizes):
+        of = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(rows)), side="right")
+        return jnp.sin(rows * table[of.clip(max=len(table) - 1)])
+    return rows_of
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(f):
+    y, back = jax.vjp(f, x, weights, table)
+    return y, *back(d_y)
+
+def whole(x, weights, table):
+    return apply_experts(x, experts, weights, compute(table), num_experts=E)
+
+def split(x, weights, table, **options):
+    def local(x, experts, weights, table):
+        y, dropped = apply_split_experts(
+            x, experts, weights, compute(table), num_experts=E, axis="expert", **options
+        )
+        return y, dropped[None]
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )(x, experts, weights, table)
+
+expected = run(whole)
+for factor, alignment in ((-1, 1), (-1, 8), (1.0, 1), (2.5, 4)):
+    options = dict(buffer_factor=factor, alignment=alignment)
+    dense_split = jax.jit(functools.partial(split, exchange="dense", **options))
+    dropped = np.asarray(dense_split(x, weights, table)[1])
+    dense, ragged = (
+        run(functools.partial(lambda *a, **o: split(*a, **o)[0], exchange=e, **options))
+        for e in ("dense", "ragged")
+    )
+    for a, b in zip(dense, ragged):
+        np.testing.assert_array_equal(a, b)
+    # A device has 2 experts: what comes for them, and what has no place in its buffer.
+    came = np.bincount(np.asarray(experts).ravel() // 2, minlength=n)
+    room = n * M * 2 if factor == -1 else int(np.ceil(factor * M * A))
+    assert dropped.sum() == np.maximum(came - room, 0).sum(), (factor, dropped)
+    assert (dropped.sum() > 0) == (factor == 1.0)
+    if factor != 1.0:
+        for a, b in zip(dense, expected):
+            np.testing.assert_allclose(a, b, atol=1e-6)  # sums of three float32 numbers
+    else:
+        # Each token lost some experts at most, and those that lost none are as before.
+        assert (np.abs(dense[0] - expected[0]).max(1) > 1e-6).sum() <= dropped.sum()
+"""
+
+
+def test_split_experts_equal_whole_ones_by_either_exchange_and_count_what_finds_no_place():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+    }
+    subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=environment, check=True)

@@ -51,9 +51,9 @@ def check(name, one, split):
     for term in ("ce", "mtp_ce", "balance_loss", "router_z_loss"):
         assert split["metrics"][term] == pytest.approx(one["metrics"][term], rel=1e-5)
     assert split["metrics"]["dropped_assignments"] == 0
-    # Later steps amplify rounding, and now and then a token chooses another expert.
+    # Steps amplify rounding, and now and then a token chooses another expert.
     assert split["losses"] == pytest.approx(one["losses"], abs=1e-3)
-    assert one["losses"][-1] < one["losses"][0] - 0.2  # it does learn
+    assert one["losses"][-1] < one["losses"][0] - 0.02  # it does learn
 
     wanted = set().union({"all-reduce"}, *(COLLECTIVES[axis] for axis in MESHES[name]))
     assert wanted <= split["collectives"].keys(), split["collectives"]

@@ -63,7 +63,7 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
         name += " / train.gradient_accumulation_steps"
     yield from _indivisible(sizes, ROWS, {name: rows})
     if sizes["context"] > 1:
-        least = CHUNK if delta else 1
+        least = CHUNK if delta else 2  # attention deals out each stretch in two pieces
         if t.sequence_length % (least * sizes["context"]):
             step = least * sizes["context"]
             works = [step * max(t.sequence_length // step, 1)]

@@ -254,8 +254,8 @@ def partition(
             choices = [d for d in range(1, size + 1) if size % d == 0 and d <= 2 * ways]
             raise ValueError(
                 f"{name}: {axis}={size} is not divisible by the mesh's "
-                f"{' x '.join(f'{m}={sizes[m]}' for m in over)}; choose a divisor, such as "
-                f"{choices[-1]}"
+                f"{' x '.join(f'{m}={sizes[m]}' for m in over)}; make it a multiple of {ways}, or "
+                f"those a divisor of it, such as {choices[-1]}"
             )
         taken.update(over)
         entries.append(over[0] if len(over) == 1 else over or None)
