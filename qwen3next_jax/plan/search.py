@@ -63,7 +63,7 @@ def rank(
     return sorted(found, key=lambda layout: sum(layout.step_seconds))
 
 
-def _meshes(config: RunConfig, places: int) -> Iterator[dict[str, int]]:
+def _meshes(config: RunConfig, places: int) -> Iterator[dict[str, Any]]:
     """Sizes of the axes that multiply to `places` and divide what each of them splits."""
     c, t = config.model, config.train
     rows = t.global_batch_size // t.gradient_accumulation_steps
