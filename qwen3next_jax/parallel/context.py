@@ -1,11 +1,11 @@
-"""The mixers' ops on a mesh: rows split by documents' rows, heads by tensor, tokens by context.
+"""The mixers' ops on a mesh: rows of the batch, their tokens and heads, each split over its axes.
 
 Each function has the signature of the op of its name and is that op where there is no mesh. On a
 mesh it runs the op on each device's part of the arrays, under `shard_map`. Rows of the batch and
 heads need nothing from each other; what tokens need lies in contiguous stretches, rank r of the
 `context` axis holding the r-th:
 
-- *Convolution*: the three inputs before the stretch come from the rank before.
+- *Convolution*: the W − 1 inputs before the stretch come from the rank before.
 - *Delta rule*: a stretch does S → M S + B to the state that comes in. Ranks compose these maps in
   log₂ steps of `ppermute` (a rank holds the composition of the 1, 2, 4, ... stretches before it),
   so what crosses the wire and what a rank holds does not depend on their number. Gradients of the
