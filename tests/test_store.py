@@ -3,13 +3,10 @@
 import json
 import os
 import pathlib
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 import warnings
 
 import jax
@@ -284,31 +281,41 @@ def test_when_all_are_damaged_it_is_an_error(tmp_path):
         CheckpointStore(tmp_path).restore_latest(abstract(make_state()))
 
 
-# Saves steps 1, 2, 3, ... until it is killed; each state is known from its step.
-WRITER = textwrap.dedent("""
-    import sys
+# Kills writers of steps 1, 2, 3, ... at random moments; each state is known from its step. A writer
+# is a fork of a process that has the imports done and no thread running yet, so that it starts at
+# once. After each kill it prints the last step that is known to be begun, and waits for a line.
+KILLER = textwrap.dedent("""
+    import os, random, signal, sys, time
     import jax.numpy as jnp
     from qwen3next_jax.checkpoint.store import CheckpointStore
 
-    store = CheckpointStore(sys.argv[1], keep=2)
-    step = store.latest_step() or 0
-    while True:
-        step += 1
-        store.save(step, {"w": jnp.full((300, 1000), step, jnp.float32)}, {"step": step})
-        print(step, flush=True)
+    directory, kills = sys.argv[1], int(sys.argv[2])
+
+    def write_for_ever(pipe):
+        store = CheckpointStore(directory, keep=2)
+        step = store.latest_step() or 0
+        while True:
+            step += 1
+            store.save(step, {"w": jnp.full((300, 1000), step, jnp.float32)}, {"step": step})
+            os.write(pipe, b"%d " % step)
+
+    rng = random.Random(kills)
+    for _ in range(kills):
+        begun, into = os.pipe()
+        writer = os.fork()
+        if writer == 0:
+            write_for_ever(into)
+        os.close(into)
+        told = os.read(begun, 1000)
+        time.sleep(rng.uniform(0.0, 0.6))
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        while more := os.read(begun, 1000):
+            told += more
+        os.close(begun)
+        print(told.split()[-1].decode(), flush=True)
+        sys.stdin.readline()
 """)
-
-
-def kill_while_saving(directory, rng):
-    """Kills a writer at a random moment; returns the last step it is known to have begun."""
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(directory)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    begun = int(writer.stdout.readline())
-    time.sleep(rng.uniform(0.0, 0.6))
-    writer.send_signal(signal.SIGKILL)
-    # The last line may be cut.
-    return int((writer.communicate()[0].split("\n")[:-1] or [begun])[-1])
 
 
 def check_after_kill(directory, begun):
@@ -324,14 +331,19 @@ def check_after_kill(directory, begun):
     store.close()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_kill_while_saving_leaves_whole_checkpoints_only(tmp_path, kills):
-    rng = random.Random(kills)
     store = CheckpointStore(tmp_path, keep=2)
     store.save(1, {"w": jnp.full((300, 1000), 1.0)}, {"step": 1})
     store.close()
-    for _ in range(kills):
-        check_after_kill(tmp_path, kill_while_saving(tmp_path, rng))
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLER, str(tmp_path), str(kills)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as killer:  # fmt: skip
+        for _ in range(kills):
+            check_after_kill(tmp_path, int(killer.stdout.readline()))
+            killer.stdin.write("go on\n")
+            killer.stdin.flush()
     # The next save clears away what the last writer left half-written.
     store = CheckpointStore(tmp_path, keep=2)
     store.save(10**6, {"w": jnp.ones(3)}, {})

@@ -120,11 +120,12 @@ def _sigterm() -> Iterator[ShouldStop]:
 
 @contextlib.contextmanager
 def _watched(peer_timeout: float) -> Iterator[None]:
-    hosts = exchange(socket.gethostname())
+    state = distributed.global_state
+    # The coordinator's numbers of processes; on TPUs `jax.process_index()` may be another one.
+    hosts = [host for _, host in sorted(exchange([state.process_id, socket.gethostname()]))]
     if jax.process_index():
         logging.set_verbosity(logging.WARNING)  # one process tells the story
     logging.info("%d processes on %s", len(hosts), ", ".join(sorted(set(hosts))))
-    state = distributed.global_state
     address = str(state.coordinator_address)
     watch = Watch(state.client, address, state.process_id, hosts, peer_timeout)
     try:
@@ -140,8 +141,8 @@ def _watched(peer_timeout: float) -> Iterator[None]:
 
 def _leave() -> None:
     """Process 0 leaves last: without the coordinator, JAX aborts the others."""
-    client, me = distributed.global_state.client, distributed.global_state.process_id
-    if me == 0:
+    client: Any = distributed.global_state.client
+    if (me := distributed.global_state.process_id) == 0:
         for process in range(1, jax.process_count()):
             client.blocking_key_value_get(f"qwen3next_jax/left/{process}", _DAY_MS)
         time.sleep(2)  # they have no way to tell that they are off the line
@@ -159,7 +160,7 @@ def exchange(value: Any) -> list[Any]:
     client = distributed.global_state.client
     if client is None:
         return [json.loads(json.dumps(value))]
-    number, me = next(_rounds), distributed.global_state.process_id
+    number, me = next(_rounds), jax.process_index()
     folder = f"qwen3next_jax/exchange/{number}/"
     client.key_value_set(f"{folder}{me}", json.dumps(value))
     client.wait_at_barrier(folder, _DAY_MS)
@@ -303,8 +304,8 @@ class BatchShare:
         self.hosts, self.host = len(shares), shares.index(self._rows)
 
     def assemble(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Global arrays [B, T] from all of a batch's rows."""
-        return {name: self._global(x[list(self._rows)]) for name, x in batch.items()}
+        """Global arrays [B, T] from this share's rows of them."""
+        return {name: self._global(x) for name, x in batch.items()}
 
     def _global(self, local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:

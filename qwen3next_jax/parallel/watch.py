@@ -186,7 +186,8 @@ def _on_abort(explain: Callable[[], None]) -> Any:
 def _from_runtime(error: BaseException | None) -> bool:
     while error is not None:
         # What a failed collective raises depends on who waits for it: ValueError("UNKNOWN: Gloo ...
-        if isinstance(error, jax.errors.JaxRuntimeError) or re.match("[A-Z_]+: ", str(error)):
+        status = re.match("([A-Z_]+): ", str(error))
+        if status and status[1] not in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"):
             return True
         error = error.__cause__ or error.__context__
     return False

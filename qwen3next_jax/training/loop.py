@@ -34,6 +34,7 @@ from qwen3next_jax.parallel.processes import (
     BatchShare,
     ShouldStop,
     compiled_together,
+    exchange,
     require_same,
     require_shared,
 )
@@ -110,6 +111,8 @@ def _train(
         batch_size=t.global_batch_size,
         sequence_length=t.sequence_length,
         seed=t.seed,
+        hosts=share.hosts,
+        host=share.host,
     )
     store = CheckpointStore(workdir / "checkpoints", keep=t.keep_checkpoints, keep_best=t.keep_best)
     if store.latest_step() is None:
@@ -158,6 +161,7 @@ def _train(
                     clock.restart(tokens)  # it compiled
                 if done % t.log_every == 0 or done in (1, t.num_steps):
                     values["learning_rate"] = float(program.schedule(done - 1))
+                    read = _of_all_processes(read)
                     values |= input_metrics(data, read, sequence_length=t.sequence_length)
                     speed, wait = clock.read(tokens)
                     values |= {"tokens": tokens, "tokens_per_second": speed, "data_wait": wait}
@@ -169,13 +173,18 @@ def _train(
             if scores:
                 writer.write(step, scores)
             if saving:
-                extras = {"tokens": tokens, "data": batches.get_state()}
+                extras = {"tokens": tokens, "data": _of_all_processes(batches.get_state())}
                 store.save(step, state, extras, metric=scores.get("eval_ce"))
             if stopping:
                 raise Stopped(f"step {step} is saved in {workdir}")
             if evaluating or saving:
                 clock.restart(tokens)
     return nnx.merge(program.graph, state.params), max(t.num_steps - start, 0)
+
+
+def _of_all_processes(shards: dict[str, Any]) -> dict[str, Any]:
+    """The states of all the data's shards, of which each process has some."""
+    return {shard: state for states in exchange(shards) for shard, state in states.items()}
 
 
 def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
