@@ -66,7 +66,7 @@ def write_array_record(path, texts):
 
 
 def write_tfds(folder, texts):
-    class Texts(tfds.core.GeneratorBasedBuilder):
+    class Texts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
         name = "texts"
         pkg_dir_path = folder

@@ -91,8 +91,10 @@ def speculation_keeps_the_greedy_text_and_many_drafts(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*corpora.WRITTEN, "synthetic"])
-@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    zip([*corpora.WRITTEN, "synthetic"], ["concatenate", "best_fit"] * 4, strict=True),
+)
 def test_every_source_trains_by_values_of_the_config_alone(kind, packing, tmp_path):
     given = {"source": "synthetic"}
     if kind != "synthetic":
