@@ -10,6 +10,8 @@ from hf_tokenizer import SPECIAL, make_tokenizer_json
 from transformers import PreTrainedTokenizerFast
 
 from qwen3next_jax.data.chat_document import chat_document, mark_answers
+from qwen3next_jax.data.documents import tokenized
+from qwen3next_jax.data.sources import BadRecordError, open_source
 from qwen3next_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
 HERE = pathlib.Path(__file__).parent
@@ -278,3 +280,28 @@ def test_a_fixed_date_can_be_given(tokenizers):
     chat = {"messages": [assistant("y")], "chat_template_kwargs": {"date": "2020"}}
     marked = mark_answers({**chat}, template + "{% generation %}!{% endgeneration %}")
     assert marked == ("2020 y!", [(6, 7)], True)
+
+
+def test_a_line_of_a_file_is_a_chat_with_its_tools_and_switches(tokenizers, tmp_path):
+    tokenizer = tokenizers["headers"]
+    chats = [
+        {**CHATS["tools"], "chat_template_kwargs": {"date_string": "1 Jan 2020"}, "other": 1},
+        {"messages": [user("x")]},
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps(chat) for chat in chats))
+    source = open_source("jsonl", str(file), field="messages")
+    with pytest.raises(FileNotFoundError, match="holds no chat template"):
+        tokenized(source[0], tokenizer)
+    template = tmp_path / "template.jinja"
+    template.write_text(plain_template("headers"))
+    tokenizer = load_tokenizer(tokenizer.path, chat_template=template)
+    got = tokenized(source[0], tokenizer)
+    want = chat_document(chats[0], tokenizer, plain_template("headers"))
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array)
+    text = tokenizer.decode([int(i) for i in got["tokens"]])
+    assert "1 Jan 2020" in text
+    assert "How warm it is, in °C." in text
+    with pytest.raises(BadRecordError, match=r"chats\.jsonl:2: no message of the assistant"):
+        tokenized(source[1], tokenizer)
