@@ -3,10 +3,12 @@
     python train.py --config=configs/80b_a3b.py --workdir=DIR \
         --config.data.path='/corpus/**/*.txt' --config.data.tokenizer=FILE
 
-Training state is 0.81 TB (float32 parameters and second moments, bfloat16 first moments), which
-`mesh.fsdp` divides; gradients are another 0.33 TB. A step of 4 million tokens is about 0.1 EFLOP by
-the arithmetic of `docs/architecture.md`. The makers trained on 15 trillion tokens, 3.6 million of
-these steps; the length here is an example.
+It is laid out for 64 TPU v5p chips with 4 rows of 4096 tokens each (`docs/plan.md` says what they
+hold); on more chips, raise `train.global_batch_size` with their number. Training state is 0.81 TB
+(float32 parameters and second moments, bfloat16 first moments), which the mesh divides; gradients
+are another 0.33 TB. A step of 1 million tokens is 0.027 EFLOP by the arithmetic of
+`docs/architecture.md`. The makers trained on 15 trillion tokens, 14 million of these steps; the
+length here is an example.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +51,7 @@ def get_config() -> ConfigDict:
     )
     config.train.update(
         num_steps=250_000,
-        global_batch_size=1024,
+        global_batch_size=256,
         sequence_length=4096,
         loss_chunk=256,
         remat="layer",
@@ -58,5 +60,5 @@ def get_config() -> ConfigDict:
         sample_tokens=0,
     )
     config.precision.update(compute="bfloat16", optimizer="bfloat16")
-    config.mesh.update(data=1, fsdp=-1)
+    config.mesh.update(data=1, fsdp=-1, expert=16, moe_buffer_factor=2.0)
     return config
