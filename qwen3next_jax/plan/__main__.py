@@ -11,13 +11,18 @@ prints one object as the last line.
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from typing import Any
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
+
+from qwen3next_jax.config import ModelConfig, RunConfig
+from qwen3next_jax.parallel.mesh import axis_sizes
+from qwen3next_jax.plan import costs, search, tpu
+from qwen3next_jax.training.program import Program, make_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "The machine: chip and torus.")
@@ -43,37 +48,29 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--config=FILE is needed, such as --config=configs/80b_a3b.py")
     if _HLO.value and not _COMPILE.value:
         raise app.UsageError("--hlo needs --compile")
-    os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used, here or elsewhere
-    from qwen3next_jax.config import RunConfig
-    from qwen3next_jax.plan import costs, search, tpu
-    from qwen3next_jax.training.program import make_program
-
+    jax.config.update("jax_platforms", "cpu")  # no device is used, here or elsewhere
     try:
         config = RunConfig.from_dict(_CONFIG.value.to_dict())
         chip, places = tpu.parse_topology(_TOPOLOGY.value)
-        from qwen3next_jax.parallel.mesh import axis_sizes
-
         mesh = axis_sizes(config.mesh, places)
         program = make_program(config, search.abstract_mesh(mesh))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    result = _arithmetic(config, program, mesh, chip, costs)
+    result = _arithmetic(config, program, mesh, chip)
     try:
         if _SEARCH.value:
-            result["search"] = _search(config, program, chip, places, search, tpu)
+            result["search"] = _search(config, program, chip, places)
         if _COMPILE.value:
-            result.update(_compiled(config, chip, tpu))
+            result.update(_compiled(config, chip))
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     if _JSON.value:
         print(json.dumps(result))
 
 
-def _arithmetic(config: Any, program: Any, mesh: dict[str, int], chip: Any, costs: Any) -> dict:
-    import jax
-
-    from qwen3next_jax.config import ModelConfig
-
+def _arithmetic(
+    config: RunConfig, program: Program, mesh: dict[str, int], chip: tpu.Chip
+) -> dict[str, Any]:
     c, t = config.model, config.train
     s = t.sequence_length
     params = program.state.params
@@ -110,7 +107,7 @@ def _arithmetic(config: Any, program: Any, mesh: dict[str, int], chip: Any, cost
     print("  The makers claim a training cost under a tenth and over ten times the throughput")
     print("  beyond 32K tokens. Compute alone is not a tenth at 4K.")
 
-    laid_out = costs.weights(params, _abstract(mesh))
+    laid_out = costs.weights(params, search.abstract_mesh(mesh))
     opt = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.opt_state))
     memory = costs.memory(config, laid_out, mesh, optimizer_width=opt / total)
     used = sum(memory.values())
@@ -142,15 +139,14 @@ def _arithmetic(config: Any, program: Any, mesh: dict[str, int], chip: Any, cost
     }
 
 
-def _compiled(config: Any, chip: Any, tpu: Any) -> dict:
-    from qwen3next_jax.plan import costs
-
+def _compiled(config: RunConfig, chip: tpu.Chip) -> dict[str, Any]:
     print(f"\nCompiling the step for {_TOPOLOGY.value}; this takes minutes ...", flush=True)
     try:
         compiled = tpu.compile_step(config, _TOPOLOGY.value)
     except tpu.OutOfMemoryError as error:
         print(f"  It does not fit: {error}")
-        return {"fits": False, "source": "compiler", "error": str(error)}
+        unknown = dict.fromkeys(("memory_bytes", "step_seconds", "step_seconds_bounds"))
+        return {**unknown, "fits": False, "source": "compiler", "error": str(error)}
     if _HLO.value:
         pathlib.Path(_HLO.value).write_text(compiled.text)
     used = sum(compiled.memory.values())
@@ -188,9 +184,9 @@ def _compiled(config: Any, chip: Any, tpu: Any) -> dict:
     }
 
 
-def _search(config: Any, program: Any, chip: Any, places: int, search: Any, tpu: Any) -> list:
-    import jax
-
+def _search(
+    config: RunConfig, program: Program, chip: tpu.Chip, places: int
+) -> list[dict[str, Any]]:
     opt = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.opt_state))
     count = sum(x.size for x in jax.tree.leaves(program.state.params))
     found = search.rank(config, program.state.params, chip, places, optimizer_width=opt / count)
@@ -203,7 +199,7 @@ def _search(config: Any, program: Any, chip: Any, places: int, search: Any, tpu:
         low, high = layout.step_seconds
         used = {axis: n for axis, n in layout.mesh.items() if n > 1}
         remat = layout.config.train.remat
-        row = dict(mesh=layout.mesh, remat=remat, memory_bytes=layout.memory_bytes,
+        row: dict[str, Any] = dict(mesh=layout.mesh, remat=remat, memory_bytes=layout.memory_bytes,
                    step_seconds=high)  # fmt: skip
         print(f"  {low:7.2f} to {high:6.2f} s  {layout.memory_bytes / 1e9:6.1f} GB  "
               f"remat={remat:5}  {used}", flush=True)  # fmt: skip
@@ -220,12 +216,6 @@ def _search(config: Any, program: Any, chip: Any, places: int, search: Any, tpu:
                 print(f"      compiler: {low:.2f} to {high:.2f} s, {memory / 1e9:.1f} GB")
         rows.append(row)
     return rows
-
-
-def _abstract(mesh: dict[str, int]) -> Any:
-    from qwen3next_jax.plan.search import abstract_mesh
-
-    return abstract_mesh(mesh)
 
 
 def _table(rows: dict[str, str]) -> None:
