@@ -66,6 +66,11 @@ def test_a_killed_reader_goes_on_bit_for_bit_from_every_source_in_both_packings(
     texts = make_texts(60)
     given = {kind: corpora.write(kind, tmp_path / kind, texts) for kind in corpora.WRITTEN}
     given |= {"stdlib": {"source": "stdlib"}, "synthetic": {"source": "synthetic"}}
+    prepare = [sys.executable, "-m", "qwen3next_jax.data.prepare", "--source=text",
+               f"--path={given['text']['path']}", f"--tokenizer={tokenizer_file}",
+               f"--output={tmp_path / 'prepared'}", "--workers=1"]  # fmt: skip
+    subprocess.run(prepare, check=True, cwd=HERE.parent, capture_output=True)
+    given["prepared"] = {"source": "prepared", "path": str(tmp_path / "prepared")}
     parts = {"a": {**given["jsonl"], "weight": 2.0}, "b": {**given["text"], "weight": 1.0}}
     given["mixture"] = {"source": "mixture", "mixture": parts}
     read = dict(batch_size=4, sequence_length=64, seed=3)
@@ -82,7 +87,7 @@ def test_a_killed_reader_goes_on_bit_for_bit_from_every_source_in_both_packings(
         name: {**run, "state": before[name][-1][1] if name in before else None}
         for name, run in runs.items()
     }
-    after = read_until_killed(resumed, tmp_path, "second", 300)
+    after = read_until_killed(resumed, tmp_path, "second", 330)
     for name, run in runs.items():
         whole = read_batches.open_run(run)
         course = before.get(name, []) + after[name]
