@@ -382,6 +382,57 @@ def test_the_index_names_arrays_as_the_model_does(tmp_path):
     assert index["extras"] == {"tokens": 100}
 
 
+# Prints the peak of memory over what there was before, less what restoring is to leave there.
+MEASURE = textwrap.dedent("""
+    import sys
+    import jax, jax.numpy as jnp, numpy as np
+    from qwen3next_jax.checkpoint import store as store_module
+    from qwen3next_jax.checkpoint.store import CheckpointStore
+
+    def status(key):
+        lines = open("/proc/self/status").read().splitlines()
+        return int(next(x for x in lines if x.startswith(key)).split()[1]) / 1024
+
+    store_module._WRITE_BYTES = 2**26
+    count, directory = int(sys.argv[1]), sys.argv[2]
+    names, shape = [f"x{i}" for i in range(count)], (8, 1024, 1024)
+    draw = np.random.default_rng(0).standard_normal
+    if sys.argv[3] == "save":
+        state = {name: jnp.asarray(draw(shape, np.float32)) for name in names}
+    else:
+        state = {name: jax.ShapeDtypeStruct(shape, np.float32) for name in names}
+    store = CheckpointStore(directory, keep=1)
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # sets the peak back
+    if sys.argv[3] == "save":
+        store.save(1, state, {})
+        store.wait()
+        print(status("VmHWM") - before)
+    else:
+        store.restore(1, state)
+        print(status("VmHWM") - before - 32 * count)
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_saving_and_restoring_take_memory_for_parts_not_for_the_whole(tmp_path):
+    def peak(count, what):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(count), str(tmp_path / str(count)), what],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return float(done.stdout)
+
+    # Arrays of 32 MiB, 0.25 and 1 GiB in all. Saving has two of them on their way, and as much
+    # encoded; reading has one and 64 MiB of decoded chunks. Threads, the allocator keep some.
+    for count in (8, 32):
+        for what in ("save", "restore"):
+            extra = peak(count, what)
+            print(f"{what} {32 * count} MiB: {extra:.0f} MiB besides")
+            assert extra < 384, (count, what)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(store_module, "_CHUNK_BYTES", 2**21)

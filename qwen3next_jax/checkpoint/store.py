@@ -43,10 +43,10 @@ logging.getLogger("absl").addFilter(
 
 _CHUNK_BYTES = 2**24
 _COMMIT_BYTES = 2**25
-# At a time on their way from a process's memory to the disk, encoded copies not counted.
-_WRITE_BYTES = 2**30
+# At most so many on their way from a process's memory to the disk, or two parts of an array.
+_WRITE_BYTES = 2**28
 # Several devices may each read their part of one chunk; it is decoded once.
-_READ = ts.Context({"cache_pool": {"total_bytes_limit": 2**28}})
+_READ = ts.Context({"cache_pool": {"total_bytes_limit": 2**26}})
 
 Block = tuple[slice, ...]
 Result = TypeVar("Result")
@@ -94,28 +94,8 @@ class CheckpointStore:
             self.directory.mkdir(parents=True, exist_ok=True)
         elif not self.directory.is_dir():
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        together = ocp.options.MultiprocessingOptions(
-            # Names all, so that they wait for each other at the coordinator, not on the devices.
-            active_processes=set(range(jax.process_count()))
-        )
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                cleanup_tmp_directories=writing,
-                multiprocessing_options=together,
-                preservation_policy=None
-                if keep is None
-                else _Retention(keep, keep_best, self.metric),
-            ),
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(
-                    save_concurrent_gb=_WRITE_BYTES / 10**9,  # type: ignore[arg-type]
-                    multiprocessing_options=together,
-                ),
-                "index": ocp.JsonCheckpointHandler(multiprocessing_options=together),
-            },
-        )
+        self._keep_best, self._in_flight = keep_best, _WRITE_BYTES
+        self._manager = self._make_manager()
 
     def save(
         self, step: int, state: Any, extras: Mapping[str, Any], *, metric: float | None = None
@@ -141,6 +121,7 @@ class CheckpointStore:
         for later in [s for s in self.steps() if s >= step]:
             self._manager.delete(later)
         arrays = {name: jnp.asarray(x) for name, x in named_leaves(state)}
+        self._let_through(arrays.values())
         sums = _checksums(arrays)
         entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
         index = {"arrays": entries, "extras": dict(extras), "metric": metric}
@@ -279,6 +260,38 @@ class CheckpointStore:
     def close(self) -> None:
         """Waits for saves and frees what the store holds."""
         self._manager.close()
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        together = ocp.options.MultiprocessingOptions(
+            # Names all, so that they wait for each other at the coordinator, not on the devices.
+            active_processes=set(range(jax.process_count()))
+        )
+        keep = self._keep
+        retention = None if keep is None else _Retention(keep, self._keep_best, self.metric)
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                cleanup_tmp_directories=keep is not None,
+                multiprocessing_options=together,
+                preservation_policy=retention,
+            ),
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(
+                    save_concurrent_gb=self._in_flight / 10**9,  # type: ignore[arg-type]
+                    multiprocessing_options=together,
+                ),
+                "index": ocp.JsonCheckpointHandler(multiprocessing_options=together),
+            },
+        )
+
+    def _let_through(self, arrays: Iterable[jax.Array]) -> None:
+        """Lets two of the largest parts be on their way: Orbax refuses one over the limit."""
+        largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+        if 2 * largest >= self._in_flight:
+            self._in_flight = 2 * largest + 1
+            self._manager.close()
+            self._manager = self._make_manager()
 
     def _index(self, step: int) -> dict[str, Any]:
         if step not in (steps := self.steps()):
