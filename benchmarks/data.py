@@ -5,8 +5,9 @@
 Python's own library, several times over as JSON lines, is prepared by the command as a user types
 it, start and manifest included, beside what the bare tokenizer takes for the same texts in one
 thread of one process: it is timed before and after, so that the machine can be seen to be the same.
-`busy` is the share of so many cores' time that the processes used; tokens per second of processor
-time compare the work itself, also on a machine that is not idle. Then batches of the tiny config
+`busy` is the share of the time in which the workers, once the first shard is there, ran or waited
+for a core, by Linux's own account; tokens per second of processor time compare the work itself.
+Both hold also on a machine that is not idle. Then batches of the tiny config
 are read from the prepared data and from the JSON lines. With --json the last line is one JSON
 object.
 """
@@ -60,8 +61,8 @@ def measure(args, texts, folder):
 
     result = {"bare": [bare_speed(tokenizer, texts)]}
     for workers in map(int, args.workers.split(",")):
-        tokens, seconds, cpu = prepare(corpus, args.tokenizer, folder / str(workers), workers)
-        busy = cpu / seconds / workers
+        output = folder / str(workers)
+        tokens, seconds, cpu, busy = prepare(corpus, args.tokenizer, output, workers)
         result[f"prepare_{workers}"] = {
             "tokens_per_second": tokens / seconds, "tokens_per_cpu_second": tokens / cpu,
             "busy": busy,
@@ -93,10 +94,35 @@ def prepare(corpus, tokenizer, output, workers):
                f"--path={corpus}", f"--tokenizer={tokenizer}", f"--output={output}",
                f"--workers={workers}"]  # fmt: skip
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    first, last = {}, {}
+    while process.poll() is None:
+        if list(output.glob("shard-*.json")):
+            for worker, account in workers_of(process.pid).items():
+                first.setdefault(worker, account)
+                last[worker] = account
+        time.sleep(0.1)
     seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return json.loads((output / "manifest.json").read_text())["tokens"], seconds, cpu
+    busy = [(last[w][1] - first[w][1]) / (last[w][0] - first[w][0]) for w in first]
+    manifest = json.loads((output / "manifest.json").read_text())
+    return manifest["tokens"], seconds, cpu, sum(busy) / len(busy)
+
+
+def workers_of(pid):
+    """Of each child that works: the time, and how long it has run or waited for a core."""
+    found = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            if parent != pid or "spawn_main" not in (path.parent / "cmdline").read_text():
+                continue
+            accounts = (path.parent / "task").glob("*/schedstat")
+            waited = sum(int(x) for a in accounts for x in a.read_text().split()[:2])
+            found[int(path.parent.name)] = (time.monotonic(), waited / 1e9)
+        except OSError:
+            continue  # it has ended
+    return found
 
 
 def reading_speed(source, path, args, vocab_size):
