@@ -198,7 +198,7 @@ def memory(
     width = jnp.dtype(config.precision.compute).itemsize
     own = sum(p.own for p in params)
     layers: list[float] = [
-        _activations(c, mixer, sparse, t, mesh, width) for mixer, sparse in c.layers
+        _activations(config, mixer, sparse, t, mesh) for mixer, sparse in c.layers
     ]
     kept: float
     if config.train.remat == "layer":
@@ -206,7 +206,7 @@ def memory(
     else:
         kept = sum(layers)
     if c.mtp_steps:
-        kept += c.mtp_steps * _activations(c, FULL, c.num_experts > 0, t, mesh, width)
+        kept += c.mtp_steps * _activations(config, FULL, c.num_experts > 0, t, mesh)
     rows = max(1, t * mesh["context"] // config.train.sequence_length)
     chunk = min(config.train.loss_chunk, config.train.sequence_length // mesh["context"])
     # Logits and their gradient in float32; the head and its gradient whole.
@@ -222,9 +222,10 @@ def memory(
 
 
 def _activations(
-    c: ModelConfig, mixer: str, sparse: bool, t: int, mesh: Mapping[str, int], width: int
+    config: RunConfig, mixer: str, sparse: bool, t: int, mesh: Mapping[str, int]
 ) -> float:
     """What a layer's backward pass finds of its forward pass, for t tokens."""
+    c, width = config.model, jnp.dtype(config.precision.compute).itemsize
     D, tensor = c.hidden_size, mesh["tensor"]
     mixed: float
     fed: float
@@ -238,9 +239,11 @@ def _activations(
     else:
         mixed = width * c.head_dim * (5 * c.num_attention_heads + 4 * c.num_key_value_heads)
     if sparse:
-        # Each assignment's row on its way there, and its expert's hidden values.
+        # Each assignment's row here, and in receive buffers of fixed size; experts' hidden values.
         E, F, A = c.num_experts, c.moe_intermediate_size, c.num_experts_per_tok
-        fed = width * A * (4 * D + 4 * F / tensor) + 4 * 3 * E
+        room = config.mesh.moe_buffer_factor if mesh["expert"] > 1 else 1.0
+        room = mesh["expert"] if room == -1 else room
+        fed = width * A * (2 * D + room * (3 * D + 4 * F / tensor)) + 4 * 3 * E
         fed += width * 3 * c.shared_expert_intermediate_size / tensor
     else:
         fed = width * 3 * c.intermediate_size / tensor
