@@ -277,3 +277,21 @@ def test_processes_take_the_course_of_one_through_a_kill_a_stop_and_another_coun
         for key in a:
             # Sums over processes in another order: float32, amplified over 60 steps of AdamW.
             np.testing.assert_allclose(a[key], b[key], rtol=1e-3, err_msg=f"{key} at {a['step']}")
+
+
+@pytest.mark.slow
+def test_experts_that_overflow_end_the_run_or_are_counted(corpus, tmp_path):
+    # Room for an even load only, which no router keeps to.
+    tight = ["mesh.data=2", "mesh.expert=4", "mesh.moe_buffer_factor=1.0", "train.num_steps=2"]
+    ended = in_a_process(corpus, tmp_path / "ended", *tight, devices=8)
+    assert ended.wait() != 0
+    message = ended.stderr.read().decode()
+    assert "ExpertOverflowError: At step 1, " in message
+    assert "Raise the factor" in message
+    counted = in_a_process(
+        corpus, tmp_path / "counted", *tight, 'mesh.on_overflow="drop"', devices=8
+    )
+    assert counted.wait() == 0, counted.stderr.read().decode()
+    steps = [line for line in course(tmp_path / "counted") if "dropped_assignments" in line]
+    assert len(steps) == 2
+    assert all(line["dropped_assignments"] > 0 for line in steps)

@@ -44,7 +44,7 @@ def on_eight_devices(*args):
 def check(name, one, split):
     # A token whose third and fourth expert are closer could fall either way by rounding alone.
     assert one["gap"] > 1e-4
-    # float32 sums in another order; the largest seen is 2e-6.
+    # float32 sums in another order; the largest seen is 6.6e-6.
     assert abs(split["loss"] / one["loss"] - 1) < 1e-5
     assert len(split["gradients"]) > 40
     assert max(split["gradients"].values()) < 1e-5, split["gradients"]
