@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -358,3 +359,14 @@ def test_an_empty_part_is_refused(tmp_path, fraction, part):
     write_lines(tmp_path / "a.jsonl", 5)
     with pytest.raises(ValueError, match=rf"={fraction} leaves none of the 5 .* the {part} part"):
         split(open_source("jsonl", f"{tmp_path}/*.jsonl"), fraction)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [("parquet", "pyarrow"), ("zstd", "zstandard"), ("tfds", "tensorflow_datasets")],
+)
+def test_a_missing_library_is_named_with_what_installs_it(kind, module, tmp_path, monkeypatch):
+    given = corpora.write(kind, tmp_path / "corpus", TEXTS[:5])
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"^{module} is needed .*'qwen3next_jax\[data\]'"):
+        open_source(**given)
