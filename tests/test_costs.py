@@ -12,7 +12,8 @@ from oracles import RELEASED, abstract_model, small_config
 
 from configs import tiny
 from qwen3next_jax.config import ModelConfig, RunConfig
-from qwen3next_jax.model import gated_attention, gated_delta_net, moe
+from qwen3next_jax.model import gated_attention, moe
+from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import AXES
 from qwen3next_jax.plan import costs
 from qwen3next_jax.plan.search import abstract_mesh, rank
@@ -93,9 +94,7 @@ def with_reference(op):
 @pytest.mark.parametrize("kind", ["dense", "sparse", "hybrid"])
 def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     monkeypatch.setattr(gated_attention, "attention", with_reference(gated_attention.attention))
-    monkeypatch.setattr(
-        gated_delta_net, "gated_delta_rule", with_reference(gated_delta_net.gated_delta_rule)
-    )
+    monkeypatch.setattr(context, "gated_delta_rule", with_reference(context.gated_delta_rule))
     monkeypatch.setattr(moe, "grouped_matmul", even_groups)
     monkeypatch.setattr(moe, "row_alignment", lambda implementation: 1)
     # The compiler counts a loop's body once.
