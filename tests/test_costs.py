@@ -110,6 +110,7 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     )  # fmt: skip
     if kind == "dense":
         given.model.update(num_experts=0, num_experts_per_tok=0)
+    given.data.num_shards = 1
     given.train.update(global_batch_size=2, sequence_length=T, loss_chunk=T, remat=remat)
     config = RunConfig.from_dict(given.to_dict())
     program = make_program(config, abstract_mesh(ONE))
