@@ -92,6 +92,7 @@ def steps(workdir):
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_given_weights_and_goes_on_with_its_own(earlier, corpus, tmp_path):
     given = tmp_path / "given"
     shutil.copytree(earlier, given)
