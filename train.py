@@ -9,6 +9,7 @@ way and leaves. `docs/launch.md` tells how one run goes over many machines.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import sys
@@ -65,7 +66,8 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
     from qwen3next_jax.data.pipeline import evaluation_batches, load_data
     from qwen3next_jax.data.tokenizer import keep_tokenizer
     from qwen3next_jax.evaluation.perplexity import perplexity
-    from qwen3next_jax.inference.decode import generate
+    from qwen3next_jax.evaluation.report import Report
+    from qwen3next_jax.evaluation.samples import samples
     from qwen3next_jax.parallel.processes import process_0_first
     from qwen3next_jax.training.loop import Stopped, train
 
@@ -102,12 +104,37 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
         )
         logging.info(
             "Held-out text: %.4f nats a token, %.4f bits per byte (gzip -9: %.4f)",
-            result["eval_ce"], result["eval_bits_per_byte"], data.gzip_bits_per_byte(),
+            result["eval_ce"], result["eval_bits_per_byte"], data.gzip_bits_per_byte,
         )  # fmt: skip
         return result
 
+    def sample(model):
+        return samples(
+            model,
+            data.tokenizer,
+            config.train.sample_prompts,
+            max_new_tokens=config.train.sample_tokens,
+            seed=config.train.seed,
+        )
+
+    page = Report([workdir], workdir / "report.html")
+
+    def report():
+        try:
+            page.write()
+        except Exception:
+            logging.exception("The report could not be written; the run goes on without")
+
     try:
-        model, steps = train(config, workdir, data, evaluate=evaluate, should_stop=should_stop)
+        _, steps = train(
+            config,
+            workdir,
+            data,
+            evaluate=evaluate,
+            sample=sample if config.train.sample_tokens else None,
+            report=report,
+            should_stop=should_stop,
+        )
     except Stopped as stop:
         logging.info("Stopped: %s. The same command goes on from there.", stop)
         return True
@@ -117,19 +144,10 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
             f"The run in {workdir} is finished: {config.train.num_steps} steps. For more, give "
             "--config.train.num_steps=N; for another run, another --workdir."
         )
-    if steps and config.train.sample_tokens:
-        prompt = [data.tokenizer.bos_id]
-        new = generate(
-            model,
-            [prompt],
-            max_new_tokens=config.train.sample_tokens,
-            temperature=0.8,
-            top_p=0.95,
-            stop_tokens=(data.tokenizer.eos_id,),
-            seed=config.train.seed,
-        )
-        if first:
-            print(f"\nWhat the model writes by itself:\n\n{data.tokenizer.decode(new[0])}")
+    if steps and config.train.sample_tokens and first:
+        *_, last = (workdir / "samples.jsonl").read_text().splitlines()
+        sample = json.loads(last)
+        print(f"\nWhat the model writes by itself:\n\n{sample['prompt']}{sample['text']}")
     return False
 
 

@@ -108,7 +108,9 @@ def get_config() -> ConfigDict:
             checkpoint_every=100,  # 0: only at the end
             keep_checkpoints=2,  # the newest
             keep_best=0,  # besides, those with the lowest cross-entropy at an evaluation
-            sample_tokens=200,  # length of the text written at the end; 0: none
+            sample_tokens=200,  # length of the texts written as samples; 0: none
+            sample_every=100,  # 0: only at the end
+            sample_prompts=("",),  # each is continued; "" is the start of a document
             profile_steps=(),  # (first, last) step of a profiler trace
         )
     )

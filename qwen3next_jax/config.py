@@ -386,7 +386,9 @@ class TrainConfig:
     checkpoint_every: int  # 0: only at the end
     keep_checkpoints: int  # the newest
     keep_best: int = 0  # besides, those with the lowest cross-entropy at an evaluation
-    sample_tokens: int  # length of the text written at the end; 0: none
+    sample_tokens: int  # length of the texts written as samples; 0: none
+    sample_every: int = 0  # 0: only at the end
+    sample_prompts: tuple[str, ...] = ("",)  # each is continued; "" is the start of a document
     profile_steps: tuple[int, ...]  # first and last step of a profiler trace; (): none
 
 
@@ -433,7 +435,8 @@ class RunConfig:
     # function of the step, so a longer run follows the longer schedule from there on.
     MUTABLE: ClassVar[tuple[str, ...]] = (
         "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
-        "train.keep_checkpoints", "train.keep_best", "train.sample_tokens", "train.profile_steps",
+        "train.keep_checkpoints", "train.keep_best", "train.sample_tokens",
+        "train.sample_every", "train.sample_prompts", "train.profile_steps",
         "train.remat", "train.loss_chunk", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context",
         "mesh.tensor", "mesh.num_slices", "mesh.moe_buffer_factor", "mesh.on_overflow",
         "mesh.max_replicated",
@@ -536,8 +539,9 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         "train.num_steps": 1, "train.global_batch_size": 1, "train.sequence_length": 2,
         "train.gradient_accumulation_steps": 1, "train.loss_chunk": 1, "train.log_every": 1,
         "train.eval_every": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
-        "train.keep_best": 0, "train.sample_tokens": 0, "train.mtp_loss_weight": 0,
-        "train.router_z_loss_weight": 0, "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0,
+        "train.keep_best": 0, "train.sample_tokens": 0, "train.sample_every": 0,
+        "train.mtp_loss_weight": 0, "train.router_z_loss_weight": 0, "optimizer.learning_rate": 0,
+        "optimizer.warmup_steps": 0,
         "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "data.num_shards": 1,
         "data.window_rows": 1,
     }  # fmt: skip

@@ -49,7 +49,7 @@ def small_config(corpus, **changes):
     return RunConfig.from_dict(config.to_dict())
 
 
-def run(config, workdir):
+def run(config, workdir, **hooks):
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     data = load_data(
@@ -64,7 +64,7 @@ def run(config, workdir):
         )
         return perplexity(graph, params, batches, text_bytes=data.held_out_bytes)
 
-    return loop.train(config, workdir, data, evaluate=evaluate)
+    return loop.train(config, workdir, data, evaluate=evaluate, **hooks)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_run import run, small_config, write_corpus
+from test_loop import is_time
 
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint.hugging_face import abstract_parameters
@@ -88,8 +89,7 @@ def earlier(corpus, tmp_path_factory):
 
 def steps(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tokens_per_second", "data_wait")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+    return [{k: v for k, v in line.items() if not is_time(k)} for line in lines]
 
 
 @pytest.mark.slow

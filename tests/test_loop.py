@@ -18,6 +18,8 @@ from oracles import quick_jit
 from small_run import run, small_config, write_corpus
 
 from qwen3next_jax.checkpoint.store import named_leaves
+from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.evaluation.samples import samples
 from qwen3next_jax.training import loop
 from qwen3next_jax.training.program import new_model
 
@@ -38,13 +40,14 @@ def whole(corpus, tmp_path_factory):
     return workdir, model
 
 
-TIMES = ("tokens_per_second", "data_wait")
+def is_time(name):
+    return name in ("tokens_per_second", "data_wait") or name.startswith("seconds/")
 
 
 def course(workdir):
     """Metrics but for times, by step and kind of line."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if not is_time(k)} for line in lines]
 
 
 def assert_same_model(a, b):
@@ -96,6 +99,58 @@ def test_metrics_have_what_the_docs_promise(whole):
     assert all(0 <= line["data_wait"] <= 1 for line in lines if "loss" in line)
     assert training[-1]["loss"] < training[0]["loss"]
     assert {"eval_ce", "eval_bits_per_byte"} <= course(whole[0])[-1].keys()
+    environment = (whole[0] / "environment.jsonl").read_text().splitlines()
+    assert [json.loads(line)["jax"] for line in environment] == [jax.__version__]
+
+
+def test_every_second_between_two_lines_is_spent_on_one_thing(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    clock = loop._Clock(100)
+
+    def spend(seconds, what):
+        now[0] += seconds
+        clock.spent_on(what)
+
+    spend(3, "data")
+    spend(20, "step")
+    clock.compiled(200)
+    first = clock.read(200)
+    assert first["seconds/compile"] == 23
+    assert first["tokens_per_second"] == 0  # no step but the one that compiled
+    for _ in range(2):
+        spend(1, "data")
+        spend(4, "step")
+    now[0] += 7
+    assert clock.taken("evaluation") == {"seconds/evaluation": 7}
+    spend(2, "checkpoint")
+    assert clock.read(500) == {
+        "tokens_per_second": 30, "data_wait": 0.2, "seconds/data": 2, "seconds/step": 8,
+        "seconds/checkpoint": 2,
+    }  # fmt: skip
+
+
+def test_samples_and_reports_come_at_their_steps_and_change_no_loss(whole, corpus, tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    shown, reported = [], []
+
+    def sample(model):
+        text = samples(model, tokenizer, ["", "ab"], max_new_tokens=3, seed=0)
+        shown.append(text)
+        return text
+
+    def report():
+        written = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        reported.append(json.loads(written[-1])["step"])
+
+    run(small_config(corpus, train__sample_every=5), tmp_path, sample=sample, report=report)
+    assert course(tmp_path) == course(whole[0])
+    assert reported == [3, 6, 8]  # checkpoints, and the end
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == [
+        (5, ""), (5, "ab"), (8, ""), (8, "ab")
+    ]  # fmt: skip
+    assert [line["text"] for line in lines] == [x["text"] for text in shown for x in text]
 
 
 def test_a_run_stopped_between_checkpoints_ends_with_the_same_losses(

@@ -44,6 +44,30 @@ def test_non_finite_numbers_are_strings_in_valid_json(tmp_path):
     assert [float(line[name]) for name in "bc"] == [math.inf, -math.inf]
 
 
+def test_lists_are_kept_and_tensorboard_gets_their_numbers(tmp_path):
+    writer = MetricWriter(tmp_path)
+    cells = [{"task": "needle", "length": 512, "depth": 0.5, "score": 1.0}]
+    writer.write(1, {"layers/gate": [0.5, None, math.nan], "eval_long_context_cells": cells})
+    writer.close()
+    assert read(tmp_path) == [
+        {"step": 1, "layers/gate": [0.5, None, "nan"], "eval_long_context_cells": cells}
+    ]
+    tags = [(v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
+    assert tags[0] == ("layers/gate/0", 0.5)
+    assert [tag for tag, _ in tags] == ["layers/gate/0", "layers/gate/2"]
+
+
+def test_samples_are_cut_back_as_metrics_are(tmp_path):
+    for resume, steps in ((None, (10, 20)), (10, (20,))):
+        writer = MetricWriter(tmp_path, resume_step=resume)
+        for step in steps:
+            writer.write_samples(step, [{"prompt": "a", "text": "b"}, {"prompt": "", "text": "é"}])
+        writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 10, 20, 20]
+    assert lines[1] == {"step": 10, "prompt": "", "text": "é"}
+
+
 def test_going_on_from_a_checkpoint_leaves_one_line_a_step(tmp_path):
     write(tmp_path, [10, 20, 30, 40])
     write(tmp_path, [30, 40, 50], resume_step=20)

@@ -363,5 +363,5 @@ def test_bytes_and_gzip_are_of_the_held_out_texts(corpus, tmp_path):
     command = subprocess.run(["gzip", "-9"], input=held_out, capture_output=True, check=True)
     assert gzip.decompress(command.stdout) == held_out
     # Both write the same format; a byte or two of slack for another implementation's choices.
-    bits = data.gzip_bits_per_byte() * len(held_out)
+    bits = data.gzip_bits_per_byte * len(held_out)
     assert bits == pytest.approx(8 * len(command.stdout), abs=16)

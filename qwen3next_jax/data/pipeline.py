@@ -74,6 +74,7 @@ class Data:
         """Length of the held-out texts in UTF-8, the denominator of bits per byte."""
         return sum(map(len, self._held_out_texts()))
 
+    @functools.cached_property
     def gzip_bits_per_byte(self) -> float:
         """What gzip -9 needs for the held-out texts, one after another: a yardstick."""
         gzip = zlib.compressobj(level=9, wbits=31)

@@ -129,6 +129,11 @@ def active_mesh() -> AbstractMesh | None:
     return mesh
 
 
+def no_mesh() -> Any:
+    """A context in which modules run as plain code, wherever their parameters lie."""
+    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Says how an activation is split, by the logical name of each dimension."""
     mesh = active_mesh()

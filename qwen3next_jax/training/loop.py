@@ -12,8 +12,8 @@ import json
 import pathlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from qwen3next_jax.data.pipeline import Data, input_metrics, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.grouped_matmul import default_implementation
 from qwen3next_jax.parallel.layout import describe_layout
-from qwen3next_jax.parallel.mesh import BATCH, make_mesh
+from qwen3next_jax.parallel.mesh import BATCH, make_mesh, no_mesh
 from qwen3next_jax.parallel.processes import (
     BatchShare,
     ShouldStop,
@@ -38,11 +38,13 @@ from qwen3next_jax.parallel.processes import (
     require_same,
     require_shared,
 )
+from qwen3next_jax.training.environment import keep_environment
 from qwen3next_jax.training.metrics import reporters
 from qwen3next_jax.training.program import Program, make_program, new_model
 from qwen3next_jax.training.step import TrainState, first_bad_parameter, initial_state
 
-Evaluate = Callable[[nnx.GraphDef, nnx.State], dict[str, float]]
+Evaluate = Callable[[nnx.GraphDef, nnx.State], dict[str, Any]]
+Sample = Callable[[Qwen3Next], list[dict[str, Any]]]
 
 
 class Stopped(Exception):
@@ -63,16 +65,21 @@ def train(
     data: Data,
     *,
     evaluate: Evaluate,
+    sample: Sample | None = None,
+    report: Callable[[], None] = lambda: None,
     should_stop: ShouldStop = lambda step: False,
 ) -> tuple[Qwen3Next, int]:
     """Trains until `config.train.num_steps`, from the work directory's last checkpoint if any.
 
     Args:
       config: of the run; `workdir/config.json` keeps it.
-      workdir: holds or will hold config.json, metrics.jsonl, checkpoints/ and tensorboard/. All
-        processes must see the same one.
+      workdir: holds or will hold config.json, environment.jsonl, metrics.jsonl, samples.jsonl,
+        checkpoints/ and tensorboard/. All processes must see the same one.
       data: what to train on.
       evaluate: from a split model to metrics; called every `eval_every` steps and at the end.
+      sample: from the model to lines for samples.jsonl; called every `sample_every` steps and at
+        the end. None: no samples.
+      report: called in process 0 after each evaluation and each checkpoint, the last ones included.
       should_stop: of the step just taken, whether to save and leave; see `processes.joined`.
 
     Returns:
@@ -87,7 +94,7 @@ def train(
     """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return _train(config, workdir, data, mesh, evaluate, should_stop)
+        return _train(config, workdir, data, mesh, evaluate, sample, report, should_stop)
 
 
 def _train(
@@ -96,6 +103,8 @@ def _train(
     data: Data,
     mesh: Mesh,
     evaluate: Evaluate,
+    sample: Sample | None,
+    report: Callable[[], None],
     should_stop: ShouldStop,
 ) -> tuple[Qwen3Next, int]:
     t = config.train
@@ -126,6 +135,7 @@ def _train(
         if start < t.num_steps:
             logging.info("Going on from the checkpoint of step %d", start)
 
+    keep_environment(workdir, mesh, start_step=start)
     writer, progress = reporters(workdir, t.num_steps, start_step=start)
     train_step = compiled_together(program.step)
     unsettled: deque[tuple[int, dict[str, jax.Array], Any, Any]] = deque()
@@ -138,47 +148,58 @@ def _train(
         for step in range(start + 1, t.num_steps + 1):
             if t.profile_steps and step == t.profile_steps[0]:
                 jax.profiler.start_trace(str(workdir / "profile"))
-            with clock.waiting():
-                rows = next(batches)
+            clock.spent_on("step")
+            rows = next(batches)
+            clock.spent_on("data")
             batch = share.assemble(rows)
             state, metrics = train_step(state, batch)
             unsettled.append((step, metrics, batch, batches.get_state()))
             stopping = should_stop(step) and step < t.num_steps
             evaluating = _due(step, t.eval_every, t.num_steps) and not stopping
             saving = _due(step, t.checkpoint_every, t.num_steps) or stopping
+            sampling = sample and _due(step, t.sample_every, t.num_steps) and not stopping
             profiled = bool(t.profile_steps) and step == t.profile_steps[1]
-            while len(unsettled) > (0 if evaluating or saving or profiled else ahead):
+            while len(unsettled) > (0 if evaluating or saving or sampling or profiled else ahead):
                 done, metrics, batch, read = unsettled.popleft()
-                values = {name: np.asarray(x).item() for name, x in metrics.items()}
-                if values.pop("halted"):
+                if np.asarray(metrics.pop("halted")):
+                    values = _on_host(metrics)
                     if values.get("dropped_assignments") and config.mesh.on_overflow == "error":
                         raise _overflow(done, values["dropped_assignments"], config)
                     bad = first_bad_parameter(program.graph, config, state.params, batch)
                     store.wait()
                     raise _non_finite(done, values, bad, store.latest_step(), workdir)
-                tokens += int(values.pop("tokens"))
+                tokens += int(metrics.pop("tokens"))
                 if done == start + 1:
-                    clock.restart(tokens)  # it compiled
+                    clock.compiled(tokens)
                 if done % t.log_every == 0 or done in (1, t.num_steps):
+                    values = _on_host(metrics)
                     values["learning_rate"] = float(program.schedule(done - 1))
                     read = _of_all_processes(read)
                     values |= input_metrics(data, read, sequence_length=t.sequence_length)
-                    speed, wait = clock.read(tokens)
-                    values |= {"tokens": tokens, "tokens_per_second": speed, "data_wait": wait}
+                    values |= {"tokens": tokens, **clock.read(tokens)}
                     writer.write(done, values)
+                    speed = values["tokens_per_second"]
                     progress.update(done, loss=values["loss"], tokens_per_second=speed)
             if profiled:
                 jax.profiler.stop_trace()
+            clock.spent_on("step")
             scores = evaluate(program.graph, state.params) if evaluating else {}
             if scores:
-                writer.write(step, scores)
+                writer.write(step, scores | clock.taken("evaluation"))
+            if sample and sampling:
+                with no_mesh():  # a few rows of text do not divide over the mesh
+                    writer.write_samples(step, sample(nnx.merge(program.graph, state.params)))
+                clock.spent_on("samples")
             if saving:
                 extras = {"tokens": tokens, "data": _of_all_processes(batches.get_state())}
                 store.save(step, state, extras, metric=scores.get("eval_ce"))
+                clock.spent_on("checkpoint")
+            if evaluating or saving:
+                if jax.process_index() == 0:
+                    report()
+                clock.spent_on("report")
             if stopping:
                 raise Stopped(f"step {step} is saved in {workdir}")
-            if evaluating or saving:
-                clock.restart(tokens)
     return nnx.merge(program.graph, state.params), max(t.num_steps - start, 0)
 
 
@@ -276,24 +297,43 @@ def _non_finite(
 
 
 class _Clock:
-    """What was done since the last reading; compilation, evaluation and saving are left out."""
+    """Where the time went since the last reading: every second is spent on one thing."""
 
     def __init__(self, tokens: int):
-        self.restart(tokens)
+        self._last, self._tokens = time.monotonic(), tokens
+        self._spent: dict[str, float] = {}
 
-    def restart(self, tokens: int) -> None:
-        self._start, self._tokens, self._waited = time.monotonic(), tokens, 0.0
+    def spent_on(self, what: str) -> None:
+        """Says what was done since the last call."""
+        now = time.monotonic()
+        self._spent[what] = self._spent.get(what, 0.0) + now - self._last
+        self._last = now
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
-        start = time.monotonic()
-        yield
-        self._waited += time.monotonic() - start
+    def compiled(self, tokens: int) -> None:
+        """Says that all so far was the first step, which tells nothing of the speed."""
+        self.spent_on("step")
+        self._spent = {"compile": self._spent["step"] + self._spent.get("data", 0.0)}
+        self._tokens = tokens
 
-    def read(self, tokens: int) -> tuple[float, float]:
-        """Tokens per second, and the share of the time that was spent waiting for data."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        speed, wait = (tokens - self._tokens) / seconds, min(self._waited / seconds, 1.0)
-        self.restart(tokens)
-        return speed, wait
+    def taken(self, what: str) -> dict[str, float]:
+        """What was done since the last call, as a metric that no reading will have again."""
+        self.spent_on(what)
+        return {f"seconds/{what}": self._spent.pop(what)}
+
+    def read(self, tokens: int) -> dict[str, float]:
+        """tokens_per_second, data_wait (its share of the steps' time), and seconds/WHAT."""
+        self.spent_on("step")
+        step, data = self._spent["step"], self._spent.get("data", 0.0)
+        seconds = {f"seconds/{what}": value for what, value in self._spent.items()}
+        speed = (tokens - self._tokens) / max(step + data, 1e-9)
+        self._tokens, self._spent = tokens, {}
+        return {
+            "tokens_per_second": speed,
+            "data_wait": data / max(step + data, 1e-9),
+            **seconds,
+        }
+
+
+def _on_host(metrics: dict[str, jax.Array]) -> dict[str, Any]:
+    """Numbers, and lists of what has one value a layer."""
+    return {name: np.asarray(x).tolist() for name, x in metrics.items()}

@@ -1,8 +1,10 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard's event files, and a line on the terminal.
+"""What a run reports: files of lines, TensorBoard's event files, and a line on the terminal.
 
-`metrics.jsonl` holds one JSON object a line, the first key `step`. It tells one course: a run that
-goes on from a checkpoint cuts off what came after it. JSON has no word for non-finite numbers; they
-are written as the strings "nan", "inf" and "-inf", which `float` reads.
+`metrics.jsonl` and `samples.jsonl` hold one JSON object a line, the first key `step`. They tell one
+course: a run that goes on from a checkpoint cuts off what came after it. Most metrics are numbers;
+one with a value for each layer is a list, with null for the layers that have no such thing. JSON
+has no word for non-finite numbers; they are written as the strings "nan", "inf" and "-inf", which
+`float` reads.
 """
 
 import json
@@ -11,8 +13,8 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -36,6 +38,9 @@ class Silent:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes nothing."""
 
+    def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Writes nothing."""
+
     def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Shows nothing."""
 
@@ -44,7 +49,7 @@ class Silent:
 
 
 class MetricWriter:
-    """Appends metrics to `metrics.jsonl` and `tensorboard/`. A run has one, in process 0."""
+    """Appends to `metrics.jsonl`, `samples.jsonl` and `tensorboard/`; one a run, in process 0."""
 
     def __init__(self, workdir: str | pathlib.Path, *, resume_step: int | None = None):
         """Opens the files of a work directory.
@@ -56,9 +61,9 @@ class MetricWriter:
         """
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        _cut_back(path, -1 if resume_step is None else resume_step)
-        self._lines = path.open("a")
+        last = -1 if resume_step is None else resume_step
+        self._lines = _open_cut_back(workdir / "metrics.jsonl", last)
+        self._samples = _open_cut_back(workdir / "samples.jsonl", last)
         # TensorBoard's files can't be cut; a mark in them hides what was written of later steps.
         # Their names hold the second they were opened, too coarse to tell two courses apart.
         first = 0 if resume_step is None else resume_step + 1
@@ -71,18 +76,26 @@ class MetricWriter:
 
         Args:
           step: the number of updates made.
-          metrics: numbers, or arrays of one.
+          metrics: numbers, arrays of one, or lists; TensorBoard gets a list's numbers one by one,
+            as NAME/0, NAME/1, ...
         """
-        values = {name: np.asarray(value).item() for name, value in metrics.items()}
-        line = {"step": int(step)} | {name: _as_json(value) for name, value in values.items()}
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines.flush()
+        values = {name: _on_host(value) for name, value in metrics.items()}
+        _add_line(self._lines, step, values)
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            numbers = {f"{name}/{i}": x for i, x in enumerate(value)} if _is_list(value) else {}
+            for name_, x in (numbers or {name: value}).items():
+                if isinstance(x, int | float):
+                    self._events.add_scalar(name_, x, step)
+
+    def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Adds a line for each sample of text: its `prompt` and `text`, after `step` updates."""
+        for sample in samples:
+            _add_line(self._samples, step, sample)
 
     def close(self) -> None:
         """Closes the files."""
         self._lines.close()
+        self._samples.close()
         self._events.close()
 
 
@@ -120,10 +133,13 @@ class Progress:
             self._bar.close()
 
 
-def _cut_back(path: pathlib.Path, last_step: int) -> None:
-    """Keeps the lines of steps up to `last_step`. A kill leaves the old file or the new one."""
+def _open_cut_back(path: pathlib.Path, last_step: int) -> TextIO:
+    """Opens a file behind its lines of steps up to `last_step`; later ones are cut off.
+
+    A kill leaves the old file or the new one.
+    """
     if not path.exists():
-        return
+        return path.open("a")
     kept = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
     beside = path.with_suffix(".tmp")
     with beside.open("w") as file:
@@ -131,6 +147,13 @@ def _cut_back(path: pathlib.Path, last_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+    return path.open("a")
+
+
+def _add_line(file: TextIO, step: int, values: Mapping[str, Any]) -> None:
+    line = {"step": int(step)} | {name: _as_json(value) for name, value in values.items()}
+    file.write(json.dumps(line, allow_nan=False) + "\n")
+    file.flush()
 
 
 def _step(line: str) -> float:
@@ -140,5 +163,15 @@ def _step(line: str) -> float:
         return math.inf  # never kept
 
 
+def _on_host(value: Any) -> Any:
+    return value if _is_list(value) else np.asarray(value).item()
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
 def _as_json(value: Any) -> Any:
-    return value if math.isfinite(value) else str(value)
+    if _is_list(value):
+        return [_as_json(x) for x in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,42 @@
+"""Samples of what a model in training writes, for people to read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qwen3next_jax.data.tokenizer import Tokenizer
+from qwen3next_jax.inference.decode import generate
+from qwen3next_jax.model.decoder import Qwen3Next
+
+
+def samples(
+    model: Qwen3Next,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Continues each prompt, drawn at temperature 0.8 from the likeliest 95%.
+
+    Args:
+      model: is not changed.
+      tokenizer: the model's.
+      prompts: "" is the start of a document.
+      max_new_tokens: the most that is added to each; a text ends where the model ends it.
+      seed: the same gives the same from the same model.
+
+    Returns:
+      Of each, `prompt` and `text`, what was added.
+    """
+    rows = []
+    for prompt in prompts:
+        tokens = tokenizer.encode(prompt)
+        rows.append([tokenizer.bos_id, *tokens] if tokenizer.adds_bos or not tokens else tokens)
+    new = generate(
+        model, rows, max_new_tokens=max_new_tokens, temperature=0.8, top_p=0.95,
+        stop_tokens=tokenizer.stop_ids, seed=seed,
+    )  # fmt: skip
+    return [
+        {"prompt": prompt, "text": tokenizer.decode(tokens)}
+        for prompt, tokens in zip(prompts, new, strict=True)
+    ]
