@@ -146,8 +146,8 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
         )
     if steps and config.train.sample_tokens and first:
         *_, last = (workdir / "samples.jsonl").read_text().splitlines()
-        sample = json.loads(last)
-        print(f"\nWhat the model writes by itself:\n\n{sample['prompt']}{sample['text']}")
+        written = json.loads(last)
+        print(f"\nWhat the model writes by itself:\n\n{written['prompt']}{written['text']}")
     return False
 
 

@@ -80,6 +80,10 @@ _MAPS = (
     Panel("Experts", "Entropy of the router", "layers/router_entropy", False,
           "mean over tokens, over that of a router without preference"),
 )  # fmt: skip
+_SECTIONS = (
+    "Loss", "Evaluation", "Retrieval", "Optimization", "Throughput", "Experts", "Layers", "Samples",
+    "Data", "More", "Config", "Environment",
+)  # fmt: skip
 _UNSHOWN = {"step", "tokens", "dropped_assignments"}
 
 
@@ -235,11 +239,7 @@ class Report:
 
 
 def _page(runs: list[Run], title: str) -> dict[str, Any]:
-    sections: dict[str, list[dict[str, Any]]] = dict.fromkeys(
-        ("Loss", "Evaluation", "Retrieval", "Optimization", "Throughput", "Experts", "Layers",
-         "Samples", "Data", "More", "Config", "Environment")
-    )  # fmt: skip
-    sections = {name: [] for name in sections}
+    sections: dict[str, list[dict[str, Any]]] = {name: [] for name in _SECTIONS}
     for panel, names in _panels(_CHARTS, (run.curves for run in runs), _unknown_chart):
         if series := _series(runs, names):
             sections[panel.section].append(
