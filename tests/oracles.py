@@ -120,7 +120,11 @@ def random_model(config: ModelConfig, *, seed: int = 0, scale: float = 0.1, **op
 
 def quick_jit(function):
     """`jax.jit` for what runs a few times only: compiling without optimisations takes a quarter."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    options = {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_allow_excess_precision": False,  # what is rounded to bfloat16 is to be rounded
+    }
     return jax.jit(function, compiler_options=options)
 
 

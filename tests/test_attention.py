@@ -11,7 +11,7 @@ from oracles import quick_jit
 
 from qwen3next_jax.ops.attention import attention, cached_attention
 
-IMPLEMENTATIONS = ["reference", "chunked"]
+IMPLEMENTATIONS = ["reference", "chunked", "pallas"]
 
 
 def float64_attention(q, k, v, segments=None):
@@ -108,5 +108,5 @@ def test_queries_see_the_filled_slots_of_a_cache_and_new_tokens_up_to_their_own(
 
 def test_what_cannot_be_done_is_refused():
     q, k, v = (jnp.asarray(x) for x in make(4))
-    with pytest.raises(ValueError, match="'flash' is unknown; expected 'chunked' or 'reference'"):
+    with pytest.raises(ValueError, match="'flash' is unknown; expected 'chunked', 'pallas'"):
         attention(q, k, v, implementation="flash")

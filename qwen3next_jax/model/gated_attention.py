@@ -53,7 +53,7 @@ class GatedAttention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         cache: AttentionCache | None = None,
-        implementation: str = "chunked",
+        implementation: str | None = None,
     ) -> Any:
         """Mixes tokens within their documents.
 

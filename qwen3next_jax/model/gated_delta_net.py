@@ -65,7 +65,7 @@ class GatedDeltaNet(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         cache: DeltaCache | None = None,
         draft: bool = False,
-        implementation: str = "chunked",
+        implementation: str | None = None,
     ) -> Any:
         """Mixes tokens within their documents.
 

@@ -2,7 +2,8 @@
 
     o_t = Σ_s softmax_s(scale · q_t · k_s) v_s      over s ≤ t in t's document
 
-"reference" holds all T · S scores. "chunked" holds one block of them: it walks the lower triangle
+"reference" holds all T · S scores. "pallas" is JAX's splash attention, for TPUs
+(`pallas/attention.py`). "chunked" holds one block of them: it walks the lower triangle
 of block pairs with a running maximum and sum (Rabe & Staats, arXiv:2112.05682; Dao et al.,
 arXiv:2205.14135), so memory grows with T alone and the upper triangle costs nothing, nor do pairs
 of blocks without a common document. Its backward pass walks the same pairs with the scores
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.pallas.attention import splash_attention
+from qwen3next_jax.ops.platform import check_kernels_run, platform
 
 _BLOCK = 128  # small enough that a block's scores stay in a CPU's cache
 # Elsewhere a block's products must outlast what it takes to fetch the block: on a TPU v5p by its
@@ -31,31 +33,44 @@ _FEW = 16  # queries whose scores with all slots are no burden
 _MASKED = -1e30
 
 
+def default_implementation() -> str:
+    """The implementation that suits the platform; see `ops.platform`."""
+    return "pallas" if platform() == "tpu" else "chunked"
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K P"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
-    implementation: str = "chunked",
+    implementation: str | None = None,
 ) -> Float[Array, "B T N P"]:
     """Attends causally; KV head i serves the N / K neighbouring query heads from i · N / K on.
 
     Args:
       q, k, v: queries, keys and values; the scale is H**-0.5.
       segment_ids: documents packed in a row, each a contiguous run of one id.
-      implementation: "chunked" or "reference".
+      implementation: "chunked", "pallas" or "reference"; None: the platform's default.
 
     Returns:
       Outputs in v's dtype.
 
     Raises:
-      ValueError: for an unknown implementation.
+      ValueError: for an unknown implementation, or one that is not for this platform.
     """
-    if implementation not in ("chunked", "reference"):
-        raise ValueError(f"{implementation=} is unknown; expected 'chunked' or 'reference'")
+    implementation = implementation or default_implementation()
+    if implementation not in ("chunked", "pallas", "reference"):
+        raise ValueError(
+            f"{implementation=} is unknown; expected 'chunked', 'pallas' or 'reference'"
+        )
     B, T, N, H = q.shape
     K = k.shape[2]
+    if implementation == "pallas":
+        check_kernels_run()
+        if segment_ids is None:
+            segment_ids = jnp.zeros((B, T), jnp.int32)
+        return splash_attention(q, k, v, segment_ids)
     q = q.reshape(B, T, K, N // K, H)
     if implementation == "chunked":
         out = _chunked(q, k, v, segment_ids)

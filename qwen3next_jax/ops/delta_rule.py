@@ -26,6 +26,9 @@ scan that this file is given. Backward, gradients of states flow through Mᵀ th
 one pass more over the chunks' writes, with H + P columns instead of P, and one more over their
 gradients: the other way, to carry H more columns through the pass proper and read outputs off them,
 costs as many products and twice the memory for states.
+
+"chunked" is written in XLA's operations, for all platforms; "pallas" is the same by kernels that
+keep the states on a TPU's chip (`pallas/delta_rule.py`); "reference" is the loop over tokens.
 """
 
 import functools
@@ -37,12 +40,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.pallas import delta_rule as kernels
+from qwen3next_jax.ops.platform import check_kernels_run, platform
+
 _CHUNK = 64
 _BLOCK = 16  # diagonal blocks of L inverted row by row; larger ones by products
 # Products inside a chunk feed exponentials' gradients and the inverse: one bfloat16 pass on a TPU
 # or GPU is not enough for them. Products with the state follow the caller's default.
 _HIGH = jax.lax.Precision.HIGH
 _HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def default_implementation(key_size: int, value_size: int) -> str:
+    """The implementation that suits the platform and the heads' sizes; see `ops.platform`."""
+    fits = kernels.can_compile(key_size, value_size)
+    return "pallas" if platform() == "tpu" and fits else "chunked"
 
 
 def gated_delta_rule(
@@ -54,7 +66,7 @@ def gated_delta_rule(
     beta: Float[Array, "B T N"],
     segment_ids: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B N H P"] | None = None,
-    implementation: str = "chunked",
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]:
     """Applies S_t = exp(g_t)(I − β_t k_t k_tᵀ)S_{t−1} + β_t k_t v_tᵀ; o_t = S_tᵀ q_t.
 
@@ -68,21 +80,25 @@ def gated_delta_rule(
       segment_ids: documents packed in a row, each a contiguous run of one id; the state starts
         anew with each. 0 is padding: it neither reads nor changes the state. None: one document.
       initial_state: the state before the first document's first token; zeros when None.
-      implementation: "chunked" (matrix products, own backward pass) or "reference" (token by
-        token; also the way to take single steps).
+      implementation: "chunked" (matrix products, own backward pass), "pallas" (the same by kernels
+        for TPUs) or "reference" (token by token; also the way to take single steps). None: the
+        platform's default.
 
     Returns:
       Outputs in v's dtype, zero at padding, and the state after the last document in float32.
 
     Raises:
-      ValueError: if the value heads are no multiple of the key heads, or for an unknown
-        implementation.
+      ValueError: if the value heads are no multiple of the key heads, or for an implementation
+        that is unknown or not for this platform or these heads.
 
     Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
-    implementations = {"chunked": _chunked, "reference": _recurrent}
+    implementations = {"chunked": _chunked, "pallas": kernels.delta_rule, "reference": _recurrent}
+    implementation = implementation or default_implementation(k.shape[-1], v.shape[-1])
     if implementation not in implementations:
         raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
+    if implementation == "pallas":
+        check_kernels_run()
     return _apply(
         implementations[implementation],
         q, k, v, log_decay, beta, segment_ids, initial_state, jnp.zeros(len(q), jnp.int32),
@@ -145,10 +161,11 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
     if initial_state is None:
         initial_state = jnp.zeros((B, N, H, P), jnp.float32)
 
-    q, k, v32, g, beta, state = (
-        x.astype(jnp.float32) for x in (q, k, v, log_decay, beta, initial_state)
-    )
-    out, state = compute(q, k, v32, g, beta, segments, before, state)
+    # The kernels' products take bfloat16 as it is, and say how; elsewhere all is float32.
+    bfloat16 = compute is kernels.delta_rule and v.dtype == jnp.bfloat16
+    q, k, values = (x.astype(jnp.bfloat16 if bfloat16 else jnp.float32) for x in (q, k, v))
+    g, beta, state = (x.astype(jnp.float32) for x in (log_decay, beta, initial_state))
+    out, state = compute(q, k, values, g, beta, segments, before, state)
     if real is not None:
         out = jnp.where(real[..., None, None], out, 0)
     return out.astype(v.dtype), state

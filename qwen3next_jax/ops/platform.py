@@ -10,3 +10,16 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def check_kernels_run() -> None:
+    """Checks that kernels for TPUs can run: there, or on a CPU, where they are interpreted.
+
+    Raises:
+      ValueError: on any other platform.
+    """
+    if platform() not in ("tpu", "cpu"):
+        raise ValueError(
+            f"implementation='pallas' is for TPUs, and this is a {platform()}; leave it out for "
+            "what suits the platform"
+        )

@@ -32,10 +32,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax import ops
+from qwen3next_jax.config import LINEAR, ModelConfig
 from qwen3next_jax.ops.attention import (
     add_pair_gradients,
     add_pairs,
@@ -45,7 +47,15 @@ from qwen3next_jax.ops.attention import (
     normalize,
     split_blocks,
 )
-from qwen3next_jax.ops.delta_rule import gated_delta_rule_stretch
+from qwen3next_jax.ops.attention import (
+    default_implementation as default_attention,
+)
+from qwen3next_jax.ops.delta_rule import (
+    default_implementation as default_delta_rule,
+)
+from qwen3next_jax.ops.delta_rule import (
+    gated_delta_rule_stretch,
+)
 from qwen3next_jax.parallel.mesh import ROWS, active_mesh
 
 _AXIS = "context"
@@ -95,7 +105,7 @@ def gated_delta_rule(
     beta: Float[Array, "B T N"],
     segment_ids: Int[Array, "B T"] | None = None,
     initial_state: Float[Array, "B N H P"] | None = None,
-    implementation: str = "chunked",
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]:
     """`ops.gated_delta_rule` on the mesh.
 
@@ -135,7 +145,7 @@ def attention(
     v: Float[Array, "B T K P"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
-    implementation: str = "chunked",
+    implementation: str | None = None,
 ) -> Float[Array, "B T N P"]:
     """`ops.attention` on the mesh; KV heads fewer than `tensor` are held whole.
 
@@ -175,6 +185,15 @@ def attention(
     return _shard_map(local, (_HEADS, kv, kv, _TOKENS), _HEADS)(q, k, v, segment_ids)
 
 
+def implementations(config: ModelConfig, mesh: Mesh) -> dict[str, str]:
+    """Which implementation of the mixers' ops a model takes on a mesh, by what it is of."""
+    sizes = config.linear_key_head_dim, config.linear_value_head_dim
+    names = {"attention": default_attention()}
+    if LINEAR in config.mixers:
+        names["delta rule"] = default_delta_rule(*sizes)
+    return names if mesh.shape[_AXIS] == 1 else dict.fromkeys(names, "chunked")
+
+
 def _shard_map(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
     # The ops' loops start from constants, which the check for replicated values would refuse.
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -190,8 +209,8 @@ def _check_tokens(tokens: int, ways: int, *, at_least: int = 1, halves: bool = F
         )
 
 
-def _check_implementation(implementation: str, ways: int) -> None:
-    if ways > 1 and implementation != "chunked":
+def _check_implementation(implementation: str | None, ways: int) -> None:
+    if ways > 1 and implementation not in (None, "chunked"):
         raise ValueError(
             f"{implementation=} needs whole rows, but they are split over mesh axis context="
             f"{ways}; use 'chunked'"

@@ -28,6 +28,7 @@ from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.pipeline import Data, input_metrics, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.grouped_matmul import default_implementation
+from qwen3next_jax.parallel.context import implementations
 from qwen3next_jax.parallel.layout import describe_layout
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh, no_mesh
 from qwen3next_jax.parallel.processes import (
@@ -259,11 +260,9 @@ def _report(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
             named_leaves(state), mesh.shape, max_replicated=config.mesh.max_replicated
         )
         logging.info("Where the training state lies:\n%s", layout)
-    logging.info(
-        "Delta rule: chunked; attention: chunked; expert products: %s; compute: %s",
-        default_implementation(),
-        config.precision.compute,
-    )
+    used = implementations(config.model, mesh)
+    used |= {"expert products": default_implementation(), "compute": config.precision.compute}
+    logging.info("Implementations: %s", "; ".join(f"{of}: {name}" for of, name in used.items()))
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -1,0 +1,1 @@
+"""Kernels for devices, behind the operations that use them."""

@@ -1,0 +1,62 @@
+"""Lets kernels that come from libraries say what they execute.
+
+A compiled program carries no times for kernels, only what their authors state
+(`pallas_call(cost_estimate=...)`), and a compiler that is told nothing schedules, and a plan that
+is told nothing adds up, as if they were free. Where a library leaves that out, the statement is put
+into the traced program.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+
+
+def stating(function: Callable, costs: Sequence[pl.CostEstimate]) -> Callable:
+    """Makes the kernels that a function calls state their costs.
+
+    Args:
+      function: of arrays and pytrees of them, already differentiated if it is to be.
+      costs: of each kernel, in the order of their calls.
+
+    Returns:
+      A function that computes the same.
+
+    Raises:
+      ValueError: when called, if the number of kernels is another one.
+    """
+
+    def stated(*args: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        left = iter(costs)
+        try:
+            jaxpr = _stating(closed.jaxpr, left)
+        except StopIteration:
+            raise ValueError(f"more kernels are called than the {len(costs)} expected") from None
+        if (unused := len(list(left))) != 0:
+            raise ValueError(f"{unused} of the {len(costs)} kernels expected are not called")
+        outs = jaxpr_as_fun(ClosedJaxpr(jaxpr, closed.consts))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+
+    return stated
+
+
+def _stating(jaxpr: Jaxpr, costs: Iterator[pl.CostEstimate]) -> Jaxpr:
+    eqns = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            params = {**eqn.params, "cost_estimate": next(costs)}
+        else:
+            params = {name: _inside(value, costs) for name, value in eqn.params.items()}
+        eqns.append(eqn.replace(params=params))
+    return jaxpr.replace(eqns=eqns)
+
+
+def _inside(value: Any, costs: Iterator[pl.CostEstimate]) -> Any:
+    if isinstance(value, ClosedJaxpr):
+        return ClosedJaxpr(_stating(value.jaxpr, costs), value.consts)
+    if isinstance(value, Jaxpr):
+        return _stating(value, costs)
+    return value

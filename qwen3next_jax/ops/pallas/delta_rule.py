@@ -1,0 +1,507 @@
+"""The chunked gated delta rule as two TPU kernels, forward and backward.
+
+`ops/delta_rule.py` has the equations, the letters and the hazards. Here a program walks chunks of
+`heads` key heads and the R value heads of each, in order: the grid's last axis is sequential, and
+the states stay in the chip's vector memory from one program to the next. The forward kernel saves
+each chunk's incoming state and L⁻¹; the backward one walks from the last chunk to the first and
+computes the rest again.
+
+*Precision.* Matrix units multiply bfloat16. If v is bfloat16, so are q, k, states as they are saved
+and read, and L⁻¹; gates, exponentials, the inversion, running states and sums are float32. Products
+with a state round their other factor too: one pass. Inside a chunk, where products feed the
+gradients of exponents, a float32 factor is split in a high and a low bfloat16 part, so that a
+product costs one pass if both factors are bfloat16, two if one is, three if none is (`_dot`). With
+float32 values all products are float32 ones.
+
+*The inverse.* Diagonal blocks D of 16 rows are inverted by substitution on the vector unit, applied
+to [I | off-diagonal blocks] at once, which fills its lanes. What is left, L⁻¹ = D⁻¹ − (D⁻¹ off)
+L⁻¹, is three small products. No powers are formed.
+
+*Gates* arrive as rows of lanes, as [.., C] lies densely in memory; a row becomes a column by a
+masked sum over lanes, which is exact.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from qwen3next_jax.ops.platform import platform
+
+CHUNK = 64
+_BLOCK = 16  # rows of L inverted by substitution
+_LANES = 128
+_HEADS = 2  # key heads of a program: their chains of products hide one another's latency
+_VMEM_BYTES = 64 * 2**20  # of 96 MiB and more that TPUs since v5p have; the default is 16
+_OUT = -1e30  # an exponent whose exp is 0
+
+
+def can_compile(key_size: int, value_size: int) -> bool:
+    """Whether a TPU can take heads of these sizes: they must fill its vectors."""
+    return key_size % _LANES == 0 and value_size % _LANES == 0
+
+
+def delta_rule(
+    q: Float[Array, "B T K H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T N P"],
+    g: Float[Array, "B T N"],
+    beta: Float[Array, "B T N"],
+    segments: Int[Array, "B T"],
+    before: Int[Array, "B"],
+    state: Float[Array, "B N H P"],
+) -> tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]:
+    """Runs the kernels; on a CPU they are interpreted, for tests only.
+
+    Args:
+      q, k, v: of one dtype, which says how precise products are.
+      g, beta, state: float32.
+      segments: the document of each token.
+      before: the document that `state` belongs to.
+
+    Raises:
+      ValueError: on a TPU, for heads that it cannot take.
+    """
+    B, T, K, H = k.shape
+    N, P = v.shape[2:]
+    if platform() != "cpu" and not can_compile(H, P):
+        raise ValueError(
+            f"implementation='pallas' needs head sizes that are multiples of {_LANES}, got {H} for "
+            f"keys and {P} for values; use 'chunked'"
+        )
+    R, padding = N // K, -T % CHUNK
+
+    def pad(x, mode="constant"):
+        return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+
+    def rows(x):  # [B, T, N] → [B, K, Z, R, C]
+        return pad(x).reshape(B, -1, CHUNK, K, R).transpose(0, 3, 1, 4, 2)
+
+    gates = jnp.concatenate([rows(g), rows(beta)], axis=3)
+    marks = _marks(pad(segments, "edge"), before)
+    q, k, v = (pad(x).reshape(B, T + padding, -1) for x in (q, k, v))
+    state = state.reshape(B, K, R, H, P).swapaxes(2, 3).reshape(B, K, H, R * P)
+    out, state = _delta_rule(q, k, v, gates, marks, state)
+    state = state.reshape(B, K, H, R, P).swapaxes(2, 3).reshape(B, N, H, P)
+    return out.reshape(B, -1, N, P)[:, :T], state
+
+
+def _marks(segments, before):
+    """Which document each token is of, counted along the row, as float32 [B, Z, 2, C].
+
+    The second row repeats the document of the last token before the chunk; 0 is the state's.
+    Small whole numbers are exact in float32, which all vector operations have.
+    """
+    changes = segments != jnp.concatenate([before[:, None], segments[:, :-1]], axis=1)
+    own = jnp.cumsum(changes, axis=1).reshape(len(segments), -1, CHUNK)
+    last = jnp.pad(own[:, :-1, -1:], ((0, 0), (1, 0), (0, 0)))
+    return jnp.stack([own, jnp.broadcast_to(last, own.shape)], axis=2).astype(jnp.float32)
+
+
+# Below: q, k [B, T, K·H], v, out [B, T, N·P], gates [B, K, Z, 2·R, C] (g, then β), marks
+# [B, Z, 2, C], a key head's states side by side [B, K, H, R·P], those of all chunks
+# [B, K, Z, H, R·P], and so the inverses [B, K, Z, C, R·C].
+
+
+@jax.custom_vjp
+def _delta_rule(q, k, v, gates, marks, state):
+    return _forward(q, k, v, gates, marks, state, save=False)
+
+
+def _delta_rule_forward(q, k, v, gates, marks, state):
+    out, final, states, inverses = _forward(q, k, v, gates, marks, state, save=True)
+    return (out, final), (q, k, v, gates, marks, states, inverses)
+
+
+def _delta_rule_backward(residuals, cotangents):
+    return _backward(*residuals, *cotangents)
+
+
+_delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward)
+
+
+def _forward(q, k, v, gates, marks, state, *, save):
+    sizes = _Sizes(q, v, gates, state)
+    spec, order = sizes.spec, sizes.forward_order
+    shapes, dtype = jax.ShapeDtypeStruct, v.dtype
+    B, K, Z, _, C = gates.shape
+    H, RP = state.shape[2:]
+    out_shape = [shapes(v.shape, dtype), shapes(state.shape, jnp.float32)]
+    names = ["value", "state"]
+    if save:
+        out_shape += [
+            shapes((B, K, Z, H, RP), dtype),
+            shapes((B, K, Z, C, sizes.R * C), dtype),
+        ]
+        names += ["states", "inverses"]
+    given = q, k, v, gates, marks, state
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, save=save),
+        grid=sizes.grid,
+        in_specs=[spec(n, order) for n in ("key", "key", "value", "gates", "marks", "state")],
+        out_specs=[spec(n, order) for n in names],
+        out_shape=out_shape,
+        cost_estimate=sizes.cost(forward=True, arrays=(*given, *out_shape)),
+        name="gated_delta_rule_forward",
+        **_options(),
+    )(*given)
+
+
+def _backward(q, k, v, gates, marks, states, inverses, d_out, d_final):
+    sizes = _Sizes(q, v, gates, d_final)
+    spec, order = sizes.spec, sizes.backward_order
+    out_shape = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, gates, d_final)
+    ]  # fmt: skip
+    given = q, k, v, gates, marks, states, inverses, d_out, d_final
+    names = "key", "key", "value", "gates", "marks", "states", "inverses", "value", "state"
+    d_q, d_k, d_v, d_gates, d_state = pl.pallas_call(
+        _backward_kernel,
+        grid=sizes.grid,
+        in_specs=[spec(n, order) for n in names],
+        out_specs=[spec(n, order) for n in ("key", "key", "value", "gates", "state")],
+        out_shape=out_shape,
+        cost_estimate=sizes.cost(forward=False, arrays=(*given, *out_shape)),
+        name="gated_delta_rule_backward",
+        **_options(),
+    )(*given)
+    return d_q, d_k, d_v, d_gates, None, d_state
+
+
+def _options():
+    return dict(
+        interpret=platform() == "cpu",
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES,
+        ),
+    )
+
+
+class _Sizes:
+    """How the work is cut: a program takes `heads` key heads' next `chunks` chunks."""
+
+    def __init__(self, q, v, gates, state):
+        self.B, self.K, self.Z, rows, self.C = gates.shape
+        self.R = rows // 2
+        self.H, self.RP = state.shape[2:]
+        self.dtype = v.dtype
+        self.heads = math.gcd(self.K, _HEADS)
+        self.chunks = math.gcd(self.Z, 8 if self.dtype == jnp.bfloat16 else 4)
+        self.grid = (self.B, self.K // self.heads, self.Z // self.chunks)
+
+    def forward_order(self, z):
+        return z
+
+    def backward_order(self, z):
+        return self.grid[2] - 1 - z
+
+    def spec(self, name, order):
+        C, R, H, RP, heads, chunks = self.C, self.R, self.H, self.RP, self.heads, self.chunks
+        if name in ("key", "value"):
+            width = heads * (H if name == "key" else RP)
+            return pl.BlockSpec((1, chunks * C, width), lambda b, k, z: (b, order(z), k))
+        if name == "marks":
+            return pl.BlockSpec((1, chunks, 2, C), lambda b, k, z: (b, order(z), 0, 0))
+        if name == "state":
+            return pl.BlockSpec((1, heads, H, RP), lambda b, k, z: (b, k, 0, 0))
+        last = {"gates": (2 * R, C), "states": (H, RP), "inverses": (C, R * C)}[name]
+        return pl.BlockSpec((1, heads, chunks, *last), lambda b, k, z: (b, k, order(z), 0, 0))
+
+    def cost(self, *, forward, arrays):
+        """What all programs execute: products with their passes, exponentials, traffic."""
+        C, R, H, P = self.C, self.R, self.H, self.RP // self.R
+        # Passes of a product by how many of its factors are float32. (A float32 one takes six.)
+        one, two, three = (1, 2, 3) if self.dtype == jnp.bfloat16 else (6, 6, 6)
+        key_products = one * 2 * C * C * H
+        inverse = three * _BLOCK * C * sum(range(_BLOCK, C, _BLOCK))
+        if forward:
+            products = key_products + R * (
+                inverse
+                + one * 3 * C * H * P
+                + (two + three) * C * C * P
+            )  # fmt: skip
+        else:
+            products = (
+                key_products
+                + two * 3 * C * C * H
+                + R * (one * 8 * C * H * P + (two + two + two + two + three) * C * C * P)
+            )
+        chunks = self.B * self.K * self.Z
+        return pl.CostEstimate(
+            flops=2 * products * chunks,
+            transcendentals=(C * C + 2 * C + 1) * R * chunks,
+            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays),
+        )
+
+
+def _forward_kernel(
+    q_ref, k_ref, v_ref, gates_ref, marks_ref, initial_ref, out_ref, state_ref, *saved, save
+):
+    # The running state is the result, which stays in place until the last chunk is done.
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        state_ref[...] = initial_ref[...]
+
+    heads, chunks, rows, C = gates_ref.shape[1:]
+    R, dtype = rows // 2, v_ref.dtype
+    dot, rough_dot = (functools.partial(f, dtype=dtype) for f in (_dot, _rough_dot))
+
+    def visit(z, carry):
+        for head in range(heads):
+            q, k, v = (_load(x, z, head, heads, C) for x in (q_ref, k_ref, v_ref))
+            gates, marks = gates_ref[0, head, z], marks_ref[0, z]
+            state = state_ref[0, head]
+            decays = [_decays(gates[r : r + 1], marks) for r in range(R)]
+            betas = [_column(gates[R + r : R + r + 1]) for r in range(R)]
+            qk = dot(jnp.concatenate([k, q]), k, contract=(1, 1))
+            inverses = _unit_lower_inverses(
+                [_strictly_lower(b * qk[:C] * d[0]) for b, d in zip(betas, decays, strict=True)],
+                dot,
+            )
+            inverses = [x.astype(v.dtype) for x in inverses]
+            if save:
+                states_ref, inverses_ref = saved
+                states_ref[0, head, z] = state.astype(v.dtype)
+                inverses_ref[0, head, z] = jnp.concatenate(inverses, axis=1)
+            read = rough_dot(jnp.concatenate([k, q]), state)  # K S over Q S
+            outs, news, wholes = [], [], []
+            for r in range(R):
+                gamma, start, end, whole = decays[r]
+                of = _slice(v, r, R)
+                errors = of.astype(jnp.float32) - start * _slice(read[:C], r, R)
+                new = dot(inverses[r], betas[r] * errors)
+                outs.append(start * _slice(read[C:], r, R) + dot(qk[C:] * gamma, new))
+                news.append(end * new)
+                wholes.append(jnp.broadcast_to(whole, (1, new.shape[1])))
+            state = jnp.concatenate(wholes, axis=1) * state
+            state_ref[0, head] = state + rough_dot(k, jnp.concatenate(news, 1), contract=(0, 0))
+            _store(out_ref, z, head, heads, jnp.concatenate(outs, axis=1), C)
+        return carry
+
+    jax.lax.fori_loop(0, chunks, visit, 0)
+
+
+def _backward_kernel(
+    q_ref, k_ref, v_ref, gates_ref, marks_ref, states_ref, inverses_ref, d_out_ref, d_final_ref,
+    d_q_ref, d_k_ref, d_v_ref, d_gates_ref, d_state_ref,
+):  # fmt: skip
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        d_state_ref[...] = d_final_ref[...]
+
+    heads, chunks, rows, C = gates_ref.shape[1:]
+    R, dtype = rows // 2, v_ref.dtype
+    dot, rough_dot = (functools.partial(f, dtype=dtype) for f in (_dot, _rough_dot))
+
+    def visit(step, carry):
+        z = chunks - 1 - step
+        for head in range(heads):
+            q, k, v, d_out = (_load(x, z, head, heads, C) for x in (q_ref, k_ref, v_ref, d_out_ref))
+            gates, marks = gates_ref[0, head, z], marks_ref[0, z]
+            state, d_after = states_ref[0, head, z], d_state_ref[0, head]
+            saved = inverses_ref[0, head, z]
+            kq = jnp.concatenate([k, q])
+            key_products = dot(kq, k, contract=(1, 1))
+            read = rough_dot(kq, state)
+            written = rough_dot(k, d_after)  # K dS'
+            d_reads, d_queries, news, wholes, d_vs = [], [], [], [], []
+            d_kk = jnp.zeros((C, C), jnp.float32)
+            d_qk = jnp.zeros((C, C), jnp.float32)
+            d_gs, d_betas = [], []
+            for r in range(R):
+                gamma, start, end, whole = _decays(gates[r : r + 1], marks)
+                beta = _column(gates[R + r : R + r + 1])
+                inverse, d_o = _slice(saved, r, R), _slice(d_out, r, R)
+                products = _strictly_lower(key_products[:C] * gamma)
+                scores = key_products[C:] * gamma
+                errors = _slice(v, r, R).astype(jnp.float32) - start * _slice(read[:C], r, R)
+                new = dot(inverse, beta * errors)
+                d_new = dot(scores, d_o, contract=(0, 0)) + end * _slice(written, r, R)
+                d_scaled = dot(inverse, d_new, contract=(0, 0))
+                d_products = -_strictly_lower(dot(d_scaled, new, contract=(1, 1)))
+                d_scores = dot(d_o, new, contract=(1, 1))
+                d_read = -(beta * start) * d_scaled
+                d_queried = start * d_o.astype(jnp.float32)
+                d_kk += beta * gamma * d_products
+                d_qk += gamma * d_scores
+                d_vs.append(beta * d_scaled)
+                d_beta = _sum(d_scaled * errors) + _sum(d_products * products)
+                # Gradients of the exponents, each then summed over the g's that it spans.
+                d_gamma = _strictly_lower(d_products * beta * products + d_scores * scores)
+                d_start = _sum(d_queried * _slice(read[C:], r, R))
+                d_start += _sum(d_read * _slice(read[:C], r, R))
+                d_end = end * _sum(new * _slice(written, r, R))
+                overlap = _slice(d_after, r, R) * _slice(state, r, R).astype(jnp.float32)
+                d_whole = whole * _sum(overlap.sum(0, keepdims=True))
+                d_gs.append(_row(_span_gradients(d_gamma, d_start, d_end, d_whole)))
+                d_betas.append(_row(d_beta))
+                d_reads.append(d_read)
+                d_queries.append(d_queried)
+                news.append(end * new)
+                wholes.append(jnp.broadcast_to(whole, (1, new.shape[1])))
+            d_read, d_queried, new, whole = (
+                jnp.concatenate(x, axis=1) for x in (d_reads, d_queries, news, wholes)
+            )
+            d_gates_ref[0, head, z] = jnp.concatenate(d_gs + d_betas)
+            _store(d_v_ref, z, head, heads, jnp.concatenate(d_vs, axis=1), C)
+            d_kq = jnp.concatenate([d_read, d_queried])
+            d_state_ref[0, head] = whole * d_after + rough_dot(kq, d_kq, contract=(0, 0))
+            through = rough_dot(d_kq, state, contract=(1, 1))
+            _store(d_q_ref, z, head, heads, through[C:] + dot(d_qk, k), C)
+            d_k = through[:C] + rough_dot(new, d_after, contract=(1, 1))
+            d_k += dot(d_qk, q, contract=(0, 0)) + dot(d_kk + d_kk.T, k)
+            _store(d_k_ref, z, head, heads, d_k, C)
+        return carry
+
+    jax.lax.fori_loop(0, chunks, visit, 0)
+
+
+def _load(ref, z, head, heads, C):
+    width = ref.shape[2] // heads
+    return ref[0, pl.ds(z * C, C), head * width : (head + 1) * width]
+
+
+def _store(ref, z, head, heads, x, C):
+    width = ref.shape[2] // heads
+    ref[0, pl.ds(z * C, C), head * width : (head + 1) * width] = x.astype(ref.dtype)
+
+
+def _slice(x, r, R):
+    """The part of value head r, of arrays that lie side by side."""
+    width = x.shape[1] // R
+    return x[:, r * width : (r + 1) * width]
+
+
+def _decays(g, marks):
+    """Γ [C, C], γ and d [C, 1], γ_C [1, 1] of a row g [1, C], zero across documents."""
+    C = g.shape[1]
+    own, last = marks[0:1], marks[0:1, C - 1 : C]
+    document, before = _column(own), marks[1:2, 0:1]
+    i, j = _indices(C)
+    # spans[i, j] = Σ_{j<l≤i} g_l, added up down the rows.
+    spans = _running_sum(jnp.where(i > j, _column(g), 0))
+    gamma = jnp.where((i >= j) & (document == own), spans, _OUT)
+    start = jnp.where(document == before, spans[:, 0:1] + g[:, 0:1], _OUT)
+    end = jnp.where(document == last, _column(spans[C - 1 : C]), _OUT)
+    whole = jnp.where(before == last, spans[C - 1 : C, 0:1] + g[:, 0:1], _OUT)
+    return tuple(jnp.exp(x) for x in (gamma, start, end, whole))
+
+
+def _span_gradients(d_gamma, d_start, d_end, d_whole):
+    """The gradient of g [C, 1] from those of the exponents of Γ, γ, d and γ_C."""
+    C = d_gamma.shape[0]
+    i, j = _indices(C)
+    # The exponents of d_i are the last row of spans; those of γ_i and γ_C the first column and g_0.
+    spans = d_gamma + jnp.where(i == C - 1, _row(d_end), 0)
+    spans += jnp.where(j == 0, d_start + jnp.where(i[:, 0:1] == C - 1, d_whole, 0), 0)
+    spanned = _running_sum(jnp.where(i > j, spans, 0), reverse=True)
+    d_g = _sum(jnp.where(i > j, spanned, 0))
+    first = d_start.sum(0, keepdims=True) + d_whole
+    return d_g + jnp.where(i[:, 0:1] == 0, first, 0)
+
+
+def _running_sum(x, *, reverse=False):
+    """Sums down the rows (`reverse`: up), by doubling strides."""
+    C = x.shape[0]
+    i, _ = _indices(*x.shape)
+    stride = 1
+    while stride < C:
+        if reverse:
+            x += jnp.where(i < C - stride, pltpu.roll(x, C - stride, 0), 0)
+        else:
+            x += jnp.where(i >= stride, pltpu.roll(x, stride, 0), 0)
+        stride *= 2
+    return x
+
+
+def _unit_lower_inverses(lowers, dot):
+    """Inverts I + lower for strictly lower triangular matrices [C, C]."""
+    n, C = len(lowers), lowers[0].shape[0]
+    i, j = _indices(C)
+    identity = jnp.where(i == j, 1.0, 0.0)
+    off_diagonal = i // _BLOCK != j // _BLOCK
+    # [D⁻¹ | D⁻¹ off] by substitution: row s of each block is done after step s, and goes into the
+    # rows below it.
+    both = jnp.concatenate(
+        [jnp.concatenate([identity, jnp.where(off_diagonal, x, 0)], axis=1) for x in lowers]
+    ).reshape(-1, _BLOCK, 2 * C)
+    starts = range(0, C, _BLOCK)
+    blocks = jnp.concatenate(
+        [x[s : s + _BLOCK, s : s + _BLOCK] for x in lowers for s in starts]
+    ).reshape(-1, _BLOCK, _BLOCK)
+    for s in range(_BLOCK - 1):
+        both -= blocks[:, :, s : s + 1] * both[:, s : s + 1, :]
+    # Block by block downwards: L⁻¹ = D⁻¹ − (D⁻¹ off) L⁻¹, whose right side needs the rows above.
+    inverses = []
+    for x in both.reshape(n, C, 2 * C):
+        rows = x[:_BLOCK, :C]
+        for s in starts[1:]:
+            own = slice(s, s + _BLOCK)
+            added = x[own, :C] - dot(x[own, C : C + s], rows)
+            rows = jnp.concatenate([rows, added])
+        inverses.append(rows)
+    return inverses
+
+
+def _dot(x, y, *, dtype, contract=(1, 0)):
+    """Sums x · y over the given axes to nearly float32's precision, by bfloat16 products.
+
+    What bfloat16 cannot hold of a float32 factor is multiplied too; see the top.
+    """
+    if dtype != jnp.bfloat16:
+        return _rough_dot(x, y, dtype=dtype, contract=contract)
+    total = None
+    for m, part in enumerate(_parts(x)):
+        for other in _parts(y)[: 2 - m]:  # without the product of both low parts
+            product = _rough_dot(part, other, dtype=dtype, contract=contract)
+            total = product if total is None else total + product
+    return total
+
+
+def _parts(x):
+    """A high and a low bfloat16 part, whose sum is x but for 2⁻¹⁷ of it."""
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    high = x.astype(jnp.bfloat16)
+    return [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
+
+
+def _rough_dot(x, y, *, dtype, contract=(1, 0)):
+    """Sums x · y, both rounded to the dtype, in float32."""
+    return jax.lax.dot_general(
+        x.astype(dtype), y.astype(dtype), (((contract[0],), (contract[1],)), ((), ())),
+        precision=None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _strictly_lower(x):
+    i, j = _indices(x.shape[0])
+    return jnp.where(i > j, x, 0)
+
+
+def _sum(x):
+    """Over lanes, [C, X] → [C, 1]."""
+    return x.sum(1, keepdims=True)
+
+
+def _column(row):
+    """[1, C] → [C, 1]."""
+    i, j = _indices(row.shape[1])
+    return _sum(jnp.where(i == j, row, 0))
+
+
+def _row(column):
+    """[C, 1] → [1, C]."""
+    i, j = _indices(column.shape[0])
+    return jnp.where(i == j, column, 0).sum(0, keepdims=True)
+
+
+def _indices(rows, columns=None):
+    shape = (rows, columns or rows)
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
