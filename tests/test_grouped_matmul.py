@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from oracles import quick_jit
 
-from qwen3next_jax.ops.grouped_matmul import grouped_matmul
+from qwen3next_jax.ops.grouped_matmul import grouped_matmul, row_alignment
 
 IMPLEMENTATIONS = ["reference", "ragged", "blocked", "pallas"]
 # Groups of no, one and several blocks; the last 64 rows belong to no group.
@@ -31,8 +31,11 @@ def group_by_group(rows, weights, d_out):
     return out, d_rows, d_weights
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_values_and_gradients_are_those_of_one_product_a_group(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "block"),
+    [("reference", 64), ("ragged", 64), ("pallas", 64), *[("blocked", b) for b in (64, 2, 1)]],
+)
+def test_values_and_gradients_are_those_of_one_product_a_group(implementation, block):
     arrays = make()
     expected = group_by_group(*arrays)
     rows, weights, d_out = (jnp.asarray(x) for x in arrays)
@@ -41,7 +44,9 @@ def test_values_and_gradients_are_those_of_one_product_a_group(implementation):
     @quick_jit
     def run(rows, weights, d_out):
         out, vjp = jax.vjp(
-            lambda r, w: grouped_matmul(r, w, sizes, implementation=implementation), rows, weights
+            lambda r, w: grouped_matmul(r, w, sizes, implementation=implementation, block=block),
+            rows,
+            weights,
         )
         return out, *vjp(d_out)
 
@@ -65,5 +70,14 @@ def test_bad_input_is_refused_with_the_values():
     rows, weights, _ = (jnp.asarray(x) for x in make())
     with pytest.raises(ValueError, match="'dense' is unknown; expected one of"):
         grouped_matmul(rows, weights, jnp.asarray(SIZES), implementation="dense")
-    with pytest.raises(ValueError, match="multiple of 64 rows, got 100"):
+    with pytest.raises(ValueError, match="multiple of block=64 rows, got 100"):
         grouped_matmul(rows[:100], weights, jnp.asarray(SIZES), implementation="blocked")
+
+
+def test_blocks_grow_with_the_rows_of_a_group():
+    def block(tokens, per_token, groups):
+        mean = tokens * per_token / groups
+        return row_alignment("blocked", mean=mean, most=tokens)
+
+    assert [block(m, 4, 32) for m in (1, 2, 8, 17, 64, 300, 4096)] == [1, 2, 2, 4, 8, 64, 64]
+    assert row_alignment("ragged", mean=100.0, most=800) == 1

@@ -74,9 +74,7 @@ class DecoderLayer(nnx.Module):
         x = constrain(x + mixed, "batch", "tokens", "hidden")
         normed, stats = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, SparseMoE):
-            out, stats = self.mlp.with_stats(
-                normed, segment_ids=segment_ids, decoding=cache is not None
-            )
+            out, stats = self.mlp.with_stats(normed, segment_ids=segment_ids)
         else:
             out = self.mlp(normed)
         return constrain(x + out, "batch", "tokens", "hidden"), stats, cache

@@ -22,7 +22,7 @@ from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.layers import MLP, normal, weight
 from qwen3next_jax.ops.grouped_matmul import default_implementation, grouped_matmul, row_alignment
 from qwen3next_jax.ops.platform import platform
-from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts, apply_used_experts
+from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
 from qwen3next_jax.parallel.mesh import (
     BATCH,
     active_mesh,
@@ -87,18 +87,14 @@ class SparseMoE(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
-        decoding: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Like a call, with the router's statistics over all tokens but padding (segment id 0).
-
-        `decoding` says that no gradient will be asked for, which allows the way for few tokens.
-        """
+        """Like a call, with the router's statistics over all tokens but padding (segment id 0)."""
         mesh = active_mesh()
         params = (self.router[...], self.gate_up_proj[...], self.down_proj[...])
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
         if mesh is None:
-            y, stats = self._on_one_device(x, segment_ids, *params, decoding=decoding)
+            y, stats = self._on_one_device(x, segment_ids, *params)
         else:
             y, stats = self._on_mesh(mesh, x, segment_ids, *params)
         if self.config.shared_expert_intermediate_size:
@@ -106,21 +102,20 @@ class SparseMoE(nnx.Module):
             y += (jax.nn.sigmoid(gate)[..., None] * self.shared_expert(x)).astype(x.dtype)
         return y, stats
 
-    def _on_one_device(self, x, segment_ids, router, gate_up, down, *, decoding):
+    def _on_one_device(self, x, segment_ids, router, gate_up, down):
         experts, weights, stats = self._route(x, segment_ids, router)
         tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
-        given = dict(num_experts=self.config.num_experts)
-        implementation = default_implementation()
-        if decoding and implementation == "blocked" and len(tokens) <= row_alignment("blocked"):
-            # Even an expert with all of the tokens would not fill its block.
-            y = apply_used_experts(
-                tokens, experts, weights, lambda e: _expert(tokens, gate_up[e], down[e]), **given
-            )
-        else:
-            compute = functools.partial(_experts, gate_up=gate_up, down=down)
-            alignment = row_alignment(implementation)
-            y = apply_experts(tokens, experts, weights, compute, alignment=alignment, **given)
+        alignment = self._alignment(len(tokens))
+        compute = functools.partial(_experts, gate_up=gate_up, down=down, block=alignment)
+        y = apply_experts(
+            tokens, experts, weights, compute,
+            num_experts=self.config.num_experts, alignment=alignment,
+        )  # fmt: skip
         return y.reshape(x.shape), stats
+
+    def _alignment(self, tokens):
+        E, A = self.config.num_experts, self.config.num_experts_per_tok
+        return row_alignment(default_implementation(), mean=tokens * A / E, most=tokens)
 
     def _on_mesh(self, mesh, x, segment_ids, *params):
         def spec(*axes, of):
@@ -146,10 +141,10 @@ class SparseMoE(nnx.Module):
         )
         experts, weights, stats = self._route(x, segment_ids, router)
         tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
-        compute = functools.partial(_experts, gate_up=gate_up, down=down)
-        given: dict[str, Any] = dict(
-            num_experts=self.config.num_experts, alignment=row_alignment(default_implementation())
-        )
+        # A device's experts get rows from all devices that share the experts out.
+        alignment = self._alignment(len(tokens) * jax.lax.axis_size("expert"))
+        compute = functools.partial(_experts, gate_up=gate_up, down=down, block=alignment)
+        given: dict[str, Any] = dict(num_experts=self.config.num_experts, alignment=alignment)
         if jax.lax.axis_size("expert") == 1:
             y, dropped = apply_experts(tokens, experts, weights, compute, **given), jnp.zeros(())
         else:
@@ -186,18 +181,12 @@ class SparseMoE(nnx.Module):
         return experts, weights, stats
 
 
-def _experts(rows, group_sizes, *, gate_up, down):
+def _experts(rows, group_sizes, *, gate_up, down, block):
     gate_up = gate_up.astype(rows.dtype)
     E, D, _, F = gate_up.shape
-    hidden = grouped_matmul(rows, gate_up.reshape(E, D, 2 * F), group_sizes)
+    hidden = grouped_matmul(rows, gate_up.reshape(E, D, 2 * F), group_sizes, block=block)
     hidden = jax.nn.silu(hidden[:, :F]) * hidden[:, F:]
-    return grouped_matmul(hidden, down.astype(rows.dtype), group_sizes)
-
-
-def _expert(x, gate_up, down):
-    D, _, F = gate_up.shape
-    hidden = x @ gate_up.astype(x.dtype).reshape(D, 2 * F)
-    return (jax.nn.silu(hidden[:, :F]) * hidden[:, F:]) @ down.astype(x.dtype)
+    return grouped_matmul(hidden, down.astype(rows.dtype), group_sizes, block=block)
 
 
 def _equal_rows(stddev):

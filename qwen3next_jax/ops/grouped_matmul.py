@@ -7,11 +7,14 @@ Implementations differ in what the platform is good at:
   which is for tests only.
 - "ragged": `jax.lax.ragged_dot`, for GPUs. On a CPU it multiplies every row by every group's
   matrix, and on a TPU its gradient by the weights does.
-- "blocked": groups are padded to whole blocks of 64 rows and each block is one plain product in a
-  loop, which is what CPU matrix libraries are fast at.
+- "blocked": groups are padded to whole blocks of rows and each block is one plain product in a
+  loop, which is what CPU matrix libraries are fast at. Blocks without rows are not visited, so that
+  matrices nobody asks for are not read: that is what decoding waits for.
 - "reference": a sum over groups of masked products.
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -21,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.platform import platform
 
-_BLOCK = 64
+_MOST_ROWS = 64  # of a block
 _TILE_ROWS, _TILE = 512, 1024  # of a kernel: three bfloat16 tiles, twice, fit a TPU's memory
 
 
@@ -30,9 +33,20 @@ def default_implementation() -> str:
     return {"cpu": "blocked", "tpu": "pallas"}.get(platform(), "ragged")
 
 
-def row_alignment(implementation: str) -> int:
-    """Of what each group's number of rows must be a multiple."""
-    return _BLOCK if implementation == "blocked" else 1
+def row_alignment(implementation: str, *, mean: float, most: int) -> int:
+    """Of what each group's number of rows must be a multiple: for "blocked", the rows of a block.
+
+    The next power of two to the mean, but from 2 to 64: below, a matrix would be read once more for
+    each row; above, too many rows would be padding.
+
+    Args:
+      implementation: of `grouped_matmul`.
+      mean: rows of a group, on average.
+      most: rows that a group can have; a block has no more.
+    """
+    if implementation != "blocked":
+        return 1
+    return min(max(1 << (math.ceil(mean) - 1).bit_length(), 2), most, _MOST_ROWS)
 
 
 def grouped_matmul(
@@ -41,14 +55,16 @@ def grouped_matmul(
     group_sizes: Int[Array, "E"],
     *,
     implementation: str | None = None,
+    block: int = _MOST_ROWS,
 ) -> Float[Array, "R F"]:
     """Multiplies each row by its group's matrix.
 
     Args:
       rows: sorted by group; rows beyond the last group belong to none and give zeros.
       weights: one matrix a group.
-      group_sizes: rows of each group, multiples of `row_alignment(implementation)`.
+      group_sizes: rows of each group; for "blocked" multiples of block.
       implementation: "pallas", "ragged", "blocked" or "reference"; None: the platform's default.
+      block: rows of a block of "blocked", as `row_alignment` gives them; others don't read it.
 
     Returns:
       Products in rows' dtype, accumulated in float32.
@@ -59,15 +75,15 @@ def grouped_matmul(
     implementations: dict[str, Callable[..., Array]] = {
         "pallas": _pallas,
         "ragged": _ragged,
-        "blocked": _blocked,
+        "blocked": lambda *args: _blocked(*args, block),
         "reference": _reference,
     }
     implementation = implementation or default_implementation()
     if implementation not in implementations:
         raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
-    if len(rows) % row_alignment(implementation):
+    if implementation == "blocked" and len(rows) % block:
         raise ValueError(
-            f"implementation='blocked' needs a multiple of {_BLOCK} rows, got {len(rows)}"
+            f"implementation='blocked' needs a multiple of {block=} rows, got {len(rows)}"
         )
     return implementations[implementation](rows, weights, group_sizes)
 
@@ -124,31 +140,31 @@ def _tiling(inner, outer):
     return _TILE_ROWS, min(_TILE, inner), min(_TILE, outer)
 
 
-@jax.custom_vjp
-def _blocked(rows, weights, group_sizes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _blocked(rows, weights, group_sizes, block):
     def visit(i, out):
-        x, w = _block(rows, i), weights[group[i]]
-        return _set_block(out, i, jnp.dot(x, w, preferred_element_type=jnp.float32))
+        x, w = _block(rows, i, block), weights[group[i]]
+        return _set_block(out, i, jnp.dot(x, w, preferred_element_type=jnp.float32), block)
 
-    group, used = _groups_of_blocks(group_sizes, len(rows))
+    group, used = _groups_of_blocks(group_sizes, len(rows), block)
     out = jnp.zeros((len(rows), weights.shape[2]), rows.dtype)
     return jax.lax.fori_loop(0, used, visit, out)
 
 
-def _blocked_forward(rows, weights, group_sizes):
-    return _blocked(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _blocked_forward(rows, weights, group_sizes, block):
+    return _blocked(rows, weights, group_sizes, block), (rows, weights, group_sizes)
 
 
-def _blocked_backward(residuals, d_out):
+def _blocked_backward(block, residuals, d_out):
     rows, weights, group_sizes = residuals
-    group, used = _groups_of_blocks(group_sizes, len(rows))
+    group, used = _groups_of_blocks(group_sizes, len(rows), block)
 
     def visit(i, carry):
         d_rows, d_weights = carry
-        x, d_y, w = _block(rows, i), _block(d_out, i), weights[group[i]]
+        x, d_y, w = _block(rows, i, block), _block(d_out, i, block), weights[group[i]]
         d_x = jnp.einsum("rf,df->rd", d_y, w, preferred_element_type=jnp.float32)
         d_w = jnp.einsum("rd,rf->df", x, d_y, preferred_element_type=jnp.float32)
-        return _set_block(d_rows, i, d_x), d_weights.at[group[i]].add(d_w)
+        return _set_block(d_rows, i, d_x, block), d_weights.at[group[i]].add(d_w)
 
     start = (jnp.zeros_like(rows), jnp.zeros(weights.shape, jnp.float32))
     d_rows, d_weights = jax.lax.fori_loop(0, used, visit, start)
@@ -158,16 +174,16 @@ def _blocked_backward(residuals, d_out):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _groups_of_blocks(group_sizes, rows):
+def _groups_of_blocks(group_sizes, rows, block):
     """The group of each block, and how many blocks belong to a group at all."""
-    ends = jnp.cumsum(group_sizes) // _BLOCK
-    group = jnp.searchsorted(ends, jnp.arange(rows // _BLOCK), side="right")
+    ends = jnp.cumsum(group_sizes) // block
+    group = jnp.searchsorted(ends, jnp.arange(rows // block), side="right")
     return jnp.minimum(group, len(group_sizes) - 1), ends[-1]
 
 
-def _block(x, i):
-    return jax.lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK)
+def _block(x, i, block):
+    return jax.lax.dynamic_slice_in_dim(x, i * block, block)
 
 
-def _set_block(x, i, block):
-    return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), i * _BLOCK, axis=0)
+def _set_block(x, i, values, block):
+    return jax.lax.dynamic_update_slice_in_dim(x, values.astype(x.dtype), i * block, axis=0)

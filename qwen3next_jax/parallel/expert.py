@@ -48,35 +48,6 @@ def apply_experts(
     return _combine(rows, weights, plan)
 
 
-def apply_used_experts(
-    x: Float[Array, "M D"],
-    experts: Int[Array, "M A"],
-    weights: Float[Array, "M A"],
-    compute: Callable[[Int[Array, ""]], Float[Array, "M D"]],
-    *,
-    num_experts: int,
-) -> Float[Array, "M D"]:
-    """The same for so few tokens that nothing is worth sorting; not differentiable.
-
-    Each expert that any token uses is applied to all tokens, one expert after the other: what
-    decoding waits for is the experts' weights, which are so read once and copied nowhere.
-
-    Args:
-      x, experts, weights, num_experts: as `apply_experts` takes them.
-      compute: from an expert's number to what it makes of x.
-    """
-    chosen = experts[..., None] == jnp.arange(num_experts)
-    share = (chosen * weights[..., None]).sum(1).astype(x.dtype)
-    used = chosen.any((0, 1))
-    order = jnp.argsort(~used)
-
-    def visit(i, y):
-        e = order[i]
-        return y + share[:, e, None] * compute(e)
-
-    return jax.lax.fori_loop(0, used.sum(), visit, jnp.zeros_like(x))
-
-
 def apply_split_experts(
     x: Float[Array, "M D"],
     experts: Int[Array, "M A"],
