@@ -1,0 +1,232 @@
+"""How fast a model trains: a whole step, or its forward pass, beside transformers' on request.
+
+    python benchmarks/train_step.py --batch=4 --seq=512 --vs=transformers
+    python benchmarks/train_step.py --batch=1 --seq=4096 --vs=transformers --forward
+    python benchmarks/train_step.py --batch=1 --contexts=1024,4096,16384     one row, ever longer
+
+A step is forward, backward, clipping and AdamW, without MTP, as `train.py` compiles it, on random
+tokens. With --vs both sides begin with the same weights, their first losses are compared, and they
+then take steps by turns; medians over --steps. MFU counts the operations that the model needs
+(`plan/costs.py`) against what one large matrix product reaches here, measured in the same run. The
+memory is what the compiled step allocates, its state included. With --json the last line is one
+JSON object.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from shapes import SHAPES, config
+
+from configs import tiny
+from qwen3next_jax.checkpoint.hugging_face import load_tensors
+from qwen3next_jax.config import RunConfig
+from qwen3next_jax.parallel.mesh import make_mesh
+from qwen3next_jax.plan.costs import train_flops
+from qwen3next_jax.training.program import make_program, new_model
+from qwen3next_jax.training.step import initial_state
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="small", choices=SHAPES)
+    parser.add_argument("--batch", type=int, default=4, help="rows a step")
+    parser.add_argument("--seq", type=int, default=512, help="tokens a row")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--compute", default="float32", help="dtype of activations and products")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--forward", action="store_true", help="logits alone, no training")
+    parser.add_argument("--vs", choices=["transformers"])
+    parser.add_argument("--contexts", help="lengths of a row, separated by commas, in place of one")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    result = curve(args) if args.contexts else compare(args)
+    if args.json:
+        print(json.dumps({"device": jax.devices()[0].device_kind, **result}))
+
+
+def compare(args):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.batch, args.seq))
+    theirs = Theirs(args) if args.vs else None
+    ours = Ours(args, theirs and theirs.tensors())
+    sides = {"ours": ours} | ({"transformers": theirs} if theirs else {})
+    first = {name: side.prepare(tokens) for name, side in sides.items()}
+    if theirs and not args.forward:
+        print("first cross-entropies: " + ", ".join(f"{n} {v:.5f}" for n, v in first.items()))
+    times = {name: [] for name in sides}
+    for i in range(args.steps):
+        for name in sorted(sides, reverse=i % 2 == 1):
+            start = time.perf_counter()
+            sides[name].step()
+            times[name].append(time.perf_counter() - start)
+    count, ceiling = tokens.size, matmul_flops(args.compute)
+    needed = count * train_flops(config(args.shape), args.seq) / (3 if args.forward else 1)
+    result = {
+        "shape": args.shape, "batch": args.batch, "seq": args.seq, "forward": args.forward,
+        "compute": args.compute, "remat": args.remat, "matmul_flops_per_second": ceiling,
+    }  # fmt: skip
+    for name, measured in times.items():
+        seconds = statistics.median(measured)
+        mfu = needed / seconds / ceiling
+        result[name] = {"tokens_per_second": count / seconds, "step_seconds": seconds, "mfu": mfu}
+        print(
+            f"{name:>12}: {count / seconds:7.0f} tokens/s, {1e3 * seconds:.0f} ms a step "
+            f"({1e3 * min(measured):.0f} to {1e3 * max(measured):.0f}), {mfu:.0%} of "
+            f"{ceiling / 1e9:.0f} GFLOP/s"
+        )
+    result |= {**result["ours"], **ours.facts}
+    print(
+        f"        ours: compiled in {ours.facts['compile_seconds']:.0f} s, "
+        f"{ours.facts['peak_memory_bytes'] / 1e6:.0f} MB"
+    )
+    if theirs:
+        result["ratio"] = result["ours"]["tokens_per_second"]
+        result["ratio"] /= result["transformers"]["tokens_per_second"]
+        print(f"       ratio: {result['ratio']:.2f}")
+    return result
+
+
+def curve(args):
+    points = []
+    for seq in map(int, args.contexts.split(",")):
+        side = Ours(argparse.Namespace(**{**vars(args), "seq": seq}), None)
+        rng = np.random.default_rng(0)
+        side.prepare(rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.batch, seq)))
+        seconds = statistics.median(timed(side.step) for _ in range(args.steps))
+        tokens, memory = args.batch * seq, side.facts["peak_memory_bytes"]
+        points.append({"seq": seq, "step_seconds": seconds, "peak_memory_bytes": memory})
+        print(
+            f"{seq:>7} tokens a row: {1e6 * seconds / tokens:.0f} µs a token, "
+            f"{memory / 1e6:.0f} MB, {memory / tokens / 1e3:.0f} KB a token"
+        )
+    return {"batch": args.batch, "shape": args.shape, "curve": points}
+
+
+class Ours:
+    """The step of `train.py`, or the model's forward pass."""
+
+    def __init__(self, args, tensors):
+        given = tiny.get_config()
+        given.model = ConfigDict(dataclasses.asdict(config(args.shape, mtp_steps=0)))
+        given.train.update(
+            global_batch_size=args.batch, sequence_length=args.seq, remat=args.remat,
+            loss_chunk=min(128, args.seq),
+        )  # fmt: skip
+        given.data.num_shards = 1
+        given.precision.compute = args.compute
+        self.config, self.forward = RunConfig.from_dict(given.to_dict()), args.forward
+        self.model, self.facts = new_model(self.config), {}
+        if tensors:
+            load_tensors(self.model, tensors)
+
+    def prepare(self, tokens):
+        """Compiles, and returns the cross-entropy of a first step; None of a forward pass."""
+        graph, params = nnx.split(self.model)
+        del self.model
+        mesh = make_mesh(self.config.mesh, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            start = time.perf_counter()
+            if self.forward:
+                tokens = jnp.asarray(tokens, jnp.int32)
+                forward = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))
+                compiled = forward.lower(params, tokens).compile()
+                self.step = lambda: jax.block_until_ready(compiled(params, tokens))
+            else:
+                program = make_program(self.config, mesh)
+                batch = {k: jnp.asarray(v) for k, v in training_batch(tokens).items()}
+                compiled = program.step.lower(program.state, batch).compile()
+                self.state = initial_state(params, program.optimizer)
+
+                def step():
+                    self.state, metrics = compiled(self.state, batch)
+                    return jax.block_until_ready(metrics)
+
+                self.step = step
+            self.facts["compile_seconds"] = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        self.facts["peak_memory_bytes"] = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        )  # fmt: skip
+        first = self.step()
+        return None if self.forward else float(first["ce"])
+
+
+class Theirs:
+    """The same with transformers' modules and PyTorch's AdamW."""
+
+    def __init__(self, args):
+        import torch
+        from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+        torch.manual_seed(0)
+        given = {**config(args.shape).to_hf(), "eos_token_id": None}
+        self.torch, self.forward = torch, args.forward
+        dtype = getattr(torch, args.compute)
+        self.model = Qwen3NextForCausalLM(Qwen3NextConfig(**given)).to(dtype)
+
+    def tensors(self):
+        """Its weights, by name."""
+        return {k: p.detach().float().numpy() for k, p in self.model.state_dict().items()}
+
+    def prepare(self, tokens):
+        """As `Ours.prepare`."""
+        ids = self.torch.tensor(tokens)
+        optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95))
+
+        def forward():
+            with self.torch.no_grad():
+                return self.model(ids).logits
+
+        def step():
+            loss = self.model(ids, labels=ids).loss
+            loss.backward()
+            self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        self.step = forward if self.forward else step
+        first = self.step()
+        return None if self.forward else first.item()
+
+
+def training_batch(tokens):
+    whole = np.ones(tokens.shape, np.int32)
+    return {
+        "tokens": tokens.astype(np.int32),
+        "targets": np.roll(tokens, -1, 1).astype(np.int32),
+        "loss_weights": (np.arange(tokens.shape[1]) < tokens.shape[1] - 1) * whole.astype("f4"),
+        "segment_ids": whole,
+        "positions": whole * np.arange(tokens.shape[1], dtype=np.int32),
+    }
+
+
+def matmul_flops(dtype, size=2048, rounds=5):
+    """Operations a second of a large product: this device's ceiling."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))
+    return (
+        2 * size**3 / min(timed(lambda: jax.block_until_ready(product(x))) for _ in range(rounds))
+    )
+
+
+def timed(run):
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
