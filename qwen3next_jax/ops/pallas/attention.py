@@ -2,9 +2,9 @@
 
 They walk the blocks of a causal mask's lower triangle with scores that never leave the chip, take
 segment ids and grouped heads, and save the logarithm of each query's norm for a backward pass that
-computes the scores again. The
-library states no costs; skipped blocks are known from the mask, so it is done here (`costs.py`).
-Documents are masks inside of blocks: the kernels skip nothing for them.
+computes the scores again. The library states no costs; skipped blocks are known from the mask, so
+it is done here (`kernel_costs.py`). Documents are masks inside of blocks: the kernels skip nothing
+for them.
 
 Backward there is one kernel for queries and one for keys and values, seven products a pair of
 blocks. The library's fused one takes five, but writes a gradient of the queries for each block of
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.pallas.costs import stating
+from qwen3next_jax.ops.pallas.kernel_costs import stating
 from qwen3next_jax.ops.platform import platform
 
 _LANES = 128

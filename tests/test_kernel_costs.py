@@ -1,0 +1,148 @@
+"""What kernels state they execute, against the products counted in their traced bodies.
+
+A plan adds up what is stated, so a kernel that states too little would look fast. Counted are the
+matrix products in a body, each loop as often as it runs, times the grid steps that are not skipped;
+a float32 product in several passes of a bfloat16 unit counts them all.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from qwen3next_jax.ops import attention, gated_delta_rule, grouped_matmul
+from qwen3next_jax.ops.pallas.kernel_costs import stating
+
+PASSES = {None: 1, "DEFAULT": 1, "HIGH": 3, "HIGHEST": 6}  # of float32 factors
+
+
+def inner_jaxprs(eqn):
+    for value in eqn.params.values():
+        for x in value if isinstance(value, tuple | list) else [value]:
+            if hasattr(x, "eqns") or hasattr(x, "jaxpr"):
+                yield getattr(x, "jaxpr", x)
+
+
+def kernels(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            yield eqn
+        else:
+            for inner in inner_jaxprs(eqn):
+                yield from kernels(inner)
+
+
+def kernels_of(function, *args):
+    return list(kernels(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+def product_flops(jaxpr):
+    """Of one run of a kernel's body that takes the branches with most products."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval
+            precision = eqn.params["precision"]
+            name = precision[0].name if precision else None
+            passes = PASSES[name] if left.dtype == jnp.float32 else 1
+            depth = np.prod([left.shape[axis] for axis in contracted])
+            total += 2 * passes * depth * np.prod(eqn.outvars[0].aval.shape)
+        else:
+            assert eqn.primitive.name != "while", "runs who knows how often"
+            inner = [product_flops(x) for x in inner_jaxprs(eqn)]
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            total += times * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
+    return int(total)
+
+
+def stated(eqn):
+    return eqn.params["cost_estimate"].flops
+
+
+def array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("tokens", [4096, 100])
+def test_delta_rule(tokens, dtype):
+    B, K, N, H = 2, 16, 32, 128
+
+    def loss(q, k, v, g, beta):
+        out, state = gated_delta_rule(q, k, v, log_decay=g, beta=beta, implementation="pallas")
+        return out.sum().astype(jnp.float32) + state.sum()
+
+    keys, values = array(B, tokens, K, H, dtype=dtype), array(B, tokens, N, H, dtype=dtype)
+    gates = array(B, tokens, N, dtype=jnp.float32)
+    found = kernels_of(jax.grad(loss, argnums=range(5)), keys, keys, values, gates, gates)
+    assert len(found) == 2
+    for kernel in found:
+        steps = np.prod(kernel.params["grid_mapping"].grid)
+        assert stated(kernel) == steps * product_flops(kernel.params["jaxpr"])
+        arrays = kernel.invars + kernel.outvars
+        moved = sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
+        assert kernel.params["cost_estimate"].bytes_accessed == moved
+
+
+@pytest.mark.parametrize("tokens", [4096, 700])
+def test_attention(tokens):
+    B, N, K, H, block = 2, 16, 2, 256, 512
+
+    def loss(q, k, v, segments):
+        out = attention(q, k, v, segment_ids=segments, implementation="pallas")
+        return out.sum().astype(jnp.float32)
+
+    arrays = [array(B, tokens, heads, H) for heads in (N, K, K)]
+    segments = array(B, tokens, dtype=jnp.int32)
+    found = kernels_of(jax.grad(loss, argnums=range(3)), *arrays, segments)
+    assert len(found) == 3  # forward, keys and values, queries
+    # Pairs of blocks in which any query may look at any key; the others are skipped.
+    length = -(-tokens // block) * block
+    causal = np.tril(np.ones((length, length), bool))
+    seen = causal.reshape(length // block, block, -1, block).any((1, 3)).sum()
+    for kernel in found:
+        assert stated(kernel) == B * N * seen * product_flops(kernel.params["jaxpr"])
+    assert [stated(k) / stated(found[0]) for k in found] == [1, 2, 1.5]  # 2, 4, 3 products
+
+
+@pytest.mark.parametrize("sizes", [(1024, 512, 0, 2560), (900, 700, 1000, 1496), (10, 20, 30, 40)])
+def test_grouped_products(sizes):
+    R, E, D, F, rows = 4096, 4, 2048, 1024, 512  # of a tile
+
+    def loss(x, w):
+        y = grouped_matmul(x, w, jnp.asarray(sizes), implementation="pallas")
+        return y.sum().astype(jnp.float32)
+
+    found = kernels_of(jax.grad(loss, argnums=(0, 1)), array(R, D), array(E, D, F))
+    assert len(found) == 3  # forward, gradients of the rows and of the weights
+    ends = np.cumsum(sizes)
+    tiles = sum(-(-e // rows) - (e - n) // rows for e, n in zip(ends, sizes, strict=True) if n)
+    for kernel in found:
+        # The grid's middle axis is as long as the groups need: its steps each take a tile of rows.
+        body = product_flops(kernel.params["jaxpr"])
+        executed = body * tiles * (2 * R * D * F // (R // rows * body))
+        # Stated is the whole buffer: exact where groups fill it with whole tiles. A boundary inside
+        # a tile executes it once more; rows of no group are stated, but skipped.
+        assert stated(kernel) == 2 * R * D * F
+        assert executed <= stated(kernel) + (E - 1) * stated(kernel) // (R // rows)
+        if sum(sizes) == R and not any(n % rows for n in sizes):
+            assert executed == stated(kernel)
+
+
+def test_costs_are_stated_of_as_many_kernels_as_are_called():
+    def double(x):
+        def kernel(x_ref, out_ref):
+            out_ref[...] = 2 * x_ref[...]
+
+        return pl.pallas_call(kernel, out_shape=x, interpret=True)(x)
+
+    cost = pl.CostEstimate(flops=8, transcendentals=0, bytes_accessed=64)
+    x = jnp.arange(8.0)
+    twice = stating(jax.jit(lambda x: {"y": double(double(x))}), [cost, cost])
+    assert jnp.array_equal(twice(x)["y"], 4 * x)
+    assert [stated(k) for k in kernels_of(twice, x)] == [8, 8]
+    for costs in ([cost], [cost] * 3):
+        with pytest.raises(ValueError, match="kernels"):
+            stating(lambda x: double(double(x)), costs)(x)
