@@ -83,11 +83,12 @@ def delta_rule(
 
     gates = jnp.concatenate([rows(g), rows(beta)], axis=3)
     marks = _marks(pad(segments, "edge"), before)
-    q, k, v = (pad(x).reshape(B, T + padding, -1) for x in (q, k, v))
+    # Head by head: XLA then lays them out so where it computes them, and copies nothing.
+    q, k, v = (pad(x).swapaxes(1, 2) for x in (q, k, v))
     state = state.reshape(B, K, R, H, P).swapaxes(2, 3).reshape(B, K, H, R * P)
     out, state = _delta_rule(q, k, v, gates, marks, state)
     state = state.reshape(B, K, H, R, P).swapaxes(2, 3).reshape(B, N, H, P)
-    return out.reshape(B, -1, N, P)[:, :T], state
+    return out.swapaxes(1, 2)[:, :T], state
 
 
 def _marks(segments, before):
@@ -102,7 +103,7 @@ def _marks(segments, before):
     return jnp.stack([own, jnp.broadcast_to(last, own.shape)], axis=2).astype(jnp.float32)
 
 
-# Below: q, k [B, T, K·H], v, out [B, T, N·P], gates [B, K, Z, 2·R, C] (g, then β), marks
+# Below: q, k [B, K, T, H], v, out [B, N, T, P], gates [B, K, Z, 2·R, C] (g, then β), marks
 # [B, Z, 2, C], a key head's states side by side [B, K, H, R·P], those of all chunks
 # [B, K, Z, H, R·P], and so the inverses [B, K, Z, C, R·C].
 
@@ -203,8 +204,8 @@ class _Sizes:
     def spec(self, name, order):
         C, R, H, RP, heads, chunks = self.C, self.R, self.H, self.RP, self.heads, self.chunks
         if name in ("key", "value"):
-            width = heads * (H if name == "key" else RP)
-            return pl.BlockSpec((1, chunks * C, width), lambda b, k, z: (b, order(z), k))
+            rows = (heads, chunks * C, H) if name == "key" else (heads * R, chunks * C, RP // R)
+            return pl.BlockSpec((1, *rows), lambda b, k, z: (b, k, order(z), 0))
         if name == "marks":
             return pl.BlockSpec((1, chunks, 2, C), lambda b, k, z: (b, order(z), 0, 0))
         if name == "state":
@@ -253,7 +254,8 @@ def _forward_kernel(
 
     def visit(z, carry):
         for head in range(heads):
-            q, k, v = (_load(x, z, head, heads, C) for x in (q_ref, k_ref, v_ref))
+            tokens = pl.ds(z * C, C)
+            q, k = q_ref[0, head, tokens], k_ref[0, head, tokens]
             gates, marks = gates_ref[0, head, z], marks_ref[0, z]
             state = state_ref[0, head]
             decays = [_decays(gates[r : r + 1], marks) for r in range(R)]
@@ -263,24 +265,24 @@ def _forward_kernel(
                 [_strictly_lower(b * qk[:C] * d[0]) for b, d in zip(betas, decays, strict=True)],
                 dot,
             )
-            inverses = [x.astype(v.dtype) for x in inverses]
+            inverses = [x.astype(dtype) for x in inverses]
             if save:
                 states_ref, inverses_ref = saved
-                states_ref[0, head, z] = state.astype(v.dtype)
+                states_ref[0, head, z] = state.astype(dtype)
                 inverses_ref[0, head, z] = jnp.concatenate(inverses, axis=1)
             read = rough_dot(jnp.concatenate([k, q]), state)  # K S over Q S
-            outs, news, wholes = [], [], []
+            news, wholes = [], []
             for r in range(R):
                 gamma, start, end, whole = decays[r]
-                of = _slice(v, r, R)
-                errors = of.astype(jnp.float32) - start * _slice(read[:C], r, R)
+                v = v_ref[0, head * R + r, tokens].astype(jnp.float32)
+                errors = v - start * _slice(read[:C], r, R)
                 new = dot(inverses[r], betas[r] * errors)
-                outs.append(start * _slice(read[C:], r, R) + dot(qk[C:] * gamma, new))
+                out = start * _slice(read[C:], r, R) + dot(qk[C:] * gamma, new)
+                out_ref[0, head * R + r, tokens] = out.astype(dtype)
                 news.append(end * new)
                 wholes.append(jnp.broadcast_to(whole, (1, new.shape[1])))
             state = jnp.concatenate(wholes, axis=1) * state
             state_ref[0, head] = state + rough_dot(k, jnp.concatenate(news, 1), contract=(0, 0))
-            _store(out_ref, z, head, heads, jnp.concatenate(outs, axis=1), C)
         return carry
 
     jax.lax.fori_loop(0, chunks, visit, 0)
@@ -301,7 +303,8 @@ def _backward_kernel(
     def visit(step, carry):
         z = chunks - 1 - step
         for head in range(heads):
-            q, k, v, d_out = (_load(x, z, head, heads, C) for x in (q_ref, k_ref, v_ref, d_out_ref))
+            tokens = pl.ds(z * C, C)
+            q, k = q_ref[0, head, tokens], k_ref[0, head, tokens]
             gates, marks = gates_ref[0, head, z], marks_ref[0, z]
             state, d_after = states_ref[0, head, z], d_state_ref[0, head]
             saved = inverses_ref[0, head, z]
@@ -309,27 +312,28 @@ def _backward_kernel(
             key_products = dot(kq, k, contract=(1, 1))
             read = rough_dot(kq, state)
             written = rough_dot(k, d_after)  # K dS'
-            d_reads, d_queries, news, wholes, d_vs = [], [], [], [], []
+            d_reads, d_queries, news, wholes = [], [], [], []
             d_kk = jnp.zeros((C, C), jnp.float32)
             d_qk = jnp.zeros((C, C), jnp.float32)
             d_gs, d_betas = [], []
             for r in range(R):
                 gamma, start, end, whole = _decays(gates[r : r + 1], marks)
                 beta = _column(gates[R + r : R + r + 1])
-                inverse, d_o = _slice(saved, r, R), _slice(d_out, r, R)
+                inverse, value = _slice(saved, r, R), (0, head * R + r, tokens)
+                v, d_out = v_ref[value].astype(jnp.float32), d_out_ref[value]
                 products = _strictly_lower(key_products[:C] * gamma)
                 scores = key_products[C:] * gamma
-                errors = _slice(v, r, R).astype(jnp.float32) - start * _slice(read[:C], r, R)
+                errors = v - start * _slice(read[:C], r, R)
                 new = dot(inverse, beta * errors)
-                d_new = dot(scores, d_o, contract=(0, 0)) + end * _slice(written, r, R)
+                d_new = dot(scores, d_out, contract=(0, 0)) + end * _slice(written, r, R)
                 d_scaled = dot(inverse, d_new, contract=(0, 0))
                 d_products = -_strictly_lower(dot(d_scaled, new, contract=(1, 1)))
-                d_scores = dot(d_o, new, contract=(1, 1))
+                d_scores = dot(d_out, new, contract=(1, 1))
                 d_read = -(beta * start) * d_scaled
-                d_queried = start * d_o.astype(jnp.float32)
+                d_queried = start * d_out.astype(jnp.float32)
                 d_kk += beta * gamma * d_products
                 d_qk += gamma * d_scores
-                d_vs.append(beta * d_scaled)
+                d_v_ref[value] = (beta * d_scaled).astype(dtype)
                 d_beta = _sum(d_scaled * errors) + _sum(d_products * products)
                 # Gradients of the exponents, each then summed over the g's that it spans.
                 d_gamma = _strictly_lower(d_products * beta * products + d_scores * scores)
@@ -348,27 +352,16 @@ def _backward_kernel(
                 jnp.concatenate(x, axis=1) for x in (d_reads, d_queries, news, wholes)
             )
             d_gates_ref[0, head, z] = jnp.concatenate(d_gs + d_betas)
-            _store(d_v_ref, z, head, heads, jnp.concatenate(d_vs, axis=1), C)
             d_kq = jnp.concatenate([d_read, d_queried])
             d_state_ref[0, head] = whole * d_after + rough_dot(kq, d_kq, contract=(0, 0))
             through = rough_dot(d_kq, state, contract=(1, 1))
-            _store(d_q_ref, z, head, heads, through[C:] + dot(d_qk, k), C)
+            d_q_ref[0, head, tokens] = (through[C:] + dot(d_qk, k)).astype(dtype)
             d_k = through[:C] + rough_dot(new, d_after, contract=(1, 1))
             d_k += dot(d_qk, q, contract=(0, 0)) + dot(d_kk + d_kk.T, k)
-            _store(d_k_ref, z, head, heads, d_k, C)
+            d_k_ref[0, head, tokens] = d_k.astype(dtype)
         return carry
 
     jax.lax.fori_loop(0, chunks, visit, 0)
-
-
-def _load(ref, z, head, heads, C):
-    width = ref.shape[2] // heads
-    return ref[0, pl.ds(z * C, C), head * width : (head + 1) * width]
-
-
-def _store(ref, z, head, heads, x, C):
-    width = ref.shape[2] // heads
-    ref[0, pl.ds(z * C, C), head * width : (head + 1) * width] = x.astype(ref.dtype)
 
 
 def _slice(x, r, R):
