@@ -1,0 +1,75 @@
+"""The kernels by the real TPU compiler, which needs no TPU, at the 80B model's sizes."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qwen3next_jax.ops import attention, gated_delta_rule
+from qwen3next_jax.plan import tpu
+from qwen3next_jax.plan.hlo import estimate
+
+
+def compiled(function, topology, *arrays):
+    mesh = jax.sharding.Mesh(tpu.devices(topology)[:1], ("chip",))
+    here = jax.NamedSharding(mesh, jax.P())
+    arrays = [jax.ShapeDtypeStruct(*x, sharding=here) for x in arrays]
+    with jax.set_mesh(mesh):  # which says that the kernels are not to be interpreted
+        return jax.jit(function).lower(*arrays).compile()
+
+
+def delta_rule_gradients(q, k, v, g, beta, segments):
+    def loss(q, k, v, g, beta):
+        out, state = gated_delta_rule(q, k, v, log_decay=g, beta=beta, segment_ids=segments)
+        return out.astype(jnp.float32).sum() + state.sum()
+
+    return jax.grad(loss, argnums=range(5))(q, k, v, g, beta)
+
+
+def attention_gradients(q, k, v, segments):
+    def loss(q, k, v):
+        return attention(q, k, v, segment_ids=segments).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=range(3))(q, k, v)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "tokens", "dtype"),
+    [
+        ("v5p:2x2x1", 4096, "bfloat16"),
+        ("v6e:2x2", 32768, "bfloat16"),
+        ("v5p:2x2x1", 256, "float32"),
+    ],
+)
+def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chunk(
+    topology, tokens, dtype
+):
+    keys, values = ((1, tokens, heads, 128) for heads in (16, 32))
+    gates = ((1, tokens, 32), jnp.float32)
+    program = compiled(
+        delta_rule_gradients, topology,
+        (keys, dtype), (keys, dtype), (values, dtype), gates, gates, ((1, tokens), jnp.int32),
+    )  # fmt: skip
+    costs = estimate(program.as_text(), tpu.CHIPS["v5p"])
+    assert costs.kernel_seconds > 0
+    assert not costs.uncosted
+    size = jnp.dtype(dtype).itemsize
+    states = 32 * tokens // 64 * 128 * 128 * size
+    inputs = tokens * (2 * 16 + 2 * 32) * 128 * size
+    # Beside the states, inverses of a quarter of their size, and gates, copies of inputs.
+    assert program.memory_analysis().temp_size_in_bytes < 2 * states + 4 * inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "tokens"), [("v5p:2x2x1", 4096), ("v6e:2x2", 32768)])
+def test_attention_compiles_for_a_tpu_and_holds_no_scores(topology, tokens):
+    q, kv = ((1, tokens, heads, 256) for heads in (16, 2))
+    program = compiled(
+        attention_gradients, topology,
+        *((x, jnp.bfloat16) for x in (q, kv, kv)), ((1, tokens), jnp.int32),
+    )  # fmt: skip
+    costs = estimate(program.as_text(), tpu.CHIPS["v5p"])
+    assert costs.kernel_seconds > 0
+    assert not costs.uncosted
+    # Queries, outputs, their gradients and copies; float32 norms of 128 lanes.
+    assert program.memory_analysis().temp_size_in_bytes < 8 * 2 * tokens * 16 * 256
