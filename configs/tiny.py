@@ -104,6 +104,7 @@ def get_config() -> ConfigDict:
             loss_chunk=128,  # positions of a row whose logits exist at a time
             remat="none",  # or "layer": keep only each layer's input for the backward pass
             log_every=10,
+            diagnostics=True,  # metrics of layers and updates, docs/training.md lists them
             eval_every=0,  # 0: only at the end
             checkpoint_every=100,  # 0: only at the end
             keep_checkpoints=2,  # the newest

@@ -382,6 +382,7 @@ class TrainConfig:
     loss_chunk: int  # positions of a row whose logits exist at a time
     remat: str  # what the backward pass computes again: "none" or "layer"
     log_every: int
+    diagnostics: bool = True  # statistics of layers and updates: see `training/diagnostics.py`
     eval_every: int  # 0: only at the end
     checkpoint_every: int  # 0: only at the end
     keep_checkpoints: int  # the newest
@@ -436,7 +437,7 @@ class RunConfig:
     MUTABLE: ClassVar[tuple[str, ...]] = (
         "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
         "train.keep_checkpoints", "train.keep_best", "train.sample_tokens",
-        "train.sample_every", "train.sample_prompts", "train.profile_steps",
+        "train.diagnostics", "train.sample_every", "train.sample_prompts", "train.profile_steps",
         "train.remat", "train.loss_chunk", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context",
         "mesh.tensor", "mesh.num_slices", "mesh.moe_buffer_factor", "mesh.on_overflow",
         "mesh.max_replicated",

@@ -17,6 +17,7 @@ from oracles import quick_jit, random_model, small_config
 
 from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh, parameter_shardings
+from qwen3next_jax.training.diagnostics import layer_metrics
 from qwen3next_jax.training.loss import loss
 
 MESHES = {
@@ -75,7 +76,10 @@ def batch(rows=8, tokens=64, seed=SEED):
 
 def loss_and_gradients(graph, chunk=16):
     def value(params, batch):
-        return loss(nnx.merge(graph, params), batch, z_weight=1e-3, chunk=chunk)
+        value, metrics = loss(
+            nnx.merge(graph, params), batch, z_weight=1e-3, chunk=chunk, observe=True
+        )
+        return value, metrics | layer_metrics(metrics.pop("observed"), metrics["assignments"])
 
     return jax.value_and_grad(value, has_aux=True)
 
@@ -104,7 +108,7 @@ def compute(value_and_grad, params, young, batch):
     """Loss, metrics, gradients by path, and losses from a younger model's weights on."""
     (value, metrics), grads = value_and_grad(params, batch)
     grads = {"/".join(map(str, p)): np.asarray(g[...]) for p, g in nnx.to_flat_state(grads)}
-    metrics = {k: float(v) for k, v in metrics.items() if v.ndim == 0}
+    metrics = {k: np.asarray(v).tolist() for k, v in metrics.items()}
     losses = train(value_and_grad, young, batch)
     return {"loss": float(value), "metrics": metrics, "losses": losses}, grads
 
@@ -115,7 +119,11 @@ def collectives(text):
     found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
     c = config()
     E, D, F = c.num_experts, c.hidden_size, c.moe_intermediate_size
-    tables = (f"[{E},{D},2,{F}]", f"[{E},{F},{D}]", f"[{E},{D},{2 * F}]")
+    tables = [
+        table
+        for f in (F, F // 2)  # a device of `tensor` has half of the columns
+        for table in (f"[{E},{D},2,{f}]", f"[{E},{f},{D}]", f"[{E},{D},{2 * f}]")
+    ]
     whole = [f"{kind} {shape}" for shape, kind in found if any(t in shape for t in tables)]
     return dict(collections.Counter(kind for _, kind in found)), whole
 

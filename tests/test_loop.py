@@ -91,6 +91,11 @@ def test_metrics_have_what_the_docs_promise(whole):
         assert expected <= line.keys()
         total = line["ce"] + 0.1 * line["mtp_ce"] + 1e-3 * line["balance_loss"]
         np.testing.assert_allclose(line["loss"], total, rtol=1e-6)
+        assert len(line["layers/load_max"]) == 3  # two layers and the MTP module
+        assert line["layers/decay_min"][0] <= line["layers/decay_max"][0]
+        assert line["layers/attention_sink"][0] is line["layers/decay_mean"][1] is None
+        assert 0 < line["update_ratio/delta"] < 1
+        assert line["dropped_share"] == 0
         assert {"text/epoch", "text/records", "text/tokens"} <= line.keys()
         filled = line["packing_efficiency"] * line["step"] * 8 * 48
         assert filled == pytest.approx(line["text/tokens"]) == pytest.approx(line["tokens"])

@@ -51,6 +51,10 @@ def check(name, one, split):
     for term in ("ce", "mtp_ce", "balance_loss", "router_z_loss"):
         assert split["metrics"][term] == pytest.approx(one["metrics"][term], rel=1e-5)
     assert split["metrics"]["dropped_assignments"] == 0
+    told = [key for key in one["metrics"] if key.startswith("layers/")]
+    assert len(told) == 13
+    for key in told:  # what layers tell of all tokens, not of one device's
+        assert split["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5), key
     # Steps amplify rounding, and now and then a token chooses another expert.
     assert split["losses"] == pytest.approx(one["losses"], abs=1e-3)
     assert one["losses"][-1] < one["losses"][0] - 0.02  # it does learn

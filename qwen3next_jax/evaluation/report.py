@@ -79,6 +79,20 @@ _MAPS = (
           "over that of even loads: 1 when even"),
     Panel("Experts", "Entropy of the router", "layers/router_entropy", False,
           "mean over tokens, over that of a router without preference"),
+    Panel("Layers", "Forgetting, mean of the heads", "layers/decay_mean", True,
+          "nats a token: a head with 0.01 keeps 1/e of its state for 100 tokens"),
+    Panel("Layers", "Forgetting, head that keeps longest", "layers/decay_min", True),
+    Panel("Layers", "Forgetting, head that forgets fastest", "layers/decay_max", True),
+    Panel("Layers", "Write strength β, mean of the heads", "layers/beta_mean"),
+    Panel("Layers", "Write strength β, weakest head", "layers/beta_min"),
+    Panel("Layers", "Write strength β, strongest head", "layers/beta_max"),
+    Panel("Layers", "Openness of the output gate", "layers/output_gate", False,
+          "mean of the sigmoid that multiplies attention's outputs"),
+    Panel("Layers", "Openness of the shared expert's gate", "layers/shared_gate"),
+    Panel("Layers", "Attention sink", "layers/attention_sink", False,
+          "share of the attention that goes to the first token of a document"),
+    Panel("Layers", "Largest activation", "layers/activation_max", True,
+          "largest absolute entry of the hidden states behind the layer"),
 )  # fmt: skip
 _SECTIONS = (
     "Loss", "Evaluation", "Retrieval", "Optimization", "Throughput", "Experts", "Layers", "Samples",
@@ -133,7 +147,7 @@ class Map:
 
     def add(self, step: int, values: Sequence[Any]) -> None:
         """Adds the layers' values at a step; None where a layer has none."""
-        row = np.array([np.nan if v is None else float(v) for v in values])
+        row = np.array(values, dtype=float)  # which makes NaN of None
         known = np.isfinite(row)
         self._add(step // self._width, np.where(known, row, 0), known.astype(int))
         if len(self._spans) > 2 * _MAP_SPANS:

@@ -21,6 +21,7 @@ from qwen3next_jax.model.layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP
+from qwen3next_jax.model.statistics import Observed, one_after_another
 from qwen3next_jax.parallel.vocabulary import embed
 
 
@@ -124,11 +125,13 @@ class Qwen3Next(nnx.Module):
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        observed: Observed | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Runs all layers.
 
         Args:
           tokens, segment_ids, positions: as in a call.
+          observed: where given, gets the layers' statistics, each stacked over those that know it.
 
         Returns:
           Hidden states after the final norm; router statistics of the L layers with experts, their
@@ -139,17 +142,23 @@ class Qwen3Next(nnx.Module):
         graph, stacked = nnx.split(self.groups)
 
         def group(x, params):
-            stats = []
+            stats, seen = [], []
             layers = zip(self.config.group, nnx.merge(graph, params).layers, strict=True)
             for _, alike in itertools.groupby(layers, key=lambda pair: pair[0]):
-                x, their_stats = self._run_alike([p[1] for p in alike], x, segment_ids, positions)
+                x, their_stats, they_saw = self._run_alike(
+                    [p[1] for p in alike], x, segment_ids, positions, observed is not None
+                )
+                seen.append(they_saw)
                 if their_stats is not None:
                     stats.append(their_stats)
-            return x, jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
+            joined = jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
+            return x, (joined, one_after_another(seen))
 
-        x, stats = jax.lax.scan(group, self.embed(tokens), stacked)
-        # [groups, layers with experts in a group, ...] → [layers with experts, ...]
-        stats = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
+        x, told = jax.lax.scan(group, self.embed(tokens), stacked)
+        # [groups, layers that tell it in a group, ...] → [layers that tell it, ...]
+        stats, seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), told)
+        if observed is not None:
+            observed.update(seen)
         return self.norm(x), stats
 
     def empty_cache(self, *, batch: int, slots: int) -> list[Any]:
@@ -212,25 +221,28 @@ class Qwen3Next(nnx.Module):
         model.groups = nnx.List(_apart(self.groups))
         return model
 
-    def _run_alike(self, layers, x, segment_ids, positions):
-        """Runs neighbouring layers of one kind; their statistics are stacked, or None."""
+    def _run_alike(self, layers, x, segment_ids, positions, observing):
+        """Runs neighbouring layers of one kind; what they tell is stacked, or None and {}."""
         graph, params = nnx.graphdef(layers[0]), [nnx.state(layer) for layer in layers]
 
         def run(x, params):
             layer = nnx.merge(graph, params)
-            return layer(x, segment_ids=segment_ids, positions=positions)[:2]
+            seen: Observed | None = {} if observing else None
+            x, stats, _ = layer(x, segment_ids=segment_ids, positions=positions, observed=seen)
+            return x, (stats, seen or {})
 
         if self.remat == "none":
-            stats = []
+            told = []
             for one in params:
-                x, layer_stats = run(x, one)
-                stats.append(layer_stats)
-            return x, jax.tree.map(lambda *s: jnp.stack(s), *stats)
+                x, layer_told = run(x, one)
+                told.append(layer_told)
+            return x, *jax.tree.map(lambda *s: jnp.stack(s), *told)
         # Compiled once for all of them. Their parameters are copied for that, in slices still. The
         # barriers that `checkpoint` sets make a layer wait for its turn in the backward pass: left
         # to itself, a TPU's scheduler computes a whole group again before it uses any of it.
         stacked = jax.tree.map(lambda *p: jnp.stack(p), *params)
-        return jax.lax.scan(jax.checkpoint(run), x, stacked)
+        x, told = jax.lax.scan(jax.checkpoint(run), x, stacked)
+        return x, *told
 
 
 def _apart(stacked: Group) -> list[Group]:

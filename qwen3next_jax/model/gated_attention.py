@@ -18,6 +18,7 @@ from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import AttentionCache, add_to_slots
 from qwen3next_jax.model.layers import RMSNorm, normal, weight
 from qwen3next_jax.model.rope import apply_rope
+from qwen3next_jax.model.statistics import Observed, sink_share, token_mean
 from qwen3next_jax.ops.attention import cached_attention
 from qwen3next_jax.parallel.context import attention
 from qwen3next_jax.parallel.mesh import gathered
@@ -54,6 +55,7 @@ class GatedAttention(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         cache: AttentionCache | None = None,
         implementation: str | None = None,
+        observed: Observed | None = None,
     ) -> Any:
         """Mixes tokens within their documents.
 
@@ -64,6 +66,7 @@ class GatedAttention(nnx.Module):
             neighbouring ones that exist; None: 0, 1, 2, ... along the row.
           cache: keys and values so far; then the result is (y, the next cache).
           implementation: of `ops.attention`, where there is no cache.
+          observed: where given, gets the statistics `attention_sink` and `output_gate`.
 
         Returns:
           y [B, T, D] in x's dtype, or with a cache (y, cache).
@@ -78,6 +81,8 @@ class GatedAttention(nnx.Module):
         q = apply_rope(self.q_norm(project(self.q_proj)), positions, self.config)
         k = apply_rope(self.k_norm(project(self.k_proj)), positions, self.config)
         v = project(self.v_proj)
+        if observed is not None:
+            observed["attention_sink"] = sink_share(q, k, segment_ids)
         if cache is None:
             out = attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
         else:
@@ -88,8 +93,10 @@ class GatedAttention(nnx.Module):
             cache = add_to_slots(cache, k, v, _after(lengths, out))
         out = out.astype(x.dtype)
         if self.gate_proj is not None:
-            gate = project(self.gate_proj).astype(jnp.float32)
-            out = (out * jax.nn.sigmoid(gate)).astype(x.dtype)
+            gate = jax.nn.sigmoid(project(self.gate_proj).astype(jnp.float32))
+            out = (out * gate).astype(x.dtype)
+            if observed is not None:
+                observed["output_gate"] = token_mean(gate.mean((2, 3)), segment_ids)
         y = jnp.einsum("btnh,nhd->btd", out, gathered(self.o_proj, x.dtype))
         return y if cache is None else (y, cache)
 

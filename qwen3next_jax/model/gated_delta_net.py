@@ -22,6 +22,7 @@ from qwen3next_jax import ops
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import DeltaCache, DeltaDraft, next_tail
 from qwen3next_jax.model.layers import constant, normal, rms_normalize, weight
+from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import gathered
 
@@ -66,6 +67,7 @@ class GatedDeltaNet(nnx.Module):
         cache: DeltaCache | None = None,
         draft: bool = False,
         implementation: str | None = None,
+        observed: Observed | None = None,
     ) -> Any:
         """Mixes tokens within their documents.
 
@@ -79,6 +81,7 @@ class GatedDeltaNet(nnx.Module):
             a `DeltaDraft`.
           implementation: of `ops.gated_delta_rule`; a few tokens behind a cache take the recurrence
             itself.
+          observed: where given, gets the statistics `decay` and `beta` of each head.
 
         Returns:
           y [B, T, D] in x's dtype, or with a cache (y, cache).
@@ -105,6 +108,9 @@ class GatedDeltaNet(nnx.Module):
         step = jax.nn.softplus(project(self.a_proj, into=jnp.float32) + self.dt_bias[...])
         q, k = _unit_length(q) * q.shape[-1] ** -0.5, _unit_length(k)
         log_decay = -jnp.exp(self.A_log[...].astype(jnp.float32)) * step
+        if observed is not None:
+            observed["decay"] = token_mean(-log_decay, segment_ids)
+            observed["beta"] = token_mean(beta, segment_ids)
         out, state = mixing.gated_delta_rule(
             q,
             k,

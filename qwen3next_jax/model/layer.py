@@ -11,6 +11,7 @@ from qwen3next_jax.model.gated_attention import GatedAttention
 from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
 from qwen3next_jax.model.layers import MLP, RMSNorm
 from qwen3next_jax.model.moe import RouterStats, SparseMoE
+from qwen3next_jax.model.statistics import Observed, largest
 from qwen3next_jax.parallel.mesh import constrain
 
 
@@ -59,12 +60,17 @@ class DecoderLayer(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         cache: Any = None,
         draft: bool = False,
+        observed: Observed | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, Any]:
         """Returns the next hidden states, the router's statistics and the next cache, or None.
 
         With `draft`, which needs a cache, the next cache can give tokens back (`model/cache.py`).
+        `observed`, where given, gets the statistics of the modules and `activation_max`, the
+        largest entry of the next hidden states.
         """
-        given = dict(segment_ids=segment_ids, positions=positions, cache=cache)
+        given: dict[str, Any] = dict(
+            segment_ids=segment_ids, positions=positions, cache=cache, observed=observed
+        )
         if hasattr(self, "linear_attn"):
             mixed = self.linear_attn(self.input_layernorm(x), draft=draft, **given)
         else:
@@ -74,7 +80,10 @@ class DecoderLayer(nnx.Module):
         x = constrain(x + mixed, "batch", "tokens", "hidden")
         normed, stats = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, SparseMoE):
-            out, stats = self.mlp.with_stats(normed, segment_ids=segment_ids)
+            out, stats = self.mlp.with_stats(normed, segment_ids=segment_ids, observed=observed)
         else:
             out = self.mlp(normed)
-        return constrain(x + out, "batch", "tokens", "hidden"), stats, cache
+        x = constrain(x + out, "batch", "tokens", "hidden")
+        if observed is not None:
+            observed["activation_max"] = largest(x, segment_ids)
+        return x, stats, cache

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.layers import MLP, normal, weight
+from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.ops.grouped_matmul import default_implementation, grouped_matmul, row_alignment
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
@@ -39,6 +40,7 @@ class RouterStats(NamedTuple):
     counts: Float[Array, "*L B E"]  # assignments to each expert
     probabilities: Float[Array, "*L B E"]  # sums of the router's probabilities
     squared_log_norms: Float[Array, "*L B"]  # sums of logsumexp(logits)², for the z-loss
+    entropies: Float[Array, "*L B"]  # sums of the entropies of the probabilities, in nats
     tokens: Float[Array, "*L B"]
     dropped: Float[Array, "*L B_ways T_ways"]  # of each device's assignments, those without place
 
@@ -87,8 +89,12 @@ class SparseMoE(nnx.Module):
         x: Float[Array, "B T D"],
         *,
         segment_ids: Int[Array, "B T"] | None = None,
+        observed: Observed | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Like a call, with the router's statistics over all tokens but padding (segment id 0)."""
+        """Like a call, with the router's statistics over all tokens but padding (segment id 0).
+
+        `observed`, where given, gets the statistic `shared_gate`.
+        """
         mesh = active_mesh()
         params = (self.router[...], self.gate_up_proj[...], self.down_proj[...])
         if segment_ids is None:
@@ -98,8 +104,11 @@ class SparseMoE(nnx.Module):
         else:
             y, stats = self._on_mesh(mesh, x, segment_ids, *params)
         if self.config.shared_expert_intermediate_size:
-            gate = x.astype(jnp.float32) @ gathered(self.shared_expert_gate, jnp.float32)
-            y += (jax.nn.sigmoid(gate)[..., None] * self.shared_expert(x)).astype(x.dtype)
+            logits = x.astype(jnp.float32) @ gathered(self.shared_expert_gate, jnp.float32)
+            gate = jax.nn.sigmoid(logits)
+            y += (gate[..., None] * self.shared_expert(x)).astype(x.dtype)
+            if observed is not None:
+                observed["shared_gate"] = token_mean(gate, segment_ids)
         return y, stats
 
     def _on_one_device(self, x, segment_ids, router, gate_up, down):
@@ -126,7 +135,7 @@ class SparseMoE(nnx.Module):
             spec(*param.axes, of=param[...])
             for param in (self.router, self.gate_up_proj, self.down_proj)
         )
-        stats_specs = RouterStats._make((row, row, row, row, BATCH))
+        stats_specs = RouterStats._make((row, row, row, row, row, BATCH))
         return jax.shard_map(
             functools.partial(self._on_a_device, specs=specs),
             in_specs=(rows, rows, *specs), out_specs=(rows, stats_specs), check_vma=False,
@@ -171,10 +180,12 @@ class SparseMoE(nnx.Module):
 
         real = (segment_ids != 0).astype(jnp.float32)
         log_norms = jax.nn.logsumexp(logits, axis=-1)
+        entropies = jax.lax.stop_gradient(log_norms - (probabilities * logits).sum(-1))
         stats = RouterStats(
             counts=(chosen * real[..., None, None]).sum((1, 2)),
             probabilities=(probabilities * real[..., None]).sum(1),
             squared_log_norms=(log_norms**2 * real).sum(1),
+            entropies=(entropies * real).sum(1),
             tokens=real.sum(1),
             dropped=jnp.zeros((1, 1)),
         )

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.config import FULL, ModelConfig
 from qwen3next_jax.model.layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, weight
+from qwen3next_jax.model.statistics import Observed
 from qwen3next_jax.parallel.mesh import gathered
 
 
@@ -52,13 +53,14 @@ class MTP(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         cache: Any = None,
+        observed: Observed | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, Any]:
         """Takes one step.
 
         Args:
           hidden: the main model's hidden states after its final norm, or the last step's result.
           next_embeddings: of each position, the embedding of the next token not yet in `hidden`.
-          segment_ids, positions, cache: as the decoder's layers take them.
+          segment_ids, positions, cache, observed: as the decoder's layers take them.
 
         Returns:
           The next hidden states, for the shared head and for a further step; the router's
@@ -67,5 +69,7 @@ class MTP(nnx.Module):
         fc = gathered(self.fc, hidden.dtype)
         x = self.pre_fc_norm_embedding(next_embeddings) @ fc[0]
         x += self.pre_fc_norm_hidden(hidden) @ fc[1]
-        x, stats, cache = self.layer(x, segment_ids=segment_ids, positions=positions, cache=cache)
+        x, stats, cache = self.layer(
+            x, segment_ids=segment_ids, positions=positions, cache=cache, observed=observed
+        )
         return self.norm(x), stats, cache

@@ -55,6 +55,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "batch": ROWS,
     "tokens": ("context",),
     "hidden": (),
+    "layers": (),
 }
 # Held whole where the mesh axes have more places than there are heads: two KV heads on tensor=8.
 _WHOLE_IF_FEWER = ("kv_heads",)

@@ -39,6 +39,7 @@ from qwen3next_jax.parallel.processes import (
     require_same,
     require_shared,
 )
+from qwen3next_jax.training.diagnostics import for_all_layers
 from qwen3next_jax.training.environment import keep_environment
 from qwen3next_jax.training.metrics import reporters
 from qwen3next_jax.training.program import Program, make_program, new_model
@@ -173,7 +174,10 @@ def _train(
                 if done == start + 1:
                     clock.compiled(tokens)
                 if done % t.log_every == 0 or done in (1, t.num_steps):
-                    values = _on_host(metrics)
+                    values = {
+                        name: for_all_layers(config.model, name, x) if isinstance(x, list) else x
+                        for name, x in _on_host(metrics).items()
+                    }
                     values["learning_rate"] = float(program.schedule(done - 1))
                     read = _of_all_processes(read)
                     values |= input_metrics(data, read, sequence_length=t.sequence_length)

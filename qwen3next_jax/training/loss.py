@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.model.decoder import Qwen3Next, default_positions
 from qwen3next_jax.model.moe import RouterStats
+from qwen3next_jax.model.statistics import Mean, Observed, one_after_another, over_first_axis
 from qwen3next_jax.parallel.vocabulary import cross_entropy
 
 Batch = Mapping[str, Array]
@@ -45,6 +46,7 @@ def loss(
     counts: TokenCounts | None = None,
     earlier_assignments: Float[Array, "L E"] | None = None,
     router_share: float = 1.0,
+    observe: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The loss of one batch or micro-batch, and its terms.
 
@@ -58,6 +60,7 @@ def loss(
       counts: what to divide by, where the batch is one of several micro-batches; None: its own.
       earlier_assignments: to each expert of each layer, in this step's earlier micro-batches.
       router_share: factor on the router's terms, 1 / the number of micro-batches.
+      observe: whether the metrics hold `observed`, the layers' statistics, the MTP module's last.
 
     Returns:
       The loss, and the metrics ce, mtp_ce, balance_loss, router_z_loss, dropped_assignments (those
@@ -70,29 +73,36 @@ def loss(
     steps = model.config.mtp_steps
     counts = counts or count_labels(batch, steps)
     segments, positions = batch["segment_ids"], batch["positions"]
-    hidden, stats = model.hidden_states(batch["tokens"], segments, positions)
+    observed: Observed | None = {} if observe else None
+    hidden, stats = model.hidden_states(batch["tokens"], segments, positions, observed)
     head = model.head()
     total, _ = cross_entropy(hidden, head, batch["targets"], batch["loss_weights"], chunk=chunk)
     metrics: dict[str, Any] = {"ce": total / counts.ce}
     value = metrics["ce"]
 
     if model.mtp is not None:
-        mtp_ce, mtp_stats = jnp.zeros(()), []
+        mtp_ce, mtp_stats, mtp_saw = jnp.zeros(()), [], []
         for step in range(1, steps + 1):
             ahead = _ahead(batch, step)
+            step_saw: Observed | None = {} if observe else None
             hidden, step_stats, _ = model.mtp(
                 hidden, model.embed(ahead["tokens"]),
-                segment_ids=ahead["segment_ids"], positions=positions,
+                segment_ids=ahead["segment_ids"], positions=positions, observed=step_saw,
             )  # fmt: skip
             total, _ = cross_entropy(
                 hidden, head, ahead["targets"], ahead["loss_weights"], chunk=chunk
             )
             mtp_ce += total / counts.mtp[step - 1] / steps
             mtp_stats.append(step_stats)
+            mtp_saw.append(step_saw)
         metrics["mtp_ce"] = mtp_ce
         value += mtp_weight * mtp_ce
+        # The unrolled steps share one module: together they are one more layer.
+        if observed is not None:
+            together = over_first_axis(jax.tree.map(_stacked, *mtp_saw))
+            mtp_layer = jax.tree.map(lambda x: x[None], together)
+            observed.update(one_after_another([observed, mtp_layer]))
         if mtp_stats[0] is not None:
-            # The unrolled steps share one router: together they are one more layer.
             summed = jax.tree.map(lambda *s: sum(s)[None], *mtp_stats)
             stats = summed if stats is None else jax.tree.map(_stack, stats, summed)
 
@@ -103,6 +113,10 @@ def loss(
         value += router_share * router
         metrics |= {"balance_loss": balance, "router_z_loss": z_loss, "assignments": assignments}
         metrics["dropped_assignments"] = stats.dropped.sum()
+        if observed is not None:
+            observed["router_entropy"] = Mean(stats.entropies.sum(1), stats.tokens.sum(1))
+    if observed is not None:
+        metrics["observed"] = observed
     return value, metrics
 
 
@@ -169,6 +183,10 @@ def _or_one(x):
 
 def _stack(a, b):
     return jnp.concatenate([a, b])
+
+
+def _stacked(*arrays):
+    return jnp.stack(arrays)
 
 
 def complete_batch(

@@ -20,6 +20,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from qwen3next_jax.config import RunConfig
+from qwen3next_jax.model.statistics import over_first_axis
+from qwen3next_jax.training.diagnostics import layer_metrics, update_ratios
 from qwen3next_jax.training.loss import Batch, count_labels, loss
 
 
@@ -43,7 +45,9 @@ def make_gradients(
     """Returns a function from parameters and a step's batch to gradients and metrics.
 
     Gradients are float32. Metrics: loss and its terms, tokens (labels of the next-token term) and,
-    with experts, expert_load_max, the busiest expert's load over the mean load, the worst layer's.
+    with experts, expert_load_max, the busiest expert's load over the mean load, the worst layer's,
+    and dropped_share, of the assignments those without place; with `train.diagnostics` those of
+    `training/diagnostics.py` by layer.
     """
     steps = config.model.mtp_steps
     parts = config.train.gradient_accumulation_steps
@@ -59,6 +63,7 @@ def make_gradients(
             counts=counts,
             earlier_assignments=earlier,
             router_share=1 / parts,
+            observe=config.train.diagnostics,
         )
 
     def gradients(params, batch):
@@ -84,6 +89,7 @@ def make_gradients(
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
             metrics["loss"] = value
             assignments = metrics.pop("assignments", None)
+            observed = metrics.pop("observed", None)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
             routed = sum(sparse for _, sparse in config.model.layers)
@@ -92,6 +98,9 @@ def make_gradients(
             (grads, assignments), metrics = jax.lax.scan(
                 accumulate, (zeros, no_loads), micro_batches
             )
+            observed = metrics.pop("observed", None)
+            if observed is not None:
+                observed = over_first_axis(observed)
             # Loss terms of one step add up; the router's are means.
             metrics = {
                 k: v.mean() if k in ("balance_loss", "router_z_loss") else v.sum()
@@ -101,6 +110,10 @@ def make_gradients(
         if assignments is not None:
             mean = assignments.mean(-1)
             metrics["expert_load_max"] = (assignments.max(-1) / jnp.maximum(mean, 1)).max()
+            total = jnp.maximum(assignments.sum(), 1)
+            metrics["dropped_share"] = metrics["dropped_assignments"] / total
+        if observed is not None:
+            metrics |= layer_metrics(observed, assignments)
         return grads, metrics
 
     return gradients
@@ -111,7 +124,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns the step: from a state and a batch to the next state and metrics.
 
-    Metrics are those of `make_gradients`, grad_norm (before clipping) and halted.
+    Metrics are those of `make_gradients`, grad_norm (before clipping), halted and, with
+    `train.diagnostics`, the updates over the parameters by part of the model.
     """
     gradients = make_gradients(graph, config)
 
@@ -121,6 +135,9 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if config.train.diagnostics:
+            zero_centered = config.model.zero_centered_norm
+            metrics |= update_ratios(updates, state.params, zero_centered_norm=zero_centered)
         halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm))
         if config.mesh.on_overflow == "error":
             halted |= metrics.get("dropped_assignments", 0) > 0

@@ -1,0 +1,108 @@
+"""What layers tell of themselves where somebody asks: means and extremes over a batch's tokens.
+
+A module is handed a dict, `observed`, and puts its statistics in under their names; without one it
+computes none. They are kept so that parts can be put together without error: a mean as its sum and
+its count, so that micro-batches and unrolled steps weigh by their tokens. Padding is left out, no
+gradient flows, and on a mesh the arrays are the global ones, so the statistics are too.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_SINK_QUERIES = 16  # of each row; all of them would cost a second attention
+
+
+class Mean(NamedTuple):
+    """A mean in two parts."""
+
+    total: Array
+    tokens: Float[Array, "*L"]
+
+
+class Largest(NamedTuple):
+    """A maximum."""
+
+    value: Array
+
+
+Observed = dict[str, Mean | Largest]
+
+
+def token_mean(x: Float[Array, "B T *N"], segment_ids: Int[Array, "B T"] | None) -> Mean:
+    """The mean over the tokens, for each of the further entries by itself."""
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    real = _real(x, segment_ids)
+    return Mean(jnp.einsum("bt...,bt->...", x, real), real.sum())
+
+
+def largest(x: Float[Array, "B T *N"], segment_ids: Int[Array, "B T"] | None) -> Largest:
+    """The largest absolute value of all entries of all tokens."""
+    x = jnp.abs(jax.lax.stop_gradient(x)).astype(jnp.float32)
+    each = x.max(tuple(range(2, x.ndim)))
+    return Largest((each * _real(x, segment_ids)).max())
+
+
+def sink_share(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Mean:
+    """How much of its attention a token pays to the first token of its document.
+
+    The mean over heads and over some queries, evenly spaced in each row; those that are the first
+    token themselves are left out.
+    """
+    q, k = jax.lax.stop_gradient((q, k))
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    if segment_ids is None:
+        segment_ids = jnp.ones((B, T), jnp.int32)
+    first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+    step = max(T // _SINK_QUERIES, 1)
+
+    def sampled(x):  # the last of each stretch; stretches lie within the devices of a mesh
+        x = x[:, : T // step * step]
+        return x.reshape(B, T // step, step, *x.shape[2:])[:, :, -1]
+
+    index = sampled(jnp.arange(T)[None].repeat(B, 0))
+    own = sampled(segment_ids)
+    seen = (own[:, :, None] == segment_ids[:, None]) & (index[:, :, None] >= jnp.arange(T))
+    scores = jnp.einsum(
+        "bqkrh,bskh->bkrqs", sampled(q).reshape(B, -1, K, N // K, H), k,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], H**-0.5 * scores, -1e30), axis=-1)
+    share = (weights * (seen & first[:, None])[:, None, None]).sum(-1).mean((1, 2))
+    counted = ((own != 0) & ~sampled(first)).astype(jnp.float32)
+    return Mean((share * counted).sum(), counted.sum())
+
+
+def over_first_axis(observed: Observed) -> Observed:
+    """Puts together what is stacked along the first axis."""
+    return {
+        name: Mean(x.total.sum(0), x.tokens.sum(0))
+        if isinstance(x, Mean)
+        else Largest(x.value.max(0))
+        for name, x in observed.items()
+    }
+
+
+def one_after_another(parts: Sequence[Observed]) -> Observed:
+    """Joins layers, stacked along the first axis; each name has the layers that know it."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: jax.tree.map(
+            lambda *x: jnp.concatenate(x), *(part[name] for part in parts if name in part)
+        )
+        for name in names
+    }
+
+
+def _real(x, segment_ids):
+    if segment_ids is None:
+        return jnp.ones(x.shape[:2])
+    return (segment_ids != 0).astype(jnp.float32)

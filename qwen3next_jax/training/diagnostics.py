@@ -1,0 +1,107 @@
+"""What a researcher of this architecture watches, a number for each layer or part of the model.
+
+    load_max, load_entropy     are the experts evenly used?
+    router_entropy             does the router still decide by the token?
+    decay_*, beta_*            how long do delta layers remember, how strongly do they write?
+    output_gate, shared_gate   how open are the gates?
+    attention_sink             do heads park their weight on the first token?
+    activation_max             does the residual stream grow outliers?
+    update_ratio               is each part of the model learning at a sensible rate?
+
+Modules tell of themselves in `model/statistics.py`; here their sums become metrics.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qwen3next_jax.checkpoint.store import named_leaves
+from qwen3next_jax.config import FULL, LINEAR, ModelConfig
+from qwen3next_jax.model.statistics import Largest, Observed
+from qwen3next_jax.parallel.mesh import constrain
+
+# The first match counts.
+_PARTS = {
+    "mtp": r"mtp/.*",
+    "embedding": r"embed_tokens",
+    "head": r"lm_head",
+    "delta": r".*/linear_attn/.*",
+    "attention": r".*/self_attn/.*",
+    "router": r".*/mlp/(router|shared_expert_gate)",
+    "shared_expert": r".*/mlp/shared_expert/.*",
+    "feed_forward": r".*/mlp/.*",  # experts, or the dense one
+    "norms": r"(.*/)?\w*norm/weight",
+}
+_DELTA = ("decay", "beta")
+_ATTENTION = ("output_gate", "attention_sink")
+_EVERY = ("activation_max",)
+
+
+def layer_metrics(
+    observed: Observed, assignments: Float[Array, "L E"] | None
+) -> dict[str, Float[Array, "_"]]:
+    """A number for each layer that has the thing, as `layers/NAME`.
+
+    Args:
+      observed: of the whole step, its arrays [layers that have it, ...].
+      assignments: to each expert in the whole step, of the layers with experts.
+    """
+    metrics = {}
+    for name, x in observed.items():
+        value = x.value if isinstance(x, Largest) else _divided(x.total, x.tokens)
+        if value.ndim == 1:
+            metrics[name] = value
+        else:  # by head
+            metrics[f"{name}_mean"] = value.mean(-1)
+            metrics[f"{name}_min"], metrics[f"{name}_max"] = value.min(-1), value.max(-1)
+    if assignments is not None:
+        even = jnp.log(assignments.shape[-1])
+        share = assignments / jnp.maximum(assignments.sum(-1, keepdims=True), 1)
+        metrics["load_max"] = share.max(-1) * assignments.shape[-1]
+        metrics["load_entropy"] = jax.scipy.special.entr(share).sum(-1) / even
+        metrics["router_entropy"] /= even
+    # Whole on every device, so that every process can read them.
+    return {f"layers/{name}": constrain(value, "layers") for name, value in metrics.items()}
+
+
+def for_all_layers(config: ModelConfig, name: str, values: list[float]) -> list[float | None]:
+    """The numbers of `layers/NAME` at their places: all layers, then the MTP module; else None."""
+    name, found = name.removeprefix("layers/"), iter(values)
+    layers = list(config.layers)
+    if config.mtp_steps:
+        layers.append((FULL, config.num_experts > 0))
+    return [next(found) if _has(name, *layer) else None for layer in layers]
+
+
+def _has(name: str, mixer: str, sparse: bool) -> bool:
+    if name in _EVERY:
+        return True
+    if name.rpartition("_")[0] in _DELTA:
+        return mixer == LINEAR
+    return mixer == FULL if name in _ATTENTION else sparse
+
+
+def update_ratios(
+    updates: Any, params: Any, *, zero_centered_norm: bool
+) -> dict[str, Float[Array, ""]]:
+    """`update_ratio/PART`: the norm of a step's updates over that of the parameters.
+
+    Where norms multiply by 1 + w, their weights count as 1 + w, since w starts at 0.
+    """
+    squares: dict[str, list[Array]] = {}
+    for (name, u), (_, p) in zip(named_leaves(updates), named_leaves(params), strict=True):
+        part = next(part for part, pattern in _PARTS.items() if re.fullmatch(pattern, name))
+        p = p.astype(jnp.float32) + (zero_centered_norm and part == "norms")
+        squares.setdefault(part, []).append(jnp.stack([(u**2).sum(), (p**2).sum()]))
+    return {
+        f"update_ratio/{part}": jnp.sqrt(_divided(*jnp.stack(both).sum(0)))
+        for part, both in squares.items()
+    }
+
+
+def _divided(total, count):
+    count = count.reshape(*count.shape, *[1] * (total.ndim - count.ndim))
+    return total / jnp.where(count > 0, count, 1)
