@@ -422,6 +422,28 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the suites of `evaluation/` are given, by `eval.py` and during training."""
+
+    suites: tuple[str, ...] = ()  # during training: "perplexity", "lm_eval", "long_context", ...
+    batch_size: int = 0  # rows at a time; 0: as many as have 8192 tokens a device
+    # Documents ("perplexity", of each task of "lm_eval"), prompts of each domain ("speculation"),
+    # or questions of each cell ("long_context"); 0: all, all, 16, 4.
+    limit: int = 0
+    length: int = 0  # "perplexity": tokens of a document that are read at once; 0: the context
+    tasks: tuple[str, ...] = ()  # "lm_eval": names of the harness's tasks, or YAML files
+    include_path: str = ""  # "lm_eval": a directory with more of them
+    num_fewshot: int = -1  # "lm_eval": examples before a question; -1: as the task says
+    confirm_run_unsafe_code: bool = False  # "lm_eval": run what the model writes, if a task does
+    long_context_tasks: tuple[str, ...] = ()  # (): all
+    lengths: tuple[int, ...] = ()  # "long_context"; (): powers of two up to the context
+    depths: int = 5  # "long_context"
+    drafts: int = 2  # "speculation": tokens drafted at a time
+    chat: bool = False  # "lm_eval", "long_context": ask through the chat template
+    seed: int = 1234
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All of a training run. Build it with `from_dict`, from a config file's nested mapping."""
 

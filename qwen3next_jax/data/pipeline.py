@@ -69,6 +69,14 @@ class Data:
             on_error=self.on_error, window_rows=self.window_rows,
         )  # fmt: skip
 
+    @property
+    def held_out_parts(self) -> dict[str, Records]:
+        """The held-out records of each part of the mixture, by its name."""
+        if not isinstance(self.held_out, Chained):
+            return {"held out": self.held_out}
+        names = [part.name for part in self.train]
+        return dict(zip(names, self.held_out.sequences, strict=True))
+
     @functools.cached_property
     def held_out_bytes(self) -> int:
         """Length of the held-out texts in UTF-8, the denominator of bits per byte."""

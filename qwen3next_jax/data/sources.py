@@ -67,10 +67,10 @@ class Records(Protocol):
 
 
 class Chained:
-    """The elements of several sequences, one after another."""
+    """The elements of several `sequences`, one after another."""
 
     def __init__(self, sequences: Sequence[Any]):
-        self._sequences = sequences
+        self.sequences = sequences
         self._ends = np.cumsum([len(sequence) for sequence in sequences], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Chained:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)}")
         i = int(np.searchsorted(self._ends, index, side="right"))
-        return self._sequences[i], index - int(self._ends[i]) + len(self._sequences[i])
+        return self.sequences[i], index - int(self._ends[i]) + len(self.sequences[i])
 
 
 class Source:

@@ -1,18 +1,31 @@
-"""Cross-entropy and bits per byte on held-out text.
+"""Cross-entropy and bits per byte on text.
 
 Bits per byte do not depend on the tokenizer: the nats of all tokens, over ln 2 and the number of
 bytes that they stand for. A compressor's figure for the same bytes is directly comparable.
+
+There are two ways to lay out the same text. `perplexity` takes packed batches, as training does,
+and cuts documents at the ends of rows: cheap, and what a run is followed by. `document_perplexity`
+gives each document a row of its own, and tells documents by their length and tokens by how many
+stand before them.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from absl import logging
 from flax import nnx
 
+from qwen3next_jax.data.documents import readable
+from qwen3next_jax.data.sources import Records
+from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.training.loss import next_token_losses
+
+_AT_A_TIME = 1024  # documents in memory
 
 
 def perplexity(
@@ -45,3 +58,136 @@ def perplexity(
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _losses(graph, params, batch, chunk):
     return next_token_losses(nnx.merge(graph, params), batch, chunk=chunk)
+
+
+def document_perplexity(
+    evaluator: Evaluator,
+    domains: Mapping[str, Records],
+    *,
+    length: int = 0,
+    limit: int = 0,
+    on_error: str = "raise",
+) -> dict[str, Any]:
+    """Evaluates documents one by one: what is predicted is what training would learn of them.
+
+    Args:
+      evaluator: the model.
+      domains: records by the name of what they are of.
+      length: the most tokens of a document that are read at once; 0: the model's context. A longer
+        document goes on behind each cut without what stood before; how many were cut is counted,
+        logged and returned.
+      limit: documents of each domain, 0: all.
+      on_error: "raise", or "skip" records that cannot be used.
+
+    Returns:
+      `ce` in nats a token, `bits_per_byte`, `tokens`, `documents`, `cut_documents`; `by_length`, a
+      list of {from, to, documents, tokens, ce, bits_per_byte} where a document's length, in tokens,
+      is at least `from` and below `to`; `by_position`, of {from, to, tokens, ce} where a token has
+      so many before it in its row; `domains`, all of this for each, where there are several.
+
+    Raises:
+      ValueError: `length` exceeds the model's context, or nothing is predicted.
+    """
+    context = evaluator.model.config.context_length
+    if length > context:
+        raise ValueError(
+            f"{length=} exceeds the model's context of {context} tokens; give at most that, or "
+            "extend it by rope_scaling (YaRN)"
+        )
+    tables = {
+        name: _table(evaluator, records, length=length or context, limit=limit, on_error=on_error)
+        for name, records in domains.items()
+    }
+    together = _Table()
+    for table in tables.values():
+        together.add(table)
+    result = together.result()
+    if result["cut_documents"]:
+        logging.warning(
+            "%d of %d documents are longer than %d tokens and were cut",
+            result["cut_documents"], result["documents"], length or context,
+        )  # fmt: skip
+    if len(tables) > 1:
+        result["domains"] = {name: table.result() for name, table in tables.items()}
+    return result
+
+
+def _table(
+    evaluator: Evaluator, records: Records, *, length: int, limit: int, on_error: str
+) -> "_Table":
+    table = _Table()
+    found = readable(records, evaluator.tokenizer, on_error=on_error)
+    if limit:
+        found = itertools.islice(found, limit)
+    while group := list(itertools.islice(found, _AT_A_TIME)):
+        rows, weights, sizes = [], [], []
+        for record, document in group:
+            # A row's targets are its tokens, one further.
+            ids = [*document["tokens"].tolist(), int(document["targets"][-1])]
+            starts = range(0, len(ids) - 1, length)
+            rows += [ids[start : start + length + 1] for start in starts]
+            weights += [document["loss_weights"][start : start + length] for start in starts]
+            text = record.text
+            if text is None:  # what is predicted
+                text = evaluator.tokenizer.decode(document["targets"][document["loss_weights"] > 0])
+            sizes.append((len(starts), len(ids) - 1, len(text.encode())))
+        scores = iter(zip(evaluator.score(rows), weights, strict=True))
+        for pieces, tokens, size in sizes:
+            table.add_document(
+                [(s.losses, w) for s, w in itertools.islice(scores, pieces)], tokens, size
+            )
+    return table
+
+
+class _Table:
+    """Sums of nats, weights, documents and bytes, by power of two of a length or position."""
+
+    def __init__(self):
+        # [power] and of these: nats, tokens that count, and for lengths documents and bytes.
+        self.lengths = np.zeros((64, 4))
+        self.positions = np.zeros((64, 2))
+        self.cut = 0
+
+    def add_document(self, pieces: list[tuple[Any, Any]], tokens: int, size: int) -> None:
+        """Adds a document of so many tokens and bytes by its pieces' losses and weights."""
+        self.cut += len(pieces) > 1
+        row = self.lengths[tokens.bit_length()]
+        row[2:] += 1, size
+        for losses, weights in pieces:
+            nats, counted = losses * weights, weights
+            row[:2] += nats.sum(dtype=np.float64), counted.sum(dtype=np.float64)
+            # A predicted token has those up to and with the one at this place before it.
+            powers = np.frexp(np.arange(1, len(losses) + 1))[1]
+            for column, values in enumerate((nats, counted)):
+                self.positions[:, column] += np.bincount(powers, values, minlength=64)
+
+    def add(self, other: "_Table") -> None:
+        self.lengths += other.lengths
+        self.positions += other.positions
+        self.cut += other.cut
+
+    def result(self) -> dict[str, Any]:
+        nats, tokens, documents, size = self.lengths.sum(0)
+        if not tokens:
+            raise ValueError("The documents hold no token that is predicted")
+        return {
+            "ce": nats / tokens,
+            "bits_per_byte": nats / math.log(2) / size,
+            "tokens": int(tokens),
+            "documents": int(documents),
+            "cut_documents": self.cut,
+            "by_length": [
+                {
+                    "from": 2 ** (power - 1), "to": 2**power, "documents": int(documents),
+                    "tokens": int(tokens), "ce": nats / tokens,
+                    "bits_per_byte": nats / math.log(2) / size,
+                }
+                for power, (nats, tokens, documents, size) in enumerate(self.lengths.tolist())
+                if tokens
+            ],
+            "by_position": [
+                {"from": 2 ** (power - 1), "to": 2**power, "tokens": int(count), "ce": nats / count}
+                for power, (nats, count) in enumerate(self.positions.tolist())
+                if count
+            ],
+        }  # fmt: skip

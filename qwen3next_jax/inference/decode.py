@@ -108,12 +108,15 @@ class Generation:
         stop_tokens: Sequence[int] = (),
         seed: int = 0,
         speculative: bool | int | None = None,
+        slots: int = 0,
         **sampling: Any,
     ):
         """Checks the request; nothing is computed before the first iteration.
 
         Args:
           model, prompts, max_new_tokens, stop_tokens, seed, speculative: as `generate` takes them.
+          slots: at least so many tokens of room for each row: requests of unlike lengths that get
+            the same share compiled programs.
           sampling: fields of `Sampling`.
         """
         self._rules = _Rules(
@@ -122,7 +125,7 @@ class Generation:
             stop_tokens=tuple(sorted(set(stop_tokens))),
         )
         self._prompts = [list(prompt) for prompt in prompts]
-        self._max_new_tokens, self._seed = max_new_tokens, seed
+        self._max_new_tokens, self._seed, self._slots = max_new_tokens, seed, slots
         _check(model, self._prompts, max_new_tokens)
         self._model = model
         self._ended: set[int] = set()
@@ -162,7 +165,8 @@ class Generation:
         lengths = np.array([len(p) for p in self._prompts], np.int32)
         B, longest = len(lengths), int(lengths.max())
         pieces = _pieces(longest)
-        room = max(sum(pieces), longest + self._max_new_tokens + self._rules.drafts + 1)
+        needed = longest + self._max_new_tokens + self._rules.drafts + 1
+        room = max(sum(pieces), needed, self._slots)
         model = structure.model(params)
         place = _placement(params, B)
         slots = -(-room // _SLOTS) * _SLOTS

@@ -60,13 +60,37 @@ def summed_losses(hidden, head, targets, weights, *, chunk, vocab_axis=None):
     return total, _join(losses, hidden.shape[1])
 
 
+def losses_and_margins(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int = 512,
+    vocab_axis: str | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Each position's loss in nats, and how far its target's logit lies below the largest.
+
+    A margin of 0 says that greedy decoding would have chosen the target. Both float32, without
+    gradient; arguments as in `cross_entropy` and `summed_losses`.
+    """
+
+    def visit(_, piece):
+        x, y = piece
+        losses, *_, margins = _losses(x, y, head, vocab_axis)
+        return None, (losses, margins)
+
+    _, found = jax.lax.scan(visit, None, _pieces(chunk, hidden, targets))
+    losses, margins = (_join(x, hidden.shape[1]) for x in found)
+    return losses, margins
+
+
 def losses_and_gradients(hidden, head, targets, weights, *, chunk, vocab_axis=None):
     """The same, and the sum's gradients in hidden, in its dtype, and head, in float32."""
 
     def visit(carry, piece):
         total, d_head = carry
         x, y, w = piece
-        losses, chosen, exps, norms = _losses(x, y, head, vocab_axis)
+        losses, chosen, exps, norms, _ = _losses(x, y, head, vocab_axis)
         d_logits = exps * (w / norms)[..., None] - chosen * w[..., None]
         d_logits = d_logits.astype(hidden.dtype)
         d_x = jnp.einsum("btv,dv->btd", d_logits, head.astype(hidden.dtype))
@@ -97,7 +121,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _losses(hidden, targets, head, vocab_axis):
-    """Losses, the targets as 0s and 1s, and the softmax as exponentials and their sums."""
+    """Losses, the targets as 0s and 1s, the softmax as exponentials and their sums, margins."""
     logits = jnp.einsum(
         "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
@@ -110,7 +134,7 @@ def _losses(hidden, targets, head, vocab_axis):
     norms, picked = exps.sum(-1), (logits * chosen).sum(-1)
     if vocab_axis is not None:
         norms, picked = jax.lax.psum((norms, picked), vocab_axis)
-    return jnp.log(norms) + peaks - picked, chosen, exps, norms
+    return jnp.log(norms) + peaks - picked, chosen, exps, norms, peaks - picked
 
 
 def _pieces(chunk, *arrays):

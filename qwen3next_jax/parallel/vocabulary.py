@@ -16,7 +16,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops import cross_entropy as cross_entropy_op
-from qwen3next_jax.ops.cross_entropy import losses_and_gradients, summed_losses
+from qwen3next_jax.ops.cross_entropy import (
+    losses_and_gradients,
+    losses_and_margins,
+    summed_losses,
+)
 from qwen3next_jax.parallel.mesh import (
     ROWS,
     active_mesh,
@@ -127,20 +131,39 @@ def _backward(chunk, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
+def token_scores(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    chunk: int = 512,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`ops.cross_entropy.losses_and_margins` on the mesh in use; `chunk` as in `cross_entropy`."""
+    if active_mesh() is None:
+        return losses_and_margins(hidden, head, targets, chunk=chunk)
+
+    def scores(hidden, head, targets, spec):
+        head = gather_slices(head.astype(hidden.dtype), spec)
+        return losses_and_margins(hidden, head, targets, chunk=chunk, vocab_axis="tensor")
+
+    return _everywhere(scores, (hidden, head, targets), ("losses", "margins"))
+
+
 def _everywhere(function, args, results):
-    """Calls a function of hidden, head, targets, weights and the head's spec on each device."""
-    hidden, head, targets, _ = args
+    """Calls a function of hidden, head, targets, ... and the head's spec on each device."""
+    hidden, head, targets, *_ = args
     sizes = jax.sharding.get_abstract_mesh().shape
     rows = partition("targets", ("batch", "tokens"), targets.shape, sizes)
     specs = {
         "hidden": partition("hidden", ("batch", "tokens", "hidden"), hidden.shape, sizes),
         "head": partition("lm_head", ("embed", "vocab"), head.shape, sizes),
         "losses": rows,
+        "margins": rows,
         "total": PartitionSpec(),
     }
     return jax.shard_map(
         functools.partial(function, spec=specs["head"]),
-        in_specs=(specs["hidden"], specs["head"], rows, rows),
+        in_specs=(specs["hidden"], specs["head"], *(rows for _ in args[2:])),
         out_specs=tuple(specs[name] for name in results),
         check_vma=False,
     )(*args)

@@ -1,0 +1,198 @@
+"""Evaluates a model: a run's, or one of a Hugging Face directory.
+
+    python eval.py --workdir=runs/tiny --suite=perplexity
+    python eval.py --checkpoint=Qwen3-Next-80B-A3B-Instruct --mesh_fsdp=-1 --suite=lm_eval \
+        --tasks=arc_easy
+    python eval.py --workdir=runs/tiny --suite=long_context --output=FILE.json
+
+A table goes to stdout, and everything as JSON to --output; see `docs/evaluation.md`.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+
+if TYPE_CHECKING:
+    from qwen3next_jax.config import EvaluationConfig
+    from qwen3next_jax.data.sources import Records
+
+_SUITE = flags.DEFINE_string("suite", None, "perplexity, lm_eval, long_context or speculation.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "A run, whose newest checkpoint is evaluated.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A Hugging Face directory, a work directory, or one of its step folders."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the results.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "File or directory; else the checkpoint's.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Else as stored.")
+_MESH_FSDP = flags.DEFINE_integer(
+    "mesh_fsdp", None, "Split parameters and rows over this many devices, -1: all.", lower_bound=-1
+)
+_DATA = flags.DEFINE_multi_string(
+    "data", [],
+    "Texts for perplexity and speculation, as SOURCE, SOURCE:PATH or SOURCE:PATH#FIELD (see "
+    "docs/data.md); all of their records. May be given several times. Else what the run held out.",
+)  # fmt: skip
+_SPLIT = flags.DEFINE_string("split", "train", "Of --data from TensorFlow Datasets.")
+_TASKS = flags.DEFINE_list("tasks", [], "Of lm_eval: names or YAML files; of long_context: names.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 0, "Rows at a time; 0: 8192 tokens a device.", lower_bound=0
+)
+_LIMIT = flags.DEFINE_integer(
+    "limit", 0,
+    "Documents of perplexity and of each task of lm_eval; prompts of each --data of speculation; "
+    "questions of each cell of long_context. 0: all, all, 16, 4.", lower_bound=0,
+)  # fmt: skip
+_SEED = flags.DEFINE_integer("seed", 1234, "Of all that is drawn.")
+_LENGTH = flags.DEFINE_integer(
+    "length", 0, "perplexity: tokens of a document read at once; 0: the context.", lower_bound=0
+)
+_INCLUDE_PATH = flags.DEFINE_string(
+    "include_path", "", "lm_eval: a directory with YAML files of tasks."
+)
+_NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", -1, "lm_eval: examples before a question; -1: as the task says.", lower_bound=-1
+)
+_UNSAFE = flags.DEFINE_bool(
+    "confirm_run_unsafe_code", False, "lm_eval: run code that the model writes, where a task does."
+)
+_LENGTHS = flags.DEFINE_list(
+    "lengths", [], "long_context: in tokens; else powers of two up to the model's context."
+)
+_DEPTHS = flags.DEFINE_integer("depths", 5, "long_context: how many.", lower_bound=1)
+_CHAT = flags.DEFINE_bool("chat", False, "lm_eval, long_context: ask through the chat template.")
+_DRAFTS = flags.DEFINE_integer("drafts", 2, "speculation: tokens drafted at a time.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    """Loads the checkpoint and runs one suite."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments {argv[1:]}; several tasks are --tasks=a,b")
+    if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
+        raise app.UsageError("Which model? Give either --workdir=DIR or --checkpoint=DIR")
+    if not _SUITE.value:
+        raise app.UsageError("Give --suite=perplexity, lm_eval, long_context or speculation")
+    # Heavy imports come after the flags, so that --help and mistyped flags answer at once.
+    import jax
+
+    from qwen3next_jax.checkpoint.load import checkpoint_config, find_checkpoint, load_checkpoint
+    from qwen3next_jax.config import MeshConfig
+    from qwen3next_jax.data.tokenizer import check_vocabulary, load_tokenizer
+    from qwen3next_jax.evaluation.evaluator import Evaluator
+    from qwen3next_jax.evaluation.suites import check_suites, run_suite, table
+    from qwen3next_jax.parallel.mesh import make_mesh
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = os.path.join(os.path.expanduser("~"), ".cache", "qwen3next_jax", "compiled")
+        jax.config.update("jax_compilation_cache_dir", cache)
+
+    # What is quick to be found wrong comes before the model is read.
+    options = _options()
+    check_suites([_SUITE.value], options)
+    path = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or "")
+    ours = find_checkpoint(path)
+    tokenizer = load_tokenizer(_TOKENIZER.value or (path if ours is None else ours.workdir))
+    check_vocabulary(tokenizer, checkpoint_config(path).vocab_size)
+    mesh = None
+    if _MESH_FSDP.value is not None:
+        mesh = make_mesh(MeshConfig(data=1, fsdp=_MESH_FSDP.value))
+    model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh)
+
+    start = time.monotonic()
+    results = run_suite(
+        _SUITE.value,
+        Evaluator(model, tokenizer, batch_size=options.batch_size),
+        options,
+        lambda: _domains(None if ours is None else ours.workdir, model.config.vocab_size),
+    )
+    print(table(_SUITE.value, results))
+    if _OUTPUT.value:
+        packages = ("qwen3next_jax", "jax", "jaxlib", "flax", "numpy", "lm_eval", "datasets")
+        report = {
+            "suite": _SUITE.value,
+            "checkpoint": str(path.absolute()),
+            "config": {
+                "model": model.config.to_hf() | {"mtp_steps": model.config.mtp_steps},
+                "evaluation": dataclasses.asdict(options),
+                "data": _DATA.value,
+                "dtype": str(model.dtype),
+                "mesh": {} if mesh is None else dict(mesh.shape),
+            },
+            "versions": {"python": platform.python_version(), **_versions(packages)},
+            "seeds": {"seed": options.seed},
+            "seconds": time.monotonic() - start,
+            "results": results,
+            **({"cells": results["cells"]} if "cells" in results else {}),
+        }
+        output = pathlib.Path(_OUTPUT.value)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(report, indent=1, default=str) + "\n")
+        unfinished.replace(output)
+
+
+def _options() -> "EvaluationConfig":
+    from qwen3next_jax.config import EvaluationConfig
+
+    try:
+        lengths = tuple(int(n) for n in _LENGTHS.value)
+    except ValueError:
+        raise app.UsageError(f"--lengths={_LENGTHS.value} must be whole numbers") from None
+    tasks, asks_long = tuple(_TASKS.value), _SUITE.value == "long_context"
+    return EvaluationConfig(
+        batch_size=_BATCH_SIZE.value, limit=_LIMIT.value, seed=_SEED.value, length=_LENGTH.value,
+        tasks=() if asks_long else tasks, include_path=_INCLUDE_PATH.value,
+        num_fewshot=_NUM_FEWSHOT.value, confirm_run_unsafe_code=_UNSAFE.value,
+        long_context_tasks=tasks if asks_long else (), lengths=lengths, depths=_DEPTHS.value,
+        chat=_CHAT.value, drafts=_DRAFTS.value,
+    )  # fmt: skip
+
+
+def _domains(workdir: pathlib.Path | None, vocab_size: int) -> "Mapping[str, Records]":
+    """The texts that --data names, or those that the run in the work directory held out."""
+    from qwen3next_jax.data.pipeline import load_data
+    from qwen3next_jax.data.sources import open_source
+
+    domains: dict[str, Any] = {}
+    for given in _DATA.value:
+        source, _, rest = given.partition(":")
+        path, _, field = rest.partition("#")
+        domains[given] = open_source(source, path, field=field or "text", split=_SPLIT.value)
+    if domains:
+        return domains
+    run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
+    if workdir is None or "data" not in run:
+        raise app.UsageError(
+            "Which text? Give --data=SOURCE:PATH, --data=jsonl:/corpus/*.jsonl say, or stdlib"
+        )
+    data = load_data(
+        **run["data"], vocab_size=vocab_size, trained_tokenizer=workdir / "tokenizer.model"
+    )
+    return data.held_out_parts
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        # Large arrays on huge pages; see train.py.
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    app.run(main)

@@ -1,0 +1,225 @@
+"""A model as the suites use it: it scores rows of tokens and continues prompts, whatever they are.
+
+Requests come in all lengths, and every shape is compiled. So lengths are rounded up to one of a few
+(64, 96, 128, 192, 256, ...), a row holds one document and padding behind it, and a batch that is
+not full is filled up with padding. Padding changes nothing: no token sees it. What comes out
+therefore depends on batch, rounding and mesh by float32 rounding at most.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32, Int
+
+from qwen3next_jax.data.text_stream import TextStream
+from qwen3next_jax.data.tokenizer import Tokenizer
+from qwen3next_jax.inference.decode import Generation
+from qwen3next_jax.model.decoder import Qwen3Next, default_positions
+from qwen3next_jax.parallel.mesh import BATCH, ROWS
+from qwen3next_jax.parallel.vocabulary import token_scores
+
+_SHORTEST = 64
+_TOKENS = 8192  # of a batch on each device, where no batch size is given
+
+
+class RowScores(NamedTuple):
+    """Of a row of n tokens, the n − 1 that have one before them."""
+
+    losses: Float32[np.ndarray, " _"]  # −log p in nats
+    margins: Float32[np.ndarray, " _"]  # how far the logit lies below the largest; 0: it is that
+
+
+class Evaluator:
+    """A model, its tokenizer, and how many rows are computed at a time.
+
+    Attributes:
+      model: any of ours, on one device or a mesh.
+      tokenizer: of the model.
+    """
+
+    def __init__(self, model: Qwen3Next, tokenizer: Tokenizer, *, batch_size: int = 0):
+        """Wraps a model.
+
+        Args:
+          model, tokenizer: see above.
+          batch_size: rows at a time, 0: 8192 tokens a device. Rounded up to what the mesh divides.
+
+        Raises:
+          ValueError: the batch size is negative.
+        """
+        if batch_size < 0:
+            raise ValueError(f"{batch_size=} must be at least 1, or 0 to choose it by length")
+        self.model, self.tokenizer, self._batch_size = model, tokenizer, batch_size
+        self._graph, self._params = nnx.split(model)
+        self._mesh = _mesh_of(self._params)
+        self._ways = 1 if self._mesh is None else int(np.prod([self._mesh.shape[a] for a in ROWS]))
+
+    def with_model(self, model: Qwen3Next) -> "Evaluator":
+        """The same for another model."""
+        return Evaluator(model, self.tokenizer, batch_size=self._batch_size)
+
+    def score(self, rows: Sequence[Sequence[int]]) -> list[RowScores]:
+        """Log-probabilities of tokens, each given those before it in its row.
+
+        Args:
+          rows: tokens, each row one document; all but the last of a row are read.
+
+        Raises:
+          ValueError: a row is empty, or reads more tokens than the model's context has.
+        """
+        context = self.model.config.context_length
+        for row in rows:
+            if not 1 <= len(row) <= context + 1:
+                raise ValueError(
+                    f"A row of {len(row)} tokens reads {len(row) - 1} of them; the model's context "
+                    f"has {context}. Cut it, or extend the context by rope_scaling (YaRN)"
+                )
+        scores: list[Any] = [None] * len(rows)
+        for width, batch, numbers in self._batches([len(row) - 1 for row in rows]):
+            tokens, targets, segments = np.zeros((3, batch, width), np.int32)
+            for i, number in enumerate(numbers):
+                n = len(rows[number]) - 1
+                tokens[i, :n], targets[i, :n] = rows[number][:-1], rows[number][1:]
+                segments[i, :n] = 1
+            losses, margins = self._score(tokens, targets, segments)
+            for i, number in enumerate(numbers):
+                n = len(rows[number]) - 1
+                scores[number] = RowScores(losses[i, :n], margins[i, :n])
+        return scores
+
+    def _score(self, *arrays):
+        if self._mesh is None:
+            scores = _score(self._graph, None, self._params, *arrays)
+        else:
+            with jax.set_mesh(self._mesh):
+                sharding = NamedSharding(self._mesh, BATCH)
+                placed = [
+                    jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in arrays
+                ]
+                scores = _score(self._graph, self._mesh, self._params, *placed)
+        return tuple(np.asarray(x) for x in scores)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """Continues each prompt, without speculation.
+
+        Args:
+          prompts: tokens, none empty.
+          max_new_tokens: the most that is added to each.
+          stop: a continuation ends with the token that completes one of these strings.
+          seed: of the sampling.
+          sampling: fields of `Sampling`.
+
+        Returns:
+          The new tokens, those of the stop string included, a stop token not.
+
+        Raises:
+          ValueError: as `Generation`.
+        """
+        new: list[list[int]] = [[] for _ in prompts]
+        for numbers, generation in self._generations(
+            prompts, max_new_tokens=max_new_tokens, seed=seed, speculative=False, **sampling
+        ):
+            streams = [TextStream(self.tokenizer, stop) for _ in numbers]
+            for item in generation:
+                for row, (number, stream) in enumerate(zip(numbers, streams, strict=True)):
+                    for token in item[row]:
+                        if not stream.stopped:
+                            new[number].append(token)
+                            if stop:
+                                stream.feed([token])
+                    if stream.stopped:
+                        generation.stop(row)
+        return new
+
+    def count_drafts(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, drafts: int
+    ) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, " K"]]:
+        """Continues prompts greedily with K = `drafts` guesses at a time by the MTP module.
+
+        Returns:
+          Of each place in a draft, how many tokens were drafted there and how many were kept.
+
+        Raises:
+          ValueError: as `Generation`.
+        """
+        drafted, accepted = np.zeros((2, drafts), np.int64)
+        for _, generation in self._generations(
+            prompts, max_new_tokens=max_new_tokens, speculative=drafts
+        ):
+            for _ in generation:
+                pass
+            drafted += generation.drafted
+            accepted += generation.accepted
+        return drafted, accepted
+
+    def _generations(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options: Any
+    ) -> Iterator[tuple[list[int], Generation]]:
+        """Numbers of prompts, and what continues them in its first rows."""
+        spare = 1 + (options["speculative"] or 0)
+        lengths = [len(prompt) + max_new_tokens + spare for prompt in prompts]
+        for slots, batch, numbers in self._batches(lengths):
+            filling = [[self.tokenizer.bos_id]] * (batch - len(numbers))
+            generation = Generation(
+                self.model, [*(prompts[number] for number in numbers), *filling],
+                max_new_tokens=max_new_tokens, stop_tokens=self.tokenizer.stop_ids, slots=slots,
+                **options,
+            )  # fmt: skip
+            for row in range(len(numbers), batch):
+                generation.stop(row)
+            yield numbers, generation
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
+        """Width and height of batches, and the numbers of the rows in each; the longest first."""
+        by_width: dict[int, list[int]] = {}
+        for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            by_width.setdefault(bucket(lengths[number]), []).append(number)
+        for width, numbers in by_width.items():
+            size = self._batch_size or max(_TOKENS // width * self._ways, 1)
+            if not self._batch_size:  # do not fill up a large batch for a few rows
+                size = min(size, 1 << (len(numbers) - 1).bit_length())
+            size = -(-size // self._ways) * self._ways
+            for start in range(0, len(numbers), size):
+                yield width, size, numbers[start : start + size]
+
+
+def bucket(length: int) -> int:
+    """The least of 64, 96, 128, 192, 256, 384, ... that is no less than `length`."""
+    power = max(_SHORTEST, 1 << max(length - 1, 0).bit_length())
+    return power * 3 // 4 if power > _SHORTEST and length <= power * 3 // 4 else power
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(graph, mesh, params, tokens, targets, segments):
+    model = nnx.merge(graph, params)
+    positions = default_positions(tokens, segments)
+    hidden, _ = model.hidden_states(tokens, segments, positions)
+    scores = token_scores(hidden, model.head(), targets, chunk=_chunk(model))
+    if mesh is not None:  # every process reads all of it
+        whole = NamedSharding(mesh, PartitionSpec())
+        scores = jax.lax.with_sharding_constraint(scores, whole)
+    return scores
+
+
+def _chunk(model: Qwen3Next) -> int:
+    """Positions of a row whose logits exist at a time: about 32 MB of them."""
+    return max(_SHORTEST, min(512, 2**23 // model.config.vocab_size))
+
+
+def _mesh_of(params: nnx.State) -> Mesh | None:
+    sharding = jax.tree.leaves(params)[0].sharding
+    one = not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1
+    return None if one else sharding.mesh

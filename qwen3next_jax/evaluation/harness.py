@@ -1,0 +1,267 @@
+"""EleutherAI's lm-evaluation-harness, with our model in its process.
+
+The harness makes requests of text: how likely is this continuation, or this whole text, and what
+does the model write up to one of these strings? `HarnessLM` answers them as its `hf` backend does,
+token for token: "<|im_end|>" in a prompt is the token of that name, and a prompt that leaves no
+room in the context loses its beginning. How many did is counted, logged and returned.
+
+Tasks are all that the harness knows by name, and YAML files of the user's own. One that runs what
+the model wrote, `unsafe_code: true` in its file, is refused unless allowed in so many words.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+try:
+    import lm_eval
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"lm_eval needs lm-evaluation-harness, and {error.name} is not installed: "
+        "pip install 'qwen3next_jax[eval]'"
+    ) from error
+
+from qwen3next_jax.data.chat import render_chat
+from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.evaluation.names import require_known
+
+_MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own number
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def run_tasks(
+    evaluator: Evaluator,
+    tasks: Sequence[str],
+    *,
+    include_path: str = "",
+    num_fewshot: int | None = None,
+    chat: bool = False,
+    limit: int = 0,
+    confirm_run_unsafe_code: bool = False,
+    seed: int = 1234,
+) -> dict[str, Any]:
+    """Runs tasks of the harness.
+
+    Args:
+      evaluator: the model.
+      tasks: names of tasks, groups or tags, or paths of YAML files.
+      include_path: a directory whose YAML files are known by name as well.
+      num_fewshot: examples before each question; None: what a task says.
+      chat: ask through the model's chat template.
+      limit: documents of each task, 0: all.
+      confirm_run_unsafe_code: run what the model writes, where a task does.
+      seed: of everything that is drawn: few-shot examples, bootstrap, sampled text.
+
+    Returns:
+      `tasks`, of each task and group its metrics as the harness reports them ("acc,none" is written
+      `acc`, with another filter than "none" `acc,FILTER`); `truncated`, requests that lost their
+      beginning; `num_fewshot` and `versions` of the tasks; `samples`, of each task what was asked
+      and answered.
+
+    Raises:
+      ValueError: a name is unknown, or a task runs code and that was not allowed.
+    """
+    if not tasks:
+        raise ValueError(
+            "lm_eval needs tasks: --tasks=hellaswag,arc_easy say, or YAML files of your own"
+        )
+    manager = _Tasks(include_path=include_path or None)
+    manager.may_run_code = confirm_run_unsafe_code
+    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
+    require_known("tasks of lm_eval", names, manager.all_tasks)
+    lm = HarnessLM(evaluator, seed=seed)
+    found = lm_eval.simple_evaluate(
+        model=lm, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot,
+        apply_chat_template=chat, limit=limit or None,
+        confirm_run_unsafe_code=confirm_run_unsafe_code, random_seed=seed, numpy_random_seed=seed,
+        torch_random_seed=seed, fewshot_random_seed=seed,
+    )  # fmt: skip
+    if lm.truncated:
+        logging.warning(
+            "%d requests did not fit into the context of %d tokens and lost their beginning",
+            lm.truncated, lm.max_length,
+        )  # fmt: skip
+    scores = {**found["results"], **found.get("groups", {})}
+    return {
+        "tasks": {
+            name: {
+                metric.removesuffix(",none"): value
+                for metric, value in metrics.items()
+                if isinstance(value, int | float)
+            }
+            for name, metrics in scores.items()
+        },
+        "truncated": lm.truncated,
+        "num_fewshot": found["n-shot"],
+        "versions": found["versions"],
+        "samples": json.loads(json.dumps(found["samples"], default=str)),
+    }
+
+
+class _Tasks(TaskManager):
+    """Loads tasks, but none that runs what the model wrote, unless it may."""
+
+    may_run_code = False
+
+    def load(self, task_list: Any) -> Any:
+        loaded = super().load(task_list)
+        unsafe = [name for name, task in loaded["tasks"].items() if task.config.unsafe_code]
+        if unsafe and not self.may_run_code:
+            raise ValueError(
+                f"{', '.join(unsafe)} would run code that the model writes, on this machine and "
+                "with your rights. If that is what you want, say --confirm_run_unsafe_code"
+            )
+        return loaded
+
+
+class HarnessLM(TemplateLM):
+    """What the harness calls a language model: an `Evaluator` behind its interface.
+
+    Attributes:
+      truncated: requests so far that lost the beginning of their context.
+    """
+
+    def __init__(self, evaluator: Evaluator, *, seed: int = 1234):
+        super().__init__()
+        self.truncated = 0
+        self.tokenizer = evaluator.tokenizer
+        self._evaluator, self._seed = evaluator, seed
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model can read."""
+        return self._evaluator.model.config.context_length
+
+    @property
+    def eot_token_id(self) -> int:
+        """Ends a text."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context stands behind."""
+        return self.tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells caches of rendered prompts apart."""
+        return str(self.tokenizer.path)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """The ids of a text, behind BOS where the tokenizer says so and the text has none."""
+        ids = self.tokenizer.encode(string, parse_special=True)
+        add = self.tokenizer.adds_bos if add_special_tokens is None else add_special_tokens
+        has = ids[:1] == [self.tokenizer.bos_id]
+        return [self.tokenizer.bos_id, *ids] if add and not has else ids
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template in use, for the harness's records."""
+        return self.tokenizer.chat_template if chat_template else ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Renders a conversation; one that ends with the assistant's words is to be gone on with.
+
+        Raises:
+          ValueError: the template refuses the messages.
+        """
+        text = render_chat(
+            chat_history, self.tokenizer.chat_template,
+            special_tokens=self.tokenizer.special_tokens,
+            add_generation_prompt=add_generation_prompt,
+        )  # fmt: skip
+        if add_generation_prompt:
+            return text
+        begun = chat_history[-1]["content"].strip()
+        return text[: text.rindex(begun) + len(begun)]
+
+    def _loglikelihood_tokens(
+        self, requests: Iterable[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Of each (text, context, continuation): ln p of the continuation, and is it greedy?"""
+        rows, counts = [], []
+        for _, context, continuation in requests:
+            row = [*context, *continuation]
+            if len(row) > self.max_length + 1:
+                self.truncated += 1
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"A continuation of {len(continuation)} tokens does not fit into the model's "
+                    f"context of {self.max_length}; extend it by rope_scaling (YaRN)"
+                )
+            rows.append(row[-(self.max_length + 1) :])
+            counts.append(len(continuation))
+        answers = []
+        for score, n in zip(self._evaluator.score(rows), counts, strict=True):
+            log_p = -float(score.losses[-n:].sum(dtype="float64"))
+            answers.append((log_p, bool((score.margins[-n:] == 0).all())))
+        return answers
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of each text ln p of all of it, behind BOS; what does not fit goes on in more windows."""
+        windows, counts = [], []
+        for request in requests:
+            pairs = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )  # fmt: skip
+            own = [(None, *make_disjoint_window(pair)) for pair in pairs]
+            windows += own
+            counts.append(len(own))
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each context, up to the first of the task's stop strings."""
+        by_options: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        texts = [""] * len(requests)
+        for options, numbers in by_options.items():
+            count, stop, sampling = _generation_options(json.loads(options))
+            if count >= self.max_length:
+                raise ValueError(
+                    f"max_gen_toks={count} leaves no room for a prompt in the model's context of "
+                    f"{self.max_length} tokens; lower it in the task's generation_kwargs"
+                )
+            prompts = [
+                self.tok_encode(requests[number].args[0]) or [self.prefix_token_id]
+                for number in numbers
+            ]
+            self.truncated += sum(len(prompt) > self.max_length - count for prompt in prompts)
+            written = self._evaluator.generate(
+                [prompt[-(self.max_length - count) :] for prompt in prompts],
+                max_new_tokens=count, stop=stop, seed=self._seed, **sampling,
+            )  # fmt: skip
+            for number, tokens in zip(numbers, written, strict=True):
+                text = self.tokenizer.decode(tokens)
+                texts[number] = postprocess_generated_text(text, stop, None)
+        return texts
+
+
+def _generation_options(given: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
+    """A task's generation_kwargs as the most new tokens, stop strings, and options of ours."""
+    options = dict(normalize_gen_kwargs(dict(given), _MAX_NEW_TOKENS))
+    count, stop = options.pop("max_gen_toks"), [s for s in options.pop("until") if s]
+    sampled = options.pop("do_sample")
+    sampling = {name: options.pop(name) for name in _SAMPLING if name in options}
+    if options:
+        raise ValueError(
+            f"generation_kwargs {sorted(options)} are not supported; expected until, max_gen_toks, "
+            f"do_sample, {', '.join(_SAMPLING)}"
+        )
+    if not sampled:
+        sampling = {k: v for k, v in sampling.items() if k == "repetition_penalty"}
+    return count, stop, sampling

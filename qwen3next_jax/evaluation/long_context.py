@@ -1,0 +1,339 @@
+"""What a model finds in long texts, by their length and by where in them it stands.
+
+Five tasks of RULER's families (Hsieh et al., arXiv:2404.06654), made here from a few words, so that
+a length is just more of the same and every answer is one word:
+
+- `niah_single`: one sentence binds a word to a key; the word is asked for.
+- `niah_multikey`: four keys, each with its word; one is asked for, the others distract.
+- `niah_multivalue`: one key with four words; all are asked for.
+- `variable_tracking`: a word is put into a box and copied from box to box; a second word goes
+  another way. Asked for are the boxes with the first.
+- `common_words`: a list of words, three of them ten times as frequent as any other; the three.
+
+*Depth* is the place, from 0 to 1, of the first thing to be found; where there are several, the rest
+is spread evenly behind it. Common words are everywhere, and their depth is 0. The *score* is the
+share of the expected words that the model, decoding greedily, writes.
+
+A length is that of the prompt and the room for the answer together. Beyond the context that the
+model was trained on, it is given YaRN with the least power of two that suffices as its factor.
+"""
+
+import dataclasses
+import itertools
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from qwen3next_jax.data.chat import render_chat
+from qwen3next_jax.data.tokenizer import Tokenizer
+from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.evaluation.names import require_known
+from qwen3next_jax.model.decoder import Qwen3Next
+
+KEYS = (
+    "acorn", "anchor", "apron", "badge", "barrel", "basket", "beacon", "bell", "blanket",
+    "bottle", "bridge", "brush", "bucket", "button", "cabin", "candle", "canoe", "carpet",
+    "castle", "chimney", "circle", "coat", "comb", "compass", "cradle", "crown", "curtain",
+    "desk", "drum", "engine", "fence", "flag", "flute", "fork", "garden", "glove", "hammer",
+    "harbor", "hat", "helmet", "jacket", "kettle", "key", "ladder", "lamp", "lantern",
+    "mirror", "needle",
+)  # fmt: skip
+WORDS = (
+    "almond", "amber", "barley", "birch", "cedar", "cherry", "clay", "clover", "cobalt",
+    "copper", "coral", "cotton", "daisy", "emerald", "fern", "flint", "ginger", "granite",
+    "hazel", "honey", "indigo", "iron", "ivory", "jade", "jasmine", "lemon", "lilac", "lime",
+    "linen", "maple", "marble", "mint", "moss", "nutmeg", "olive", "opal", "orange", "pearl",
+    "pepper", "pine", "plum", "quartz", "raven", "rose", "ruby", "saffron", "silver", "walnut",
+)  # fmt: skip
+NOISE = (
+    "Rain fell on the roof.", "The train was late.", "A dog slept by the door.",
+    "Nobody knew the way.", "The wind came from the sea.", "Bread was on the table.",
+    "They walked until dark.", "The lights went out again.",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A text without its noise, and what is asked about it.
+
+    Attributes:
+      found: sentences to be found, in order; the first stands at the depth, the rest behind.
+      distractors: sentences of the same kind, which stand anywhere.
+      question: comes behind the text, and the beginning of the answer with it.
+      answers: the expected words.
+      noise: what the text is filled up with.
+    """
+
+    found: tuple[str, ...]
+    distractors: tuple[str, ...]
+    question: str
+    answers: tuple[str, ...]
+    noise: tuple[str, ...] = NOISE
+
+
+def long_context(
+    evaluator: Evaluator,
+    *,
+    tasks: Sequence[str] = (),
+    lengths: Sequence[int] = (),
+    depths: int = 5,
+    samples: int = 4,
+    chat: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Asks the questions.
+
+    Args:
+      evaluator: the model.
+      tasks: names of `TASKS`; (): all.
+      lengths: in tokens; (): powers of two from 1024 (or a quarter of a shorter context) to the
+        model's context.
+      depths: how many, evenly from 0 to 1.
+      samples: questions for each task, length and depth.
+      chat: ask as the user's message in the model's chat template.
+      seed: of the questions; those of a cell depend on nothing else.
+
+    Returns:
+      `score`, and one of each task's name, each the mean of its cells; `cells`, a list of {task,
+      length, depth, score, yarn_factor}; `examples`, of each task one {prompt, answers, output}
+      of the shortest length.
+
+    Raises:
+      ValueError: a task is unknown, or a length is too short for its question, or too long for a
+        model that has a YaRN of its own.
+    """
+    tasks = tuple(tasks) or tuple(TASKS)
+    require_known("tasks of long_context", tasks, tuple(TASKS))
+    config = evaluator.model.config
+    if not lengths:
+        longest = config.context_length
+        powers = (1 << i for i in range(longest.bit_length()))
+        lengths = [n for n in powers if min(1024, longest // 4) <= n <= longest]
+    room = _answer_room(tasks, evaluator.tokenizer)
+    cells: list[dict[str, Any]] = []
+    examples: dict[str, Any] = {}
+    for length in sorted(lengths):
+        factor = yarn_factor(evaluator.model, length)
+        if factor:
+            logging.info(
+                "%d tokens lie beyond the %d that the model was trained on: YaRN, factor %d",
+                length, config.max_position_embeddings, factor,
+            )  # fmt: skip
+        here = evaluator.with_model(with_yarn(evaluator.model, factor)) if factor else evaluator
+        asked = [
+            (task, depth, ask(task, depth, length=length, sample=sample, seed=seed))
+            for task in tasks
+            for depth in (np.linspace(0, 1, depths) if task != "common_words" else [0.0])
+            for sample in range(samples)
+        ]
+        prompts = [
+            fit(question, depth, length - room, evaluator.tokenizer, chat=chat)
+            for _, depth, question in asked
+        ]
+        outputs = here.generate([tokens for tokens, _ in prompts], max_new_tokens=room - 1)
+        scores: dict[tuple[str, float], list[float]] = {}
+        for (task, depth, question), (_, text), output in zip(asked, prompts, outputs, strict=True):
+            written = evaluator.tokenizer.decode(output)
+            scores.setdefault((task, float(depth)), []).append(score(written, question.answers))
+            example = {"prompt": text, "answers": list(question.answers), "output": written}
+            examples.setdefault(task, example)
+        cells += [
+            {
+                "task": task, "length": length, "depth": round(depth, 4),
+                "score": float(np.mean(values)), "yarn_factor": factor,
+            }
+            for (task, depth), values in scores.items()
+        ]  # fmt: skip
+        means = {t: np.mean([c["score"] for c in cells if (c["task"], c["length"]) == (t, length)])
+                 for t in tasks}  # fmt: skip
+        summary = ", ".join(f"{task} {mean:.2f}" for task, mean in means.items())
+        logging.info("Long context, %d tokens: %s", length, summary)
+    by_task = {t: float(np.mean([c["score"] for c in cells if c["task"] == t])) for t in tasks}
+    mean = float(np.mean([c["score"] for c in cells]))
+    return {"score": mean, **by_task, "cells": cells, "examples": examples}
+
+
+def ask(task: str, depth: float, *, length: int, sample: int, seed: int) -> Question:
+    """The question of a task that these numbers decide."""
+    rng = np.random.default_rng(
+        [seed, zlib.crc32(task.encode()), length, round(float(depth) * 10_000), sample]
+    )
+    return TASKS[task](rng)
+
+
+def fit(
+    question: Question, depth: float, length: int, tokenizer: Tokenizer, *, chat: bool = False
+) -> tuple[list[int], str]:
+    """The tokens and the text of a question, with as much noise as `length` tokens have room for.
+
+    Raises:
+      ValueError: there is no room for the question itself.
+    """
+
+    def prompt(sentences: int) -> tuple[list[int], str]:
+        text = _write(question, depth, sentences)
+        return _tokens(text, question.question, tokenizer, chat), text + question.question
+
+    if len(prompt(0)[0]) > length:
+        raise ValueError(
+            f"A question of {len(prompt(0)[0])} tokens does not fit into {length}; ask at greater "
+            "lengths"
+        )
+    # A sentence more is tokens more, so the most that fit are found by halving.
+    fits, too_many = 0, length
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if len(prompt(middle)[0]) <= length:
+            fits = middle
+        else:
+            too_many = middle
+    return prompt(fits)
+
+
+def score(output: str, answers: Sequence[str]) -> float:
+    """The share of the expected words that are in the output."""
+    words = set(re.findall(r"\w+", output.lower()))
+    return sum(answer in words for answer in answers) / len(answers)
+
+
+def yarn_factor(model: Qwen3Next, length: int) -> int:
+    """The YaRN factor that a model needs for a length; 0 for none.
+
+    Raises:
+      ValueError: the length exceeds the context of a model that has a YaRN of its own.
+    """
+    config = model.config
+    if length <= config.context_length:
+        return 0
+    if config.rope_scaling is not None:
+        raise ValueError(
+            f"A length of {length} exceeds the context of {config.context_length} tokens, which "
+            "the model has by rope_scaling (YaRN) already; raise its factor or ask for less"
+        )
+    return 1 << (-(-length // config.max_position_embeddings) - 1).bit_length()
+
+
+def with_yarn(model: Qwen3Next, factor: int) -> Qwen3Next:
+    """The same parameters with their context extended."""
+    scaling = {
+        "rope_type": "yarn", "factor": float(factor),
+        "original_max_position_embeddings": model.config.max_position_embeddings,
+    }  # fmt: skip
+    config = dataclasses.replace(model.config, rope_scaling=scaling)
+    model = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(model):
+        if hasattr(module, "config"):
+            module.config = config
+    return model
+
+
+def magic_word_is(key: str, word: str) -> str:
+    """The sentence that binds a word to a key."""
+    return f"The magic word of {key} is {word}."
+
+
+def which_magic_word(key: str) -> str:
+    """The question for it, up to where the word belongs."""
+    return f"\nWhat is the magic word of {key}?\nThe magic word of {key} is"
+
+
+def _answer_room(tasks: Sequence[str], tokenizer: Tokenizer) -> int:
+    """Tokens kept free for an answer, one number for all tasks: twice the longest, and a few."""
+    longest = 0
+    for task in tasks:
+        for i in range(8):
+            answers = TASKS[task](np.random.default_rng(i)).answers
+            longest = max(longest, len(tokenizer.encode(" " + ", ".join(answers))))
+    return 2 * longest + 6
+
+
+def _write(question: Question, depth: float, sentences: int) -> str:
+    """The text: so many sentences of noise, and among them what is to be found."""
+    rng = np.random.default_rng(zlib.crc32(repr((question, depth)).encode()))
+    first = round(depth * sentences)
+    n = len(question.found)
+    places = [(first + (sentences - first) * i // n, i) for i in range(n)]
+    at: dict[int, list[str]] = {}
+    for place, i in places:
+        at.setdefault(place, []).append(question.found[i])
+    for distractor in question.distractors:
+        there = at.setdefault(int(rng.integers(sentences + 1)), [])
+        there.insert(int(rng.integers(len(there) + 1)), distractor)
+    parts = []
+    for i in range(sentences + 1):
+        parts += at.get(i, [])
+        if i < sentences:
+            parts.append(question.noise[i % len(question.noise)])
+    return " ".join(parts)
+
+
+def _tokens(text: str, question: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
+    if not chat:
+        tokens = tokenizer.encode(text + question)
+        return [tokenizer.bos_id, *tokens] if tokenizer.adds_bos else tokens
+    # The beginning of the answer is not the user's to write.
+    asked, _, begun = question.rpartition("\n")
+    rendered = render_chat(
+        [{"role": "user", "content": text + asked}], tokenizer.chat_template,
+        special_tokens=tokenizer.special_tokens,
+    )  # fmt: skip
+    return tokenizer.encode(rendered + begun, parse_special=True)
+
+
+def _single(rng: np.random.Generator) -> Question:
+    return _multikey(rng, keys=1)
+
+
+def _multikey(rng: np.random.Generator, *, keys: int = 4) -> Question:
+    names, values = rng.permutation(KEYS)[:keys], rng.permutation(WORDS)[:keys]
+    needle, *others = (magic_word_is(k, v) for k, v in zip(names, values, strict=True))
+    return Question((needle,), tuple(others), which_magic_word(names[0]), (str(values[0]),))
+
+
+def _multivalue(rng: np.random.Generator) -> Question:
+    name, values = rng.choice(KEYS), rng.permutation(WORDS)[:4]
+    return Question(
+        tuple(f"A magic word of {name} is {value}." for value in values), (),
+        f"\nWhat are the four magic words of {name}?\nThe four magic words of {name} are",
+        tuple(map(str, values)),
+    )  # fmt: skip
+
+
+def _variable_tracking(rng: np.random.Generator) -> Question:
+    boxes, (word, other) = rng.permutation(KEYS)[:8], rng.permutation(WORDS)[:2]
+
+    def chain(names, word):
+        yield f"The {names[0]} box holds {word}."
+        for before, name in itertools.pairwise(names):
+            yield f"The {name} box holds what the {before} box holds."
+
+    return Question(
+        tuple(chain(boxes[:4], word)), tuple(chain(boxes[4:], other)),
+        f"\nWhich four boxes hold {word}?\nThe four boxes that hold {word} are",
+        tuple(map(str, boxes[:4])),
+    )  # fmt: skip
+
+
+def _common_words(rng: np.random.Generator) -> Question:
+    words = rng.permutation(WORDS)
+    common, rare = words[:3], words[3:23]
+    noise = rng.permutation([*np.repeat(common, 10), *rare])
+    return Question(
+        (), (),
+        "\nWhat are the three most frequent words?\nThe three most frequent words are",
+        tuple(map(str, common)), tuple(map(str, noise)),
+    )  # fmt: skip
+
+
+TASKS: dict[str, Callable[[np.random.Generator], Question]] = {
+    "niah_single": _single,
+    "niah_multikey": _multikey,
+    "niah_multivalue": _multivalue,
+    "variable_tracking": _variable_tracking,
+    "common_words": _common_words,
+}

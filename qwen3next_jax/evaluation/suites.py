@@ -1,0 +1,192 @@
+"""The suites by name, for `eval.py` and for training: what they are given, and how they are told.
+
+- `perplexity`: cross-entropy and bits per byte, by document length and position.
+- `lm_eval`: tasks of lm-evaluation-harness.
+- `long_context`: retrieval by length and depth.
+- `speculation`: how many of the MTP module's drafts stand.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from absl import logging
+
+from qwen3next_jax.config import EvaluationConfig
+from qwen3next_jax.data.sources import Records
+from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.evaluation.long_context import TASKS, long_context
+from qwen3next_jax.evaluation.names import require_known
+from qwen3next_jax.evaluation.perplexity import document_perplexity
+from qwen3next_jax.evaluation.speculation import speculation
+
+SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
+
+Domains = Callable[[], Mapping[str, Records]]
+
+
+def check_suites(names: Iterable[str], options: EvaluationConfig) -> None:
+    """Refuses what can be seen to be wrong before anything is computed.
+
+    Raises:
+      ValueError: a suite or a task of long_context is unknown, or lm_eval has no tasks.
+      ModuleNotFoundError: lm-evaluation-harness is wanted and not installed.
+    """
+    names = tuple(names)
+    require_known("suites", names, SUITES)
+    require_known("tasks of long_context", options.long_context_tasks, tuple(TASKS))
+    if "lm_eval" in names:
+        _harness()
+        if not options.tasks:
+            raise ValueError("The suite lm_eval needs tasks; name some, or YAML files of your own")
+
+
+def run_suite(
+    name: str,
+    evaluator: Evaluator,
+    options: EvaluationConfig,
+    domains: Domains,
+    *,
+    on_error: str = "raise",
+) -> dict[str, Any]:
+    """The results of a suite; its own module says what they are.
+
+    Args:
+      name: one of `SUITES`.
+      evaluator: the model.
+      options: see there.
+      domains: gives the texts for "perplexity" and "speculation", by name.
+      on_error: of those texts, "raise", or "skip" records that cannot be used.
+
+    Raises:
+      ValueError: what is asked for is unknown, or does not fit the model.
+    """
+    check_suites([name], options)
+    limit = options.limit
+    if name == "perplexity":
+        return document_perplexity(
+            evaluator, domains(), length=options.length, limit=limit, on_error=on_error
+        )
+    if name == "speculation":
+        return speculation(
+            evaluator, domains(), prompts=limit or 16, drafts=options.drafts, on_error=on_error
+        )
+    if name == "long_context":
+        return long_context(
+            evaluator, tasks=options.long_context_tasks, lengths=options.lengths,
+            depths=options.depths, samples=limit or 4, chat=options.chat, seed=options.seed,
+        )  # fmt: skip
+    return _harness().run_tasks(
+        evaluator, options.tasks, include_path=options.include_path,
+        num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot, chat=options.chat,
+        limit=limit, confirm_run_unsafe_code=options.confirm_run_unsafe_code, seed=options.seed,
+    )  # fmt: skip
+
+
+def run_suites(
+    evaluator: Evaluator, options: EvaluationConfig, domains: Domains, *, on_error: str = "raise"
+) -> dict[str, Any]:
+    """What `options.suites` say of a model in training, for a line of metrics.jsonl.
+
+    Returns:
+      `eval_SUITE_NAME` for each number, and `eval_long_context_cells`, the suite's list.
+    """
+    metrics: dict[str, Any] = {}
+    for name in options.suites:
+        result = run_suite(name, evaluator, options, domains, on_error=on_error)
+        logging.info("%s:\n%s", name, table(name, result))
+        metrics |= {f"eval_{name}_{key}": value for key, value in scalars(name, result).items()}
+        if "cells" in result:
+            metrics[f"eval_{name}_cells"] = [
+                {key: cell[key] for key in ("task", "length", "depth", "score")}
+                for cell in result["cells"]
+            ]
+    return metrics
+
+
+def scalars(name: str, result: Mapping[str, Any]) -> dict[str, float]:
+    """A suite's results that are one number each."""
+    if name == "lm_eval":
+        found = result["tasks"].items()
+        return {
+            f"{task}_{metric.replace(',', '_')}": value
+            for task, metrics in found
+            for metric, value in metrics.items()
+        }
+    numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    if name == "speculation":
+        places = enumerate(result["acceptance"], 1)
+        numbers |= {f"acceptance_{place}": share for place, share in places}
+    return numbers
+
+
+def table(name: str, result: Mapping[str, Any]) -> str:
+    """A suite's results for a terminal."""
+    if name == "perplexity":
+        heads = ["", "documents", "tokens", "nats a token", "bits a byte"]
+        rows = [["all", *_perplexity_row(result)]]
+        rows += [[n, *_perplexity_row(part)] for n, part in result.get("domains", {}).items()]
+        for key, what in (("by_length", "documents of"), ("by_position", "tokens behind")):
+            rows += [
+                [f"{what} {part['from']}–{part['to'] - 1}", *_perplexity_row(part)]
+                for part in result[key]
+            ]
+        return _aligned(heads, rows)
+    if name == "lm_eval":
+        heads = ["task", "metric", "value", "±"]
+        rows = []
+        for task, metrics in result["tasks"].items():
+            for metric, value in metrics.items():
+                base, comma, filtered = metric.partition(",")
+                if base.endswith("_stderr") or base == "sample_len":
+                    continue
+                error = metrics.get(f"{base}_stderr{comma}{filtered}")
+                rows.append([task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"])
+        return _aligned(heads, rows)
+    if name == "speculation":
+        heads = ["", *(f"draft {i + 1}" for i in range(len(result["acceptance"]))),
+                 "tokens a pass", "passes"]  # fmt: skip
+        parts = {"all": result, **(result["domains"] if len(result["domains"]) > 1 else {})}
+        return _aligned(heads, [
+            [n, *(f"{share:.1%}" for share in part["acceptance"]),
+             f"{part['tokens_per_pass']:.2f}", f"{part['drafted']}"]
+            for n, part in parts.items()
+        ])  # fmt: skip
+    cells = result["cells"]
+    lengths = sorted({cell["length"] for cell in cells})
+    rows = []
+    for place in dict.fromkeys((cell["task"], cell["depth"]) for cell in cells):
+        scores = {c["length"]: c["score"] for c in cells if (c["task"], c["depth"]) == place}
+        task, depth = place
+        rows.append([task, f"{depth:.0%}", *(f"{scores[n]:.2f}" for n in lengths)])
+    return _aligned(["task", "depth", *map(str, lengths)], rows)
+
+
+def _perplexity_row(part: Mapping[str, Any]) -> list[str]:
+    bits = part.get("bits_per_byte")
+    return [
+        f"{part['documents']:,}" if "documents" in part else "",
+        f"{part['tokens']:,}",
+        f"{part['ce']:.4f}",
+        "" if bits is None else f"{bits:.4f}",
+    ]
+
+
+def _aligned(heads: list[str], rows: list[list[str]]) -> str:
+    """Columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+
+    def line(row):
+        cells = (
+            c.rjust(w) if i else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(heads), line(["-" * w for w in widths]), *map(line, rows)])
+
+
+def _harness():
+    # It brings PyTorch and transformers along, and takes seconds to import.
+    from qwen3next_jax.evaluation import harness
+
+    return harness
