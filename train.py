@@ -68,9 +68,11 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
     from qwen3next_jax.evaluation.perplexity import perplexity
     from qwen3next_jax.evaluation.report import Report
     from qwen3next_jax.evaluation.samples import samples
+    from qwen3next_jax.evaluation.suites import check_suites, suites_in_training
     from qwen3next_jax.parallel.processes import process_0_first
     from qwen3next_jax.training.loop import Stopped, train
 
+    check_suites(config.evaluation.suites, config.evaluation)
     name = os.path.splitext(
         os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
     )[0]
@@ -132,6 +134,7 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
             data,
             evaluate=evaluate,
             sample=sample if config.train.sample_tokens else None,
+            suites=suites_in_training(config.evaluation, data),
             report=report,
             should_stop=should_stop,
         )

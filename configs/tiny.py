@@ -125,6 +125,27 @@ def get_config() -> ConfigDict:
         )
     )
 
+    # Suites that are run on the model in training; docs/evaluation.md tells of them.
+    config.evaluation = ConfigDict(
+        dict(
+            suites=(),  # "perplexity", "lm_eval", "long_context", "speculation"
+            every=0,  # steps; 0: only at the end
+            batch_size=0,  # rows at a time; 0: 8192 tokens a device
+            limit=0,  # documents, prompts or questions of a cell; 0: all, or the suite's default
+            length=0,  # perplexity: tokens of a document read at once; 0: the context
+            tasks=(),  # lm_eval: names of the harness's tasks, or YAML files
+            include_path="",  # lm_eval: a directory with more of them
+            num_fewshot=-1,  # lm_eval: examples before a question; -1: as the task says
+            confirm_run_unsafe_code=False,  # lm_eval: run what the model writes, if a task does
+            long_context_tasks=(),  # (): all
+            lengths=(),  # long_context, in tokens; (): powers of two up to the context
+            depths=5,  # long_context
+            drafts=2,  # speculation: tokens drafted at a time
+            chat=False,  # lm_eval, long_context: ask through the chat template
+            seed=1234,  # of the suites
+        )
+    )
+
     # Sizes of the mesh axes; -1 takes the devices that are left.
     config.mesh = ConfigDict(
         dict(

@@ -425,7 +425,9 @@ class MeshConfig:
 class EvaluationConfig:
     """What the suites of `evaluation/` are given, by `eval.py` and during training."""
 
-    suites: tuple[str, ...] = ()  # during training: "perplexity", "lm_eval", "long_context", ...
+    # During training: "perplexity", "lm_eval", "long_context", "speculation".
+    suites: tuple[str, ...] = ()
+    every: int = 0  # steps of training; 0: only at the end
     batch_size: int = 0  # rows at a time; 0: as many as have 8192 tokens a device
     # Documents ("perplexity", of each task of "lm_eval"), prompts of each domain ("speculation"),
     # or questions of each cell ("long_context"); 0: all, all, 16, 4.
@@ -453,6 +455,7 @@ class RunConfig:
     train: TrainConfig
     precision: PrecisionConfig
     mesh: MeshConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     # What may differ when a run goes on from its checkpoint. The learning rate's schedule is a
     # function of the step, so a longer run follows the longer schedule from there on.
@@ -463,6 +466,7 @@ class RunConfig:
         "train.remat", "train.loss_chunk", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.context",
         "mesh.tensor", "mesh.num_slices", "mesh.moe_buffer_factor", "mesh.on_overflow",
         "mesh.max_replicated",
+        *(f"evaluation.{field.name}" for field in dataclasses.fields(EvaluationConfig)),
     )  # fmt: skip
 
     @classmethod
@@ -474,11 +478,11 @@ class RunConfig:
         """
         sections = {field.name: field.type for field in dataclasses.fields(cls)}
         _refuse_unknown("config", set(given) - set(sections), sections)
-        missing = [name for name in sections if name not in given]
+        missing = [name for name in sections if name not in given and name != "evaluation"]
         if missing:
             raise ValueError(f"The config lacks the sections {', '.join(missing)}")
         model = ModelConfig._from_mapping(dict(given["model"]), refuse_unknown=True)
-        rest = {name: _section(name, kind, given[name]) for name, kind in _SECTIONS.items()}
+        rest = {name: _section(name, kind, given.get(name, {})) for name, kind in _SECTIONS.items()}
         config = cls(model=model, **rest)
         problems = list(_run_problems(config))
         if problems:
@@ -514,6 +518,7 @@ _SECTIONS = {
     "train": TrainConfig,
     "precision": PrecisionConfig,
     "mesh": MeshConfig,
+    "evaluation": EvaluationConfig,
 }
 _MODEL_EXTRAS = ("mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init", "extra")
 
@@ -566,7 +571,9 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         "train.mtp_loss_weight": 0, "train.router_z_loss_weight": 0, "optimizer.learning_rate": 0,
         "optimizer.warmup_steps": 0,
         "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "data.num_shards": 1,
-        "data.window_rows": 1,
+        "data.window_rows": 1, "evaluation.every": 0, "evaluation.batch_size": 0,
+        "evaluation.limit": 0, "evaluation.length": 0, "evaluation.num_fewshot": -1,
+        "evaluation.depths": 1, "evaluation.drafts": 1,
     }  # fmt: skip
     unit = ("data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
             "mesh.max_replicated")  # fmt: skip
@@ -596,6 +603,8 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     if len(train.profile_steps) not in (0, 2):
         yield f"train.profile_steps={train.profile_steps} must be () or (first, last)"
     yield from _data_problems(c.data)
+    if "speculation" in c.evaluation.suites and not c.model.mtp_steps:
+        yield "evaluation.suites has 'speculation', but model.mtp_steps=0: there is no MTP module"
     if train.global_batch_size % max(c.data.num_shards, 1):
         yield _not_divisible("train.global_batch_size", train.global_batch_size,
                              "data.num_shards", c.data.num_shards)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on data made on the spot: YAML files, and JSON lines beside them."""
+"""Tasks of lm-evaluation-harness on data made on the spot: YAML files, JSON lines beside them."""
 
 import json
 

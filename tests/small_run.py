@@ -17,6 +17,7 @@ from configs import tiny  # noqa: E402
 from qwen3next_jax.config import RunConfig  # noqa: E402
 from qwen3next_jax.data.pipeline import evaluation_batches, load_data  # noqa: E402
 from qwen3next_jax.evaluation.perplexity import perplexity  # noqa: E402
+from qwen3next_jax.evaluation.suites import suites_in_training  # noqa: E402
 from qwen3next_jax.training import loop  # noqa: E402
 
 
@@ -64,7 +65,8 @@ def run(config, workdir, **hooks):
         )
         return perplexity(graph, params, batches, text_bytes=data.held_out_bytes)
 
-    return loop.train(config, workdir, data, evaluate=evaluate, **hooks)
+    suites = suites_in_training(config.evaluation, data)
+    return loop.train(config, workdir, data, evaluate=evaluate, suites=suites, **hooks)
 
 
 if __name__ == "__main__":

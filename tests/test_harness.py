@@ -108,7 +108,7 @@ def test_each_request_and_each_accuracy_equal_the_transformers_backends(
 
 
 def test_code_is_not_run_unless_allowed_in_so_many_words(checkpoint, tasks):
-    with pytest.raises(ValueError, match="local_code would run code .* --confirm_run_unsafe_code"):
+    with pytest.raises(ValueError, match=r"local_code would run code .* --confirm_run_unsafe_code"):
         run_ours(checkpoint, tasks, ["local_code", "local_choice"])
     allowed = run_ours(checkpoint, tasks, ["local_code"], confirm_run_unsafe_code=True)
     assert allowed["tasks"]["local_code"]["exact_match"] == 0

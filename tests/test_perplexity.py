@@ -2,10 +2,14 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from oracles import quick_jit, random_model, small_config
 
-from qwen3next_jax.evaluation.perplexity import perplexity
+from qwen3next_jax.data.sources import Record
+from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.evaluation.perplexity import document_perplexity, perplexity
 from qwen3next_jax.training.loss import complete_batch
 
 
@@ -30,3 +34,53 @@ def test_bits_per_byte_are_the_plain_sum_over_all_tokens_and_batches():
     # float32 sums against float64 ones
     np.testing.assert_allclose(got["eval_ce"], nats / count, rtol=1e-5)
     np.testing.assert_allclose(got["eval_bits_per_byte"], nats / math.log(2) / 333, rtol=1e-5)
+
+
+def test_documents_are_told_by_length_and_tokens_by_position():
+    model = random_model(small_config(vocab_size=264))
+    tokenizer = load_tokenizer("bytes")
+    texts = {"a": ["x" * 3, "hello, world" * 4], "b": ["日本" * 5, "y" * 100]}
+    domains = {
+        name: [Record(name=text, text=text) for text in part] for name, part in texts.items()
+    }
+    length = 64
+    got = document_perplexity(Evaluator(model, tokenizer), domains, length=length)
+
+    nats, positions, by_text = 0.0, {}, {}
+    for text in (*texts["a"], *texts["b"]):
+        ids = [tokenizer.bos_id, *text.encode(), tokenizer.eos_id]
+        own = []
+        for start in range(0, len(ids) - 1, length):
+            piece = ids[start : start + length + 1]
+            logits = np.asarray(model(jnp.asarray([piece])), np.float64)[0]
+            for i, target in enumerate(piece[1:]):
+                own.append(np.log(np.exp(logits[i]).sum()) - logits[i, target])
+                positions.setdefault(int(math.log2(i + 1)), []).append(own[-1])
+        by_text[text] = own
+        nats += sum(own)
+    tokens = sum(map(len, by_text.values()))
+    size = sum(len(text.encode()) for text in by_text)
+    assert (got["documents"], got["tokens"], got["cut_documents"]) == (4, tokens, 1)
+    # float32 sums against float64 ones
+    np.testing.assert_allclose(got["ce"], nats / tokens, rtol=1e-5)
+    np.testing.assert_allclose(got["bits_per_byte"], nats / math.log(2) / size, rtol=1e-5)
+    assert [(p["from"], p["to"], p["tokens"]) for p in got["by_position"]] == [
+        (2**i, 2 ** (i + 1), len(positions[i])) for i in sorted(positions)
+    ]
+    for part, i in zip(got["by_position"], sorted(positions), strict=True):
+        np.testing.assert_allclose(part["ce"], np.mean(positions[i]), rtol=1e-5)
+    # 4, 49, 31 and 101 tokens, EOS among them.
+    assert [(p["from"], p["documents"]) for p in got["by_length"]] == [
+        (4, 1), (16, 1), (32, 1), (64, 1),
+    ]  # fmt: skip
+    np.testing.assert_allclose(got["by_length"][3]["ce"], np.mean(by_text["y" * 100]), rtol=1e-5)
+    np.testing.assert_allclose(
+        got["domains"]["a"]["ce"],
+        np.mean([x for text in texts["a"] for x in by_text[text]]), rtol=1e-5,
+    )  # fmt: skip
+
+
+def test_a_length_beyond_the_context_is_refused():
+    model = random_model(small_config(vocab_size=264))
+    with pytest.raises(ValueError, match="length=513 exceeds the model's context of 512 tokens"):
+        document_perplexity(Evaluator(model, load_tokenizer("bytes")), {}, length=513)

@@ -9,15 +9,18 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 from absl import logging
 
 from qwen3next_jax.config import EvaluationConfig
+from qwen3next_jax.data.pipeline import Data
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.evaluation.long_context import TASKS, long_context
 from qwen3next_jax.evaluation.names import require_known
 from qwen3next_jax.evaluation.perplexity import document_perplexity
 from qwen3next_jax.evaluation.speculation import speculation
+from qwen3next_jax.model.decoder import Qwen3Next
 
 SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
 
@@ -28,12 +31,19 @@ def check_suites(names: Iterable[str], options: EvaluationConfig) -> None:
     """Refuses what can be seen to be wrong before anything is computed.
 
     Raises:
-      ValueError: a suite or a task of long_context is unknown, or lm_eval has no tasks.
+      ValueError: a suite or a task of long_context is unknown, lm_eval has no tasks, or what
+        generates text is to run in several processes.
       ModuleNotFoundError: lm-evaluation-harness is wanted and not installed.
     """
     names = tuple(names)
     require_known("suites", names, SUITES)
     require_known("tasks of long_context", options.long_context_tasks, tuple(TASKS))
+    generating = [name for name in names if name != "perplexity"]
+    if generating and jax.process_count() > 1:
+        raise ValueError(
+            f"{', '.join(generating)} generate text, which works in one process, and there are "
+            f"{jax.process_count()}; evaluate the run's checkpoints by eval.py instead"
+        )
     if "lm_eval" in names:
         _harness()
         if not options.tasks:
@@ -82,25 +92,34 @@ def run_suite(
     )  # fmt: skip
 
 
-def run_suites(
-    evaluator: Evaluator, options: EvaluationConfig, domains: Domains, *, on_error: str = "raise"
-) -> dict[str, Any]:
-    """What `options.suites` say of a model in training, for a line of metrics.jsonl.
+def suites_in_training(
+    options: EvaluationConfig, data: Data
+) -> Callable[[Qwen3Next], dict[str, Any]] | None:
+    """What a training run calls with its model, for a line of metrics.jsonl; None for no suites.
 
-    Returns:
-      `eval_SUITE_NAME` for each number, and `eval_long_context_cells`, the suite's list.
+    It returns `eval_SUITE_NAME` for each number that a suite results in, and
+    `eval_long_context_cells`, a list of {task, length, depth, score}. Texts are the held-out ones.
     """
-    metrics: dict[str, Any] = {}
-    for name in options.suites:
-        result = run_suite(name, evaluator, options, domains, on_error=on_error)
-        logging.info("%s:\n%s", name, table(name, result))
-        metrics |= {f"eval_{name}_{key}": value for key, value in scalars(name, result).items()}
-        if "cells" in result:
-            metrics[f"eval_{name}_cells"] = [
-                {key: cell[key] for key in ("task", "length", "depth", "score")}
-                for cell in result["cells"]
-            ]
-    return metrics
+    if not options.suites:
+        return None
+
+    def run(model: Qwen3Next) -> dict[str, Any]:
+        evaluator = Evaluator(model, data.tokenizer, batch_size=options.batch_size)
+        metrics: dict[str, Any] = {}
+        for name in options.suites:
+            result = run_suite(
+                name, evaluator, options, lambda: data.held_out_parts, on_error=data.on_error
+            )
+            logging.info("%s:\n%s", name, table(name, result))
+            metrics |= {f"eval_{name}_{key}": value for key, value in scalars(name, result).items()}
+            if "cells" in result:
+                metrics[f"eval_{name}_cells"] = [
+                    {key: cell[key] for key in ("task", "length", "depth", "score")}
+                    for cell in result["cells"]
+                ]
+        return metrics
+
+    return run
 
 
 def scalars(name: str, result: Mapping[str, Any]) -> dict[str, float]:

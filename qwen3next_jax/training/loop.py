@@ -47,6 +47,7 @@ from qwen3next_jax.training.step import TrainState, first_bad_parameter, initial
 
 Evaluate = Callable[[nnx.GraphDef, nnx.State], dict[str, Any]]
 Sample = Callable[[Qwen3Next], list[dict[str, Any]]]
+Suites = Callable[[Qwen3Next], dict[str, Any]]
 
 
 class Stopped(Exception):
@@ -68,6 +69,7 @@ def train(
     *,
     evaluate: Evaluate,
     sample: Sample | None = None,
+    suites: Suites | None = None,
     report: Callable[[], None] = lambda: None,
     should_stop: ShouldStop = lambda step: False,
 ) -> tuple[Qwen3Next, int]:
@@ -81,6 +83,7 @@ def train(
       evaluate: from a split model to metrics; called every `eval_every` steps and at the end.
       sample: from the model to lines for samples.jsonl; called every `sample_every` steps and at
         the end. None: no samples.
+      suites: from the model to more metrics; called every `evaluation.every` steps and at the end.
       report: called in process 0 after each evaluation and each checkpoint, the last ones included.
       should_stop: of the step just taken, whether to save and leave; see `processes.joined`.
 
@@ -96,7 +99,7 @@ def train(
     """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return _train(config, workdir, data, mesh, evaluate, sample, report, should_stop)
+        return _train(config, workdir, data, mesh, evaluate, sample, suites, report, should_stop)
 
 
 def _train(
@@ -106,6 +109,7 @@ def _train(
     mesh: Mesh,
     evaluate: Evaluate,
     sample: Sample | None,
+    suites: Suites | None,
     report: Callable[[], None],
     should_stop: ShouldStop,
 ) -> tuple[Qwen3Next, int]:
@@ -160,8 +164,10 @@ def _train(
             evaluating = _due(step, t.eval_every, t.num_steps) and not stopping
             saving = _due(step, t.checkpoint_every, t.num_steps) or stopping
             sampling = sample and _due(step, t.sample_every, t.num_steps) and not stopping
+            testing = suites and _due(step, config.evaluation.every, t.num_steps) and not stopping
             profiled = bool(t.profile_steps) and step == t.profile_steps[1]
-            while len(unsettled) > (0 if evaluating or saving or sampling or profiled else ahead):
+            looking = evaluating or saving or sampling or testing or profiled
+            while len(unsettled) > (0 if looking else ahead):
                 done, metrics, batch, read = unsettled.popleft()
                 if np.asarray(metrics.pop("halted")):
                     values = _on_host(metrics)
@@ -191,6 +197,10 @@ def _train(
             scores = evaluate(program.graph, state.params) if evaluating else {}
             if scores:
                 writer.write(step, scores | clock.taken("evaluation"))
+            if suites and testing:
+                with no_mesh():  # as below; what divides over the mesh sets it itself
+                    tested = suites(nnx.merge(program.graph, state.params))
+                writer.write(step, tested | clock.taken("suites"))
             if sample and sampling:
                 with no_mesh():  # a few rows of text do not divide over the mesh
                     writer.write_samples(step, sample(nnx.merge(program.graph, state.params)))
@@ -199,7 +209,7 @@ def _train(
                 extras = {"tokens": tokens, "data": _of_all_processes(batches.get_state())}
                 store.save(step, state, extras, metric=scores.get("eval_ce"))
                 clock.spent_on("checkpoint")
-            if evaluating or saving:
+            if evaluating or saving or testing:
                 if jax.process_index() == 0:
                     report()
                 clock.spent_on("report")

@@ -1,0 +1,139 @@
+"""`eval.py` runs each suite on what a run leaves behind; suites in training leave no trace."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from small_run import run, small_config, write_corpus
+
+from qwen3next_jax.config import EvaluationConfig
+from qwen3next_jax.data.pipeline import load_data
+from qwen3next_jax.evaluation.suites import check_suites
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def evaluate(*arguments):
+    return subprocess.run(
+        [sys.executable, "eval.py", *map(str, arguments)],
+        cwd=ROOT, text=True, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+
+def test_unknown_suites_come_with_the_nearest_known_ones():
+    with pytest.raises(ValueError, match=r"'perplexty' \(did you mean 'perplexity'\?\)"):
+        check_suites(["perplexty"], EvaluationConfig())
+    with pytest.raises(ValueError, match=r"'vt' \(expected one of niah_single"):
+        check_suites(["long_context"], EvaluationConfig(long_context_tasks=("vt",)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two runs of one course, the second with suites every three steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = write_corpus(folder / "corpus")
+    options = {
+        "suites": ("perplexity", "long_context", "speculation"), "every": 3, "limit": 2,
+        "long_context_tasks": ("niah_single",), "lengths": (512, 8192), "depths": 2,
+    }  # fmt: skip
+    for name in ("plain", "suites"):
+        changes = {f"evaluation__{k}": v for k, v in options.items() if name == "suites"}
+        run(small_config(corpus, train__sample_tokens=0, **changes), folder / name)
+    return folder
+
+
+def lines(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_suites_in_training_change_no_loss_and_write_their_lines(trained):
+    plain, suites = (lines(trained / name) for name in ("plain", "suites"))
+    names = ("loss", "grad_norm", "ce", "mtp_ce", "eval_ce")
+    course = [
+        [[x["step"], *(x.get(n) for n in names)] for x in run if "loss" in x or "eval_ce" in x]
+        for run in (plain, suites)
+    ]
+    assert course[0] == course[1]
+    found = [x for x in suites if "eval_perplexity_ce" in x]
+    assert [x["step"] for x in found] == [3, 6, 8]
+    for line in found:
+        assert line["eval_perplexity_bits_per_byte"] > 0
+        assert 0 <= line["eval_speculation_acceptance_1"] <= 1
+        assert line["eval_speculation_tokens_per_pass"] >= 1
+        cells = line["eval_long_context_cells"]
+        assert [(c["task"], c["length"], c["depth"]) for c in cells] == [
+            ("niah_single", n, d) for n in (512, 8192) for d in (0, 1)
+        ]
+        assert all(0 <= c["score"] <= 1 for c in cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["perplexity", "long_context", "speculation", "lm_eval"])
+def test_the_command_evaluates_a_run_and_writes_all_it_knows(trained, suite, tmp_path):
+    from local_tasks import write_tasks
+
+    write_tasks(tmp_path / "tasks")
+    output = tmp_path / "out.json"
+    options = {
+        "perplexity": [],
+        "long_context": ["--tasks=niah_single", "--lengths=512", "--depths=2", "--limit=1"],
+        "speculation": ["--limit=2", "--data=stdlib", "--data=synthetic"],
+        "lm_eval": ["--tasks=local_choice", f"--include_path={tmp_path / 'tasks'}", "--limit=2"],
+    }[suite]
+    result = evaluate(
+        f"--workdir={trained / 'plain'}", f"--suite={suite}", f"--output={output}", *options
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    assert report["suite"] == suite
+    assert report["checkpoint"] == str(trained / "plain")
+    assert report["config"]["model"]["hidden_size"] == 32
+    assert report["seeds"] == {"seed": 1234}
+    assert {"python", "jax"} <= report["versions"].keys()
+    if suite == "perplexity":
+        # One document a row, but few are cut: close to what the loop says of packed rows.
+        said = lines(trained / "plain")[-1]["eval_ce"]
+        assert abs(report["results"]["ce"] - said) < 0.1 * said
+        assert "documents of" in result.stdout
+    elif suite == "long_context":
+        assert [c["depth"] for c in report["cells"]] == [0, 1]
+        assert result.stdout.splitlines()[0].split() == ["task", "depth", "512"]
+    elif suite == "speculation":
+        assert set(report["results"]["domains"]) == {"stdlib", "synthetic"}
+    else:
+        assert 0 <= report["results"]["tasks"]["local_choice"]["acc"] <= 1
+
+
+@pytest.mark.slow
+def test_the_command_says_what_it_lacks(trained, tmp_path):
+    workdir = trained / "plain"
+    for arguments, message in (
+        ([], "Give either --workdir=DIR or --checkpoint=DIR"),
+        ([f"--workdir={workdir}", "--suite=lm_evil"], "did you mean 'lm_eval'?"),
+        ([f"--workdir={workdir}", "--suite=lm_eval"], "lm_eval needs tasks"),
+        ([f"--workdir={tmp_path}", "--suite=perplexity"], "is no checkpoint"),
+    ):
+        result = evaluate(*arguments)
+        assert result.returncode != 0
+        assert message in result.stderr + result.stdout
+
+
+def test_held_out_records_are_told_by_the_part_of_the_mixture(tmp_path):
+    for name in ("a", "b"):
+        write_corpus(tmp_path / name)
+    data = load_data(
+        source="mixture",
+        mixture={
+            name: {"weight": 1.0, "source": "text", "path": f"{tmp_path / name}/*.txt"}
+            for name in ("a", "b")
+        },
+        tokenizer="bytes", holdout_fraction=0.5, vocab_size=258,
+        trained_tokenizer=tmp_path / "none",
+    )  # fmt: skip
+    parts = data.held_out_parts
+    assert list(parts) == ["a", "b"]
+    assert sum(map(len, parts.values())) == len(data.held_out) > 0

@@ -1,0 +1,92 @@
+"""What an `Evaluator` finds does not depend on batches, lengths and devices."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import random_model, small_config
+
+from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.evaluation.evaluator import Evaluator, bucket
+from qwen3next_jax.inference.decode import generate
+
+HERE = pathlib.Path(__file__).parent
+
+
+def test_a_length_is_rounded_up_to_one_of_a_few():
+    for length in range(1, 20_000):
+        assert length <= bucket(length) <= max(64, length * 3 // 2)
+    assert len({bucket(length) for length in range(1, 20_000)}) == 18
+
+
+@pytest.fixture(scope="module")
+def model():
+    # As many tokens as the tokenizer of bytes has, and an MTP module that must not matter.
+    return random_model(small_config(vocab_size=264, mtp_steps=1), scale=0.3)
+
+
+def rows():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, n).tolist() for n in (2, 70, 65, 1, 30, 99, 64)]
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """Each row alone and without padding: its losses, and whether a token is the likeliest."""
+    found = []
+    for row in rows():
+        logits = np.asarray(model(jnp.asarray([row])), np.float64)[0, :-1]
+        losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(row) - 1), row[1:]]
+        found.append((losses, logits.argmax(-1) == row[1:]))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 0])
+def test_scores_are_those_of_each_row_alone(model, plain, batch_size):
+    scores = Evaluator(model, load_tokenizer("bytes"), batch_size=batch_size).score(rows())
+    for (losses, likeliest), score in zip(plain, scores, strict=True):
+        # float32 over at most a hundred tokens, against the same hidden states in float64.
+        np.testing.assert_allclose(score.losses, losses, atol=1e-4)
+        np.testing.assert_array_equal(score.margins == 0, likeliest)
+
+
+def test_a_row_beyond_the_context_is_refused(model):
+    evaluator = Evaluator(model, load_tokenizer("bytes"))
+    with pytest.raises(
+        ValueError, match=r"reads 513 of them; the model's context has 512\. Cut it"
+    ):
+        evaluator.score([[1] * 514])
+
+
+def test_continuations_are_those_of_each_prompt_alone_up_to_the_stop_string(model):
+    tokenizer = load_tokenizer("bytes")
+    evaluator = Evaluator(model, tokenizer, batch_size=2)
+    prompts = [row for row in rows() if len(row) < 80][:3]
+    want = [generate(model, [p], max_new_tokens=12, speculative=False)[0] for p in prompts]
+    got = evaluator.generate(prompts, max_new_tokens=12)
+    # The random model ends no text by itself, and no two of its logits are tied.
+    assert got == want
+    stop = tokenizer.decode(want[0][4:5])
+    stopped = evaluator.generate(prompts, max_new_tokens=12, stop=[stop])
+    for tokens, text in zip(stopped, want, strict=True):
+        first = next((i for i, t in enumerate(text) if tokenizer.decode([t]) == stop), len(text))
+        assert tokens == text[: first + 1]
+
+
+@pytest.mark.slow
+def test_scores_and_texts_of_eight_devices_are_those_of_one():
+    result = subprocess.run(
+        [sys.executable, "tests/split_evaluation.py"],
+        cwd=HERE.parent, text=True, capture_output=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert set(found) == {"fsdp", "expert", "context", "tensor_fsdp", "in a run's mesh"}
+    for name, (difference, same_text, same_greedy) in found.items():
+        assert difference < 1e-4, name  # float32, summed in another order
+        assert same_text, name
+        assert same_greedy, name

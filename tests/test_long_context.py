@@ -1,0 +1,126 @@
+"""The questions are what they say they are, and a score counts the words that were asked for."""
+
+import re
+
+import numpy as np
+import pytest
+from oracles import random_model, small_config
+
+from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.evaluation.long_context import (
+    KEYS,
+    TASKS,
+    WORDS,
+    ask,
+    fit,
+    long_context,
+    score,
+    with_yarn,
+    yarn_factor,
+)
+
+TOKENIZER = load_tokenizer("bytes")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("length", [700, 3000])
+def test_a_prompt_fills_its_length_and_holds_its_answers_at_its_depth(task, depth, length):
+    question = ask(task, depth, length=length, sample=0, seed=0)
+    tokens, text = fit(question, depth, length, TOKENIZER)
+    longest = max(len(TOKENIZER.encode(" " + noise)) for noise in question.noise)
+    assert length - longest < len(tokens) <= length
+    assert text.endswith(question.question)
+    body = text.removesuffix(question.question)
+    assert all(answer in re.findall(r"\w+", body) for answer in question.answers)
+    if question.found:
+        places = [body.index(found) for found in question.found]
+        assert places == sorted(places)
+        # A sentence more or less, and distractors that stand before or behind.
+        room = longest + len(" ".join(question.distractors))
+        first = places[0] - depth * (len(body) - len(" ".join(question.found)))
+        assert abs(first) <= room
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_answers_follow_from_the_text_alone(task):
+    for sample in range(5):
+        question = ask(task, 0.3, length=2000, sample=sample, seed=1)
+        _, text = fit(question, 0.3, 2000, TOKENIZER)
+        asked = text.splitlines()[-2]
+        body = text[: text.index(asked)]
+        if task == "common_words":
+            words = body.split()
+            by_count = sorted(set(words), key=words.count)
+            assert set(by_count[-3:]) == set(question.answers)
+            assert words.count(by_count[-3]) > 5 * words.count(by_count[-4])
+        elif task == "variable_tracking":
+            held = dict(re.findall(r"The (\w+) box holds (\w+)\.", body))
+            copies = re.findall(r"The (\w+) box holds what the (\w+) box holds\.", body)
+            for _ in copies:
+                held |= {new: held[old] for new, old in copies if old in held}
+            word = re.search(r"hold (\w+)\?", asked)[1]
+            assert {box for box, held in held.items() if held == word} == set(question.answers)
+        else:
+            key = re.search(r"of (\w+)\?", asked)[1]
+            found = re.findall(rf"magic word of {key} is (\w+)\.", body)
+            assert found == list(question.answers)
+
+
+def test_questions_depend_on_task_length_depth_sample_and_seed_alone():
+    given = dict(length=1000, sample=0, seed=0)
+    question = ask("niah_single", 0.5, **given)
+    assert ask("niah_single", 0.5, **given) == question
+    for change in (dict(length=2000), dict(sample=1), dict(seed=1)):
+        assert ask("niah_single", 0.5, **{**given, **change}) != question
+    assert ask("niah_single", 0.25, **given) != question
+
+
+def test_words_are_different_and_none_is_part_of_the_noise():
+    assert len({*KEYS, *WORDS}) == len(KEYS) + len(WORDS) == 100
+    noise = " ".join(ask("niah_single", 0, length=9, sample=0, seed=0).noise).lower()
+    assert not {*KEYS, *WORDS} & set(re.findall(r"\w+", noise))
+
+
+def test_a_score_is_the_share_of_the_expected_words():
+    assert score(" amber, Plum.", ["amber", "plum", "fern", "iron"]) == 0.5
+    assert score("ambers plumb", ["amber", "plum"]) == 0  # other words
+
+
+def test_a_length_without_room_for_the_question_is_refused():
+    question = ask("niah_multivalue", 0.0, length=64, sample=0, seed=0)
+    with pytest.raises(ValueError, match="does not fit into 64; ask at greater lengths"):
+        fit(question, 0.0, 64, TOKENIZER)
+
+
+def test_lengths_beyond_training_get_the_least_power_of_two_as_yarn_factor():
+    model = random_model(small_config())
+    assert [yarn_factor(model, n) for n in (512, 513, 1024, 1025, 16384)] == [0, 2, 2, 4, 32]
+    extended = with_yarn(model, 4)
+    assert extended.config.context_length == 2048
+    # The rotary embedding is told by the config that each attention layer holds.
+    assert extended.groups.layers[1].self_attn.config.rope_scaling["factor"] == 4
+    assert model.config.rope_scaling is None
+    assert model.groups.layers[1].self_attn.config.rope_scaling is None
+    with pytest.raises(
+        ValueError, match="2049 exceeds the context of 2048 tokens, which the model"
+    ):
+        yarn_factor(extended, 2049)
+
+
+def test_every_task_length_and_depth_has_a_cell_and_unknown_tasks_the_nearest_names():
+    model = random_model(small_config(vocab_size=264), scale=0.3)
+    evaluator = Evaluator(model, TOKENIZER)
+    result = long_context(
+        evaluator, tasks=["niah_single", "common_words"], lengths=[512, 640], depths=2, samples=1
+    )
+    places = [(c["task"], c["length"], c["depth"], c["yarn_factor"]) for c in result["cells"]]
+    assert places == [
+        ("niah_single", 512, 0.0, 0), ("niah_single", 512, 1.0, 0), ("common_words", 512, 0.0, 0),
+        ("niah_single", 640, 0.0, 2), ("niah_single", 640, 1.0, 2), ("common_words", 640, 0.0, 2),
+    ]  # fmt: skip
+    scores = [cell["score"] for cell in result["cells"]]
+    np.testing.assert_allclose(result["score"], np.mean(scores))
+    with pytest.raises(ValueError, match=r"'niah_singel' \(did you mean 'niah_single'"):
+        long_context(evaluator, tasks=["niah_singel"])
