@@ -10,6 +10,7 @@ the model wrote, `unsafe_code: true` in its file, is refused unless allowed in s
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,12 +77,14 @@ def run_tasks(
     manager.may_run_code = confirm_run_unsafe_code
     names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
     require_known("tasks of lm_eval", names, manager.all_tasks)
+    # Standard errors by resampling would fork this process, threads and devices and all.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     lm = HarnessLM(evaluator, seed=seed)
     found = lm_eval.simple_evaluate(
         model=lm, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot,
         apply_chat_template=chat, limit=limit or None,
         confirm_run_unsafe_code=confirm_run_unsafe_code, random_seed=seed, numpy_random_seed=seed,
-        torch_random_seed=seed, fewshot_random_seed=seed,
+        torch_random_seed=seed, fewshot_random_seed=seed, bootstrap_iters=1000,
     )  # fmt: skip
     if lm.truncated:
         logging.warning(
@@ -112,7 +115,9 @@ class _Tasks(TaskManager):
 
     def load(self, task_list: Any) -> Any:
         loaded = super().load(task_list)
-        unsafe = [name for name, task in loaded["tasks"].items() if task.config.unsafe_code]
+        unsafe = [
+            name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)
+        ]
         if unsafe and not self.may_run_code:
             raise ValueError(
                 f"{', '.join(unsafe)} would run code that the model writes, on this machine and "
