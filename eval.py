@@ -106,12 +106,15 @@ def main(argv: list[str]) -> None:
         mesh = make_mesh(MeshConfig(data=1, fsdp=_MESH_FSDP.value))
     model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh)
 
+    workdir = None if ours is None else ours.workdir
+    run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
     start = time.monotonic()
     results = run_suite(
         _SUITE.value,
         Evaluator(model, tokenizer, batch_size=options.batch_size),
         options,
-        lambda: _domains(None if ours is None else ours.workdir, model.config.vocab_size),
+        lambda: _domains(run, workdir, model.config.vocab_size),
+        on_error="raise" if _DATA.value else run.get("data", {}).get("on_error", "raise"),
     )
     print(table(_SUITE.value, results))
     if _OUTPUT.value:
@@ -156,7 +159,9 @@ def _options() -> "EvaluationConfig":
     )  # fmt: skip
 
 
-def _domains(workdir: pathlib.Path | None, vocab_size: int) -> "Mapping[str, Records]":
+def _domains(
+    run: dict[str, Any], workdir: pathlib.Path | None, vocab_size: int
+) -> "Mapping[str, Records]":
     """The texts that --data names, or those that the run in the work directory held out."""
     from qwen3next_jax.data.pipeline import load_data
     from qwen3next_jax.data.sources import open_source
@@ -168,7 +173,6 @@ def _domains(workdir: pathlib.Path | None, vocab_size: int) -> "Mapping[str, Rec
         domains[given] = open_source(source, path, field=field or "text", split=_SPLIT.value)
     if domains:
         return domains
-    run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
     if workdir is None or "data" not in run:
         raise app.UsageError(
             "Which text? Give --data=SOURCE:PATH, --data=jsonl:/corpus/*.jsonl say, or stdlib"
