@@ -97,7 +97,7 @@ def run_tasks(
             name: {
                 metric.removesuffix(",none"): value
                 for metric, value in metrics.items()
-                if isinstance(value, int | float)
+                if "," in metric and isinstance(value, int | float)
             }
             for name, metrics in scores.items()
         },

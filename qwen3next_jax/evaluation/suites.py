@@ -156,7 +156,7 @@ def table(name: str, result: Mapping[str, Any]) -> str:
         for task, metrics in result["tasks"].items():
             for metric, value in metrics.items():
                 base, comma, filtered = metric.partition(",")
-                if base.endswith("_stderr") or base == "sample_len":
+                if base.endswith("_stderr"):
                     continue
                 error = metrics.get(f"{base}_stderr{comma}{filtered}")
                 rows.append([task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"])
