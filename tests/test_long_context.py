@@ -79,7 +79,7 @@ def test_questions_depend_on_task_length_depth_sample_and_seed_alone():
 
 def test_words_are_different_and_none_is_part_of_the_noise():
     assert len({*KEYS, *WORDS}) == len(KEYS) + len(WORDS) == 96
-    noise = " ".join(ask("niah_single", 0, length=9, sample=0, seed=0).noise).lower()
+    noise = " ".join(ask("niah_single", 0.0, length=9, sample=0, seed=0).noise).lower()
     assert not {*KEYS, *WORDS} & set(re.findall(r"\w+", noise))
 
 
