@@ -26,7 +26,26 @@ SMALL = {
     "shared_expert_intermediate_size": 128,
 }
 
-SHAPES = {"small": SMALL}
+# Qwen3-Next-80B-A3B: for single operations and layers.
+FULL = {
+    **SMALL,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+
+SHAPES = {"small": SMALL, "80b": FULL}
 
 
 def config(shape: str, **changes) -> ModelConfig:
