@@ -186,6 +186,15 @@ def figure(browser, title):
     return browser.find_element("xpath", f"//figure[figcaption/b[text()='{title}']]")
 
 
+def move_mouse_away(browser):
+    """To the margin: a page that scrolls under the mouse would show what comes to lie there."""
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+
+    actions = ActionBuilder(browser)
+    actions.pointer_action.move_to_location(2, 2)
+    actions.perform()
+
+
 def polylines(element):
     """Each curve's corners, [n, 2] in the drawing's units, by its label."""
     return {
@@ -249,6 +258,7 @@ def test_values_are_read_by_mouse_and_by_keys(opened):
     step = int(tip[1])
     assert 25 <= step <= 35  # the middle of the chart
     assert tip[2:] == [f"{loss(step):.4g}", "loss", f"{loss(step) - 0.5:.4g}", "ce"]
+    move_mouse_away(opened)
     drawing = figure(opened, "Gradient norm").find_element("css selector", "svg[role=img]")
     drawing.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert opened.find_element("id", "tip").text.split() == ["step", "2", "1", "grad_norm"]
@@ -281,6 +291,7 @@ def test_heat_maps_have_their_cells(opened):
 
     from selenium.webdriver import Keys
 
+    move_mouse_away(opened)
     canvas.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
     tip = opened.find_element("id", "tip").text.splitlines()
     assert tip == ["layer 1 delta", "step 2", f"{load(1, 2):.4g}"]
