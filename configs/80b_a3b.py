@@ -60,5 +60,5 @@ def get_config() -> ConfigDict:
         sample_tokens=0,
     )
     config.precision.update(compute="bfloat16", optimizer="bfloat16")
-    config.mesh.update(data=1, fsdp=-1, expert=16, moe_buffer_factor=2.0)
+    config.mesh.update(data=1, fsdp=-1, expert=16, moe_buffer_factor=1.25)
     return config

@@ -8,7 +8,8 @@ CHIP = Chip(
 )  # fmt: skip
 
 # A loop of 3 fusions in a loop of 5, a kernel with an estimate and one without, a reduce-scatter
-# over 4 devices and an asynchronous all-gather, whose text lists operand and result.
+# over 4 devices, an asynchronous all-gather, whose text lists operand and result, and a gather of a
+# million bytes, to which the compiler gives no cycles.
 PROGRAM = """HloModule jit_step
 
 %inner_body (p: s32[]) -> s32[] {
@@ -36,6 +37,7 @@ metadata={op_name="good_kernel"}, backend_config={"custom_call_config":{"cost_es
 {"flops":"2000000","transcendentals":"0","bytes_accessed":"500"}}}
   %kernel.2 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", \
 metadata={op_name="silent_kernel"}
+  %gather.1 = bf16[500,1000]{1,0} fusion(%p), kind=kCustom, metadata={op_name="layer_7/gather"}
   %reduce-scatter.1 = f32[100]{0} reduce-scatter(%p), replica_groups=[16,4]<=[64], dimensions={0}
   %all-gather-start.1 = (bf16[100]{0}, bf16[300]{0}) all-gather-start(%p), dimensions={0}
 }
@@ -51,7 +53,10 @@ def test_loops_kernels_and_collectives_add_up():
     assert found.collective_seconds == pytest.approx(2000 / CHIP.ici_bandwidth)
     assert found.step_seconds == pytest.approx((0.019, 0.021))
     assert dict(found.dominant) == pytest.approx({"layer_#/mul": 0.015, "good_kernel": 0.004})
-    assert found.uncosted == ["silent_kernel (1 times)"]
+    assert found.uncosted == [
+        "silent_kernel",
+        "layer_#/gather: 0.0 GB written, 0.002 s of memory traffic",
+    ]
 
 
 def test_topologies_are_read_and_unknown_ones_name_the_nearest():

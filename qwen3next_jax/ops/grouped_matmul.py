@@ -60,7 +60,8 @@ def grouped_matmul(
     """Multiplies each row by its group's matrix.
 
     Args:
-      rows: sorted by group; rows beyond the last group belong to none and give zeros.
+      rows: sorted by group; rows beyond the last group belong to none, and what they give, or get
+        as gradient, may be anything.
       weights: one matrix a group.
       group_sizes: rows of each group; for "blocked" multiples of block.
       implementation: "pallas", "ragged", "blocked" or "reference"; None: the platform's default.
@@ -127,9 +128,7 @@ def _gmm(rows, weights, group_sizes, *, transpose_rhs=False):
         _whole_tiles(rows), weights, group_sizes.astype(jnp.int32), rows.dtype,
         _tiling(inner, outer), transpose_rhs=transpose_rhs, interpret=platform() == "cpu",
     )  # fmt: skip
-    # Rows beyond the last group were never written.
-    here = jnp.arange(len(rows)) < group_sizes.sum()
-    return jnp.where(here[:, None], out[: len(rows)], 0)
+    return out[: len(rows)]
 
 
 def _whole_tiles(rows):

@@ -2,57 +2,65 @@
 
 Each token has A experts, so M tokens make M · A assignments. Sorted by expert they become the rows
 of a grouped matrix product; each expert's rows start at a multiple of `alignment`, the gaps are
-zero rows. Every row knows its token and every assignment its row, so dispatch, combine and the
-gradients of both are gathers: scatters are slow everywhere and serial on CPUs. Nothing is dropped.
+zero rows. Every row knows its token and every assignment its row, so spreading tokens out,
+gathering them in and the gradients of both are gathers: scatters are slow everywhere and serial on
+CPUs. Nothing is dropped. The experts weigh their rows themselves, so that what they return need
+only be added up: spreading and gathering are each other's transposes, and where a layer is computed
+again for its gradients, nothing has to be returned a second time.
 
 Where the experts are split over a mesh axis, the sorted rows travel to their experts' devices and
 back (`apply_split_experts`). All devices of the axis first tell each other how many rows they have
 for which expert, a few integers; from then on every device can compute where each row lies on each
-other one. What a device receives must fit a buffer of fixed size. With one for the worst case
-nothing is dropped; in a smaller one, rows for which no place is left are not sent, count as zeros,
-and are counted.
+other one, sorted by expert there too. What a device receives must fit a buffer of fixed size. With
+one for the worst case nothing is dropped; in a smaller one, rows for which no place is left are not
+sent, count as zeros, and are counted.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from qwen3next_jax.ops.platform import platform
+
+Compute = Callable[[Float[Array, "R D"], Float[Array, "R"], Int[Array, "E"]], Float[Array, "R D"]]
+_LANES = 128
 
 
 def apply_experts(
     x: Float[Array, "M D"],
     experts: Int[Array, "M A"],
     weights: Float[Array, "M A"],
-    compute: Callable[[Float[Array, "R D"], Int[Array, "E"]], Float[Array, "R D"]],
+    compute: Compute,
     *,
     num_experts: int,
     alignment: int = 1,
 ) -> Float[Array, "M D"]:
-    """Returns Σ_a weights[m, a] · compute(x_m, for expert experts[m, a]).
+    """Returns Σ_a weights[m, a] · expert experts[m, a] of x_m.
 
     Args:
       x: tokens.
       experts: of each token, its experts, in [0, num_experts).
       weights: of each token, its experts' weights.
-      compute: maps rows sorted by expert, and the number of rows of each expert, to rows. Rows
-        that belong to no token are zero and must stay finite.
+      compute: maps rows sorted by expert, their weights, and the number of rows of each expert, to
+        weighted rows. Rows between two experts' are zero and must stay finite.
       num_experts: E.
       alignment: of what each expert's number of rows is made a multiple.
     """
     plan = _plan(experts, num_experts, alignment)
-    rows = compute(_dispatch(x, plan), plan.group_sizes)
-    return _combine(rows, weights, plan)
+    rows = compute(_spread(x, plan), _spread_weights(weights, plan), plan.group_sizes)
+    return _gather_in(rows, plan)
 
 
 def apply_split_experts(
     x: Float[Array, "M D"],
     experts: Int[Array, "M A"],
     weights: Float[Array, "M A"],
-    compute: Callable[[Float[Array, "R D"], Int[Array, "E"]], Float[Array, "R D"]],
+    compute: Compute,
     *,
     num_experts: int,
     axis: str,
@@ -64,7 +72,8 @@ def apply_split_experts(
 
     Args:
       x, experts, weights, alignment: as `apply_experts` takes them, of this device's tokens.
-      compute: maps rows sorted by expert to rows, for this device's num_experts / n experts.
+      compute: as there, for this device's num_experts / n experts; rows behind the last expert's
+        may be anything, there and in what it returns.
       num_experts: E, on all n devices of the axis together.
       axis: the mesh axis; device i has the experts from i · E / n on.
       buffer_factor: rows that a device can receive, as a multiple of the M · A that it gets when
@@ -83,7 +92,7 @@ def apply_split_experts(
         raise ValueError(f"{exchange=} is unknown; expected 'ragged' or 'dense'")
     if num_experts % ways:
         raise ValueError(f"{num_experts=} is not divisible by mesh axis {axis}={ways}")
-    (M, A), local = experts.shape, num_experts // ways
+    (M, D), A, local = x.shape, experts.shape[1], num_experts // ways
     most = M * min(A, local)  # a token's experts are distinct
     buffer = ways * most
     if buffer_factor > 0:
@@ -91,19 +100,24 @@ def apply_split_experts(
 
     plan = _plan(experts, num_experts, 1)
     counts = jax.lax.all_gather(plan.group_sizes, axis).reshape(ways, ways, local)
-    route = _route(counts, jax.lax.axis_index(axis), buffer)
-    given = (axis, exchange, M * A, buffer, most)
-    received = _send(_dispatch(x, plan), route, given)
-    sort = _sort_by_expert(route.kept, buffer, alignment)
-    rows = compute(_permute(received, sort.place, sort.row), sort.group_sizes)
-    received = _permute(rows, sort.row, sort.place)
-    return _combine(_return(received, route, given), weights, plan), route.dropped
+    route = _route(counts, jax.lax.axis_index(axis), M * A, buffer, alignment)
+    plan = plan._replace(kept=route.there[plan.row] < ways * len(route.origin))
+    given = _Given(axis, exchange, M * A, len(route.origin), most)
+    if D % _LANES == 0:
+        # On a TPU a row is then whole tiles of memory; among others it would be a strip of many.
+        x = x.reshape(M, -1, _LANES)
+    rows = _send(_spread(x, plan), route, given).reshape(-1, D)
+    rows = compute(rows, _send_weights(_spread_weights(weights, plan), route, given), route.sizes)
+    return _gather_in(_return(rows.reshape(-1, *x.shape[1:]), route, given), plan).reshape(
+        M, D
+    ), route.dropped
 
 
 class _Plan(NamedTuple):
     assignment: Int[Array, "R"]  # of each row, the index into [M · A]; M · A where there is none
     row: Int[Array, "M A"]  # of each assignment, its row
     group_sizes: Int[Array, "E"]  # rows of each expert, gaps included
+    kept: Bool[Array, "M A"] | None = None  # assignments that found a place; None: all
 
 
 def _plan(experts, num_experts, alignment):
@@ -126,32 +140,43 @@ def _plan(experts, num_experts, alignment):
 
 
 @jax.custom_vjp
-def _dispatch(x, plan):
-    return _take(x, plan.assignment // plan.row.shape[1])
-
-
-def _dispatch_backward(plan, d_rows):
-    return d_rows[plan.row].sum(1), None
-
-
-_dispatch.defvjp(lambda x, plan: (_dispatch(x, plan), plan), _dispatch_backward)
+def _spread(x, plan):
+    """The token of each row; zeros in gaps."""
+    token = plan.assignment // plan.row.shape[1]
+    has_gaps = len(plan.assignment) > plan.row.size
+    return _take(x, token) if has_gaps else x.at[token].get(mode="clip")
 
 
 @jax.custom_vjp
-def _combine(rows, weights, plan):
-    # float32 inside: A products are summed.
-    return jnp.einsum("mad,ma->md", rows[plan.row], weights).astype(rows.dtype)
+def _gather_in(rows, plan):
+    """The sum of each token's rows; the transpose of `_spread`."""
+    gathered = rows.at[plan.row].get(mode="clip")
+    if plan.kept is not None:
+        kept = plan.kept.reshape(*plan.kept.shape, *[1] * (gathered.ndim - 2))
+        gathered = jnp.where(kept, gathered, 0)
+    return gathered.sum(1)  # in float32 inside
 
 
-def _combine_backward(residuals, d_out):
-    rows, weights, plan = residuals
-    token = plan.assignment // plan.row.shape[1]
-    d_rows = _take(d_out, token) * _take(weights.reshape(-1), plan.assignment)[:, None]
-    d_weights = jnp.einsum("mad,md->ma", rows[plan.row], d_out)
-    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), None
+_spread.defvjp(
+    lambda x, plan: (_spread(x, plan), plan),
+    lambda plan, d_rows: (_gather_in(d_rows, plan), None),
+)
+_gather_in.defvjp(
+    lambda rows, plan: (_gather_in(rows, plan), plan),
+    lambda plan, d_x: (_spread(d_x, plan), None),
+)
 
 
-_combine.defvjp(lambda *args: (_combine(*args), args), _combine_backward)
+@jax.custom_vjp
+def _spread_weights(weights, plan):
+    """The weight of each row; zeros in gaps."""
+    return _take(weights.reshape(-1), plan.assignment)
+
+
+_spread_weights.defvjp(
+    lambda weights, plan: (_spread_weights(weights, plan), plan),
+    lambda plan, d_rows: (d_rows[plan.row], None),
+)
 
 
 def _take(x, index):
@@ -162,57 +187,96 @@ def _take(x, index):
 # Below: n devices, s a source of rows and d a destination, each in [0, n); j a device's own expert.
 
 
+class _Given(NamedTuple):
+    """What the exchange knows before any token is routed."""
+
+    axis: str
+    exchange: str
+    rows: int  # of a source
+    places: int  # of a destination
+    most: int  # rows that one device can have for another
+
+
 class _Route(NamedTuple):
     """Where the rows of this device, sorted by expert, lie on the others, and theirs here."""
 
-    first: Int[Array, "n"]  # of this device's rows, the first for each destination
-    sent: Int[Array, "n"]  # and how many of them are sent,
-    place: Int[Array, "n"]  # to this place of the destination's buffer
-    came: Int[Array, "n"]  # rows that each source sends here,
-    start: Int[Array, "n"]  # to this place of our buffer,
-    origin: Int[Array, "n"]  # from this place of its rows
-    kept: Int[Array, "n E"]  # of what each source sends here, how much is for which expert
+    first: Int[Array, "n E"]  # of this device's rows, the first for each destination and expert
+    sent: Int[Array, "n E"]  # and how many of them are sent,
+    place: Int[Array, "n E"]  # to this place of the destination
+    came: Int[Array, "n E"]  # rows that each source sends here for each expert,
+    start: Int[Array, "n E"]  # to this place,
+    origin_first: Int[Array, "n E"]  # from this place of its rows
+    sizes: Int[Array, "E"]  # rows of each expert here, gaps included
+    there: Int[Array, "R"]  # of each row, its place among those of all destinations
+    origin: Int[Array, "S"]  # of each place, its row among those of all sources
     dropped: Int[Array, ""]
 
 
-def _route(counts: Int[Array, "n n E"], me: Int[Array, ""], buffer: int) -> _Route:
+def _route(
+    counts: Int[Array, "n n E"], me: Int[Array, ""], rows: int, buffer: int, alignment: int
+) -> _Route:
     """From the rows of each source for each expert of each destination."""
+    n, _, local = counts.shape
+    # Sources take their places one after the other, each its rows in order, while there are any.
     sizes = counts.sum(2)
-    first = _starts(sizes, axis=1)
-    start = _starts(sizes, axis=0).clip(max=buffer)
-    sent = jnp.minimum(sizes, buffer - start)
-    kept = jnp.minimum(jnp.cumsum(counts[:, me], axis=1), sent[:, me, None])
-    kept = jnp.diff(kept, axis=1, prepend=0)
-    return _Route(
-        first[me], sent[me], start[me], sent[:, me], start[:, me], first[:, me], kept,
-        (sizes - sent)[me].sum(),
+    room = jnp.clip(buffer - _starts(sizes, axis=0), 0, sizes)
+    kept = jnp.minimum(jnp.cumsum(counts, axis=2), room[..., None])
+    kept = jnp.diff(kept, axis=2, prepend=0)
+    # A source's rows lie in order of expert; at the destination, an expert's in order of source.
+    first = _starts(counts.reshape(n, -1), axis=1).reshape(counts.shape)
+    groups = -(-kept.sum(0) // alignment) * alignment
+    place = _starts(groups, axis=1) + _starts(kept, axis=0)
+    places = buffer + min(local, buffer) * (alignment - 1)
+    places = -(-places // alignment) * alignment
+
+    everywhere = jnp.arange(n)[:, None]
+    there = _follow(
+        first[me], kept[me], place[me] + everywhere * places, size=rows, none=n * places
+    )
+    # Here pieces follow one another by expert, then by source.
+    origin = _follow(
+        place[:, me].T, kept[:, me].T, (first[:, me] + everywhere * rows).T,
+        size=places, none=n * rows,
     )  # fmt: skip
+    return _Route(
+        first[me], kept[me], place[me], kept[:, me], place[:, me], first[:, me], groups[me],
+        there, origin, (counts - kept)[me].sum(),
+    )  # fmt: skip
+
+
+def _follow(starts, sizes, there, *, size, none):
+    """Of so many places, where pieces that start here (ascending) lie elsewhere; or `none`."""
+    starts, sizes, there = (x.reshape(-1) for x in (starts, sizes, there))
+    piece = _run_of(starts, size)
+    offset = jnp.arange(size) - starts[piece]
+    return jnp.where(offset < sizes[piece], there[piece] + offset, none)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _send(rows, route, given):
-    """Rows sorted by expert, [M · A, D], to the buffers of their experts' devices."""
-    axis, exchange, _, buffer, most = given
-    if exchange == "ragged":
-        out = jnp.zeros((buffer, rows.shape[1]), rows.dtype)
-        return jax.lax.ragged_all_to_all(
-            rows, out, route.first, route.sent, route.place, route.came, axis_name=axis
-        )
-    return _unpad(_all_to_all(_pad(rows, route.first, route.sent, most), axis),
-                  route.start, route.came, buffer)  # fmt: skip
+    """Rows sorted by expert to the devices of their experts, and there in that order again."""
+    if given.exchange == "ragged":
+        came = route.first, route.sent, route.place, route.came
+        return _ragged(rows, given.places, came, given.axis)
+    padded = _pad(rows, route.first[:, 0], route.sent.sum(1), given.most)
+    padded = _all_to_all(padded, given.axis)
+    source, row = jnp.divmod(route.origin, given.rows)
+    index = source * given.most + row - _take(route.origin_first[:, 0], source)
+    index = jnp.where(source < len(padded), index, padded.shape[0] * given.most)
+    return _take(padded.reshape(-1, *rows.shape[1:]), index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _return(received, route, given):
-    """Buffers back to where the rows came from; zeros for those that found no place."""
-    axis, exchange, rows, _, most = given
-    if exchange == "ragged":
-        out = jnp.zeros((rows, received.shape[1]), received.dtype)
-        return jax.lax.ragged_all_to_all(
-            received, out, route.start, route.came, route.origin, route.sent, axis_name=axis
-        )
-    return _unpad(_all_to_all(_pad(received, route.start, route.came, most), axis),
-                  route.first, route.sent, rows)  # fmt: skip
+def _return(rows, route, given):
+    """Back to where they came from; those that found no place may come back as anything."""
+    if given.exchange == "ragged":
+        back = route.start, route.came, route.origin_first, route.sent
+        return _ragged(rows, given.rows, back, given.axis)
+    n = len(route.came)
+    slot = jnp.arange(n)[:, None] * given.most + _starts(route.came, axis=1)
+    index = _follow(slot, route.came, route.start, size=n * given.most, none=len(rows))
+    padded = _take(rows, index).reshape(n, given.most, *rows.shape[1:])
+    return _unpad(_all_to_all(padded, given.axis), route.first[:, 0], route.sent.sum(1), given.rows)
 
 
 # The way back is the transpose of the way there.
@@ -226,53 +290,45 @@ _return.defvjp(
 )
 
 
+def _ragged(rows, size, moves, axis):
+    first, sizes, place, came = (x.reshape(-1) for x in moves)
+    # Whatever is not written is not read either. On a TPU, zeros would cost as much as the rows.
+    fresh: Any = jax.lax.empty if platform() == "tpu" else jnp.zeros
+    out = fresh((size, *rows.shape[1:]), rows.dtype)
+    return jax.lax.ragged_all_to_all(rows, out, first, sizes, place, came, axis_name=axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _send_weights(weights, route, given):
+    """The same for one number a row: few enough that every device gets all of them."""
+    return _take(jax.lax.all_gather(weights, given.axis, tiled=True), route.origin)
+
+
+_send_weights.defvjp(
+    lambda weights, route, given: (_send_weights(weights, route, given), route),
+    lambda given, route, d_weights: (
+        _take(jax.lax.all_gather(d_weights, given.axis, tiled=True), route.there),
+        None,
+    ),
+)
+
+
 def _all_to_all(x, axis):
     return jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _pad(rows, start, size, most):
-    """Cuts out n runs of rows and pads each to `most`: [R, D] → [n, most, D]."""
+    """Cuts out n runs of rows and pads each to `most`: [R, ...] → [n, most, ...]."""
     place = jnp.arange(most)
     index = jnp.where(place < size[:, None], start[:, None] + place, len(rows))
     return _take(rows, index)
 
 
 def _unpad(padded, start, size, rows):
-    """Puts n runs back to where they start among so many rows: [n, most, D] → [R, D]."""
-    n, most, D = padded.shape
-    run = _run_of(start, rows)
-    place = jnp.arange(rows) - start[run]
-    index = jnp.where(place < size[run], run * most + place, n * most)
-    return _take(padded.reshape(n * most, D), index)
-
-
-class _Sort(NamedTuple):
-    place: Int[Array, "R"]  # of each row sorted by expert, its place in the buffer
-    row: Int[Array, "S"]  # of each place in the buffer, its row; both one too far for none
-    group_sizes: Int[Array, "E"]
-
-
-def _sort_by_expert(kept: Int[Array, "n E"], buffer: int, alignment: int) -> _Sort:
-    """A buffer holds source after source, each sorted by expert; now expert after expert."""
-    n, E = kept.shape
-    counts = kept.sum(0)
-    sizes = -(-counts // alignment) * alignment
-    rows = buffer + min(E, buffer) * (alignment - 1)
-    rows = -(-rows // alignment) * alignment
-    in_buffer = _starts(kept.reshape(-1)).reshape(n, E)
-    in_rows = _starts(sizes) + _starts(kept, axis=0)
-
-    def moves(size, start, there, pieces, none):
-        """Of so many places, where to in the other order; both orders by their pieces' starts."""
-        piece = _run_of(start, size)
-        offset = jnp.arange(size) - start[piece]
-        return jnp.where(offset < pieces[piece], there[piece] + offset, none)
-
-    flat_rows, flat_places, flat_kept = (x.T.reshape(-1) for x in (in_rows, in_buffer, kept))
-    place = moves(rows, flat_rows, flat_places, flat_kept, none=buffer)
-    flat_rows, flat_places, flat_kept = (x.reshape(-1) for x in (in_rows, in_buffer, kept))
-    row = moves(buffer, flat_places, flat_rows, flat_kept, none=rows)
-    return _Sort(place, row, sizes)
+    """Puts n runs back to where they start among so many rows: [n, most, ...] → [R, ...]."""
+    n, most = padded.shape[:2]
+    index = _follow(start, size, jnp.arange(n) * most, size=rows, none=n * most)
+    return _take(padded.reshape(n * most, *padded.shape[2:]), index)
 
 
 def _run_of(starts, size):
@@ -282,15 +338,3 @@ def _run_of(starts, size):
 
 def _starts(sizes, axis=0):
     return jnp.cumsum(sizes, axis) - sizes
-
-
-@jax.custom_vjp
-def _permute(x, index, inverse):
-    """x[index], where inverse[index[i]] = i; zeros where there is none."""
-    return _take(x, index)
-
-
-_permute.defvjp(
-    lambda x, index, inverse: (_take(x, index), inverse),
-    lambda inverse, d_out: (_take(d_out, inverse), None, None),
-)

@@ -109,9 +109,13 @@ def executed_flops(config: ModelConfig, s: int, *, remat: str, seen: float = 0.5
     if remat == "layer":
         layers = forward_flops(config, s, seen=seen, mtp=False)
         flops += sum(layers.values()) - layers["head"]
-        # A dense layer's last product is not: nothing of the backward pass needs it.
+        # A feed-forward's last product is not, nor the experts': the backward pass needs neither.
         dense = sum(not sparse for _, sparse in config.layers)
-        flops -= dense * 2 * config.hidden_size * config.intermediate_size
+        hidden = dense * config.intermediate_size
+        hidden += (len(config.layers) - dense) * (
+            config.num_experts_per_tok * config.moe_intermediate_size
+        )
+        flops -= 2 * config.hidden_size * hidden
     return flops
 
 
@@ -201,10 +205,13 @@ def memory(
         _activations(config, mixer, sparse, t, mesh) for mixer, sparse in c.layers
     ]
     kept: float
+    working: float
+    # A layer's backward pass holds gradients beside what it goes back through; with "layer" it
+    # computes that again first.
     if config.train.remat == "layer":
-        kept = c.num_hidden_layers * t * c.hidden_size * width
+        kept, working = c.num_hidden_layers * t * c.hidden_size * width, 2 * max(layers)
     else:
-        kept = sum(layers)
+        kept, working = sum(layers), max(layers)
     if c.mtp_steps:
         kept += c.mtp_steps * _activations(config, FULL, c.num_experts > 0, t, mesh)
     rows = max(1, t * mesh["context"] // config.train.sequence_length)
@@ -216,8 +223,9 @@ def memory(
         "parameters": float(sum(p.own * p.width for p in params)),
         "optimizer state": own * optimizer_width,
         "gradients": 4.0 * own,
+        "parameters to multiply with": float(own * width if width < params[0].width else 0),
         "kept activations": float(kept),
-        "one layer, or the head": max(max(layers) + gathered / c.num_hidden_layers, float(head)),
+        "one layer, or the head": max(working + gathered / c.num_hidden_layers, float(head)),
     }
 
 
@@ -283,9 +291,9 @@ def communication(
     if mesh["expert"] > 1:
         each = t * c.num_experts_per_tok * c.hidden_size * width
         away = (mesh["expert"] - 1) / mesh["expert"]
-        sent["tokens to experts and back"] += (
-            parts * away * 2 * each * (sparse * passes + 2 * c.mtp_steps)
-        )
+        # There and back, and so the gradients; what is computed again does not come back again.
+        trips = sparse * (2 * passes - (passes == 3)) + 4 * c.mtp_steps
+        sent["tokens to experts and back"] += parts * away * each * trips
     if mesh["tensor"] > 1:
         sums = 2 * t * c.hidden_size * width
         sent["sums over tensor"] += parts * passes * c.num_hidden_layers * sums

@@ -6,6 +6,9 @@
   estimate that leaves work out must not look like one that doesn't.
 - Collectives are the bytes of their larger side over the speed of the links.
 
+- Gathers, sorts and copies to another layout carry no cycles. What they write is listed, with the
+  time that the memory needs for it, as left out of the estimate.
+
 Whether collectives hide behind computation the text does not tell: the truth lies between the
 larger of the two times and their sum. It knows nothing of dynamic trip counts: such loops count
 once and are listed too.
@@ -24,6 +27,10 @@ _KERNEL_EFFICIENCY = 0.5
 _COLLECTIVE = re.compile(
     r"= (\(?[^=]*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|"
     r"ragged-all-to-all)(-start)?\("
+)
+# What moves data and carries no cycles; bookkeeping and asynchronous copies are not among it.
+_MOVES = re.compile(
+    r"= (\(.*?\)|\S+) (fusion|gather|scatter|sort|reshape|concatenate|dynamic-update-slice)\("
 )
 _KERNEL_COST = re.compile(
     r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"'
@@ -60,6 +67,7 @@ def estimate(text: str, chip: Any) -> Estimate:
     seconds: dict[str, float] = defaultdict(float)
     uncosted: Counter[str] = Counter({f"loop of unknown length: {u}": 1 for u in unknown})
     sent: dict[str, float] = defaultdict(float)
+    unmeasured: dict[str, float] = defaultdict(float)
     fusions = kernels = 0.0
     for name, times in runs.items():
         for line in computations.get(name, ()):
@@ -67,6 +75,8 @@ def estimate(text: str, chip: Any) -> Estimate:
                 spent = times * int(cycles[1]) / chip.clock
                 fusions += spent
                 seconds[_label(line)] += spent
+            elif found := _MOVES.search(line):
+                unmeasured[_label(line)] += times * _bytes(found[1])
             if found := _COLLECTIVE.search(line):
                 shapes, kind, starts = found.groups()
                 # A reduce-scatter's larger side is what goes in; an async start lists both sides.
@@ -83,13 +93,19 @@ def estimate(text: str, chip: Any) -> Estimate:
                     uncosted[_label(line)] += times
             elif re.search(r'custom_call_target="(InvertDiag|Triangular)', line):
                 uncosted["triangular solve"] += times
+    for label, written in sorted(unmeasured.items(), key=lambda item: -item[1]):
+        needed = 2 * written / chip.hbm_bandwidth
+        if needed > (fusions + kernels) / 1000:
+            uncosted[
+                f"{label}: {written / 1e9:.1f} GB written, {needed:.3f} s of memory traffic"
+            ] += 1
     return Estimate(
         fusions,
         kernels,
         sum(sent.values()) / chip.ici_bandwidth,
         dict(sent),
         sorted(seconds.items(), key=lambda item: -item[1])[:12],
-        [f"{name} ({n} times)" for name, n in uncosted.most_common()],
+        [f"{name} ({n} times)" if n > 1 else name for name, n in uncosted.most_common()],
     )
 
 
