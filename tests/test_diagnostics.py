@@ -201,8 +201,9 @@ def test_diagnostics_change_neither_loss_nor_gradients():
     # The same float32 sums; the compiler may fuse them in another way.
     for name, value in plain.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+    # Of a gradient as a whole: single entries may be near zero by cancellation.
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+        assert jnp.linalg.norm(a - b) < 1e-5 * jnp.linalg.norm(b)
 
 
 def test_numbers_stand_at_their_layers():
