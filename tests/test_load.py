@@ -163,5 +163,6 @@ def test_a_split_model_begins_with_the_same_weights(earlier, corpus, tmp_path):
     )
     for a, b in zip(steps(tmp_path / "eight"), steps(tmp_path / "one"), strict=True):
         for key in a:
-            # float32 sums in another order
-            np.testing.assert_allclose(a[key], b[key], rtol=1e-4, err_msg=key)
+            # float32 sums in another order; None stands where a layer has no such number
+            left, right = np.array(a[key], float), np.array(b[key], float)
+            np.testing.assert_allclose(left, right, rtol=1e-4, err_msg=key)

@@ -50,6 +50,11 @@ def course(workdir):
     return [{k: v for k, v in line.items() if not is_time(k)} for line in lines]
 
 
+def of_the_model(line):
+    """Its metrics but for the layers' own, which test_parallel.py compares after one step."""
+    return [key for key in line if not key.startswith("layers/")]
+
+
 def assert_same_model(a, b):
     for x, y in zip(jax.tree.leaves(nnx.state(a)), jax.tree.leaves(nnx.state(b)), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -278,7 +283,7 @@ def test_eight_devices_take_the_course_of_one(corpus, tmp_path, mesh):
     assert many.wait() == 0, many.stderr.read().decode()
     for a, b in zip(course(tmp_path / "many"), course(tmp_path / "one"), strict=True):
         assert a.keys() == b.keys()
-        for key in a:
+        for key in of_the_model(a):
             # float32 sums in another order, amplified over eight steps of AdamW
             np.testing.assert_allclose(a[key], b[key], rtol=1e-3, err_msg=key)
 
@@ -334,7 +339,7 @@ def test_processes_take_the_course_of_one_through_a_kill_a_stop_and_another_coun
     assert f"Going on from the checkpoint of step {saved}" in err
     for a, b in zip(course(many), course(one), strict=True):
         assert a.keys() == b.keys()
-        for key in a:
+        for key in of_the_model(a):
             # Sums over processes in another order: float32, amplified over 60 steps of AdamW.
             np.testing.assert_allclose(a[key], b[key], rtol=1e-3, err_msg=f"{key} at {a['step']}")
 
