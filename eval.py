@@ -9,11 +9,9 @@ A table goes to stdout, and everything as JSON to --output; see `docs/evaluation
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -89,6 +87,7 @@ def main(argv: list[str]) -> None:
     from qwen3next_jax.evaluation.evaluator import Evaluator
     from qwen3next_jax.evaluation.suites import check_suites, run_suite, table
     from qwen3next_jax.parallel.mesh import make_mesh
+    from qwen3next_jax.training.environment import versions
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = os.path.join(os.path.expanduser("~"), ".cache", "qwen3next_jax", "compiled")
@@ -129,7 +128,7 @@ def main(argv: list[str]) -> None:
                 "dtype": str(model.dtype),
                 "mesh": {} if mesh is None else dict(mesh.shape),
             },
-            "versions": {"python": platform.python_version(), **_versions(packages)},
+            "versions": versions(packages),
             "seeds": {"seed": options.seed},
             "seconds": time.monotonic() - start,
             "results": results,
@@ -181,17 +180,6 @@ def _domains(
         **run["data"], vocab_size=vocab_size, trained_tokenizer=workdir / "tokenizer.model"
     )
     return data.held_out_parts
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Those of the packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decode import reference, seconds
 from flax import nnx
 from ml_collections import ConfigDict
+from ops import ceilings
 from shapes import SHAPES, config
 
 from configs import tiny
@@ -66,21 +68,19 @@ def compare(args):
     times = {name: [] for name in sides}
     for i in range(args.steps):
         for name in sorted(sides, reverse=i % 2 == 1):
-            start = time.perf_counter()
-            sides[name].step()
-            times[name].append(time.perf_counter() - start)
-    count, ceiling = tokens.size, matmul_flops(args.compute)
+            times[name].append(seconds(sides[name].step))
+    count, (ceiling, _) = tokens.size, ceilings(jnp.dtype(args.compute), rounds=5)
     needed = count * train_flops(config(args.shape), args.seq) / (3 if args.forward else 1)
     result = {
         "shape": args.shape, "batch": args.batch, "seq": args.seq, "forward": args.forward,
         "compute": args.compute, "remat": args.remat, "matmul_flops_per_second": ceiling,
     }  # fmt: skip
     for name, measured in times.items():
-        seconds = statistics.median(measured)
-        mfu = needed / seconds / ceiling
-        result[name] = {"tokens_per_second": count / seconds, "step_seconds": seconds, "mfu": mfu}
+        step = statistics.median(measured)
+        mfu = needed / step / ceiling
+        result[name] = {"tokens_per_second": count / step, "step_seconds": step, "mfu": mfu}
         print(
-            f"{name:>12}: {count / seconds:7.0f} tokens/s, {1e3 * seconds:.0f} ms a step "
+            f"{name:>12}: {count / step:7.0f} tokens/s, {1e3 * step:.0f} ms a step "
             f"({1e3 * min(measured):.0f} to {1e3 * max(measured):.0f}), {mfu:.0%} of "
             f"{ceiling / 1e9:.0f} GFLOP/s"
         )
@@ -102,11 +102,11 @@ def curve(args):
         side = Ours(argparse.Namespace(**{**vars(args), "seq": seq}), None)
         rng = np.random.default_rng(0)
         side.prepare(rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.batch, seq)))
-        seconds = statistics.median(timed(side.step) for _ in range(args.steps))
+        step = statistics.median(seconds(side.step) for _ in range(args.steps))
         tokens, memory = args.batch * seq, side.facts["peak_memory_bytes"]
-        points.append({"seq": seq, "step_seconds": seconds, "peak_memory_bytes": memory})
+        points.append({"seq": seq, "step_seconds": step, "peak_memory_bytes": memory})
         print(
-            f"{seq:>7} tokens a row: {1e6 * seconds / tokens:.0f} µs a token, "
+            f"{seq:>7} tokens a row: {1e6 * step / tokens:.0f} µs a token, "
             f"{memory / 1e6:.0f} MB, {memory / tokens / 1e3:.0f} KB a token"
         )
     return {"batch": args.batch, "shape": args.shape, "curve": points}
@@ -167,13 +167,9 @@ class Theirs:
 
     def __init__(self, args):
         import torch
-        from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-        torch.manual_seed(0)
-        given = {**config(args.shape).to_hf(), "eos_token_id": None}
         self.torch, self.forward = torch, args.forward
-        dtype = getattr(torch, args.compute)
-        self.model = Qwen3NextForCausalLM(Qwen3NextConfig(**given)).to(dtype)
+        self.model = reference(args.shape).train().to(getattr(torch, args.compute))
 
     def tensors(self):
         """Its weights, by name."""
@@ -210,22 +206,6 @@ def training_batch(tokens):
         "segment_ids": whole,
         "positions": whole * np.arange(tokens.shape[1], dtype=np.int32),
     }
-
-
-def matmul_flops(dtype, size=2048, rounds=5):
-    """Operations a second of a large product: this device's ceiling."""
-    x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
-    product = jax.jit(lambda x: x @ x)
-    jax.block_until_ready(product(x))
-    return (
-        2 * size**3 / min(timed(lambda: jax.block_until_ready(product(x))) for _ in range(rounds))
-    )
-
-
-def timed(run):
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

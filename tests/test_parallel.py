@@ -64,7 +64,7 @@ def check(name, one, split):
     if "expert" in MESHES[name]:
         # Tokens travel, tables do not. Under FSDP alone, the same look finds them gathered.
         assert not split["whole_tables"], split["whole_tables"]
-    elif name == "fsdp":
+    elif "fsdp" in MESHES[name]:
         assert split["whole_tables"]
 
 

@@ -5,6 +5,7 @@ import pathlib
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -35,13 +36,16 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        "python": platform.python_version(),
-        **{name: version for name in _PACKAGES if (version := _version(name))},
+        **versions(_PACKAGES),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Python's version, and those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
