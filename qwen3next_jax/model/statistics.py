@@ -76,7 +76,7 @@ def sink_share(
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], H**-0.5 * scores, -1e30), axis=-1)
-    share = (weights * (seen & first[:, None])[:, None, None]).sum(-1).mean((1, 2))
+    share = (weights * first[:, None, None, None]).sum(-1).mean((1, 2))
     counted = ((own != 0) & ~sampled(first)).astype(jnp.float32)
     return Mean((share * counted).sum(), counted.sum())
 
