@@ -14,10 +14,11 @@ from configs import tiny
 from qwen3next_jax.config import ModelConfig, RunConfig
 from qwen3next_jax.model import gated_attention, moe
 from qwen3next_jax.parallel import context
-from qwen3next_jax.parallel.mesh import AXES
+from qwen3next_jax.parallel.layout import check_fits
+from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs
 from qwen3next_jax.plan.search import abstract_mesh, rank
-from qwen3next_jax.plan.tpu import CHIPS
+from qwen3next_jax.plan.tpu import CHIPS, parse_topology
 from qwen3next_jax.training.program import make_program
 from qwen3next_jax.training.step import make_gradients
 
@@ -39,7 +40,7 @@ def test_parameters_are_those_of_the_released_model():
     assert parts["experts"] == 48 * 512 * 3 * 2048 * 512
 
 
-@pytest.mark.parametrize("name", ["tiny", "1b_a100m", "80b_a3b", "qwen3_32b"])
+@pytest.mark.parametrize("name", ["tiny", "1b_a100m", "80b_a3b", "80b_a3b_long", "qwen3_32b"])
 def test_counts_of_parameters_and_state_are_those_of_eval_shape(name):
     config = run_config(name)
     program = make_program(config, abstract_mesh(ONE))
@@ -130,6 +131,19 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     assert counted == pytest.approx(ours, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [("80b_a3b", "v5p:4x4x4"), ("80b_a3b", "v6e:16x16"), ("80b_a3b_long", "v5p:4x4x4")],
+)
+def test_the_large_configs_fit_the_machines_they_are_laid_out_for(name, topology):
+    config = run_config(name)
+    chip, places = parse_topology(topology)
+    mesh = axis_sizes(config.mesh, places)
+    program = make_program(config, abstract_mesh(mesh))  # refuses what the mesh cannot divide
+    laid_out = costs.weights(program.state.params, abstract_mesh(mesh))
+    assert sum(costs.memory(config, laid_out, mesh, optimizer_width=6.0).values()) < chip.hbm
+
+
 def test_ranking_prefers_what_fits_and_is_fast():
     config = run_config("80b_a3b")
     config = dataclasses.replace(
@@ -140,6 +154,8 @@ def test_ranking_prefers_what_fits_and_is_fast():
     found = rank(config, program.state.params, CHIPS["v5p"], 64, **given)
     assert all(math.prod(layout.mesh.values()) == 64 for layout in found)
     assert all(layout.memory_bytes <= CHIPS["v5p"].hbm for layout in found)
+    for layout in found:
+        check_fits(layout.config, layout.mesh)  # training will take it
     times = [sum(layout.step_seconds) for layout in found]
     assert times == sorted(times)
     assert not rank(config, program.state.params, CHIPS["v5e"], 16, **given)  # 0.8 TB of state

@@ -1,11 +1,17 @@
+import itertools
+import math
+
 import jax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracles import abstract_model, small_config
 
 from qwen3next_jax.config import MeshConfig
-from qwen3next_jax.parallel.mesh import make_mesh, parameter_shardings, partition
+from qwen3next_jax.parallel.mesh import AXES, BATCH, make_mesh, parameter_shardings, partition
+from qwen3next_jax.parallel.processes import BatchShare
+from qwen3next_jax.plan import tpu
 
 EIGHT_WAYS = dict(data=1, fsdp=8, expert=1, context=1, tensor=1)
 
@@ -48,6 +54,34 @@ def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
     assert sizes == dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
     with pytest.raises(ValueError, match=r"has 6 places for 1 devices; set one of mesh\.data"):
         make_mesh(MeshConfig(data=2, fsdp=3), devices)
+
+
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:8x8", "v5p:2x2x3"])
+def test_every_mesh_lies_on_a_torus_and_gives_processes_whole_rows(topology):
+    devices = tpu.devices(topology)
+    divisors = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
+    shapes = itertools.product(divisors, repeat=len(AXES))
+    for sizes in (s for s in shapes if math.prod(s) == len(devices)):
+        mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))), devices)
+        assert mesh.devices.shape == sizes
+        assert set(mesh.devices.flat) == set(devices)
+        rows = math.prod(sizes[:3])
+        BatchShare(NamedSharding(mesh, BATCH), (rows, 64 * sizes[3]))  # raises if they are not
+
+
+def test_the_axis_that_talks_most_is_on_neighbouring_chips():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, expert=8), tpu.devices("v6e:8x8"))
+    rings = mesh.devices.reshape(8, 8)
+    assert all(len({d.coords[1] for d in ring}) == 1 for ring in rings) or (
+        all(len({d.coords[0] for d in ring}) == 1 for ring in rings)
+    )
+
+
+def test_a_part_of_a_torus_with_holes_is_refused_and_says_what_to_take():
+    devices = tpu.devices("v5p:4x4x4")
+    assert make_mesh(MeshConfig(data=1, fsdp=-1), devices[:32]).size == 32  # half of it, whole
+    with pytest.raises(ValueError, match=r"on these 24 TPU v5 devices.*block of them without"):
+        make_mesh(MeshConfig(data=1, fsdp=-1), devices[:24])
 
 
 def test_every_parameter_gets_a_sharding():

@@ -69,7 +69,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     along `data`, so that nothing but gradients crosses the slow network between them.
 
     Raises:
-      ValueError: if the axes' sizes do not multiply to the number of devices.
+      ValueError: if the axes' sizes do not multiply to the number of devices, or TPU devices are
+        not a whole block of their torus.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = axis_sizes(config, len(devices))
@@ -80,11 +81,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"lie along data: make it {len(slices)} or a multiple"
         )
     shape = (sizes["data"] // len(slices), *(sizes[axis] for axis in AXES[1:]))
-    blocks = [
-        # An axis may take a part of one of the torus's, if no whole ones fit: 32 ways of 4 x 4 x 4.
-        mesh_utils.create_device_mesh(shape, devices=part, allow_split_physical_axes=True)
-        for part in slices
-    ]
+    blocks = [_on_the_torus(shape, part) for part in slices]
     return Mesh(np.concatenate(blocks), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
@@ -121,6 +118,23 @@ def _slices(config: MeshConfig, devices: list[jax.Device]) -> list[list[jax.Devi
             f"{len(numbers)} slices; set it to {len(numbers)}, or to -1"
         )
     return [[d for d in devices if d.slice_index == number] for number in numbers]
+
+
+def _on_the_torus(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Arranges the devices of a slice so that the last axes lie along the fastest links.
+
+    An axis takes whole axes of the torus, or a part of one if no whole ones fit: 32 ways of
+    4 x 4 x 4. So it takes every shape; but not devices that are a part of a slice with holes.
+    """
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError) as error:
+        chips = sorted(getattr(device, "coords", (device.id,)) for device in devices)
+        raise ValueError(
+            f"No mesh of {'x'.join(map(str, shape))} places can be laid on these {len(devices)} "
+            f"{devices[0].device_kind} devices, from {chips[0]} to {chips[-1]} of their torus; "
+            "take all devices of a slice, or a block of them without holes, one device a chip"
+        ) from error
 
 
 def active_mesh() -> AbstractMesh | None:

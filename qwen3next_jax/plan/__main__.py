@@ -206,8 +206,8 @@ def _search(
         if i < _BEST.value:
             try:
                 compiled = tpu.compile_step(layout.config, _TOPOLOGY.value)
-            except (tpu.OutOfMemoryError, ValueError) as error:
-                row["compiled"] = str(error)
+            except (tpu.OutOfMemoryError, jax.errors.JaxRuntimeError, ValueError) as error:
+                row["compiled"] = str(error)  # the others may do
                 print(f"      compiler: {error}")
             else:
                 memory = sum(compiled.memory.values())
@@ -215,6 +215,11 @@ def _search(
                 row["compiled"] = dict(memory_bytes=memory, step_seconds=high)
                 print(f"      compiler: {low:.2f} to {high:.2f} s, {memory / 1e9:.1f} GB")
         rows.append(row)
+    taken = [row for row in rows if isinstance(row.get("compiled"), dict)]
+    if taken:
+        best = min(taken, key=lambda row: row["compiled"]["step_seconds"])
+        sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in best["mesh"].items())
+        print(f"  Of the compiled: --config.train.remat={best['remat']} {sizes}")
     return rows
 
 

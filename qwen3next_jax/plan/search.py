@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,11 +10,10 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from qwen3next_jax.config import FULL, LINEAR, RunConfig
+from qwen3next_jax.config import RunConfig
+from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import AXES
 from qwen3next_jax.plan import costs
-
-_CHUNK = 64  # tokens that a context shard holds a multiple of
 
 
 class Layout(NamedTuple):
@@ -44,41 +44,28 @@ def rank(
       optimizer_width: bytes of optimizer state a parameter.
     """
     found = []
-    for mesh in _meshes(config, places):
+    for mesh, remat in itertools.product(_meshes(places), ("none", "layer")):
+        changed = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, remat=remat),
+            mesh=dataclasses.replace(config.mesh, **mesh),
+        )
         try:
+            check_fits(changed, mesh)
             laid_out = costs.weights(params, abstract_mesh(mesh))
         except ValueError:
-            continue  # a dimension that the mesh does not divide
-        for remat in ("none", "layer"):
-            changed = dataclasses.replace(
-                config,
-                train=dataclasses.replace(config.train, remat=remat),
-                mesh=dataclasses.replace(config.mesh, **mesh),
-            )
-            memory = costs.memory(changed, laid_out, mesh, optimizer_width=optimizer_width)
-            total = sum(memory.values())
-            if total <= chip.hbm:
-                seconds = costs.step_seconds(changed, laid_out, mesh, chip)
-                found.append(Layout(changed, mesh, total, seconds))
+            continue  # training would refuse it too
+        memory = costs.memory(changed, laid_out, mesh, optimizer_width=optimizer_width)
+        total = sum(memory.values())
+        if total <= chip.hbm and mesh["data"] % max(config.mesh.num_slices, 1) == 0:
+            seconds = costs.step_seconds(changed, laid_out, mesh, chip)
+            found.append(Layout(changed, mesh, total, seconds))
     return sorted(found, key=lambda layout: sum(layout.step_seconds))
 
 
-def _meshes(config: RunConfig, places: int) -> Iterator[dict[str, Any]]:
-    """Sizes of the axes that multiply to `places` and divide what each of them splits."""
-    c, t = config.model, config.train
-    rows = t.global_batch_size // t.gradient_accumulation_steps
+def _meshes(places: int) -> Iterator[dict[str, int]]:
+    """All sizes of the axes that multiply to `places`."""
     divisors = [d for d in range(1, places + 1) if places % d == 0]
-    for expert, context, tensor, fsdp in itertools.product(divisors, repeat=4):
-        split = expert * context * tensor * fsdp
-        if split > places or places % split:
-            continue
-        data = places // split
-        if rows % (data * fsdp * expert) or t.sequence_length % (context * _CHUNK):
-            continue
-        if expert > 1 and (not c.num_experts or c.num_experts % expert):
-            continue
-        heads = [c.num_attention_heads] if FULL in c.mixers else []
-        heads += [c.linear_num_key_heads] if LINEAR in c.mixers else []
-        if any(n % tensor for n in heads):
-            continue
-        yield dict(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
+    for sizes in itertools.product(divisors, repeat=len(AXES) - 1):
+        if places % math.prod(sizes) == 0:
+            yield dict(zip(AXES, (places // math.prod(sizes), *sizes), strict=True))
