@@ -62,5 +62,6 @@ def get_config() -> ConfigDict:
     config.precision.update(compute="bfloat16", optimizer="bfloat16")
     # A router that has not learnt to balance yet sends some chips more than the buffers hold. What
     # finds no place is counted (`dropped_share`); ending so long a run over it helps nobody.
-    config.mesh.update(data=1, fsdp=-1, expert=16, moe_buffer_factor=1.25, on_overflow="drop")
+    # With all 64 chips sharing the experts out, nobody gathers matrices; tokens travel as far anyway.
+    config.mesh.update(data=1, fsdp=-1, expert=64, moe_buffer_factor=1.25, on_overflow="drop")
     return config

@@ -65,6 +65,28 @@ def test_values_and_gradients_are_those_of_float64(T, heads, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_documents_attend_within_themselves(implementation):
+    T = 700  # two blocks; documents end inside of them, one spans both
+    segments = np.zeros((2, T), np.int32)  # padding behind
+    for row, lengths in enumerate([(300, 13, 350), (1, 620, 70)]):
+        segments[row, : sum(lengths)] = np.repeat([3, 1, 2], lengths)
+    arrays = make(T)
+    cotangent = np.random.default_rng(1).standard_normal((2, T, 4, 8)).astype(np.float32)
+    cotangent[segments == 0] = 0  # what padding attends to is nobody's business
+    tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays]
+    want = float64_attention(*tensors, torch.tensor(segments))
+    want.backward(torch.tensor(cotangent, dtype=torch.float64))
+    out, grads = with_gradients(implementation)(
+        [jnp.asarray(x) for x in arrays], jnp.asarray(cotangent), jnp.asarray(segments)
+    )
+    # As above, of float32 means and sums over up to 620 queries.
+    real = segments != 0
+    np.testing.assert_allclose(out[real], want.detach()[torch.tensor(real)], atol=2e-6)
+    for got, tensor in zip(grads, tensors, strict=True):
+        np.testing.assert_allclose(got, tensor.grad, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scores_of_thousands_neither_overflow_nor_lose_the_largest(implementation):
     q, k, v = make(600)
     q *= 1e3

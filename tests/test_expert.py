@@ -119,8 +119,8 @@ def ragged_all_to_all(operand, output, first, size, place, came, *, axis_name):
     )
     me, index = jax.lax.axis_index(axis_name), jnp.arange(len(output))
     slices = len(first) // n
-    if len(output) == M * A:  # on the way back, what was not sent must not be read
-        output = jnp.full_like(output, jnp.nan)
+    if len(output) == M * A + 1:  # on the way back, what was not sent must not be read
+        output = output.at[:-1].set(jnp.nan)
     sent = jnp.split(came, n)
     for source in range(n):
         for i in range(slices):

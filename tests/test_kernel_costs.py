@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from qwen3next_jax.ops import attention, gated_delta_rule, grouped_matmul
+from qwen3next_jax.ops.pallas.expert_mlp import TILE, expert_mlp
 from qwen3next_jax.ops.pallas.kernel_costs import stating
 
 PASSES = {None: 1, "DEFAULT": 1, "HIGH": 3, "HIGHEST": 6}  # of float32 factors
@@ -129,6 +130,27 @@ def test_grouped_products(sizes):
         assert executed <= stated(kernel) + (E - 1) * stated(kernel) // (R // rows)
         if sum(sizes) == R and not any(n % rows for n in sizes):
             assert executed == stated(kernel)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_experts(dtype):
+    # Tiles that experts share are executed once for each; rows that are not expected never are.
+    R, expected, D, F, sizes = 1280, 1024, 256, 128, (300, 200, 300, 224)
+
+    def loss(x, weights, gate_up, down):
+        y = expert_mlp(x, weights, gate_up, down, jnp.asarray(sizes), expected)
+        return y.sum().astype(jnp.float32)
+
+    E = len(sizes)
+    matrices = array(E, D, 2 * F, dtype=dtype), array(E, F, D, dtype=dtype)
+    given = array(R, D, dtype=dtype), array(R, dtype=jnp.float32), *matrices
+    found = kernels_of(jax.grad(loss, argnums=range(4)), *given)
+    assert len(found) == 2
+    ends = np.cumsum(sizes)
+    tiles = sum(-(-e // TILE) - (e - n) // TILE for e, n in zip(ends, sizes, strict=True))
+    assert tiles == expected // TILE + E - 1
+    for kernel in found:
+        assert stated(kernel) == tiles * product_flops(kernel.params["jaxpr"])
 
 
 def test_costs_are_stated_of_as_many_kernels_as_are_called():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from qwen3next_jax.ops import attention, gated_delta_rule
+from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp
 from qwen3next_jax.plan import tpu
 from qwen3next_jax.plan.hlo import estimate
 
@@ -30,6 +31,14 @@ def attention_gradients(q, k, v, segments):
         return attention(q, k, v, segment_ids=segments).astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=range(3))(q, k, v)
+
+
+def expert_gradients(rows, weights, gate_up, down, sizes):
+    def loss(rows, weights, gate_up, down):
+        y = expert_mlp(rows, weights, gate_up, down, sizes, len(rows))
+        return y.astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=range(4))(rows, weights, gate_up, down)
 
 
 @pytest.mark.slow
@@ -73,3 +82,20 @@ def test_attention_compiles_for_a_tpu_and_holds_no_scores(topology, tokens):
     assert not costs.uncosted
     # Queries, outputs, their gradients and copies; float32 norms of 128 lanes.
     assert program.memory_analysis().temp_size_in_bytes < 8 * 2 * tokens * 16 * 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_experts_compile_for_a_tpu_and_hold_nothing_between_their_products(topology):
+    R, E, D, F = 40960, 8, 2048, 512
+    program = compiled(
+        expert_gradients, topology,
+        ((R, D), jnp.bfloat16), ((R,), jnp.float32),
+        ((E, D, 2 * F), jnp.bfloat16), ((E, F, D), jnp.bfloat16), ((E,), jnp.int32),
+    )  # fmt: skip
+    costs = estimate(program.as_text(), tpu.CHIPS["v5p"])
+    assert costs.kernel_seconds > 0
+    assert not costs.uncosted
+    # The gradient of what they give, a copy of rows in the layout of the kernels, and of what comes
+    # back; the products would be another half each.
+    assert program.memory_analysis().temp_size_in_bytes < 3.2 * 2 * R * D

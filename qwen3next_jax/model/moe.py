@@ -22,6 +22,7 @@ from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.layers import MLP, normal, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.ops.grouped_matmul import default_implementation, grouped_matmul, row_alignment
+from qwen3next_jax.ops.pallas.expert_mlp import can_compile, expert_mlp
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
 from qwen3next_jax.parallel.mesh import (
@@ -115,12 +116,18 @@ class SparseMoE(nnx.Module):
         experts, weights, stats = self._route(x, segment_ids, router)
         tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
         alignment = self._alignment(len(tokens))
-        compute = functools.partial(_experts, gate_up=gate_up, down=down, block=alignment)
+        compute = self._compute(gate_up, down, tokens, alignment)
         y = apply_experts(
             tokens, experts, weights, compute,
             num_experts=self.config.num_experts, alignment=alignment,
         )  # fmt: skip
         return y.reshape(x.shape), stats
+
+    def _compute(self, gate_up, down, tokens, alignment):
+        expected = len(tokens) * self.config.num_experts_per_tok
+        return functools.partial(
+            _experts, gate_up=gate_up, down=down, block=alignment, expected_rows=expected
+        )
 
     def _alignment(self, tokens):
         E, A = self.config.num_experts, self.config.num_experts_per_tok
@@ -152,7 +159,7 @@ class SparseMoE(nnx.Module):
         tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
         # A device's experts get rows from all devices that share the experts out.
         alignment = self._alignment(len(tokens) * jax.lax.axis_size("expert"))
-        compute = functools.partial(_experts, gate_up=gate_up, down=down, block=alignment)
+        compute = self._compute(gate_up, down, tokens, alignment)
         given: dict[str, Any] = dict(num_experts=self.config.num_experts, alignment=alignment)
         if jax.lax.axis_size("expert") == 1:
             y, dropped = apply_experts(tokens, experts, weights, compute, **given), jnp.zeros(())
@@ -192,14 +199,16 @@ class SparseMoE(nnx.Module):
         return experts, weights, stats
 
 
-def _experts(rows, weights, group_sizes, *, gate_up, down, block):
-    gate_up = gate_up.astype(rows.dtype)
+def _experts(rows, weights, group_sizes, *, gate_up, down, block, expected_rows):
     E, D, _, F = gate_up.shape
-    hidden = grouped_matmul(rows, gate_up.reshape(E, D, 2 * F), group_sizes, block=block)
+    gate_up, down = gate_up.astype(rows.dtype).reshape(E, D, 2 * F), down.astype(rows.dtype)
+    if default_implementation() == "pallas" and can_compile(D, F, rows.dtype):
+        return expert_mlp(rows, weights, gate_up, down, group_sizes, expected_rows)
+    hidden = grouped_matmul(rows, gate_up, group_sizes, block=block)
     # Weighed before the second product, where rows are narrowest, in the weights' float32.
     hidden = jax.nn.silu(hidden[:, :F]) * hidden[:, F:] * weights[:, None]
     hidden = hidden.astype(rows.dtype)
-    return grouped_matmul(hidden, down.astype(rows.dtype), group_sizes, block=block)
+    return grouped_matmul(hidden, down, group_sizes, block=block)
 
 
 def _equal_rows(stddev):

@@ -1,0 +1,296 @@
+"""The experts' feed-forward as two TPU kernels, forward and backward.
+
+    y_r = w_r (silu(x_r G_e) · (x_r U_e)) D_e     rows r sorted by expert e(r)
+
+A program takes a tile of rows and one expert's matrices, which stay in the chip's vector memory
+until the next expert's come; a tile in which experts meet is visited once for each of them, tiles
+behind the last expert never. Between its products nothing leaves the chip: the backward kernel
+reads rows, the gradients of what they gave and the matrices, multiplies by the first matrix again,
+and writes the gradients of all of them. Those of an expert's matrices are summed in float32 while
+its tiles pass by.
+
+*Layout.* In memory a matrix is cut into tiles of 8 rows by 128 columns, so that a row of it is a
+strip of many tiles. Rows that are gathered and sent one by one lie as whole tiles, [R, D / 128,
+128], instead, and are laid out as a matrix on the chip, which costs no memory traffic.
+
+*Costs* are stated for the rows expected, every expert's first and last tile met by another's: what
+is executed depends on the router.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from qwen3next_jax.ops.platform import platform
+
+TILE = 256  # rows
+_LANES = 128
+_FEW = 16  # rows, of which a tile's are a multiple
+_VMEM_BYTES = 80 * 2**20  # of 96 MiB and more that TPUs since v5p have; the default is 16
+
+
+def can_compile(size: int, width: int, dtype: jnp.dtype) -> bool:
+    """Whether a TPU can take experts of this width: they must fill its vectors, and fit.
+
+    Args:
+      size: of a row.
+      width: of an expert between its products.
+      dtype: of rows and matrices.
+    """
+    bytes_each = jnp.dtype(dtype).itemsize
+    # Twice, as the next one's are on their way: an expert's matrices, their gradients, rows, their
+    # gradients and those of the results; once, float32: sums, and what a tile becomes on the way.
+    twice = bytes_each * (2 * 3 * size * width + 3 * TILE * size)
+    once = 4 * (3 * size * width + TILE * (3 * size + 6 * width))
+    return size % _LANES == width % _LANES == 0 and 2 * twice + once < _VMEM_BYTES
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def expert_mlp(
+    rows: Float[Array, "R D"],
+    weights: Float[Array, "R"],
+    gate_up: Float[Array, "E D 2*F"],
+    down: Float[Array, "E F D"],
+    group_sizes: Int[Array, "E"],
+    expected_rows: int,
+) -> Float[Array, "R D"]:
+    """Runs the kernels; on a CPU they are interpreted, for tests only.
+
+    Args:
+      rows: sorted by expert; rows behind the last expert's may be anything, there, in what they
+        give, and in their gradients.
+      weights: of each row, float32.
+      gate_up, down: each expert's matrices, in rows' dtype; G beside U.
+      group_sizes: rows of each expert.
+      expected_rows: how many rows are likely to belong to an expert, for the costs stated.
+    """
+    return _forward(rows, weights, gate_up, down, group_sizes, expected_rows)
+
+
+def _forward(rows, weights, gate_up, down, group_sizes, expected_rows):
+    tiles = _Tiles(rows, down, group_sizes, expected_rows, visit_empty=False)
+    given = tiles.cut(rows), tiles.lanes(weights), gate_up, down
+    out = pl.pallas_call(
+        _forward_kernel,
+        grid_spec=tiles.grid(("rows", "lanes", "gate_up", "down"), ("rows",), tiles.matrix),
+        out_shape=tiles.shape("rows"),
+        cost_estimate=tiles.cost(products=3, arrays=("rows", "rows", "lanes", "gate_up", "down")),
+        name="expert_mlp_forward",
+        **_options(),
+    )(*tiles.scalars, *given)
+    return out.reshape(rows.shape)
+
+
+def _expert_mlp_forward(rows, weights, gate_up, down, group_sizes, expected_rows):
+    out = _forward(rows, weights, gate_up, down, group_sizes, expected_rows)
+    return out, (rows, weights, gate_up, down, group_sizes)
+
+
+def _expert_mlp_backward(expected_rows, residuals, d_out):
+    rows, weights, gate_up, down, group_sizes = residuals
+    tiles = _Tiles(rows, down, group_sizes, expected_rows, visit_empty=True)
+    given = ("rows", "rows", "lanes", "gate_up", "down")
+    results = ("rows", "lanes", "gate_up", "down")
+    sums = (pltpu.VMEM(x.shape[1:], jnp.float32) for x in (gate_up, down))
+    d_rows, d_weights, d_gate_up, d_down = pl.pallas_call(
+        _backward_kernel,
+        grid_spec=tiles.grid(given, results, tiles.matrix, *sums),
+        out_shape=[tiles.shape(name) for name in results],
+        cost_estimate=tiles.cost(products=8, arrays=given + results),
+        name="expert_mlp_backward",
+        **_options(),
+    )(*tiles.scalars, tiles.cut(rows), tiles.cut(d_out), tiles.lanes(weights), gate_up, down)
+    d_weights = d_weights.reshape(-1)[: len(rows)]
+    return d_rows.reshape(rows.shape), d_weights, d_gate_up, d_down, None
+
+
+expert_mlp.defvjp(_expert_mlp_forward, _expert_mlp_backward)
+
+
+def _options():
+    return dict(
+        interpret=platform() == "cpu",
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES
+        ),
+    )
+
+
+class _Tiles:
+    """How the work is cut: each step takes a tile of rows and an expert."""
+
+    def __init__(self, rows, down, group_sizes, expected_rows, *, visit_empty):
+        self.R, self.D = rows.shape
+        self.E, self.F, _ = down.shape
+        self.dtype = rows.dtype
+        self.tile = min(TILE, -(-self.R // _FEW) * _FEW)
+        self.tiles = -(-self.R // self.tile)
+        self.matrix = pltpu.VMEM((self.tile, self.D), self.dtype)
+        self.expected_steps = -(-expected_rows // self.tile) + self.E - 1
+        ends = jnp.cumsum(group_sizes.astype(jnp.int32))
+        starts = ends - group_sizes
+        first = jnp.minimum(starts // self.tile, self.tiles - 1)
+        visits = jnp.where(group_sizes > 0, -(-ends // self.tile) - first, int(visit_empty))
+        last_step = jnp.cumsum(visits)
+        self.steps = last_step[-1]
+        step = jnp.arange(self.tiles + self.E)
+        expert = jnp.searchsorted(last_step, step, side="right", method="compare_all")
+        expert = jnp.minimum(expert, self.E - 1).astype(jnp.int32)
+        tile = (first + visits - last_step)[expert] + step
+        self.scalars = (
+            expert, jnp.minimum(tile, self.tiles - 1).astype(jnp.int32),
+            starts.astype(jnp.int32), ends.astype(jnp.int32),
+        )  # fmt: skip
+
+    def cut(self, rows):
+        """[R, D] → [R, D / 128, 128]."""
+        return rows.reshape(self.R, -1, _LANES if self.D % _LANES == 0 else self.D)
+
+    def lanes(self, weights):
+        """[R] → [tiles, 1, tile]."""
+        padding = self.tiles * self.tile - self.R
+        return jnp.pad(weights.astype(jnp.float32), (0, padding)).reshape(self.tiles, 1, -1)
+
+    def shape(self, name):
+        lanes = _LANES if self.D % _LANES == 0 else self.D
+        shape = {
+            "rows": (self.R, self.D // lanes, lanes),
+            "lanes": (self.tiles, 1, self.tile),
+            "gate_up": (self.E, self.D, 2 * self.F),
+            "down": (self.E, self.F, self.D),
+        }[name]
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "lanes" else self.dtype)
+
+    def spec(self, name):
+        first = self.tile if name == "rows" else None
+        which = 0 if name in ("gate_up", "down") else 1  # an expert's, or a tile's
+        return pl.BlockSpec(
+            (first, *self.shape(name).shape[1:]), lambda i, *scalars: (scalars[which][i], 0, 0)
+        )
+
+    def grid(self, given, results, *scratch):
+        outs = [self.spec(name) for name in results]
+        return pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(self.scalars),
+            grid=(self.steps,),
+            in_specs=[self.spec(name) for name in given],
+            out_specs=outs if len(outs) > 1 else outs[0],
+            scratch_shapes=list(scratch),
+        )
+
+    def cost(self, *, products, arrays):
+        """With so many products of a row by a matrix [D, F] or its transpose."""
+        passes = 1 if self.dtype == jnp.bfloat16 else 6
+        rows = self.expected_steps * self.tile
+        sizes = [(name, math.prod(self.shape(name).shape)) for name in arrays]
+        return pl.CostEstimate(
+            flops=2 * passes * products * rows * self.D * self.F,
+            transcendentals=rows * self.F,
+            bytes_accessed=sum(
+                # Of arrays with rows, those that are expected.
+                (size if name in ("gate_up", "down") else size * rows // (self.tiles * self.tile))
+                * self.shape(name).dtype.itemsize
+                for name, size in sizes
+            ),
+        )
+
+
+def _forward_kernel(
+    experts, tiles, starts, ends, rows_ref, weights_ref, gate_up_ref, down_ref, out_ref, out
+):
+    expert, tile = (x[pl.program_id(0)] for x in (experts, tiles))
+    x = _matrix(rows_ref)
+    F = down_ref.shape[0]
+    both = _dot(x, gate_up_ref[...])
+    hidden = jax.nn.silu(both[:, :F]) * both[:, F:] * _column(weights_ref[...])
+    out[...] = _dot(hidden.astype(x.dtype), down_ref[...]).astype(out.dtype)
+    _store(out_ref, out, starts[expert] - tile * x.shape[0])
+
+
+def _backward_kernel(
+    experts, tiles, starts, ends, rows_ref, d_out_ref, weights_ref, gate_up_ref, down_ref,
+    d_rows_ref, d_weights_ref, d_gate_up_ref, d_down_ref, d_rows, d_gate_up_sum, d_down_sum,
+):  # fmt: skip
+    step, last = pl.program_id(0), pl.num_programs(0) - 1
+    expert, tile = experts[step], tiles[step]
+    x, d_out, F = _matrix(rows_ref), _matrix(d_out_ref), down_ref.shape[0]
+    start, end = (s[expert] - tile * len(x) for s in (starts, ends))
+
+    @pl.when((step == 0) | (experts[jnp.maximum(step - 1, 0)] != expert))
+    def _():
+        d_gate_up_sum[...] = jnp.zeros_like(d_gate_up_sum)
+        d_down_sum[...] = jnp.zeros_like(d_down_sum)
+
+    # Other rows may hold anything, NaN included.
+    row = jax.lax.broadcasted_iota(jnp.int32, (len(x), 1), 0)
+    own = (row >= start) & (row < end)
+    x, d_out = (jnp.where(own, a.astype(jnp.float32), 0).astype(a.dtype) for a in (x, d_out))
+    weights = jnp.where(own, _column(weights_ref[...]), 0)
+    gate_up = gate_up_ref[...]
+    both = _dot(x, gate_up)
+    gate, up = both[:, :F], both[:, F:]
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    product = silu * up
+    d_weighted = _dot(d_out, down_ref[...], contract=(1, 1))
+    d_product = d_weighted * weights
+    d_gate = d_product * up * (sigmoid + silu * (1 - sigmoid))
+    d_both = jnp.concatenate([d_gate, d_product * silu], axis=1).astype(x.dtype)
+    d_rows[...] = _dot(d_both, gate_up, contract=(1, 1)).astype(x.dtype)
+    _store(d_rows_ref, d_rows, start)
+    lane = jax.lax.broadcasted_iota(jnp.int32, d_weights_ref.shape, 1)
+    d_weights = _lanes((d_weighted * product).sum(1, keepdims=True))
+    d_weights_ref[...] = jnp.where(lane >= start, d_weights, d_weights_ref[...])
+    weighted = (product * weights).astype(x.dtype)
+    d_gate_up_sum[...] += _dot(x, d_both, contract=(0, 0))
+    d_down_sum[...] += _dot(weighted, d_out, contract=(0, 0))
+
+    @pl.when((step == last) | (experts[jnp.minimum(step + 1, last)] != expert))
+    def _():
+        d_gate_up_ref[...] = d_gate_up_sum[...].astype(d_gate_up_ref.dtype)
+        d_down_ref[...] = d_down_sum[...].astype(d_down_ref.dtype)
+
+
+def _matrix(ref):
+    """[tile, D / 128, 128] → [tile, D]."""
+    return ref[...].reshape(ref.shape[0], -1)
+
+
+def _store(ref, values_ref, start):
+    """Puts rows [tile, D] from `start` on; before it are those of other experts."""
+    tile = ref.shape[0]
+    shape = _FEW, *ref.shape[1:]
+
+    def store_few(i, carry):
+        few = pl.ds(i * _FEW, _FEW)
+        row = i * _FEW + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        values = values_ref[few].reshape(shape).astype(jnp.float32)
+        others = ref[few].astype(jnp.float32)
+        ref[few] = jnp.where(row >= start, values, others).astype(ref.dtype)
+        return carry
+
+    # All at once would be a program that takes minutes to compile.
+    jax.lax.fori_loop(0, tile // _FEW, store_few, 0)
+
+
+def _column(lanes):
+    """[1, tile] → [tile, 1]; a transposition wants whole vectors."""
+    return jnp.broadcast_to(lanes, (8, lanes.shape[1])).T[:, :1]
+
+
+def _lanes(column):
+    """[tile, 1] → [1, tile]."""
+    return jnp.broadcast_to(column, (column.shape[0], _LANES)).T[:1]
+
+
+def _dot(x, y, *, contract=(1, 0)):
+    return jax.lax.dot_general(
+        x, y, (((contract[0],), (contract[1],)), ((), ())),
+        precision=None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""The experts' kernels, interpreted, against one dense feed-forward an expert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import quick_jit
+
+from qwen3next_jax.ops.pallas.expert_mlp import TILE, can_compile, expert_mlp
+
+D, F = 256, 128
+# Tiles met by several experts, experts of several tiles, experts of none at both ends and between.
+SIZES = [0, 300, 5, 7, 0, 500, 0]
+
+
+def reference(rows, weights, gate_up, down, sizes):
+    outs, start = [], 0
+    for e, size in enumerate(sizes):
+        x, w = rows[start : start + size], weights[start : start + size]
+        both = x @ gate_up[e]
+        outs.append((jax.nn.silu(both[:, :F]) * both[:, F:] * w[:, None]) @ down[e])
+        start += size
+    return jnp.concatenate(outs)
+
+
+def make(sizes, rows, dtype):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape, scale=1.0):
+        return jnp.asarray(scale * rng.standard_normal(shape), dtype)
+
+    weights = jnp.asarray(rng.uniform(0.1, 1, rows), jnp.float32)
+    matrices = draw(len(sizes), D, 2 * F, scale=D**-0.5), draw(len(sizes), F, D, scale=F**-0.5)
+    return draw(rows, D), weights, *matrices, draw(rows, D)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "dtype"),
+    [
+        (SIZES, 1000, "float32"),  # rows behind the last expert's
+        (SIZES, 812, "bfloat16"),
+        ([TILE, 2 * TILE], 3 * TILE, "float32"),
+        ([3, 0, 4], 9, "float32"),  # less than a tile
+    ],
+)
+def test_values_and_gradients_are_those_of_each_experts_own_mlp(sizes, rows, dtype):
+    *args, d_out = make(sizes, rows, dtype)
+    used = sum(sizes)
+    # Rows behind the last expert's may hold anything.
+    poisoned = args[0].at[used:].set(jnp.nan), args[1].at[used:].set(jnp.nan), *args[2:]
+
+    def run(args, d_out):
+        out, vjp = jax.vjp(lambda *a: expert_mlp(*a, jnp.asarray(sizes), rows), *args)
+        return out, *vjp(d_out)
+
+    got = quick_jit(run)(poisoned, d_out.at[used:].set(jnp.nan))
+    exact = [a.astype(jnp.float32) for a in args]
+    out, vjp = jax.vjp(lambda *a: reference(*a, sizes), *exact)
+    want = out, *vjp(d_out[:used].astype(jnp.float32))
+    # Products of up to 500 numbers of size 1, in float32; in bfloat16 with 8 bits at each step.
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    for name, a, b in zip(("y", "rows", "weights", "gate_up", "down"), got, want, strict=True):
+        if name in ("y", "rows", "weights"):
+            a, b = a[:used], b[:used]
+        error = jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+        assert error < tolerance, (name, float(error))
+
+
+def test_experts_that_a_tpu_cannot_take_are_known_before_it_tries():
+    bfloat16 = jnp.dtype("bfloat16")
+    assert can_compile(2048, 512, bfloat16)
+    assert not can_compile(2048, 500, bfloat16)  # not whole vectors
+    assert not can_compile(8192, 2048, bfloat16)  # 100 MB of matrices
