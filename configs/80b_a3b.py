@@ -62,6 +62,6 @@ def get_config() -> ConfigDict:
     config.precision.update(compute="bfloat16", optimizer="bfloat16")
     # A router that has not learnt to balance yet sends some chips more than the buffers hold. What
     # finds no place is counted (`dropped_share`); ending so long a run over it helps nobody.
-    # With all 64 chips sharing the experts out, nobody gathers matrices; tokens travel as far anyway.
+    # Experts are shared out over all 64 chips, so that no chip gathers their matrices.
     config.mesh.update(data=1, fsdp=-1, expert=64, moe_buffer_factor=1.25, on_overflow="drop")
     return config
