@@ -37,6 +37,45 @@ def test_command_says_what_is_wrong_with_a_topology():
     assert "Traceback" not in done.stderr
 
 
+# In the compiler's place: the first layout is too large, the third is faster than the second.
+ANSWERS = """
+import itertools, runpy
+from qwen3next_jax.plan import hlo, tpu
+
+asked = itertools.count()
+def compile_step(config, topology):
+    number = next(asked)
+    if number == 0:
+        raise tpu.OutOfMemoryError("used 120G of 96G")
+    took = hlo.Estimate(10.0 - number, 0.0, 0.0, {}, [], [])
+    return tpu.Compiled(seconds=1.0, memory={"temporary": 1e9}, estimate=took, text="")
+
+tpu.compile_step = compile_step
+runpy.run_module("qwen3next_jax.plan", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_search_compiles_as_many_as_told_and_names_the_fastest_of_them():
+    options = ["--config=configs/tiny.py", "--topology=v5p:2x2x1", "--search", "--best=3", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERS, *options],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["search"]
+    assert len({(row["remat"], *row["mesh"].values()) for row in rows}) == len(rows) == 10
+    assert [row.get("compiled") for row in rows[:3]] == [
+        "used 120G of 96G",
+        dict(memory_bytes=1e9, step_seconds=9.0),
+        dict(memory_bytes=1e9, step_seconds=8.0),
+    ]
+    assert not any("compiled" in row for row in rows[3:])
+    sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in rows[2]["mesh"].items())
+    assert (
+        f"Fastest of the compiled: --config.train.remat={rows[2]['remat']} {sizes}" in done.stdout
+    )
+
+
 def test_a_missing_compiler_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'qwen3next_jax\[tpu\]'"):

@@ -219,7 +219,7 @@ def _search(
     if taken:
         best = min(taken, key=lambda row: row["compiled"]["step_seconds"])
         sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in best["mesh"].items())
-        print(f"  Of the compiled: --config.train.remat={best['remat']} {sizes}")
+        print(f"  Fastest of the compiled: --config.train.remat={best['remat']} {sizes}")
     return rows
 
 
