@@ -63,7 +63,7 @@ def rank(
     return sorted(found, key=lambda layout: sum(layout.step_seconds))
 
 
-def _meshes(places: int) -> Iterator[dict[str, int]]:
+def _meshes(places: int) -> Iterator[dict[str, Any]]:
     """All sizes of the axes that multiply to `places`."""
     divisors = [d for d in range(1, places + 1) if places % d == 0]
     for sizes in itertools.product(divisors, repeat=len(AXES) - 1):
