@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles import quick_jit
+from flax import nnx
+from oracles import quick_jit, small_config
 
+from qwen3next_jax.model import moe
 from qwen3next_jax.ops.pallas.expert_mlp import TILE, can_compile, expert_mlp
 
 D, F = 256, 128
@@ -64,6 +66,25 @@ def test_values_and_gradients_are_those_of_each_experts_own_mlp(sizes, rows, dty
             a, b = a[:used], b[:used]
         error = jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
         assert error < tolerance, (name, float(error))
+
+
+def test_a_sparse_layer_by_them_is_the_one_by_grouped_products(monkeypatch):
+    config = small_config(hidden_size=D, moe_intermediate_size=F)
+    layer = moe.SparseMoE(config, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 20, D)), jnp.float32)
+
+    def run(params, x):
+        y, vjp = jax.vjp(lambda params, x: nnx.merge(graph, params)(x), params, x)
+        return y, vjp(jnp.cos(y))
+
+    want = quick_jit(run)(params, x)
+    monkeypatch.setattr(moe, "default_implementation", lambda: "pallas")
+    monkeypatch.setattr(moe, "grouped_matmul", None)  # not called
+    got = quick_jit(lambda *args: run(*args))(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # Sums of up to 256 float32 products in another order.
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
 
 
 def test_experts_that_a_tpu_cannot_take_are_known_before_it_tries():
