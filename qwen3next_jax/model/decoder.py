@@ -22,7 +22,10 @@ from qwen3next_jax.model.layers import RMSNorm, normal, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP
 from qwen3next_jax.model.statistics import Observed, one_after_another
+from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.parallel.vocabulary import embed
+
+_MOST_UNROLLED = 4  # groups in a row, as what is unrolled is compiled anew each time
 
 
 class Group(nnx.Module):
@@ -154,7 +157,9 @@ class Qwen3Next(nnx.Module):
             joined = jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
             return x, (joined, one_after_another(seen))
 
-        x, told = jax.lax.scan(group, self.embed(tokens), stacked)
+        # On a CPU a loop copies all that one group keeps for its backward pass among that of all.
+        unroll = _MOST_UNROLLED if platform() == "cpu" else 1
+        x, told = jax.lax.scan(group, self.embed(tokens), stacked, unroll=unroll)
         # [groups, layers that tell it in a group, ...] → [layers that tell it, ...]
         stats, seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), told)
         if observed is not None:

@@ -37,7 +37,8 @@ def causal_conv(
     total = jnp.zeros(x.shape, jnp.float32)
     for w in range(W):
         shift = W - 1 - w
-        tap = padded[:, w : w + T].astype(jnp.float32) * kernel[w].astype(jnp.float32)
+        taps = jnp.broadcast_to(kernel[w].astype(jnp.float32), x.shape)  # see `RMSNorm`
+        tap = padded[:, w : w + T].astype(jnp.float32) * taps
         if segment_ids is not None and shift:
             earlier = jnp.pad(segment_ids, ((0, 0), (shift, 0)), mode="edge")[:, :T]
             same = (earlier == segment_ids).reshape(*segment_ids.shape, *[1] * (x.ndim - 2))

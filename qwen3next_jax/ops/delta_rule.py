@@ -204,7 +204,7 @@ def _recurrent(q, k, v, g, beta, segments, before, state):
 def _chunked(q, k, v, g, beta, segments, before, state, scan=None):
     B, T, K, H = k.shape
     N, P = v.shape[2:]
-    chunk = min(_CHUNK, max(_BLOCK, 1 << (T - 1).bit_length()))
+    chunk = min(_chunk_size(H), max(_BLOCK, 1 << (T - 1).bit_length()))
     padding = -T % chunk
 
     def split(x, *heads, mode="constant"):
@@ -227,6 +227,17 @@ def _chunked(q, k, v, g, beta, segments, before, state, scan=None):
     )
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T + padding, N, P)
     return out[:, :T], state.reshape(B, N, H, P)
+
+
+def _chunk_size(key_size):
+    """Tokens of a chunk: a power of two, at most `_CHUNK`.
+
+    Products inside chunks grow with C, those with states as H · P / C. Matrix units are idle when C
+    is small; a CPU is fastest where both are about equal.
+    """
+    if platform() != "cpu":
+        return _CHUNK
+    return min(_CHUNK, max(_BLOCK, 1 << (key_size - 1).bit_length()))
 
 
 # In what follows arrays are chunked, with head axes k (key heads) and r (value heads of each):
@@ -328,13 +339,13 @@ def _chunks_backward(scan, residuals, cotangents):
     d_queried = start[..., None] * d_out
     carried = end[..., None] * jnp.einsum("zbkrcp,zbkrhp->zbkrch", new, d_after)
 
-    d_kk = (beta[..., None] * gamma * d_products).sum(3)
-    d_qk = (gamma * d_scores).sum(3)
+    d_kk = _sum_value_heads(beta[..., None] * gamma * d_products)
+    d_qk = _sum_value_heads(gamma * d_scores)
     d_q = dot("zbkcd,zbkdh->zbkch", d_qk, k)
     d_q += jnp.einsum("zbkrcp,zbkrhp->zbkch", d_queried, states)
     d_k = dot("zbkdc,zbkdh->zbkch", d_qk, q)
     d_k += dot("zbkcd,zbkdh->zbkch", d_kk + d_kk.swapaxes(-1, -2), k)
-    d_k += carried.sum(3) + jnp.einsum("zbkrcp,zbkrhp->zbkch", d_read, states)
+    d_k += _sum_value_heads(carried) + jnp.einsum("zbkrcp,zbkrhp->zbkch", d_read, states)
     d_v = beta[..., None] * d_scaled
     d_beta = (d_scaled * errors).sum(-1) + (d_products * products).sum(-1)
 
@@ -396,15 +407,19 @@ def _unit_lower_inverse(lower):
     """Inverts I + lower, for a strictly lower triangular matrix in the last two axes."""
     C = lower.shape[-1]
     size = min(_BLOCK, C)
+    # Row i of the inverse is eᵢ − Σ_j lower[i, j] · inverse[j], of which only the rows above i
+    # count. All blocks of all chunks lie along the last axis meanwhile, where a processor computes
+    # many at once; in place of a sum over an axis there are `size` terms, as jaxlib 0.10.2 sums
+    # products of such shapes slowly, and crashes for some on CPUs without AVX-512.
     blocks = _diagonal_blocks(lower, size)
+    across = blocks.reshape(-1, size, size).transpose(1, 2, 0)
 
-    # Row i of the inverse is eᵢ − lower[i] · inverse, of which only the rows above i count. Written
-    # as a sum of products it crashes in jaxlib 0.10.2's kernels for CPUs without AVX-512.
     def fill(i, inverse):
-        above = jnp.einsum("...j,...jk->...k", blocks[..., i, :], inverse, precision=_HIGHEST)
-        return inverse.at[..., i, :].set(jnp.eye(size)[i] - above)
+        above = sum(across[i, j] * inverse[j] for j in range(size))
+        return inverse.at[i].set(jnp.eye(size)[i][:, None] - above)
 
-    inverse = jax.lax.fori_loop(0, size, fill, jnp.zeros_like(blocks))
+    inverse = jax.lax.fori_loop(0, size, fill, jnp.zeros_like(across))
+    inverse = inverse.transpose(2, 0, 1).reshape(blocks.shape)
     # [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]]: neighbours merge until one is left.
     while size < C:
         above, below = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
@@ -420,6 +435,11 @@ def _diagonal_blocks(x, size):
     """[..., C, C] → [..., C / size, size, size]."""
     starts = range(0, x.shape[-1], size)
     return jnp.stack([x[..., s : s + size, s : s + size] for s in starts], axis=-3)
+
+
+def _sum_value_heads(x):
+    """Over the value heads of a key head, r: few, for which a CPU's reduction is slow."""
+    return sum(jnp.unstack(x, axis=3))
 
 
 def _strictly_lower(x):

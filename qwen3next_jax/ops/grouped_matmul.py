@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.platform import platform
 
-_MOST_ROWS = 64  # of a block
+_MOST_ROWS = 128  # of a block
 _TILE_ROWS, _TILE = 512, 1024  # of a kernel: three bfloat16 tiles, twice, fit a TPU's memory
 
 
