@@ -265,21 +265,24 @@ def add_pair_gradients(
     """Gradients through the given pairs: d_q with theirs added, and those of k and v; float32."""
     scale = q.shape[-1] ** -0.5
     balance = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+    # Scores have keys as rows and queries as columns here, and so has d_q's transpose: then all
+    # products take them as they are, where a CPU would turn them around, block by block.
+    d_q = jnp.moveaxis(d_q, -1, 3)
 
     def visit(carry, pair):
         i, j = pair
-        mask = _mask(q_segments[i], k_segments[j], i, j, causal)
+        mask = _mask(q_segments[i], k_segments[j], i, j, causal).transpose(0, 1, 4, 2, 3)
 
         def attend(rows):
             d_q, d_k, d_v = rows
-            weights = jnp.exp(_scores(q[i], k[j]) - log_norm[i][..., None])
-            weights = jnp.where(mask, weights, 0)
-            d_v += _dot("bkrcd,bkrcp->bkdp", weights.astype(v.dtype), d_out[i])
-            d_weights = _dot("bkrcp,bkdp->bkrcd", d_out[i], v[j])
-            d_scores = scale * (weights * (d_weights - balance[i][..., None]))
+            scores = scale * _dot("bkrch,bkdh->bkdrc", q[i], k[j])
+            weights = jnp.where(mask, jnp.exp(scores - log_norm[i][:, :, None]), 0)
+            d_v += _dot("bkdrc,bkrcp->bkdp", weights.astype(v.dtype), d_out[i])
+            d_weights = _dot("bkrcp,bkdp->bkdrc", d_out[i], v[j])
+            d_scores = scale * (weights * (d_weights - balance[i][:, :, None]))
             d_scores = d_scores.astype(q.dtype)
-            d_q += _dot("bkrcd,bkdh->bkrch", d_scores, k[j])
-            d_k += _dot("bkrcd,bkrch->bkdh", d_scores, q[i])
+            d_q += _dot("bkdrc,bkdh->bkhrc", d_scores, k[j])
+            d_k += _dot("bkdrc,bkrch->bkdh", d_scores, q[i])
             return d_q, d_k, d_v
 
         rows = tuple(x[n] for x, n in zip(carry, (i, j, j), strict=True))
@@ -287,7 +290,8 @@ def add_pair_gradients(
         return tuple(x.at[n].set(y) for x, n, y in zip(carry, (i, j, j), rows, strict=True)), None
 
     start = (d_q, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    return jax.lax.scan(visit, start, pairs)[0]
+    (d_q, d_k, d_v), _ = jax.lax.scan(visit, start, pairs)
+    return jnp.moveaxis(d_q, 3, -1), d_k, d_v
 
 
 def _add_block(carry, scores, v, product):
