@@ -128,6 +128,24 @@ def test_queries_see_the_filled_slots_of_a_cache_and_new_tokens_up_to_their_own(
     np.testing.assert_allclose(out, whole[row, own], atol=2e-6)  # float32 sums, reordered
 
 
+def test_memory_of_layers_in_a_scan_grows_with_tokens_not_with_pairs_of_them():
+    def temporary_bytes(T):
+        q, k, v = (jax.ShapeDtypeStruct((1, T, heads, 8), jnp.float32) for heads in (2, 1, 1))
+
+        def loss(q, k, v, segments):
+            def layer(x, _):
+                return attention(x, k, v, segment_ids=segments, implementation="chunked"), None
+
+            return jax.lax.scan(layer, q, None, length=2)[0].sum()
+
+        segments = jax.ShapeDtypeStruct((1, T), jnp.int32)
+        compiled = jax.jit(jax.grad(loss)).lower(q, k, v, segments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Twice the tokens, twice the bytes, but for what does not grow.
+    assert temporary_bytes(8192) < 2.1 * temporary_bytes(4096)
+
+
 def test_what_cannot_be_done_is_refused():
     q, k, v = (jnp.asarray(x) for x in make(4))
     with pytest.raises(ValueError, match="'flash' is unknown; expected 'chunked', 'pallas'"):

@@ -61,9 +61,7 @@ def test_bfloat16_products_keep_their_dtype(implementation):
     rows, weights, d_out = make()
     rows, weights = jnp.asarray(rows, jnp.bfloat16), jnp.asarray(weights, jnp.bfloat16)
     expected = group_by_group(np.asarray(rows, np.float32), np.asarray(weights, np.float32), d_out)
-    out = grouped_matmul(
-        rows, weights, jnp.asarray(SIZES), implementation=implementation, block=64
-    )
+    out = grouped_matmul(rows, weights, jnp.asarray(SIZES), implementation=implementation, block=64)
     assert out.dtype == jnp.bfloat16
     # One rounding to 8 bits of values up to 10.
     np.testing.assert_allclose(np.asarray(out, np.float32)[:USED], expected[0][:USED], atol=0.05)

@@ -78,8 +78,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis."""
         scale = self.weight[...].astype(jnp.float32) + self.zero_centered
-        # Spread out here, so that its gradient is one sum over all leading axes: a CPU takes twenty
-        # times as long for a sum that leaves an axis of size 1, which `*` would make of a batch of 1.
+        # Spread out here, so that its gradient is one sum over all leading axes. By `*` alone it
+        # would leave out those of size 1, which takes a CPU twenty times as long.
         scale = jnp.broadcast_to(scale, x.shape)
         return (rms_normalize(x, self.eps) * scale).astype(x.dtype)
 

@@ -236,7 +236,8 @@ def add_pairs(carry, q, k, v, q_segments, k_segments, pairs, *, causal):
     """
     # Masks depend on no layer: differentiating a scan over layers, JAX would take them out of it
     # and keep those of all pairs, which are as many as all scores. After this they depend on q.
-    q, q_segments, k_segments = jax.lax.optimization_barrier((q, q_segments, k_segments))
+    q, *rest = jax.lax.optimization_barrier((q, q_segments, k_segments, *pairs))
+    q_segments, k_segments, *pairs = rest
 
     def visit(carry, pair):
         i, j = pair

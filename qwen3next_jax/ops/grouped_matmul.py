@@ -36,8 +36,8 @@ def default_implementation() -> str:
 def row_alignment(implementation: str, *, mean: float, most: int) -> int:
     """Of what each group's number of rows must be a multiple: for "blocked", the rows of a block.
 
-    The next power of two to the mean, but from 2 to 128: below, a matrix would be read once more for
-    each row; above, too many rows would be padding.
+    The next power of two to the mean, but from 2 to 128: below, a matrix would be read once more
+    for each row; above, too many rows would be padding.
 
     Args:
       implementation: of `grouped_matmul`.
