@@ -268,7 +268,7 @@ def add_pair_gradients(
     balance = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
     # Scores have keys as rows and queries as columns here, and so has d_q's transpose: then all
     # products take them as they are, where a CPU would turn them around, block by block.
-    d_q = jnp.moveaxis(d_q, -1, 3)
+    d_q, turned_k = jnp.moveaxis(d_q, -1, 3), k.swapaxes(-1, -2)
 
     def visit(carry, pair):
         i, j = pair
@@ -282,7 +282,7 @@ def add_pair_gradients(
             d_weights = _dot("bkrcp,bkdp->bkdrc", d_out[i], v[j])
             d_scores = scale * (weights * (d_weights - balance[i][:, :, None]))
             d_scores = d_scores.astype(q.dtype)
-            d_q += _dot("bkdrc,bkdh->bkhrc", d_scores, k[j])
+            d_q += _dot("bkhd,bkdrc->bkhrc", turned_k[j], d_scores)
             d_k += _dot("bkdrc,bkrch->bkdh", d_scores, q[i])
             return d_q, d_k, d_v
 
