@@ -3,13 +3,14 @@
     python benchmarks/train_step.py --batch=4 --seq=512 --vs=transformers
     python benchmarks/train_step.py --batch=1 --seq=4096 --vs=transformers --forward
     python benchmarks/train_step.py --batch=1 --contexts=1024,4096,16384     one row, ever longer
+    python benchmarks/train_step.py --batch=1 --contexts=1024,65536 --only=delta    one layer alone
 
 A step is forward, backward, clipping and AdamW, without MTP, as `train.py` compiles it, on random
-tokens. With --vs both sides begin with the same weights, their first losses are compared, and they
-then take steps by turns; medians over --steps. MFU counts the operations that the model needs
-(`plan/costs.py`) against what one large matrix product reaches here, measured in the same run. The
-memory is what the compiled step allocates, its state included. With --json the last line is one
-JSON object.
+tokens, diagnostics left out. With --vs both sides begin with the same weights, their first losses
+are compared, and they then take steps by turns; medians over --steps. MFU counts the operations
+that the model needs (`plan/costs.py`) against what one large matrix product reaches here, measured
+in the same run. The memory is what the compiled step allocates, its state included. With --json the
+last line is one JSON object.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from qwen3next_jax.plan.costs import train_flops
 from qwen3next_jax.training.program import make_program, new_model
 from qwen3next_jax.training.step import initial_state
 
+MIXERS = {"delta": "linear_attention", "attention": "full_attention"}
+
 
 def main():
     parser = argparse.ArgumentParser(
@@ -49,8 +52,11 @@ def main():
     parser.add_argument("--forward", action="store_true", help="logits alone, no training")
     parser.add_argument("--vs", choices=["transformers"])
     parser.add_argument("--contexts", help="lengths of a row, separated by commas, in place of one")
+    parser.add_argument("--only", choices=MIXERS, help="a model of one layer, with this mixer")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.only and args.vs:
+        parser.error("--vs compares whole models; leave out --only")
     result = curve(args) if args.contexts else compare(args)
     if args.json:
         print(json.dumps({"device": jax.devices()[0].device_kind, **result}))
@@ -70,7 +76,7 @@ def compare(args):
         for name in sorted(sides, reverse=i % 2 == 1):
             times[name].append(seconds(sides[name].step))
     count, (ceiling, _) = tokens.size, ceilings(jnp.dtype(args.compute), rounds=5)
-    needed = count * train_flops(config(args.shape), args.seq) / (3 if args.forward else 1)
+    needed = count * train_flops(model_config(args), args.seq) / (3 if args.forward else 1)
     result = {
         "shape": args.shape, "batch": args.batch, "seq": args.seq, "forward": args.forward,
         "compute": args.compute, "remat": args.remat, "matmul_flops_per_second": ceiling,
@@ -109,7 +115,12 @@ def curve(args):
             f"{seq:>7} tokens a row: {1e6 * step / tokens:.0f} µs a token, "
             f"{memory / 1e6:.0f} MB, {memory / tokens / 1e3:.0f} KB a token"
         )
-    return {"batch": args.batch, "shape": args.shape, "curve": points}
+    return {"batch": args.batch, "shape": args.shape, "only": args.only, "curve": points}
+
+
+def model_config(args):
+    alone = dict(num_hidden_layers=1, layer_types=(MIXERS[args.only],)) if args.only else {}
+    return config(args.shape, mtp_steps=0, **alone)
 
 
 class Ours:
@@ -117,10 +128,10 @@ class Ours:
 
     def __init__(self, args, tensors):
         given = tiny.get_config()
-        given.model = ConfigDict(dataclasses.asdict(config(args.shape, mtp_steps=0)))
+        given.model = ConfigDict(dataclasses.asdict(model_config(args)))
         given.train.update(
             global_batch_size=args.batch, sequence_length=args.seq, remat=args.remat,
-            loss_chunk=min(128, args.seq),
+            loss_chunk=min(128, args.seq), diagnostics=False,
         )  # fmt: skip
         given.data.num_shards = 1
         given.precision.compute = args.compute
