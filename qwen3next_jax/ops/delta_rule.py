@@ -2,9 +2,9 @@
 
     S_t = exp(g_t) (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ        o_t = S_tᵀ q_t
 
-Token by token that is a loop over T. Chunk by chunk (C = 64 tokens) it is matrix products: within a
-chunk, with Γ_ij = exp(Σ_{j<l≤i} g_l) for i ≥ j, γ_i = Γ from the chunk's start to i, d_i = Γ from i
-to its end, and γ_C over all of it,
+Token by token that is a loop over T. Chunk by chunk (C tokens, at most 64) it is matrix products:
+within a chunk, with Γ_ij = exp(Σ_{j<l≤i} g_l) for i ≥ j, γ_i = Γ from the chunk's start to i,
+d_i = Γ from i to its end, and γ_C over all of it,
 
     L  = I + stril(β ⊙ (K Kᵀ ⊙ Γ))        Vn = L⁻¹ (β ⊙ (V − γ ⊙ K S))
     O  = γ ⊙ Q S + tril(Q Kᵀ ⊙ Γ) Vn      S' = γ_C S + Kᵀ (d ⊙ Vn)

@@ -1,0 +1,132 @@
+"""The makers' claim, measured: a sparse hybrid against a dense model of equal quality.
+
+    python benchmarks/claims.py --contexts=1024,4096,16384
+    python benchmarks/claims.py --contexts=65536 --measure=read,decode
+
+Qwen3-Next-80B-A3B is said to match Qwen3-32B with less than a tenth of its training and, beyond
+32K tokens of context, more than ten times its throughput. Here the small sparse hybrid meets a
+dense model with the same share of its parameters (`shapes.py`), in one run, by turns: a training
+step of one row, the reading of a prompt, and a further token behind it. Whether small models of
+these sizes are equal in quality is not measured. Beside it stands the arithmetic of the full
+sizes: operations a token, and bytes of weights and cache that a further token reads. A small
+sparse model wins less than the large one: 0.24 of its parameters are active, of the 80B's 0.05.
+Medians over --rounds. With --json the last line is one JSON object.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+
+import jax
+import numpy as np
+from decode import decode_times, seconds
+from flax import nnx
+from shapes import config
+from train_step import Ours
+
+from qwen3next_jax.config import LINEAR, RunConfig
+from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.plan.costs import active_parameters, train_flops
+from qwen3next_jax.training.program import abstract_model
+
+SIDES = {"hybrid": "small", "dense": "dense"}
+FULL = {"hybrid": "configs.80b_a3b", "dense": "configs.qwen3_32b"}
+UNITS = {"train": "tokens/s trained", "read": "tokens/s read", "decode": "tokens/s written"}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--contexts", default="1024,4096", help="lengths, separated by commas")
+    parser.add_argument("--measure", default=",".join(UNITS), help=f"of {', '.join(UNITS)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new", type=int, default=32, help="tokens written behind a prompt")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if unknown := set(args.measure.split(",")) - set(UNITS):
+        parser.error(f"unknown measures {sorted(unknown)}; there are {', '.join(UNITS)}")
+    points = []
+    for context in map(int, args.contexts.split(",")):
+        point = {"context": context, **measure(args, context), "full_size": arithmetic(context)}
+        points.append(point)
+        print(f"{context} tokens of context")
+        for name, rates in point.items():
+            if name in UNITS:
+                print(f"{UNITS[name]:>18}: " + versus(rates))
+        full = point["full_size"]
+        print(f"{'full size, less':>18}: " + ", ".join(f"{k} {v:.1f}" for k, v in full.items()))
+    if args.json:
+        print(json.dumps({"device": jax.devices()[0].device_kind, "points": points}))
+
+
+def measure(args, context):
+    """Tokens a second of both sides, by measure."""
+    wanted, found = args.measure.split(","), {}
+    if "train" in wanted:
+        found["train"] = {n: context / t for n, t in training_times(args, context).items()}
+    if {"read", "decode"} & set(wanted):
+        times = {name: text_times(shape, context, args) for name, shape in SIDES.items()}
+        found["read"] = {name: context / first for name, (first, _) in times.items()}
+        found["decode"] = {name: 1 / step for name, (_, step) in times.items()}
+    return {name: found[name] for name in wanted}
+
+
+def training_times(args, context):
+    rng, sides = np.random.default_rng(0), {}
+    for name, shape in SIDES.items():
+        given = argparse.Namespace(
+            shape=shape, batch=1, seq=context, compute="float32", remat="none", forward=False,
+            only=None,
+        )  # fmt: skip
+        sides[name] = Ours(given, None)
+        sides[name].prepare(rng.integers(0, config(shape).vocab_size, (1, context)))
+    times = {name: [] for name in sides}
+    for i in range(args.rounds):
+        for name in sorted(sides, reverse=i % 2 == 1):
+            times[name].append(seconds(sides[name].step))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def text_times(shape, context, args):
+    model = Qwen3Next(config(shape, mtp_steps=0), rngs=nnx.Rngs(0)).unstacked()
+    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, context))
+    return decode_times(model, prompt.tolist(), args)
+
+
+def arithmetic(context):
+    """How many times more the dense model of full size needs, at bfloat16."""
+    runs = {name: full_size(module) for name, module in FULL.items()}
+    needs = {
+        "operations a token": lambda run: train_flops(run.model, context),
+        "bytes for a token written": lambda run: bytes_read(run, context),
+    }
+    return {name: need(runs["dense"]) / need(runs["hybrid"]) for name, need in needs.items()}
+
+
+def full_size(module):
+    given = importlib.import_module(module).get_config()
+    given.model.mtp_steps = 0
+    return RunConfig.from_dict(given.to_dict())
+
+
+def bytes_read(run, context):
+    """Of active weights and of the cache, for one more token of one sequence."""
+    model, (_, params) = run.model, abstract_model(run)
+    heads = model.num_key_value_heads * model.head_dim
+    state = model.linear_num_value_heads * model.linear_key_head_dim * model.linear_value_head_dim
+    # Keys and values in bfloat16; the delta rule's states in float32, read and written.
+    cache = sum(8 * state if m == LINEAR else 4 * heads * context for m in model.mixers)
+    return 2 * active_parameters(params, model) + cache
+
+
+def versus(rates):
+    return (
+        f"{rates['hybrid']:8.1f} hybrid, {rates['dense']:8.1f} dense, "
+        f"{rates['hybrid'] / rates['dense']:.2f} times"
+    )
+
+
+if __name__ == "__main__":
+    main()
