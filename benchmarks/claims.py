@@ -3,14 +3,14 @@
     python benchmarks/claims.py --contexts=1024,4096,16384
     python benchmarks/claims.py --contexts=65536 --measure=read,decode
 
-Qwen3-Next-80B-A3B is said to match Qwen3-32B with less than a tenth of its training and, beyond
-32K tokens of context, more than ten times its throughput. Here the small sparse hybrid meets a
-dense model with the same share of its parameters (`shapes.py`), in one run, by turns: a training
-step of one row, the reading of a prompt, and a further token behind it. Whether small models of
-these sizes are equal in quality is not measured. Beside it stands the arithmetic of the full
-sizes: operations a token, and bytes of weights and cache that a further token reads. A small
-sparse model wins less than the large one: 0.24 of its parameters are active, of the 80B's 0.05.
-Medians over --rounds. With --json the last line is one JSON object.
+Qwen3-Next-80B-A3B is said to match Qwen3-32B with less than a tenth of its training and, beyond 32K
+tokens of context, more than ten times its throughput. Here the small sparse hybrid meets a dense
+model with the same share of its parameters (`shapes.py`), in one run: a training step of one row,
+by turns, and one after the other the reading of a prompt and a further token behind it. Whether
+small models of these sizes are equal in quality is not measured. Beside it stands the arithmetic of
+the full sizes: operations a token, and bytes of weights and cache that a further token reads. A
+small sparse model wins less than the large one: 0.24 of its parameters are active, of the 80B's
+0.05. Medians over --rounds. With --json the last line is one JSON object.
 """
 
 import argparse

@@ -149,7 +149,7 @@ class _Tiles:
 
     def cut(self, rows):
         """[R, D] → [R, D / 128, 128]."""
-        return rows.reshape(self.R, -1, _LANES if self.D % _LANES == 0 else self.D)
+        return rows.reshape(self.shape("rows").shape)
 
     def lanes(self, weights):
         """[R] → [tiles, 1, tile]."""
