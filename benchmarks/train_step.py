@@ -49,6 +49,7 @@ def main():
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compute", default="float32", help="dtype of activations and products")
     parser.add_argument("--remat", default="none")
+    parser.add_argument("--mesh", default="", help="such as data=2, over as many devices")
     parser.add_argument("--forward", action="store_true", help="logits alone, no training")
     parser.add_argument("--vs", choices=["transformers"])
     parser.add_argument("--contexts", help="lengths of a row, separated by commas, in place of one")
@@ -135,6 +136,9 @@ class Ours:
         )  # fmt: skip
         given.data.num_shards = 1
         given.precision.compute = args.compute
+        sizes = dict(axis.split("=") for axis in args.mesh.split(",") if axis)
+        given.mesh.update({axis: int(size) for axis, size in sizes.items()})
+        self.devices = jax.devices() if sizes else jax.devices()[:1]
         self.config, self.forward = RunConfig.from_dict(given.to_dict()), args.forward
         self.model, self.facts = new_model(self.config), {}
         if tensors:
@@ -144,7 +148,7 @@ class Ours:
         """Compiles, and returns the cross-entropy of a first step; None of a forward pass."""
         graph, params = nnx.split(self.model)
         del self.model
-        mesh = make_mesh(self.config.mesh, jax.devices()[:1])
+        mesh = make_mesh(self.config.mesh, self.devices)
         with jax.set_mesh(mesh):
             start = time.perf_counter()
             if self.forward:
@@ -154,9 +158,9 @@ class Ours:
                 self.step = lambda: jax.block_until_ready(compiled(params, tokens))
             else:
                 program = make_program(self.config, mesh)
-                batch = {k: jnp.asarray(v) for k, v in training_batch(tokens).items()}
-                compiled = program.step.lower(program.state, batch).compile()
-                self.state = initial_state(params, program.optimizer)
+                compiled = program.step.lower(program.state, program.batch).compile()
+                batch = placed(training_batch(tokens), program.batch)
+                self.state = placed(initial_state(params, program.optimizer), program.state)
 
                 def step():
                     self.state, metrics = compiled(self.state, batch)
@@ -206,6 +210,10 @@ class Theirs:
         self.step = forward if self.forward else step
         first = self.step()
         return None if self.forward else first.item()
+
+
+def placed(arrays, like):
+    return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), arrays, like)
 
 
 def training_batch(tokens):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3next_jax.parallel.expert import apply_experts
+from qwen3next_jax.parallel.expert import _inverse, _order, apply_experts
 
 E, D = 6, 5
 # Of each token its experts; experts 2 and 5 get no token, expert 0 gets every one.
@@ -29,6 +29,14 @@ def expert_of(rows, group_sizes):
     return jnp.minimum(
         jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(rows)), side="right"), E - 1
     )
+
+
+@pytest.mark.parametrize("num_experts", [E, 2**30], ids=["one integer", "two arrays"])
+def test_assignments_are_sorted_by_expert_and_stay_in_order(num_experts):
+    flat = EXPERTS.reshape(-1)
+    order = _order(jnp.asarray(flat), num_experts)
+    np.testing.assert_array_equal(order, np.argsort(flat, kind="stable"))
+    np.testing.assert_array_equal(_inverse(order)[order], np.arange(len(flat)))
 
 
 @pytest.mark.parametrize("alignment", [1, 64])

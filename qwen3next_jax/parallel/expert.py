@@ -124,8 +124,8 @@ class _Plan(NamedTuple):
 
 def _plan(experts, num_experts, alignment):
     flat = experts.reshape(-1)
-    order = jnp.argsort(flat, stable=True)  # assignments, sorted by expert
-    rank = jnp.argsort(order)  # where each assignment went
+    order = _order(flat, num_experts)  # assignments, sorted by expert
+    rank = _inverse(order)  # where each assignment went
     counts = jnp.bincount(flat, length=num_experts)
     sizes = -(-counts // alignment) * alignment
     # Of each expert, its first row and its first place in `order`.
@@ -139,6 +139,24 @@ def _plan(experts, num_experts, alignment):
     taken = order[(first[expert] + place).clip(max=flat.size - 1)]
     assignment = jnp.where(place < counts[expert], taken, flat.size)
     return _Plan(assignment, row.reshape(experts.shape), sizes)
+
+
+def _order(experts, num_experts):
+    """A stable argsort. Expert and index are sorted as one integer where they fit in one: a CPU
+    takes a fifth of the time over it that it takes over two arrays."""
+    size = len(experts)
+    if num_experts * size > jnp.iinfo(jnp.int32).max:
+        return jnp.argsort(experts, stable=True)
+    return jnp.sort(experts * size + jnp.arange(size)) % size
+
+
+def _inverse(order):
+    """Of a permutation."""
+    if platform() != "cpu":
+        return jnp.argsort(order)
+    # Scattering integers, which is slow elsewhere, is faster than sorting on a CPU.
+    index = jnp.arange(len(order))
+    return jnp.zeros_like(index).at[order].set(index, unique_indices=True)
 
 
 @jax.custom_vjp
