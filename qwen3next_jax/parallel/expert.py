@@ -142,8 +142,8 @@ def _plan(experts, num_experts, alignment):
 
 
 def _order(experts, num_experts):
-    """A stable argsort. Expert and index are sorted as one integer where they fit in one: a CPU
-    takes a fifth of the time over it that it takes over two arrays."""
+    """A stable argsort."""
+    # As one integer, where expert and index fit in one, a CPU sorts them five times as fast.
     size = len(experts)
     if num_experts * size > jnp.iinfo(jnp.int32).max:
         return jnp.argsort(experts, stable=True)
