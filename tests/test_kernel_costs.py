@@ -5,12 +5,17 @@ matrix products in a body, each loop as often as it runs, times the grid steps t
 a float32 product in several passes of a bfloat16 unit counts them all.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import pallas as pl
+from oracles import abstract_model, small_config
 
+from qwen3next_jax.model import gated_attention
 from qwen3next_jax.ops import attention, gated_delta_rule, grouped_matmul
 from qwen3next_jax.ops.pallas.expert_mlp import TILE, expert_mlp
 from qwen3next_jax.ops.pallas.kernel_costs import stating
@@ -64,6 +69,19 @@ def stated(eqn):
 
 def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_a_layer_that_is_computed_again_does_not_attend_again(monkeypatch):
+    by_kernel = functools.partial(attention, implementation="pallas")
+    monkeypatch.setattr(gated_attention, "attention", by_kernel)
+    config = small_config(num_hidden_layers=1, layer_types=("full_attention",))
+    graph, params = nnx.split(abstract_model(config, remat="layer"))
+
+    def loss(params, tokens):
+        return nnx.merge(graph, params).hidden_states(tokens)[0].sum()
+
+    found = kernels_of(jax.grad(loss), params, array(1, 128, dtype=jnp.int32))
+    assert len(found) == 3  # forward, keys and values, queries
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

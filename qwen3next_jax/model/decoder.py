@@ -22,6 +22,7 @@ from qwen3next_jax.model.layers import RMSNorm, normal, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP
 from qwen3next_jax.model.statistics import Observed, one_after_another
+from qwen3next_jax.ops.pallas.attention import KEPT
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.parallel.vocabulary import embed
 
@@ -245,8 +246,10 @@ class Qwen3Next(nnx.Module):
         # Compiled once for all of them. Their parameters are copied for that, in slices still. The
         # barriers that `checkpoint` sets make a layer wait for its turn in the backward pass: left
         # to itself, a TPU's scheduler computes a whole group again before it uses any of it.
+        # Attention's scores grow with the square of the row: a kernel's results are kept.
         stacked = jax.tree.map(lambda *p: jnp.stack(p), *params)
-        x, told = jax.lax.scan(jax.checkpoint(run), x, stacked)
+        again = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+        x, told = jax.lax.scan(again, x, stacked)
         return x, *told
 
 

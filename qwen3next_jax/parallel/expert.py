@@ -19,10 +19,11 @@ sent, count as zeros, and are counted.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3next_jax.ops.platform import platform
@@ -321,8 +322,16 @@ _return.defvjp(
 
 def _fresh(size, rows):
     """As many rows; whatever is not written is not read. On a TPU, zeros would cost their price."""
-    empty: Any = jax.lax.empty if platform() == "tpu" else jnp.zeros
-    return empty((size, *rows.shape[1:]), rows.dtype)
+    shape = jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype)
+    if platform() != "tpu":
+        return jnp.zeros(shape.shape, shape.dtype)
+    # A kernel that writes nothing. It is given rows, so that it belongs to their layer: what hangs
+    # on no layer, as `jax.lax.empty`, is taken out of the loop over layers and copied in each.
+    where = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        lambda rows, fresh: None, shape, in_specs=[where], out_specs=where, name="fresh_rows",
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0),
+    )(rows)  # fmt: skip
 
 
 def _ragged(rows, out, moves, axis):

@@ -82,7 +82,7 @@ def _arithmetic(
 
     forward = costs.forward_flops(c, s)
     flops = sum(forward.values())
-    executed = costs.executed_flops(c, s, remat=t.remat)
+    executed = costs.executed_flops(c, s, remat=t.remat, attends_again=mesh["context"] > 1)
     print(f"\nOperations a token, forward, at {s:,} tokens of context: {flops / 1e9:.3f} G")
     _table({part: f"{n / 1e9:.3f} G" for part, n in forward.items()})
     print(

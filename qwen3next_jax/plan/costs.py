@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen3next_jax.checkpoint.store import named_leaves
-from qwen3next_jax.config import FULL, LINEAR, ModelConfig, RunConfig
+from qwen3next_jax.config import LINEAR, ModelConfig, RunConfig
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
 
 # Parts of the model, by what their parameters' names contain; the first match counts.
@@ -100,15 +100,24 @@ def train_flops(config: ModelConfig, s: int) -> float:
     return 3 * sum(forward_flops(config, s).values())
 
 
-def executed_flops(config: ModelConfig, s: int, *, remat: str, seen: float = 0.5) -> float:
+def executed_flops(
+    config: ModelConfig, s: int, *, remat: str, seen: float = 0.5, attends_again: bool = True
+) -> float:
     """Operations a token that a step executes: the layers once more where they are computed again.
 
     The cross-entropy computes its gradients in the forward pass, and the MTP module is kept.
+
+    Args:
+      config, s, seen: as `forward_flops` takes them.
+      remat: the run's.
+      attends_again: not so with a TPU's kernel, whose results are kept.
     """
     flops = 3 * sum(forward_flops(config, s, seen=seen).values())
     if remat == "layer":
         layers = forward_flops(config, s, seen=seen, mtp=False)
         flops += sum(layers.values()) - layers["head"]
+        if not attends_again:
+            flops -= layers.get("attention scores", 0)
         # A feed-forward's last product is not, nor the experts': the backward pass needs neither.
         dense = sum(not sparse for _, sparse in config.layers)
         hidden = dense * config.intermediate_size
@@ -192,6 +201,8 @@ def memory(
 ) -> dict[str, float]:
     """Bytes a device holds at the peak of a step, by what they are.
 
+    The peak is when the last layer goes back, while all layers' inputs are kept, or the update.
+
     Args:
       config: the run's.
       params: its parameters on the mesh.
@@ -201,61 +212,79 @@ def memory(
     c, t = config.model, tokens_per_device(config, mesh)
     width = jnp.dtype(config.precision.compute).itemsize
     own = sum(p.own for p in params)
-    layers: list[float] = [
-        _activations(config, mixer, sparse, t, mesh) for mixer, sparse in c.layers
-    ]
+    gradients = 4.0 * own
+    layers = [_activations(config, mixer, sparse, t, mesh) for mixer, sparse in c.layers]
     kept: float
-    working: float
-    # A layer's backward pass holds gradients beside what it goes back through; with "layer" it
-    # computes that again first.
     if config.train.remat == "layer":
-        kept, working = c.num_hidden_layers * t * c.hidden_size * width, 2 * max(layers)
+        kept = c.num_hidden_layers * t * c.hidden_size * width
+        if mesh["context"] == 1:  # the kernel's outputs are kept too
+            full = sum(mixer != LINEAR for mixer in c.mixers)
+            kept += full * t * c.num_attention_heads * c.head_dim * width / mesh["tensor"]
     else:
-        kept, working = sum(layers), max(layers)
-    if c.mtp_steps:
-        kept += c.mtp_steps * _activations(config, FULL, c.num_experts > 0, t, mesh)
+        kept = sum(layers)
+    # Weights cut out for products, and once more as what the loop over layers hands to its way
+    # back.
+    copies = 2.0 * own * width if width < params[0].width else 0.0
+
+    # The embedding's and the head's gradients are whole before they are shared out, and MTP has
+    # its own; logits and their gradient in float32.
+    vocabulary = c.vocab_size * c.hidden_size / mesh["tensor"]
     rows = max(1, t * mesh["context"] // config.train.sequence_length)
     chunk = min(config.train.loss_chunk, config.train.sequence_length // mesh["context"])
-    # Logits and their gradient in float32; the head and its gradient whole.
-    head = c.vocab_size // mesh["tensor"] * (rows * chunk * 8 + c.hidden_size * (width + 4))
-    gathered = 2 * width * sum(p.size / _kept_apart(p.name, mesh) for p in params if _stacked(p))
+    head = (2 * 4 * (1 + bool(c.mtp_steps)) + width) * vocabulary
+    head += rows * chunk * 8 * c.vocab_size / mesh["tensor"]
+
+    # What a layer goes back through, with its weights whole and their gradients; the compiler holds
+    # the experts' rows of the layer before it meanwhile.
+    gathered = sum(p.size / _kept_apart(p.name, mesh) for p in params if _stacked(p))
+    layer = max(layers) + max(_dispatched(config, sparse, t, mesh) for _, sparse in c.layers)
+    layer += (width + 4) * gathered / c.num_hidden_layers
+    # The update finds gradients as computed, clipped, and chosen if they are finite; activations
+    # and copies are gone by then.
+    update = 2 * gradients - kept - copies
     return {
         "parameters": float(sum(p.own * p.width for p in params)),
         "optimizer state": own * optimizer_width,
-        "gradients": 4.0 * own,
-        "parameters to multiply with": float(own * width if width < params[0].width else 0),
+        "gradients": gradients,
+        "parameters to multiply with": copies,
         "kept activations": float(kept),
-        "one layer, or the head": max(working + gathered / c.num_hidden_layers, float(head)),
+        "embedding and head": float(head),
+        "one layer, or the update": max(layer, update),
     }
 
 
 def _activations(
     config: RunConfig, mixer: str, sparse: bool, t: int, mesh: Mapping[str, int]
 ) -> float:
-    """What a layer's backward pass finds of its forward pass, for t tokens."""
+    """What a layer's backward pass finds of its forward pass, for t tokens, on a TPU."""
     c, width = config.model, jnp.dtype(config.precision.compute).itemsize
-    D, tensor = c.hidden_size, mesh["tensor"]
     mixed: float
-    fed: float
     if mixer == LINEAR:
         K, H = c.linear_num_key_heads, c.linear_key_head_dim
         N, P = c.linear_num_value_heads, c.linear_value_head_dim
-        # Projections; float32 q, k, v and outputs; inverses of 64 a token and head, one state a
-        # chunk of 64.
-        mixed = width * (2 * K * H + 3 * N * P) + 4 * (2 * K * H + 3 * N * P)
-        mixed += 4 * N * (64 + H * P / 64)
+        states = N * (64 + H * P / 64)  # inverses of 64 a token and head, one state a chunk of 64
+        if mesh["context"] == 1:
+            # As projected and as the kernel takes them; the gate, its product, outputs twice.
+            mixed = width * (2 * (2 * K * H + N * P) + 4 * N * P + states)
+        else:
+            # Float32 within the rule, whose way back holds as much again.
+            mixed = width * (2 * K * H + 3 * N * P) + 2 * 4 * (2 * K * H + 3 * N * P + states)
     else:
         mixed = width * c.head_dim * (5 * c.num_attention_heads + 4 * c.num_key_value_heads)
-    if sparse:
-        # Each assignment's row here, and in receive buffers of fixed size; experts' hidden values.
-        E, F, A = c.num_experts, c.moe_intermediate_size, c.num_experts_per_tok
-        room = config.mesh.moe_buffer_factor if mesh["expert"] > 1 else 1.0
-        room = mesh["expert"] if room == -1 else room
-        fed = width * A * (2 * D + room * (3 * D + 4 * F / tensor)) + 4 * 3 * E
-        fed += width * 3 * c.shared_expert_intermediate_size / tensor
-    else:
-        fed = width * 3 * c.intermediate_size / tensor
-    return t * (mixed / tensor + fed + 4 * D * width)
+    fed = 3 * (c.shared_expert_intermediate_size if sparse else c.intermediate_size)
+    kept = t * (mixed + fed * width) / mesh["tensor"] + t * 4 * c.hidden_size * width
+    return kept + _dispatched(config, sparse, t, mesh)
+
+
+def _dispatched(config: RunConfig, sparse: bool, t: int, mesh: Mapping[str, int]) -> float:
+    """The rows of t tokens' experts: as they leave, and three times in buffers where they come."""
+    if not sparse:
+        return 0.0
+    c, width = config.model, jnp.dtype(config.precision.compute).itemsize
+    room = config.mesh.moe_buffer_factor if mesh["expert"] > 1 else 1.0
+    room = mesh["expert"] if room == -1 else room
+    rows = t * c.num_experts_per_tok * (3 * room + 1)
+    return rows * c.hidden_size * width + 3 * 4 * t * c.num_experts
 
 
 def _stacked(param: Weight) -> bool:
@@ -331,7 +360,9 @@ def step_seconds(
     """
     c, t = config.model, config.train
     tokens = tokens_per_device(config, mesh) * t.gradient_accumulation_steps / mesh["tensor"]
-    flops = tokens * executed_flops(c, t.sequence_length, remat=t.remat)
+    flops = tokens * executed_flops(
+        c, t.sequence_length, remat=t.remat, attends_again=mesh["context"] > 1
+    )
     updates = sum(p.own for p in params) * 28 / chip.hbm_bandwidth
     compute = flops / (_EFFICIENCY * chip.flops) + updates
     sent = sum(communication(config, params, mesh).values()) / chip.ici_bandwidth

@@ -23,6 +23,9 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.pallas.kernel_costs import stating
 from qwen3next_jax.ops.platform import platform
 
+# What a backward pass needs of the kernel's results, by this name to `jax.checkpoint`'s policies:
+# outputs and the logarithms of norms.
+KEPT = "attention"
 _LANES = 128
 _BLOCK = 512  # of queries and of keys
 
@@ -91,6 +94,7 @@ class _Walk:
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * self.heads),
             block_sizes=sizes,
+            residual_checkpoint_name=KEPT,
             interpret=platform() == "cpu",
         )
 
