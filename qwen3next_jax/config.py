@@ -16,6 +16,10 @@ from typing import Any, ClassVar
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
+# What the backward pass computes again: nothing, each layer from its input, or each layer but
+# attention where its kernel for TPUs runs, whose results are kept.
+REMAT = ("none", "layer", "layer_but_attention")
+
 # What data is read from, each with a path as an example; see `data/sources.py`.
 _SOURCES = {
     "stdlib": "",
@@ -380,7 +384,7 @@ class TrainConfig:
     router_z_loss_weight: float
     balance_scope: str  # over which tokens expert loads are averaged: see `training/loss.py`
     loss_chunk: int  # positions of a row whose logits exist at a time
-    remat: str  # what the backward pass computes again: "none" or "layer"
+    remat: str  # what the backward pass computes again, one of `REMAT`
     log_every: int
     diagnostics: bool = True  # statistics of layers and updates: see `training/diagnostics.py`
     eval_every: int  # 0: only at the end
@@ -556,7 +560,7 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         "optimizer.name": ("adamw", "muon"),
         "optimizer.schedule": ("cosine", "wsd", "constant"),
         "train.balance_scope": ("global", "micro_batch", "sequence"),
-        "train.remat": ("none", "layer"),
+        "train.remat": REMAT,
         "mesh.on_overflow": ("error", "drop"),
         "precision.parameters": ("float32", "bfloat16"),
         "precision.compute": ("float32", "bfloat16"),

@@ -5,8 +5,6 @@ matrix products in a body, each loop as often as it runs, times the grid steps t
 a float32 product in several passes of a bfloat16 unit counts them all.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,17 +69,20 @@ def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def test_a_layer_that_is_computed_again_does_not_attend_again(monkeypatch):
-    by_kernel = functools.partial(attention, implementation="pallas")
+@pytest.mark.parametrize(("remat", "times"), [("layer", 4), ("layer_but_attention", 3)])
+def test_a_layer_that_is_computed_again_attends_again_only_if_told_to(remat, times, monkeypatch):
+    def by_kernel(*args, implementation, **options):
+        return attention(*args, implementation="pallas", **options)
+
     monkeypatch.setattr(gated_attention, "attention", by_kernel)
     config = small_config(num_hidden_layers=1, layer_types=("full_attention",))
-    graph, params = nnx.split(abstract_model(config, remat="layer"))
+    graph, params = nnx.split(abstract_model(config, remat=remat))
 
     def loss(params, tokens):
         return nnx.merge(graph, params).hidden_states(tokens)[0].sum()
 
     found = kernels_of(jax.grad(loss), params, array(1, 128, dtype=jnp.int32))
-    assert len(found) == 3  # forward, keys and values, queries
+    assert len(found) == times  # forward, perhaps again, keys and values, queries
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.config import REMAT, ModelConfig
 from qwen3next_jax.model.cache import empty_cache
 from qwen3next_jax.model.layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, weight
@@ -59,14 +59,15 @@ class Qwen3Next(nnx.Module):
           rngs: keys for the initial weights.
           param_dtype: of the stored parameters; `A_log` and `dt_bias` are float32 anyway.
           dtype: of activations and matrix products; None: `param_dtype`.
-          remat: "none", or "layer": the backward pass computes each layer again.
+          remat: what the backward pass computes again: "none", each "layer", or
+            "layer_but_attention", which keeps the results of attention's kernel on a TPU.
           moe_buffer_factor: where experts are split over devices, see `SparseMoE`.
 
         Raises:
           ValueError: for an unknown `remat`.
         """
-        if remat not in ("none", "layer"):
-            raise ValueError(f"{remat=} is unknown; expected 'none' or 'layer'")
+        if remat not in REMAT:
+            raise ValueError(f"{remat=} is unknown; expected one of {', '.join(REMAT)}")
         self.config = config
         self.dtype = jnp.dtype(dtype or param_dtype)
         self.remat = remat
@@ -246,10 +247,10 @@ class Qwen3Next(nnx.Module):
         # Compiled once for all of them. Their parameters are copied for that, in slices still. The
         # barriers that `checkpoint` sets make a layer wait for its turn in the backward pass: left
         # to itself, a TPU's scheduler computes a whole group again before it uses any of it.
-        # Attention's scores grow with the square of the row: a kernel's results are kept.
         stacked = jax.tree.map(lambda *p: jnp.stack(p), *params)
-        again = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
-        x, told = jax.lax.scan(again, x, stacked)
+        kept = (KEPT,) if self.remat == "layer_but_attention" else ()
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+        x, told = jax.lax.scan(jax.checkpoint(run, policy=policy), x, stacked)
         return x, *told
 
 

@@ -82,7 +82,7 @@ def _arithmetic(
 
     forward = costs.forward_flops(c, s)
     flops = sum(forward.values())
-    executed = costs.executed_flops(c, s, remat=t.remat, attends_again=mesh["context"] > 1)
+    executed = costs.executed_flops(c, s, remat=t.remat)
     print(f"\nOperations a token, forward, at {s:,} tokens of context: {flops / 1e9:.3f} G")
     _table({part: f"{n / 1e9:.3f} G" for part, n in forward.items()})
     print(
@@ -202,7 +202,7 @@ def _search(
         row: dict[str, Any] = dict(mesh=layout.mesh, remat=remat, memory_bytes=layout.memory_bytes,
                    step_seconds=high)  # fmt: skip
         print(f"  {low:7.2f} to {high:6.2f} s  {layout.memory_bytes / 1e9:6.1f} GB  "
-              f"remat={remat:5}  {used}", flush=True)  # fmt: skip
+              f"remat={remat:19}  {used}", flush=True)  # fmt: skip
         if i < _BEST.value:
             try:
                 compiled = tpu.compile_step(layout.config, _TOPOLOGY.value)

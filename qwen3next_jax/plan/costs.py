@@ -100,23 +100,16 @@ def train_flops(config: ModelConfig, s: int) -> float:
     return 3 * sum(forward_flops(config, s).values())
 
 
-def executed_flops(
-    config: ModelConfig, s: int, *, remat: str, seen: float = 0.5, attends_again: bool = True
-) -> float:
+def executed_flops(config: ModelConfig, s: int, *, remat: str, seen: float = 0.5) -> float:
     """Operations a token that a step executes: the layers once more where they are computed again.
 
     The cross-entropy computes its gradients in the forward pass, and the MTP module is kept.
-
-    Args:
-      config, s, seen: as `forward_flops` takes them.
-      remat: the run's.
-      attends_again: not so with a TPU's kernel, whose results are kept.
     """
     flops = 3 * sum(forward_flops(config, s, seen=seen).values())
-    if remat == "layer":
+    if remat != "none":
         layers = forward_flops(config, s, seen=seen, mtp=False)
         flops += sum(layers.values()) - layers["head"]
-        if not attends_again:
+        if remat == "layer_but_attention":
             flops -= layers.get("attention scores", 0)
         # A feed-forward's last product is not, nor the experts': the backward pass needs neither.
         dense = sum(not sparse for _, sparse in config.layers)
@@ -215,9 +208,9 @@ def memory(
     gradients = 4.0 * own
     layers = [_activations(config, mixer, sparse, t, mesh) for mixer, sparse in c.layers]
     kept: float
-    if config.train.remat == "layer":
+    if config.train.remat != "none":
         kept = c.num_hidden_layers * t * c.hidden_size * width
-        if mesh["context"] == 1:  # the kernel's outputs are kept too
+        if config.train.remat == "layer_but_attention":
             full = sum(mixer != LINEAR for mixer in c.mixers)
             kept += full * t * c.num_attention_heads * c.head_dim * width / mesh["tensor"]
     else:
@@ -306,7 +299,7 @@ def communication(
     c, t = config.model, tokens_per_device(config, mesh)
     width = jnp.dtype(config.precision.compute).itemsize
     parts = config.train.gradient_accumulation_steps
-    passes = 3 if config.train.remat == "layer" else 2  # forward, again, backward
+    passes = 3 if config.train.remat != "none" else 2  # forward, again, backward
     sent: dict[str, float] = defaultdict(float)
     for p in params:
         used = p.size / _kept_apart(p.name, mesh)
@@ -360,9 +353,7 @@ def step_seconds(
     """
     c, t = config.model, config.train
     tokens = tokens_per_device(config, mesh) * t.gradient_accumulation_steps / mesh["tensor"]
-    flops = tokens * executed_flops(
-        c, t.sequence_length, remat=t.remat, attends_again=mesh["context"] > 1
-    )
+    flops = tokens * executed_flops(c, t.sequence_length, remat=t.remat)
     updates = sum(p.own for p in params) * 28 / chip.hbm_bandwidth
     compute = flops / (_EFFICIENCY * chip.flops) + updates
     sent = sum(communication(config, params, mesh).values()) / chip.ici_bandwidth

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from qwen3next_jax.config import RunConfig
+from qwen3next_jax.config import REMAT, RunConfig
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import AXES
 from qwen3next_jax.plan import costs
@@ -44,7 +44,7 @@ def rank(
       optimizer_width: bytes of optimizer state a parameter.
     """
     found = []
-    for mesh, remat in itertools.product(_meshes(places), ("none", "layer")):
+    for mesh, remat in itertools.product(_meshes(places), REMAT):
         changed = dataclasses.replace(
             config,
             train=dataclasses.replace(config.train, remat=remat),
