@@ -349,7 +349,7 @@ def step_seconds(
     """A guess at a step's time, with all communication hidden and with none.
 
     Products run at `_EFFICIENCY` of the chip's peak, where compiled steps of the 80B model come to
-    0.39 on v5p and 0.21 on v6e; the optimizer reads and writes its state once.
+    0.39 on v5p and 0.23 on v6e; the optimizer reads and writes its state once.
     """
     c, t = config.model, config.train
     tokens = tokens_per_device(config, mesh) * t.gradient_accumulation_steps / mesh["tensor"]
