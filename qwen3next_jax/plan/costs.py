@@ -260,8 +260,8 @@ def _activations(
             # As projected and as the kernel takes them; the gate, its product, outputs twice.
             mixed = width * (2 * (2 * K * H + N * P) + 4 * N * P + states)
         else:
-            # Float32 within the rule, whose way back holds as much again.
-            mixed = width * (2 * K * H + 3 * N * P) + 2 * 4 * (2 * K * H + 3 * N * P + states)
+            # Float32 within the rule, whose way back holds twice as much again.
+            mixed = width * (2 * K * H + 3 * N * P) + 3 * 4 * (2 * K * H + 3 * N * P + states)
     else:
         mixed = width * c.head_dim * (5 * c.num_attention_heads + 4 * c.num_key_value_heads)
     fed = 3 * (c.shared_expert_intermediate_size if sparse else c.intermediate_size)
