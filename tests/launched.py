@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+TOLD = "told: "  # before what a check tells its test
 
 
 def start(*command, processes=2, devices=2, grace=60.0, env=None):
@@ -24,10 +25,11 @@ def lines(output, process):
 
 
 def run(check, *arguments, **kwargs):
-    """The lines that each process wrote to stdout."""
+    """The lines that each process told (`several.tell`)."""
     launched = start("tests/several.py", check, *arguments, **kwargs)
     out, err = launched.communicate()
     assert launched.returncode == 0, err
     return [
-        [x for x in lines(out, i) if "Gloo" not in x] for i in range(kwargs.get("processes", 2))
+        [x.removeprefix(TOLD) for x in lines(out, i) if x.startswith(TOLD)]
+        for i in range(kwargs.get("processes", 2))
     ]

@@ -17,6 +17,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
+from launched import TOLD  # noqa: E402
 
 from qwen3next_jax.checkpoint.store import CheckpointStore  # noqa: E402
 from qwen3next_jax.parallel import processes  # noqa: E402
@@ -25,7 +26,10 @@ PEER_TIMEOUT = 12.0  # more than a loaded machine keeps a thread waiting
 
 
 def tell(*what):
-    os.write(1, (" ".join(map(str, what)) + "\n").encode())  # whole lines, also just before a kill
+    """Lines for the test, marked: Gloo chats on stdout, in pieces and from its own threads. In one
+    write, which reaches the pipe whole even just before a kill."""
+    text = " ".join(map(str, what))
+    os.write(1, "".join(f"\n{TOLD}{line}\n" for line in text.splitlines()).encode())
 
 
 def exchange():
