@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
             balance_scope="global",  # or "micro_batch" or "sequence"
             loss_chunk=128,  # positions of a row whose logits exist at a time
             remat="none",  # or "layer": keep only each layer's input for the backward pass;
-            # or "layer_but_attention": on a TPU, attention's results too
+            # or "layer_but_attention": attention's results too
             log_every=10,
             diagnostics=True,  # metrics of layers and updates, docs/training.md lists them
             eval_every=0,  # 0: only at the end

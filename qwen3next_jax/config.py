@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 LINEAR, FULL = "linear_attention", "full_attention"
 
 # What the backward pass computes again: nothing, each layer from its input, or each layer but
-# attention where its kernel for TPUs runs, whose results are kept.
+# attention's scores, whose results are kept.
 REMAT = ("none", "layer", "layer_but_attention")
 
 # What data is read from, each with a path as an example; see `data/sources.py`.

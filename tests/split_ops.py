@@ -20,6 +20,7 @@ from qwen3next_jax import ops
 from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.model.gated_attention import GatedAttention
 from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
+from qwen3next_jax.ops.pallas.attention import KEPT
 from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import make_mesh
 
@@ -228,6 +229,18 @@ def compiled(op, sizes, tokens):
         return jax.jit(step, out_shardings=sharding).lower(*given).compile()
 
 
+def sends(policy):
+    """How often attention's ways forth and back send something, written out in their trace."""
+
+    def attend(*arrays):
+        return context.attention(*arrays).astype(jnp.float32).sum()
+
+    again = jax.checkpoint(attend, policy=jax.checkpoint_policies.save_only_these_names(policy))
+    arrays = [jax.ShapeDtypeStruct((1, 256, n, 32), jnp.float32) for n in (4, 1, 1)]
+    with jax.set_mesh(mesh_of(dict(context=8))):
+        return str(jax.make_jaxpr(jax.grad(again, argnums=(0, 1, 2)))(*arrays)).count("ppermute[")
+
+
 def collectives(text):
     """How many of each kind, and the elements of the largest, by kind."""
     found = collections.defaultdict(list)
@@ -254,6 +267,7 @@ def main():
             n: program.memory_analysis().temp_size_in_bytes for n, program in programs.items()
         }
         report[f"{op} collectives"] = collectives(programs[8].as_text())
+    report["attention sends"] = {policy: sends(policy) for policy in ("nothing", KEPT)}
     json.dump(report, sys.stdout)
 
 

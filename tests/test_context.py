@@ -75,6 +75,12 @@ def test_nothing_but_neighbours_exchange_anything(op, report):
     assert found["collective-permute"][1] <= 512 * 4 * 32
 
 
+def test_attention_whose_results_are_kept_goes_around_the_ring_once_less(report):
+    # Keys, values and segment ids each on a first hop and on those in the loop.
+    sends = report["attention sends"]
+    assert sends["nothing"] - sends["attention"] == 3 + 3
+
+
 def test_attention_deals_every_piece_once_and_early_ones_with_late_ones():
     for ways in (2, 3, 4, 8, 16):
         held = {rank: [] for rank in range(ways)}

@@ -69,20 +69,39 @@ def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-@pytest.mark.parametrize(("remat", "times"), [("layer", 4), ("layer_but_attention", 3)])
-def test_a_layer_that_is_computed_again_attends_again_only_if_told_to(remat, times, monkeypatch):
-    def by_kernel(*args, implementation, **options):
-        return attention(*args, implementation="pallas", **options)
+def traced_layer(remat, implementation, monkeypatch):
+    """Forward and back through a layer of attention without experts, over 128 tokens."""
 
-    monkeypatch.setattr(gated_attention, "attention", by_kernel)
-    config = small_config(num_hidden_layers=1, layer_types=("full_attention",))
+    def attend(*args, **options):
+        return attention(*args, **options | {"implementation": implementation})
+
+    monkeypatch.setattr(gated_attention, "attention", attend)
+    config = small_config(
+        num_hidden_layers=1, layer_types=("full_attention",), num_experts=0, intermediate_size=64
+    )
     graph, params = nnx.split(abstract_model(config, remat=remat))
 
     def loss(params, tokens):
         return nnx.merge(graph, params).hidden_states(tokens)[0].sum()
 
-    found = kernels_of(jax.grad(loss), params, array(1, 128, dtype=jnp.int32))
+    return jax.make_jaxpr(jax.grad(loss))(params, array(1, 128, dtype=jnp.int32)).jaxpr
+
+
+@pytest.mark.parametrize(("remat", "times"), [("layer", 4), ("layer_but_attention", 3)])
+def test_a_layer_computed_again_runs_attention_s_kernel_again_only_if_told_to(
+    remat, times, monkeypatch
+):
+    found = list(kernels(traced_layer(remat, "pallas", monkeypatch)))
     assert len(found) == times  # forward, perhaps again, keys and values, queries
+
+
+def test_a_layer_computed_again_multiplies_scores_again_only_if_told_to(monkeypatch):
+    again, kept = (
+        product_flops(traced_layer(remat, "chunked", monkeypatch))
+        for remat in ("layer", "layer_but_attention")
+    )
+    c = small_config()
+    assert again - kept == 2 * 2 * 128**2 * c.num_attention_heads * c.head_dim
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

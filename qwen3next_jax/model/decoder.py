@@ -60,7 +60,7 @@ class Qwen3Next(nnx.Module):
           param_dtype: of the stored parameters; `A_log` and `dt_bias` are float32 anyway.
           dtype: of activations and matrix products; None: `param_dtype`.
           remat: what the backward pass computes again: "none", each "layer", or
-            "layer_but_attention", which keeps the results of attention's kernel on a TPU.
+            "layer_but_attention": each but for attention's scores, whose results it keeps.
           moe_buffer_factor: where experts are split over devices, see `SparseMoE`.
 
         Raises:

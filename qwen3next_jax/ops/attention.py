@@ -16,9 +16,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.pallas.attention import splash_attention
+from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
 from qwen3next_jax.ops.platform import check_kernels_run, platform
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
@@ -255,9 +256,10 @@ def add_pairs(carry, q, k, v, q_segments, k_segments, pairs, *, causal):
 
 
 def normalize(carry, dtype):
-    """Outputs, and the logarithm of each query's norm, which the backward pass needs."""
+    """What the backward pass needs, named `KEPT`: outputs, the logarithm of each query's norm."""
     total, peak, norm = carry
-    return (total / norm[..., None]).astype(dtype), peak + jnp.log(norm)
+    out = (total / norm[..., None]).astype(dtype)
+    return checkpoint_name(out, KEPT), checkpoint_name(peak + jnp.log(norm), KEPT)
 
 
 def add_pair_gradients(

@@ -322,8 +322,10 @@ def communication(
     if mesh["context"] > 1:
         keys = 2 * t * c.num_key_value_heads * c.head_dim * width
         full = sum(mixer != LINEAR for mixer in c.mixers) + c.mtp_steps
+        # Backward, their gradients travel along.
+        rounds = passes + (config.train.remat != "layer_but_attention")
         sent["keys and values around the ring"] += (
-            parts * full * (passes + 1) * (mesh["context"] - 1) * keys
+            parts * full * rounds * (mesh["context"] - 1) * keys
         )
         state = 4 * c.linear_num_value_heads * c.linear_key_head_dim
         state *= c.linear_key_head_dim + c.linear_value_head_dim

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.pallas.kernel_costs import stating
 from qwen3next_jax.ops.platform import platform
 
-# What a backward pass needs of the kernel's results, by this name to `jax.checkpoint`'s policies:
+# What a backward pass needs of attention's results, by this name to `jax.checkpoint`'s policies:
 # outputs and the logarithms of norms.
 KEPT = "attention"
 _LANES = 128
