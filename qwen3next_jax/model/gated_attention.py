@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import AttentionCache, add_to_slots
-from qwen3next_jax.model.layers import RMSNorm, normal, weight
+from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.rope import apply_rope
 from qwen3next_jax.model.statistics import Observed, sink_share, token_mean
 from qwen3next_jax.ops.attention import cached_attention
@@ -75,12 +75,12 @@ class GatedAttention(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
 
-        def project(w):
-            return jnp.einsum("btd,dnh->btnh", x, gathered(w, x.dtype))
+        def projected(w):
+            return project(x, gathered(w, x.dtype))
 
-        q = apply_rope(self.q_norm(project(self.q_proj)), positions, self.config)
-        k = apply_rope(self.k_norm(project(self.k_proj)), positions, self.config)
-        v = project(self.v_proj)
+        q = apply_rope(self.q_norm(projected(self.q_proj)), positions, self.config)
+        k = apply_rope(self.k_norm(projected(self.k_proj)), positions, self.config)
+        v = projected(self.v_proj)
         if observed is not None:
             observed["attention_sink"] = sink_share(q, k, segment_ids)
         if cache is None:
@@ -93,11 +93,11 @@ class GatedAttention(nnx.Module):
             cache = add_to_slots(cache, k, v, _after(lengths, out))
         out = out.astype(x.dtype)
         if self.gate_proj is not None:
-            gate = jax.nn.sigmoid(project(self.gate_proj).astype(jnp.float32))
+            gate = jax.nn.sigmoid(projected(self.gate_proj).astype(jnp.float32))
             out = (out * gate).astype(x.dtype)
             if observed is not None:
                 observed["output_gate"] = token_mean(gate.mean((2, 3)), segment_ids)
-        y = jnp.einsum("btnh,nhd->btd", out, gathered(self.o_proj, x.dtype))
+        y = project(out, gathered(self.o_proj, x.dtype), over=2)
         return y if cache is None else (y, cache)
 
 

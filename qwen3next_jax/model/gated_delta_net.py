@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax import ops
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import DeltaCache, DeltaDraft, next_tail
-from qwen3next_jax.model.layers import constant, normal, rms_normalize, weight
+from qwen3next_jax.model.layers import constant, normal, project, rms_normalize, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import gathered
@@ -89,13 +89,10 @@ class GatedDeltaNet(nnx.Module):
         del positions
         B, T, _ = x.shape
 
-        def project(w, into=None):
-            axes = "nh"[: w[...].ndim - 1]
-            return jnp.einsum(
-                f"btd,d{axes}->bt{axes}", x, gathered(w, x.dtype), preferred_element_type=into
-            )
+        def projected(w, into=None):
+            return project(x, gathered(w, x.dtype), into=into)
 
-        inputs = [project(w) for w in (self.q_proj, self.k_proj, self.v_proj)]
+        inputs = [projected(w) for w in (self.q_proj, self.k_proj, self.v_proj)]
         kernels = [w[...] for w in (self.q_conv, self.k_conv, self.v_conv)]
         tails = [None] * 3 if cache is None else cache[:3]
         # Tokens behind a cache are too few to be split over devices.
@@ -104,8 +101,8 @@ class GatedDeltaNet(nnx.Module):
             jax.nn.silu(mixing.causal_conv(x, w, segment_ids=segment_ids, tail=tail))
             for x, w, tail in zip(inputs, kernels, tails, strict=True)
         )
-        beta = jax.nn.sigmoid(project(self.b_proj, into=jnp.float32))
-        step = jax.nn.softplus(project(self.a_proj, into=jnp.float32) + self.dt_bias[...])
+        beta = jax.nn.sigmoid(projected(self.b_proj, into=jnp.float32))
+        step = jax.nn.softplus(projected(self.a_proj, into=jnp.float32) + self.dt_bias[...])
         q, k = _unit_length(q) * q.shape[-1] ** -0.5, _unit_length(k)
         log_decay = -jnp.exp(self.A_log[...].astype(jnp.float32)) * step
         if observed is not None:
@@ -122,8 +119,8 @@ class GatedDeltaNet(nnx.Module):
             implementation="reference" if cache is not None and T <= _FEW else implementation,
         )
         out = rms_normalize(out, self.eps) * self.norm.weight[...].astype(jnp.float32)
-        out = out * jax.nn.silu(project(self.z_proj).astype(jnp.float32))
-        y = jnp.einsum("btnp,npd->btd", out.astype(x.dtype), gathered(self.out_proj, x.dtype))
+        out = out * jax.nn.silu(projected(self.z_proj).astype(jnp.float32))
+        y = project(out.astype(x.dtype), gathered(self.out_proj, x.dtype), over=2)
         if cache is None:
             return y
         if draft:

@@ -5,7 +5,9 @@ its axes; which mesh axis a name is split over is said in `parallel/mesh.py` alo
 in the dtype of their input and cast weights to it where they are used.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.parallel.mesh import gathered
+from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.parallel.mesh import active_mesh, gathered
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -46,6 +49,27 @@ def normal(stddev: float) -> Init:
 def constant(value: float) -> Init:
     """The same value everywhere."""
     return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+def project(x: Array, w: Array, *, over: int = 1, into: Any = None) -> Array:
+    """Multiplies each token by a matrix whose rows or columns may have several axes.
+
+    Args:
+      x: [B, T, C...].
+      w: [C..., F...], in x's dtype.
+      over: how many axes C are.
+      into: dtype of the products; None: x's.
+
+    Returns:
+      [B, T, F...].
+    """
+    if platform() != "cpu" or active_mesh() is not None:
+        return jnp.tensordot(x, w, axes=over, preferred_element_type=into)
+    # As two plain matrices. Where the gradient of w sums over two axes of x, XLA turns x or its
+    # gradient around for a CPU, which takes longer than the product. On a mesh x stays as it lies.
+    rows = x.reshape(-1, math.prod(w.shape[:over]))
+    y = jnp.matmul(rows, w.reshape(rows.shape[1], -1), preferred_element_type=into)
+    return y.reshape(*x.shape[:2], *w.shape[over:])
 
 
 def rms_normalize(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
@@ -98,4 +122,4 @@ class MLP(nnx.Module):
         """Maps each token by itself."""
         weights = (self.gate_proj, self.up_proj, self.down_proj)
         gate, up, down = (gathered(w, x.dtype) for w in weights)
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        return project(jax.nn.silu(project(x, gate)) * project(x, up), down)

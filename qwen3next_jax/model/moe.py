@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.model.layers import MLP, normal, weight
+from qwen3next_jax.model.layers import MLP, normal, project, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.ops.grouped_matmul import default_implementation, grouped_matmul, row_alignment
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile, expert_mlp
@@ -176,7 +176,7 @@ class SparseMoE(nnx.Module):
 
     def _route(self, x, segment_ids, router):
         E, A = self.config.num_experts, self.config.num_experts_per_tok
-        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), router.astype(jnp.float32))
+        logits = project(x.astype(jnp.float32), router.astype(jnp.float32))
         probabilities = jax.nn.softmax(logits)
         experts = jax.lax.top_k(jax.lax.stop_gradient(probabilities), A)[1]
         # Selecting by a mask keeps scatters out of the gradient.

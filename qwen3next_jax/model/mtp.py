@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import FULL, ModelConfig
 from qwen3next_jax.model.layer import DecoderLayer
-from qwen3next_jax.model.layers import RMSNorm, normal, weight
+from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.statistics import Observed
 from qwen3next_jax.parallel.mesh import gathered
 
@@ -67,8 +67,8 @@ class MTP(nnx.Module):
           statistics, None without experts; the next cache, None without one.
         """
         fc = gathered(self.fc, hidden.dtype)
-        x = self.pre_fc_norm_embedding(next_embeddings) @ fc[0]
-        x += self.pre_fc_norm_hidden(hidden) @ fc[1]
+        x = project(self.pre_fc_norm_embedding(next_embeddings), fc[0])
+        x += project(self.pre_fc_norm_hidden(hidden), fc[1])
         x, stats, cache = self.layer(
             x, segment_ids=segment_ids, positions=positions, cache=cache, observed=observed
         )
