@@ -93,8 +93,10 @@ def losses_and_gradients(hidden, head, targets, weights, *, chunk, vocab_axis=No
         losses, chosen, exps, norms, _ = _losses(x, y, head, vocab_axis)
         d_logits = exps * (w / norms)[..., None] - chosen * w[..., None]
         d_logits = d_logits.astype(hidden.dtype)
-        d_x = jnp.einsum("btv,dv->btd", d_logits, head.astype(hidden.dtype))
-        d_head += jnp.einsum("btd,btv->dv", x, d_logits, preferred_element_type=jnp.float32)
+        # Rows as one axis: where a product sums over two, XLA turns logits around for a CPU first.
+        rows, d_rows = (a.reshape(-1, a.shape[-1]) for a in (x, d_logits))
+        d_x = jnp.einsum("rv,dv->rd", d_rows, head.astype(hidden.dtype)).reshape(x.shape)
+        d_head += jnp.einsum("rd,rv->dv", rows, d_rows, preferred_element_type=jnp.float32)
         return (total + (losses * w).sum(), d_head), (losses, d_x)
 
     start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
