@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3next_jax.parallel.expert import _inverse, _order, apply_experts
+from qwen3next_jax.parallel import expert
+from qwen3next_jax.parallel.expert import _order, _plan, apply_experts
 
 E, D = 6, 5
 # Of each token its experts; experts 2 and 5 get no token, expert 0 gets every one.
@@ -36,7 +37,22 @@ def test_assignments_are_sorted_by_expert_and_stay_in_order(num_experts):
     flat = EXPERTS.reshape(-1)
     order = _order(jnp.asarray(flat), num_experts)
     np.testing.assert_array_equal(order, np.argsort(flat, kind="stable"))
-    np.testing.assert_array_equal(_inverse(order)[order], np.arange(len(flat)))
+
+
+@pytest.mark.parametrize("alignment", [1, 4])
+def test_rows_and_assignments_find_each_other_on_every_platform(alignment, monkeypatch):
+    for platform in ("cpu", "gpu"):  # by scatters, by sorting
+        monkeypatch.setattr(expert, "platform", lambda platform=platform: platform)
+        plan = _plan(jnp.asarray(EXPERTS), E, alignment)
+        counts = np.bincount(EXPERTS.reshape(-1), minlength=E)
+        np.testing.assert_array_equal(plan.group_sizes, -(-counts // alignment) * alignment)
+        ends = np.cumsum(plan.group_sizes)
+        assert len(plan.assignment) >= ends[-1]
+        for row, assignment in enumerate(np.asarray(plan.assignment)):
+            if assignment < EXPERTS.size:
+                assert plan.row.reshape(-1)[assignment] == row
+                assert EXPERTS.reshape(-1)[assignment] == np.searchsorted(ends, row, side="right")
+        assert sorted(plan.assignment)[: EXPERTS.size] == list(range(EXPERTS.size))
 
 
 @pytest.mark.parametrize("alignment", [1, 64])

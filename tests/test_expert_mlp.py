@@ -1,4 +1,4 @@
-"""The experts' kernels, interpreted, against one dense feed-forward an expert."""
+"""The experts' feed-forward, kernels interpreted, against one dense feed-forward an expert."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,9 @@ from flax import nnx
 from oracles import quick_jit, small_config
 
 from qwen3next_jax.model import moe
-from qwen3next_jax.ops.pallas.expert_mlp import TILE, can_compile, expert_mlp
+from qwen3next_jax.ops import expert_mlp as op
+from qwen3next_jax.ops.expert_mlp import expert_mlp
+from qwen3next_jax.ops.pallas.expert_mlp import TILE, can_compile
 
 D, F = 256, 128
 # Tiles met by several experts, experts of several tiles, experts of none at both ends and between.
@@ -37,25 +39,35 @@ def make(sizes, rows, dtype):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows", "dtype"),
+    ("implementation", "sizes", "rows", "dtype", "block"),
     [
-        (SIZES, 1000, "float32"),  # rows behind the last expert's
-        (SIZES, 812, "bfloat16"),
-        ([TILE, 2 * TILE], 3 * TILE, "float32"),
-        ([3, 0, 4], 9, "float32"),  # less than a tile
+        ("pallas", SIZES, 1000, "float32", 128),  # rows behind the last expert's
+        ("pallas", SIZES, 812, "bfloat16", 128),
+        ("pallas", [TILE, 2 * TILE], 3 * TILE, "float32", 128),
+        ("pallas", [3, 0, 4], 9, "float32", 128),  # less than a tile
+        ("blocked", [0, 384, 128, 0, 640, 256, 0], 2048, "float32", 128),  # two visits, 11 blocks
+        ("blocked", [128, 256], 384, "bfloat16", 128),
+        ("blocked", [0, 64, 128, 0], 256, "float32", 64),
+        ("blocked", [4, 0, 2], 8, "float32", 2),
+        ("products", [0, 64, 128, 0], 256, "float32", 64),
     ],
 )
-def test_values_and_gradients_are_those_of_each_experts_own_mlp(sizes, rows, dtype):
+def test_values_and_gradients_are_those_of_each_experts_own_mlp(
+    implementation, sizes, rows, dtype, block
+):
     *args, d_out = make(sizes, rows, dtype)
     used = sum(sizes)
-    # Rows behind the last expert's may hold anything.
-    poisoned = args[0].at[used:].set(jnp.nan), args[1].at[used:].set(jnp.nan), *args[2:]
+    # Rows behind the last expert's may hold anything that products by 0 leave finite.
+    rest = jnp.nan if implementation == "pallas" else 1e3
+    poisoned = args[0].at[used:].set(rest), args[1].at[used:].set(rest), *args[2:]
+
+    given = dict(implementation=implementation, block=block)
 
     def run(args, d_out):
-        out, vjp = jax.vjp(lambda *a: expert_mlp(*a, jnp.asarray(sizes), rows), *args)
+        out, vjp = jax.vjp(lambda *a: expert_mlp(*a, jnp.asarray(sizes), **given), *args)
         return out, *vjp(d_out)
 
-    got = quick_jit(run)(poisoned, d_out.at[used:].set(jnp.nan))
+    got = quick_jit(run)(poisoned, d_out.at[used:].set(rest))
     exact = [a.astype(jnp.float32) for a in args]
     out, vjp = jax.vjp(lambda *a: reference(*a, sizes), *exact)
     want = out, *vjp(d_out[:used].astype(jnp.float32))
@@ -79,12 +91,21 @@ def test_a_sparse_layer_by_them_is_the_one_by_grouped_products(monkeypatch):
         return y, vjp(jnp.cos(y))
 
     want = quick_jit(run)(params, x)
-    monkeypatch.setattr(moe, "default_implementation", lambda: "pallas")
-    monkeypatch.setattr(moe, "grouped_matmul", None)  # not called
+    for module in (moe, op):
+        monkeypatch.setattr(module, "default_implementation", lambda: "pallas")
+    monkeypatch.setattr(op, "grouped_matmul", None)  # not called
     got = quick_jit(lambda *args: run(*args))(params, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # Sums of up to 256 float32 products in another order.
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
+def test_bad_input_is_refused_with_the_values():
+    *args, _ = make([4, 4], 8, "float32")
+    with pytest.raises(ValueError, match="'dense' is unknown; expected 'pallas', 'blocked' or"):
+        expert_mlp(*args, jnp.asarray([4, 4]), implementation="dense")
+    with pytest.raises(ValueError, match="multiple of block=3 rows, got 8"):
+        expert_mlp(*args, jnp.asarray([4, 4]), implementation="blocked", block=3)
 
 
 def test_experts_that_a_tpu_cannot_take_are_known_before_it_tries():

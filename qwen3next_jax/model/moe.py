@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.layers import MLP, normal, project, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
-from qwen3next_jax.ops.grouped_matmul import default_implementation, grouped_matmul, row_alignment
-from qwen3next_jax.ops.pallas.expert_mlp import can_compile, expert_mlp
+from qwen3next_jax.ops.expert_mlp import expert_mlp
+from qwen3next_jax.ops.grouped_matmul import default_implementation, row_alignment
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
 from qwen3next_jax.parallel.mesh import (
@@ -202,13 +202,9 @@ class SparseMoE(nnx.Module):
 def _experts(rows, weights, group_sizes, *, gate_up, down, block, expected_rows):
     E, D, _, F = gate_up.shape
     gate_up, down = gate_up.astype(rows.dtype).reshape(E, D, 2 * F), down.astype(rows.dtype)
-    if default_implementation() == "pallas" and can_compile(D, F, rows.dtype):
-        return expert_mlp(rows, weights, gate_up, down, group_sizes, expected_rows)
-    hidden = grouped_matmul(rows, gate_up, group_sizes, block=block)
-    # Weighed before the second product, where rows are narrowest, in the weights' float32.
-    hidden = jax.nn.silu(hidden[:, :F]) * hidden[:, F:] * weights[:, None]
-    hidden = hidden.astype(rows.dtype)
-    return grouped_matmul(hidden, down, group_sizes, block=block)
+    return expert_mlp(
+        rows, weights, gate_up, down, group_sizes, block=block, expected_rows=expected_rows
+    )
 
 
 def _equal_rows(stddev):

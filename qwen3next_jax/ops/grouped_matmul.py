@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.platform import platform
 
-_MOST_ROWS = 128  # of a block
+MOST_ROWS = 128  # of a block
 _TILE_ROWS, _TILE = 512, 1024  # of a kernel: three bfloat16 tiles, twice, fit a TPU's memory
 
 
@@ -46,7 +46,7 @@ def row_alignment(implementation: str, *, mean: float, most: int) -> int:
     """
     if implementation != "blocked":
         return 1
-    return min(max(1 << (math.ceil(mean) - 1).bit_length(), 2), most, _MOST_ROWS)
+    return min(max(1 << (math.ceil(mean) - 1).bit_length(), 2), most, MOST_ROWS)
 
 
 def grouped_matmul(
@@ -55,7 +55,7 @@ def grouped_matmul(
     group_sizes: Int[Array, "E"],
     *,
     implementation: str | None = None,
-    block: int = _MOST_ROWS,
+    block: int = MOST_ROWS,
 ) -> Float[Array, "R F"]:
     """Multiplies each row by its group's matrix.
 
@@ -145,7 +145,7 @@ def _blocked(rows, weights, group_sizes, block):
         x, w = _block(rows, i, block), weights[group[i]]
         return _set_block(out, i, jnp.dot(x, w, preferred_element_type=jnp.float32), block)
 
-    group, used = _groups_of_blocks(group_sizes, len(rows), block)
+    group, used = groups_of_blocks(group_sizes, len(rows), block)
     out = jnp.zeros((len(rows), weights.shape[2]), rows.dtype)
     return jax.lax.fori_loop(0, used, visit, out)
 
@@ -156,7 +156,7 @@ def _blocked_forward(rows, weights, group_sizes, block):
 
 def _blocked_backward(block, residuals, d_out):
     rows, weights, group_sizes = residuals
-    group, used = _groups_of_blocks(group_sizes, len(rows), block)
+    group, used = groups_of_blocks(group_sizes, len(rows), block)
 
     def visit(i, carry):
         d_rows, d_weights = carry
@@ -173,11 +173,10 @@ def _blocked_backward(block, residuals, d_out):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _groups_of_blocks(group_sizes, rows, block):
-    """The group of each block, and how many blocks belong to a group at all."""
+def groups_of_blocks(group_sizes, rows, block):
+    """The group of each block, one too many where there is none, and how many blocks have one."""
     ends = jnp.cumsum(group_sizes) // block
-    group = jnp.searchsorted(ends, jnp.arange(rows // block), side="right")
-    return jnp.minimum(group, len(group_sizes) - 1), ends[-1]
+    return jnp.searchsorted(ends, jnp.arange(rows // block), side="right"), ends[-1]
 
 
 def _block(x, i, block):

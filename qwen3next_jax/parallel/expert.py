@@ -126,15 +126,25 @@ class _Plan(NamedTuple):
 def _plan(experts, num_experts, alignment):
     flat = experts.reshape(-1)
     order = _order(flat, num_experts)  # assignments, sorted by expert
-    rank = _inverse(order)  # where each assignment went
     counts = jnp.bincount(flat, length=num_experts)
     sizes = -(-counts // alignment) * alignment
     # Of each expert, its first row and its first place in `order`.
     first_row, first = jnp.cumsum(sizes) - sizes, jnp.cumsum(counts) - counts
-    row = first_row[flat] + rank - first[flat]
-
     rows = flat.size + min(num_experts, flat.size) * (alignment - 1)  # the worst case
-    index = jnp.arange(-(-rows // alignment) * alignment)
+    rows = -(-rows // alignment) * alignment
+    if platform() == "cpu":
+        # Scattering integers, which is slow elsewhere, is faster than sorting on a CPU. What is
+        # scattered is also there for good: expressions of integers XLA would compute again for each
+        # entry of every row that is gathered by them.
+        expert = flat[order]
+        ordered_row = first_row[expert] + jnp.arange(flat.size) - first[expert]
+        row = _scatter(ordered_row, order, flat.size)
+        assignment = _scatter(order, ordered_row, rows, empty=flat.size)
+        return _Plan(assignment, row.reshape(experts.shape), sizes)
+
+    rank = jnp.argsort(order)  # where each assignment went
+    row = first_row[flat] + rank - first[flat]
+    index = jnp.arange(rows)
     expert = jnp.searchsorted(first_row + sizes, index, side="right").clip(max=num_experts - 1)
     place = index - first_row[expert]
     taken = order[(first[expert] + place).clip(max=flat.size - 1)]
@@ -151,13 +161,9 @@ def _order(experts, num_experts):
     return jnp.sort(experts * size + jnp.arange(size)) % size
 
 
-def _inverse(order):
-    """Of a permutation."""
-    if platform() != "cpu":
-        return jnp.argsort(order)
-    # Scattering integers, which is slow elsewhere, is faster than sorting on a CPU.
-    index = jnp.arange(len(order))
-    return jnp.zeros_like(index).at[order].set(index, unique_indices=True)
+def _scatter(values, places, size, *, empty=0):
+    """Values to places, all different, of so many."""
+    return jnp.full(size, empty, values.dtype).at[places].set(values, unique_indices=True)
 
 
 @jax.custom_vjp

@@ -1,0 +1,173 @@
+"""The experts' feed-forward: two grouped products and what lies between them.
+
+    y_r = w_r (silu(x_r G_e) · (x_r U_e)) D_e     rows r sorted by expert e(r)
+
+Implementations:
+- "pallas": kernels for TPUs (`pallas/expert_mlp.py`), for experts that fit them.
+- "blocked": for CPUs. Experts' rows are padded to whole blocks, of which a loop visits as many as
+  hold any: several at a time, as products with one matrix each, which two cores share better than
+  the halves of one product. What lies between the products never leaves the cache, and a block's
+  results take the place of its rows.
+- "products": `grouped_matmul` twice.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qwen3next_jax.ops.grouped_matmul import (
+    MOST_ROWS,
+    default_implementation,
+    grouped_matmul,
+    groups_of_blocks,
+)
+from qwen3next_jax.ops.pallas.expert_mlp import can_compile
+from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp as by_kernel
+
+_AT_ONCE = 8  # blocks
+
+
+def expert_mlp(
+    rows: Float[Array, "R D"],
+    weights: Float[Array, "R"],
+    gate_up: Float[Array, "E D GU"],
+    down: Float[Array, "E F D"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: str | None = None,
+    block: int = MOST_ROWS,
+    expected_rows: int | None = None,
+) -> Float[Array, "R D"]:
+    """Maps each row by its expert's MLP.
+
+    Args:
+      rows: sorted by expert; what rows behind the last expert's give, or get as gradient, may be
+        anything.
+      weights: of each row, float32.
+      gate_up, down: each expert's matrices, in rows' dtype; GU is 2 F, G beside U.
+      group_sizes: rows of each expert; on a CPU multiples of block.
+      implementation: "pallas", "blocked" or "products"; None: the platform's default.
+      block: rows of a block on a CPU, as `row_alignment` gives them; "pallas" doesn't read it.
+      expected_rows: how many rows are likely to belong to an expert, for the costs that "pallas"
+        states; None: all.
+
+    Returns:
+      Weighted rows, in rows' dtype.
+
+    Raises:
+      ValueError: for an unknown implementation, or rows that "blocked" cannot cut into blocks.
+    """
+    if implementation is None:
+        implementation = default_implementation()
+        fits = can_compile(rows.shape[1], down.shape[1], rows.dtype)
+        if implementation not in ("blocked", "pallas") or (implementation == "pallas" and not fits):
+            implementation = "products"
+    if implementation == "pallas":
+        expected = len(rows) if expected_rows is None else expected_rows
+        return by_kernel(rows, weights, gate_up, down, group_sizes, expected)
+    if implementation == "blocked":
+        if len(rows) % block:
+            raise ValueError(
+                f"{implementation=} needs a multiple of {block=} rows, got {len(rows)}"
+            )
+        return _blocked(rows, weights, gate_up, down, group_sizes, block)
+    if implementation != "products":
+        raise ValueError(
+            f"{implementation=} is unknown; expected 'pallas', 'blocked' or 'products'"
+        )
+    hidden = grouped_matmul(rows, gate_up, group_sizes, block=block)
+    # Weighed before the second product, where rows are narrowest, in the weights' float32.
+    hidden = _between(hidden, weights).astype(rows.dtype)
+    return grouped_matmul(hidden, down, group_sizes, block=block)
+
+
+def _between(hidden, weights):
+    gate, up = jnp.split(hidden, 2, axis=-1)
+    return jax.nn.silu(gate) * up * weights[..., None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blocked(rows, weights, gate_up, down, group_sizes, block):
+    visits = _Visits(rows, group_sizes, block)
+
+    def visit(i, out):
+        expert = visits.take(visits.group, i)
+        hidden = _product("zrd,zdf->zrf", visits.blocks(out, i), gate_up[expert])
+        hidden = _between(hidden, visits.blocks(weights, i)).astype(rows.dtype)
+        return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert]))
+
+    return jax.lax.fori_loop(0, visits.used, visit, rows)
+
+
+def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
+    visits = _Visits(rows, group_sizes, block)
+
+    def visit(i, carry):
+        out, kept = carry
+        expert = visits.take(visits.group, i)
+        hidden = _product("zrd,zdf->zrf", visits.blocks(out, i), gate_up[expert])
+        kept = visits.put(kept, i, hidden)
+        hidden = _between(hidden, visits.blocks(weights, i)).astype(rows.dtype)
+        return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert])), kept
+
+    kept = jnp.zeros((len(rows), gate_up.shape[2]), rows.dtype)
+    out, kept = jax.lax.fori_loop(0, visits.used, visit, (rows, kept))
+    return out, (rows, weights, gate_up, down, group_sizes, kept)
+
+
+def _blocked_backward(block, residuals, d_out):
+    rows, weights, gate_up, down, group_sizes, kept = residuals
+    visits, dtype = _Visits(rows, group_sizes, block), rows.dtype
+
+    def visit(i, carry):
+        d_rows, d_weights, d_gate_up, d_down = carry
+        expert = visits.take(visits.group, i)
+        x, d_y = visits.blocks(rows, i), visits.blocks(d_rows, i)
+        before = visits.blocks(kept, i).astype(jnp.float32)
+        hidden, pull = jax.vjp(_between, before, visits.blocks(weights, i))
+        d_before, d_w = pull(_product("zrd,zfd->zrf", d_y, down[expert]))
+        d_before = d_before.astype(dtype)
+        # Blocks without an expert are taken along with the last ones, but add to no gradient.
+        d_down = d_down.at[expert].add(_product("zrf,zrd->zfd", hidden.astype(dtype), d_y))
+        d_gate_up = d_gate_up.at[expert].add(_product("zrd,zrf->zdf", x, d_before))
+        d_rows = visits.put(d_rows, i, _product("zrf,zdf->zrd", d_before, gate_up[expert]))
+        return d_rows, visits.put(d_weights, i, d_w), d_gate_up, d_down
+
+    start = (
+        d_out, jnp.zeros_like(weights),
+        jnp.zeros(gate_up.shape, jnp.float32), jnp.zeros(down.shape, jnp.float32),
+    )  # fmt: skip
+    d_rows, d_weights, d_gate_up, d_down = jax.lax.fori_loop(0, visits.used, visit, start)
+    return d_rows, d_weights, d_gate_up.astype(dtype), d_down.astype(dtype), None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+class _Visits:
+    """Which blocks a loop takes at a time, out of arrays of rows and back."""
+
+    def __init__(self, rows, group_sizes, block):
+        self.block = block
+        self.group, used = groups_of_blocks(group_sizes, len(rows), block)
+        # Few rows a block: few rows in all. Then blocks beyond the last would cost matrices read.
+        self.count = math.gcd(len(self.group), _AT_ONCE) if block == MOST_ROWS else 1
+        self.used = -(-used // self.count)
+
+    def take(self, x, i):
+        return jax.lax.dynamic_slice_in_dim(x, i * self.count, self.count)
+
+    def blocks(self, x, i):
+        size = self.count * self.block
+        x = jax.lax.dynamic_slice_in_dim(x, i * size, size)
+        return x.reshape(self.count, self.block, *x.shape[1:])
+
+    def put(self, x, i, blocks):
+        values = blocks.astype(x.dtype).reshape(-1, *blocks.shape[2:])
+        return jax.lax.dynamic_update_slice_in_dim(x, values, i * len(values), axis=0)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
