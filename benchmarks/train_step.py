@@ -7,15 +7,21 @@
 
 A step is forward, backward, clipping and AdamW, without MTP, as `train.py` compiles it, on random
 tokens, diagnostics left out. With --vs both sides begin with the same weights, their first losses
-are compared, and they then take steps by turns; medians over --steps. MFU counts the operations
-that the model needs (`plan/costs.py`) against what one large matrix product reaches here, measured
-in the same run. The memory is what the compiled step allocates, its state included. With --json the
-last line is one JSON object.
+are compared, and they then take turns of three steps each, the first of which is not counted;
+medians over --steps. Each side has a process of its own, as in use, with large pages asked for as
+`train.py` does. --mesh=data=2 splits the step over as many devices; on a CPU they come from
+XLA_FLAGS=--xla_force_host_platform_device_count=2. MFU counts the operations that the model needs
+(`plan/costs.py`) against what one large matrix product reaches here, measured in the same run. The
+memory is what the compiled step allocates, its state included. With --json the last line is one
+JSON object.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
 import statistics
 import time
 
@@ -36,6 +42,7 @@ from qwen3next_jax.plan.costs import train_flops
 from qwen3next_jax.training.program import make_program, new_model
 from qwen3next_jax.training.step import initial_state
 
+_IN_A_ROW = 2  # steps counted in a turn
 MIXERS = {"delta": "linear_attention", "attention": "full_attention"}
 
 
@@ -46,7 +53,7 @@ def main():
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--batch", type=int, default=4, help="rows a step")
     parser.add_argument("--seq", type=int, default=512, help="tokens a row")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="counted, of each side")
     parser.add_argument("--compute", default="float32", help="dtype of activations and products")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--mesh", default="", help="such as data=2, over as many devices")
@@ -58,6 +65,7 @@ def main():
     args = parser.parse_args()
     if args.only and args.vs:
         parser.error("--vs compares whole models; leave out --only")
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for the sides' processes
     result = curve(args) if args.contexts else compare(args)
     if args.json:
         print(json.dumps({"device": jax.devices()[0].device_kind, **result}))
@@ -66,16 +74,18 @@ def main():
 def compare(args):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.batch, args.seq))
-    theirs = Theirs(args) if args.vs else None
-    ours = Ours(args, theirs and theirs.tensors())
+    theirs = Apart(Theirs, args) if args.vs else None
+    ours = Apart(Ours, args, theirs and theirs.call("tensors"))
     sides = {"ours": ours} | ({"transformers": theirs} if theirs else {})
-    first = {name: side.prepare(tokens) for name, side in sides.items()}
+    first = {name: side.call("prepare", tokens) for name, side in sides.items()}
     if theirs and not args.forward:
         print("first cross-entropies: " + ", ".join(f"{n} {v:.5f}" for n, v in first.items()))
     times = {name: [] for name in sides}
-    for i in range(args.steps):
-        for name in sorted(sides, reverse=i % 2 == 1):
-            times[name].append(seconds(sides[name].step))
+    for turn in range(-(-args.steps // _IN_A_ROW)):
+        for name in sorted(sides, reverse=turn % 2 == 1):
+            # A run does not pause: what memory costs that was given back meanwhile is not counted.
+            sides[name].call("step_seconds")
+            times[name] += [sides[name].call("step_seconds") for _ in range(_IN_A_ROW)]
     count, (ceiling, _) = tokens.size, ceilings(jnp.dtype(args.compute), rounds=5)
     needed = count * train_flops(model_config(args), args.seq) / (3 if args.forward else 1)
     result = {
@@ -91,10 +101,11 @@ def compare(args):
             f"({1e3 * min(measured):.0f} to {1e3 * max(measured):.0f}), {mfu:.0%} of "
             f"{ceiling / 1e9:.0f} GFLOP/s"
         )
-    result |= {**result["ours"], **ours.facts}
+    facts = ours.call("facts")
+    result |= {**result["ours"], **facts}
     print(
-        f"        ours: compiled in {ours.facts['compile_seconds']:.0f} s, "
-        f"{ours.facts['peak_memory_bytes'] / 1e6:.0f} MB"
+        f"        ours: compiled in {facts['compile_seconds']:.0f} s, "
+        f"{facts['peak_memory_bytes'] / 1e6:.0f} MB"
     )
     if theirs:
         result["ratio"] = result["ours"]["tokens_per_second"]
@@ -106,11 +117,12 @@ def compare(args):
 def curve(args):
     points = []
     for seq in map(int, args.contexts.split(",")):
-        side = Ours(argparse.Namespace(**{**vars(args), "seq": seq}), None)
+        side = Apart(Ours, argparse.Namespace(**{**vars(args), "seq": seq}), None)
         rng = np.random.default_rng(0)
-        side.prepare(rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.batch, seq)))
-        step = statistics.median(seconds(side.step) for _ in range(args.steps))
-        tokens, memory = args.batch * seq, side.facts["peak_memory_bytes"]
+        side.call("prepare", rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.batch, seq)))
+        step = statistics.median(side.call("step_seconds") for _ in range(args.steps))
+        tokens, memory = args.batch * seq, side.call("facts")["peak_memory_bytes"]
+        side.stop()
         points.append({"seq": seq, "step_seconds": step, "peak_memory_bytes": memory})
         print(
             f"{seq:>7} tokens a row: {1e6 * step / tokens:.0f} µs a token, "
@@ -122,6 +134,35 @@ def curve(args):
 def model_config(args):
     alone = dict(num_hidden_layers=1, layer_types=(MIXERS[args.only],)) if args.only else {}
     return config(args.shape, mtp_steps=0, **alone)
+
+
+class Apart:
+    """A side in a process of its own, and calls of its methods there."""
+
+    def __init__(self, side, *args):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(far_end, side, *args), daemon=True)
+        self.process.start()
+        far_end.close()  # so that the end of the process ends a call
+
+    def call(self, method, *args):
+        """What the method returns."""
+        self.pipe.send((method, args))
+        return self.pipe.recv()
+
+    def stop(self):
+        """Ends the process."""
+        self.process.terminate()
+        self.process.join()
+
+
+def serve(pipe, side, *args):
+    side = side(*args)
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            method, given = pipe.recv()
+            pipe.send(getattr(side, method)(*given))
 
 
 class Ours:
@@ -140,7 +181,7 @@ class Ours:
         given.mesh.update({axis: int(size) for axis, size in sizes.items()})
         self.devices = jax.devices() if sizes else jax.devices()[:1]
         self.config, self.forward = RunConfig.from_dict(given.to_dict()), args.forward
-        self.model, self.facts = new_model(self.config), {}
+        self.model, self.measured = new_model(self.config), {}
         if tensors:
             load_tensors(self.model, tensors)
 
@@ -167,14 +208,22 @@ class Ours:
                     return jax.block_until_ready(metrics)
 
                 self.step = step
-            self.facts["compile_seconds"] = time.perf_counter() - start
+            self.measured["compile_seconds"] = time.perf_counter() - start
         memory = compiled.memory_analysis()
-        self.facts["peak_memory_bytes"] = (
+        self.measured["peak_memory_bytes"] = (
             memory.argument_size_in_bytes + memory.output_size_in_bytes
             + memory.temp_size_in_bytes - memory.alias_size_in_bytes
         )  # fmt: skip
         first = self.step()
         return None if self.forward else float(first["ce"])
+
+    def step_seconds(self):
+        """What one step takes."""
+        return seconds(self.step)
+
+    def facts(self):
+        """What compilation took, and what a step allocates."""
+        return self.measured
 
 
 class Theirs:
@@ -210,6 +259,10 @@ class Theirs:
         self.step = forward if self.forward else step
         first = self.step()
         return None if self.forward else first.item()
+
+    def step_seconds(self):
+        """What one step takes."""
+        return seconds(self.step)
 
 
 def placed(arrays, like):
