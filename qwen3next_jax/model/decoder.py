@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.config import REMAT, ModelConfig
 from qwen3next_jax.model.cache import empty_cache
 from qwen3next_jax.model.layer import DecoderLayer
-from qwen3next_jax.model.layers import RMSNorm, normal, weight
+from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP
 from qwen3next_jax.model.statistics import Observed, one_after_another
@@ -120,10 +120,13 @@ class Qwen3Next(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Applies the head to final hidden states; float32."""
-        return jnp.einsum(
-            "btd,dv->btv", hidden, self.head().astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        head = self.head().astype(hidden.dtype)
+        if platform() == "cpu":
+            # XLA would compute the end of the last layer anew for each tile of the vocabulary. It
+            # drops barriers before it looks; it cannot know that an entry of the head is a number.
+            entry = jax.lax.stop_gradient(head[0, 0])
+            hidden = jnp.where(jnp.isnan(entry), entry, hidden)
+        return project(hidden, head, into=jnp.float32)
 
     def hidden_states(
         self,
