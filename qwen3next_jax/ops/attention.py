@@ -239,13 +239,17 @@ def add_pairs(carry, q, k, v, q_segments, k_segments, pairs, *, causal):
     # and keep those of all pairs, which are as many as all scores. After this they depend on q.
     q, *rest = jax.lax.optimization_barrier((q, q_segments, k_segments, *pairs))
     q_segments, k_segments, *pairs = rest
+    R, C, H = q.shape[3:]
+    q, turned_k = _one_after_another(q), k.swapaxes(-1, -2)
 
     def visit(carry, pair):
         i, j = pair
         mask = _mask(q_segments[i], k_segments[j], i, j, causal)
 
         def attend(rows):
-            scores = jnp.where(mask, _scores(q[i], k[j]), _MASKED)
+            scores = H**-0.5 * _dot("bksh,bkhd->bksd", q[i], turned_k[j])
+            scores = scores.reshape(*scores.shape[:2], R, C, -1)
+            scores = jnp.where(mask, scores, _MASKED)
             return _add_block(rows, scores, v[j], "bkrcd,bkdp->bkrcp")
 
         rows = tuple(x[i] for x in carry)
@@ -266,26 +270,33 @@ def add_pair_gradients(
     d_q, q, k, v, q_segments, k_segments, log_norm, out, d_out, pairs, *, causal
 ):
     """Gradients through the given pairs: d_q with theirs added, and those of k and v; float32."""
-    scale = q.shape[-1] ** -0.5
     balance = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
     # Scores have keys as rows and queries as columns here, and so has d_q's transpose: then all
-    # products take them as they are, where a CPU would turn them around, block by block.
-    d_q, turned_k = jnp.moveaxis(d_q, -1, 3), k.swapaxes(-1, -2)
+    # products take them as they are. What else they would turn around, pair by pair, is turned
+    # once, and the queries of a key head are one axis: products turn around what they sum over two.
+    R, C, H = q.shape[3:]
+    q, d_q, d_out = (_one_after_another(x) for x in (q, d_q, d_out))
+    d_q = d_q.swapaxes(-1, -2)
+    turned_q, turned_k, turned_d_out = (x.swapaxes(-1, -2) for x in (q, k, d_out))
 
     def visit(carry, pair):
         i, j = pair
         mask = _mask(q_segments[i], k_segments[j], i, j, causal).transpose(0, 1, 4, 2, 3)
 
+        def split(x):
+            return x.reshape(*x.shape[:3], R, C)
+
         def attend(rows):
             d_q, d_k, d_v = rows
-            scores = scale * _dot("bkrch,bkdh->bkdrc", q[i], k[j])
+            scores = split(H**-0.5 * _dot("bkdh,bkhs->bkds", k[j], turned_q[i]))
             weights = jnp.where(mask, jnp.exp(scores - log_norm[i][:, :, None]), 0)
-            d_v += _dot("bkdrc,bkrcp->bkdp", weights.astype(v.dtype), d_out[i])
-            d_weights = _dot("bkrcp,bkdp->bkdrc", d_out[i], v[j])
-            d_scores = scale * (weights * (d_weights - balance[i][:, :, None]))
-            d_scores = d_scores.astype(q.dtype)
-            d_q += _dot("bkhd,bkdrc->bkhrc", turned_k[j], d_scores)
-            d_k += _dot("bkdrc,bkrch->bkdh", d_scores, q[i])
+            d_weights = split(_dot("bkdp,bkps->bkds", v[j], turned_d_out[i]))
+            d_scores = H**-0.5 * (weights * (d_weights - balance[i][:, :, None]))
+            weights = weights.astype(v.dtype).reshape(*d_v.shape[:3], R * C)
+            d_scores = d_scores.astype(q.dtype).reshape(weights.shape)
+            d_q += _dot("bkhd,bkds->bkhs", turned_k[j], d_scores)
+            d_k += _dot("bkds,bksh->bkdh", d_scores, q[i])
+            d_v += _dot("bkds,bksp->bkdp", weights, d_out[i])
             return d_q, d_k, d_v
 
         rows = tuple(x[n] for x, n in zip(carry, (i, j, j), strict=True))
@@ -294,7 +305,12 @@ def add_pair_gradients(
 
     start = (d_q, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
     (d_q, d_k, d_v), _ = jax.lax.scan(visit, start, pairs)
-    return jnp.moveaxis(d_q, 3, -1), d_k, d_v
+    return d_q.swapaxes(-1, -2).reshape(*d_q.shape[:3], R, C, H), d_k, d_v
+
+
+def _one_after_another(x):
+    """The queries of each key head: [Z, B, K, R, C, H] → [Z, B, K, R C, H]."""
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
 
 def _add_block(carry, scores, v, product):
@@ -314,10 +330,6 @@ def _mask(q_segments, k_segments, i, j, causal):
         C, D = mask.shape[1:]
         mask &= i * C + jnp.arange(C)[:, None] >= j * D + jnp.arange(D)
     return mask[:, None, None]
-
-
-def _scores(q, k):
-    return _dot("bkrch,bkdh->bkrcd", q, k) * q.shape[-1] ** -0.5
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
