@@ -16,14 +16,15 @@ small sparse model wins less than the large one: 0.24 of its parameters are acti
 import argparse
 import importlib
 import json
+import os
 import statistics
 
 import jax
 import numpy as np
-from decode import decode_times, seconds
+from decode import decode_times
 from flax import nnx
 from shapes import config
-from train_step import Ours
+from train_step import Apart, Ours
 
 from qwen3next_jax.config import LINEAR, RunConfig
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -42,11 +43,13 @@ def main():
     parser.add_argument("--contexts", default="1024,4096", help="lengths, separated by commas")
     parser.add_argument("--measure", default=",".join(UNITS), help=f"of {', '.join(UNITS)}")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--remat", default="none", help='"layer" to train on long rows')
     parser.add_argument("--new", type=int, default=32, help="tokens written behind a prompt")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if unknown := set(args.measure.split(",")) - set(UNITS):
         parser.error(f"unknown measures {sorted(unknown)}; there are {', '.join(UNITS)}")
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for the sides' processes
     points = []
     for context in map(int, args.contexts.split(",")):
         point = {"context": context, **measure(args, context), "full_size": arithmetic(context)}
@@ -77,15 +80,17 @@ def training_times(args, context):
     rng, sides = np.random.default_rng(0), {}
     for name, shape in SIDES.items():
         given = argparse.Namespace(
-            shape=shape, batch=1, seq=context, compute="float32", remat="none", forward=False,
-            only=None,
+            shape=shape, batch=1, seq=context, compute="float32", remat=args.remat, mesh="",
+            forward=False, only=None,
         )  # fmt: skip
-        sides[name] = Ours(given, None)
-        sides[name].prepare(rng.integers(0, config(shape).vocab_size, (1, context)))
+        sides[name] = Apart(Ours, given, None)
+        sides[name].call("prepare", rng.integers(0, config(shape).vocab_size, (1, context)))
     times = {name: [] for name in sides}
     for i in range(args.rounds):
         for name in sorted(sides, reverse=i % 2 == 1):
-            times[name].append(seconds(sides[name].step))
+            times[name].append(sides[name].call("step_seconds"))
+    for side in sides.values():
+        side.stop()
     return {name: statistics.median(t) for name, t in times.items()}
 
 

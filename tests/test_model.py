@@ -107,6 +107,25 @@ def test_rematerialisation_changes_neither_loss_nor_gradients(remat):
         abstract_model(small_config(), remat="all")
 
 
+def test_rematerialisation_keeps_no_copies_of_parameters():
+    config = small_config(num_hidden_layers=20, full_attention_interval=4)
+    groups = config.num_hidden_layers // len(config.group)
+    graph, params = nnx.split(abstract_model(config, remat="layer"))
+
+    def loss(params, tokens):
+        return nnx.merge(graph, params).hidden_states(tokens)[0].sum()
+
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params, tokens).jaxpr
+    forward = next(
+        eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan" and eqn.params["length"] == groups
+    )
+    kept = [x.aval.shape for x in forward.outvars if x.aval.shape[:1] == (groups,)]
+    assert (groups, 3, 1, 16, config.hidden_size) in kept  # the inputs of neighbouring layers
+    matrices = {p.shape[1:] for p in jax.tree.leaves(params["groups"]) if p.ndim > 2}
+    assert not [shape for shape in kept if shape[1:] in matrices or shape[2:] in matrices]
+
+
 def test_bfloat16_compute_keeps_the_direction_of_the_gradients_of_the_gates():
     (_, wanted), (_, got) = gradients(), gradients(dtype=jnp.bfloat16)
     wanted, got = dict(nnx.to_flat_state(wanted)), dict(nnx.to_flat_state(got))

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from qwen3next_jax.plan import tpu
@@ -84,6 +86,34 @@ def test_a_missing_compiler_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'qwen3next_jax\[tpu\]'"):
         tpu.devices("v5p:2x2x1")
+
+
+@pytest.mark.slow
+def test_memory_is_what_donated_state_and_loops_come_to():
+    layers, size = 8, 2048
+
+    def loss(weights, x):
+        def layer(x, weight):
+            return jnp.sin(x @ weight), None
+
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    def step(weights, x):
+        return weights - 0.1 * jax.grad(loss)(weights, x)
+
+    mesh = jax.sharding.Mesh(tpu.devices("v5p:2x2x1")[:1], ("chip",))
+    here = jax.NamedSharding(mesh, jax.P())
+    weights, x = (
+        jax.ShapeDtypeStruct((*stacked, size, size), jnp.float32, sharding=here)
+        for stacked in ((layers,), ())
+    )
+    program = jax.jit(step, donate_argnums=0).lower(weights, x).compile()
+    memory = tpu.memory(program.memory_analysis())
+    # Weights, their gradients, each layer's input and the derivative of its sine; x as it came, as
+    # it is on its way, and its gradient.
+    of_layers, of_rows = 4 * layers, 3
+    expected = (of_layers + of_rows) * 4 * size**2
+    assert sum(memory.values()) - memory["program"] == pytest.approx(expected, rel=1e-3)
 
 
 COMPILES = 1800  # seconds; three minutes where nothing else runs

@@ -147,14 +147,26 @@ class Qwen3Next(nnx.Module):
         """
         if positions is None:
             positions = default_positions(tokens, segment_ids)
-        graph, stacked = nnx.split(self.groups)
+        alike = [
+            [layer for _, layer in pairs]
+            for _, pairs in itertools.groupby(
+                zip(self.config.group, self.groups.layers, strict=True), key=lambda pair: pair[0]
+            )
+        ]
+        graphs = [nnx.graphdef(layers[0]) for layers in alike]
+        params: list[Any] = [[nnx.state(layer) for layer in layers] for layers in alike]
+        if self.remat != "none":
+            # For a scan over them. Stacked inside of the one over groups, they would be kept for
+            # the backward pass beside what they were stacked from.
+            params = [
+                jax.tree.map(lambda *p: jnp.stack(p, axis=1), *of_layers) for of_layers in params
+            ]
 
         def group(x, params):
             stats, seen = [], []
-            layers = zip(self.config.group, nnx.merge(graph, params).layers, strict=True)
-            for _, alike in itertools.groupby(layers, key=lambda pair: pair[0]):
+            for graph, theirs in zip(graphs, params, strict=True):
                 x, their_stats, they_saw = self._run_alike(
-                    [p[1] for p in alike], x, segment_ids, positions, observed is not None
+                    graph, theirs, x, segment_ids, positions, observed is not None
                 )
                 seen.append(they_saw)
                 if their_stats is not None:
@@ -164,7 +176,7 @@ class Qwen3Next(nnx.Module):
 
         # On a CPU a loop copies all that one group keeps for its backward pass among that of all.
         unroll = _MOST_UNROLLED if platform() == "cpu" else 1
-        x, told = jax.lax.scan(group, self.embed(tokens), stacked, unroll=unroll)
+        x, told = jax.lax.scan(group, self.embed(tokens), params, unroll=unroll)
         # [groups, layers that tell it in a group, ...] → [layers that tell it, ...]
         stats, seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), told)
         if observed is not None:
@@ -231,9 +243,11 @@ class Qwen3Next(nnx.Module):
         model.groups = nnx.List(_apart(self.groups))
         return model
 
-    def _run_alike(self, layers, x, segment_ids, positions, observing):
-        """Runs neighbouring layers of one kind; what they tell is stacked, or None and {}."""
-        graph, params = nnx.graphdef(layers[0]), [nnx.state(layer) for layer in layers]
+    def _run_alike(self, graph, params, x, segment_ids, positions, observing):
+        """Runs neighbouring layers of one kind; what they tell is stacked, or None and {}.
+
+        Their parameters are a list, or with rematerialisation stacked.
+        """
 
         def run(x, params):
             layer = nnx.merge(graph, params)
@@ -247,13 +261,12 @@ class Qwen3Next(nnx.Module):
                 x, layer_told = run(x, one)
                 told.append(layer_told)
             return x, *jax.tree.map(lambda *s: jnp.stack(s), *told)
-        # Compiled once for all of them. Their parameters are copied for that, in slices still. The
-        # barriers that `checkpoint` sets make a layer wait for its turn in the backward pass: left
-        # to itself, a TPU's scheduler computes a whole group again before it uses any of it.
-        stacked = jax.tree.map(lambda *p: jnp.stack(p), *params)
+        # Compiled once for all of them. The barriers that `checkpoint` sets make a layer wait for
+        # its turn in the backward pass: left to itself, a TPU's scheduler computes a whole group
+        # again before it uses any of it.
         kept = (KEPT,) if self.remat == "layer_but_attention" else ()
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
-        x, told = jax.lax.scan(jax.checkpoint(run, policy=policy), x, stacked)
+        x, told = jax.lax.scan(jax.checkpoint(run, policy=policy), x, params)
         return x, *told
 
 

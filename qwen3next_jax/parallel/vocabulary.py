@@ -115,7 +115,10 @@ def _forward(hidden, head, targets, weights, chunk):
         (total, losses), (d_hidden, d_head) = losses_and_gradients(
             hidden, head, targets, weights, chunk=chunk, vocab_axis="tensor"
         )
-        d_head = jax.lax.psum(scatter_slices(d_head, spec), "data").astype(shard.dtype)
+        # Where a sum is made on all devices and then cut, as on whole TPU tori, the cut would
+        # otherwise be put off until the update, and the whole sum kept while layers need memory.
+        d_head = jax.lax.optimization_barrier(scatter_slices(d_head, spec))
+        d_head = jax.lax.psum(d_head, "data").astype(shard.dtype)
         return jax.lax.psum(total, (*ROWS, "context")), losses, d_hidden, d_head
 
     names = ("total", "losses", "hidden", "head")

@@ -194,7 +194,8 @@ def memory(
 ) -> dict[str, float]:
     """Bytes a device holds at the peak of a step, by what they are.
 
-    The peak is when the last layer goes back, while all layers' inputs are kept, or the update.
+    The peak is when the last layer goes back, while all layers' inputs are kept, or the head's, or
+    the update's.
 
     Args:
       config: the run's.
@@ -215,34 +216,29 @@ def memory(
             kept += full * t * c.num_attention_heads * c.head_dim * width / mesh["tensor"]
     else:
         kept = sum(layers)
-    # Weights cut out for products, and once more as what the loop over layers hands to its way
-    # back.
-    copies = 2.0 * own * width if width < params[0].width else 0.0
+    # Weights cut out for products.
+    copies = own * width if width < params[0].width else 0.0
 
-    # The embedding's and the head's gradients are whole before they are shared out, and MTP has
-    # its own; logits and their gradient in float32.
+    # What a layer goes back through, with its weights whole and their gradients.
+    gathered = sum(p.size / _kept_apart(p.name, mesh) for p in params if _stacked(p))
+    layer = max(layers) + (width + 4) * gathered / c.num_hidden_layers
+    # At the head there are no gradients yet but its own, whole before it is shared out, and MTP has
+    # one more; and logits and their gradient in float32.
     vocabulary = c.vocab_size * c.hidden_size / mesh["tensor"]
     rows = max(1, t * mesh["context"] // config.train.sequence_length)
     chunk = min(config.train.loss_chunk, config.train.sequence_length // mesh["context"])
-    head = (2 * 4 * (1 + bool(c.mtp_steps)) + width) * vocabulary
+    head = (2 * 4 * (1 + bool(c.mtp_steps)) + width) * vocabulary - gradients
     head += rows * chunk * 8 * c.vocab_size / mesh["tensor"]
-
-    # What a layer goes back through, with its weights whole and their gradients; the compiler holds
-    # the experts' rows of the layer before it meanwhile.
-    gathered = sum(p.size / _kept_apart(p.name, mesh) for p in params if _stacked(p))
-    layer = max(layers) + max(_dispatched(config, sparse, t, mesh) for _, sparse in c.layers)
-    layer += (width + 4) * gathered / c.num_hidden_layers
-    # The update finds gradients as computed, clipped, and chosen if they are finite; activations
-    # and copies are gone by then.
-    update = 2 * gradients - kept - copies
+    # The embedding's gradient is whole, too. The update finds gradients as computed, clipped, and
+    # chosen if they are finite. Activations and copies are gone by then.
+    update = max(2 * gradients, 2 * 4 * vocabulary) - kept - copies
     return {
         "parameters": float(sum(p.own * p.width for p in params)),
         "optimizer state": own * optimizer_width,
         "gradients": gradients,
         "parameters to multiply with": copies,
         "kept activations": float(kept),
-        "embedding and head": float(head),
-        "one layer, or the update": max(layer, update),
+        "a layer, the head or the update": max(layer, head, update),
     }
 
 
