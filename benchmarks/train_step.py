@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --batch=1 --seq=4096 --vs=transformers --forward
     python benchmarks/train_step.py --batch=1 --contexts=1024,4096,16384     one row, ever longer
     python benchmarks/train_step.py --batch=1 --contexts=1024,65536 --only=delta    one layer alone
+    python benchmarks/train_step.py --batch=1 --contexts=1024,65536 --steps=0       memory, no step
 
 A step is forward, backward, clipping and AdamW, without MTP, as `train.py` compiles it, on random
 tokens, diagnostics left out. With --vs both sides begin with the same weights, their first losses
@@ -119,15 +120,18 @@ def curve(args):
     for seq in map(int, args.contexts.split(",")):
         side = Apart(Ours, argparse.Namespace(**{**vars(args), "seq": seq}), None)
         rng = np.random.default_rng(0)
-        side.call("prepare", rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.batch, seq)))
-        step = statistics.median(side.call("step_seconds") for _ in range(args.steps))
+        rows = rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.batch, seq))
+        side.call("prepare", rows, args.steps > 0)
         tokens, memory = args.batch * seq, side.call("facts")["peak_memory_bytes"]
+        point = {"seq": seq, "peak_memory_bytes": memory}
+        told = f"{memory / 1e6:.0f} MB, {memory / tokens / 1e3:.0f} KB a token"
+        if args.steps:
+            step = statistics.median(side.call("step_seconds") for _ in range(args.steps))
+            point["step_seconds"] = step
+            told = f"{1e6 * step / tokens:.0f} µs a token, {told}"
         side.stop()
-        points.append({"seq": seq, "step_seconds": step, "peak_memory_bytes": memory})
-        print(
-            f"{seq:>7} tokens a row: {1e6 * step / tokens:.0f} µs a token, "
-            f"{memory / 1e6:.0f} MB, {memory / tokens / 1e3:.0f} KB a token"
-        )
+        points.append(point)
+        print(f"{seq:>7} tokens a row: {told}")
     return {"batch": args.batch, "shape": args.shape, "only": args.only, "curve": points}
 
 
@@ -185,7 +189,7 @@ class Ours:
         if tensors:
             load_tensors(self.model, tensors)
 
-    def prepare(self, tokens):
+    def prepare(self, tokens, run=True):
         """Compiles, and returns the cross-entropy of a first step; None of a forward pass."""
         graph, params = nnx.split(self.model)
         del self.model
@@ -214,8 +218,8 @@ class Ours:
             memory.argument_size_in_bytes + memory.output_size_in_bytes
             + memory.temp_size_in_bytes - memory.alias_size_in_bytes
         )  # fmt: skip
-        first = self.step()
-        return None if self.forward else float(first["ce"])
+        first = self.step() if run else None
+        return None if self.forward or first is None else float(first["ce"])
 
     def step_seconds(self):
         """What one step takes."""
