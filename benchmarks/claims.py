@@ -16,7 +16,6 @@ small sparse model wins less than the large one: 0.24 of its parameters are acti
 import argparse
 import importlib
 import json
-import os
 import statistics
 
 import jax
@@ -49,7 +48,6 @@ def main():
     args = parser.parse_args()
     if unknown := set(args.measure.split(",")) - set(UNITS):
         parser.error(f"unknown measures {sorted(unknown)}; there are {', '.join(UNITS)}")
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for the sides' processes
     points = []
     for context in map(int, args.contexts.split(",")):
         point = {"context": context, **measure(args, context), "full_size": arithmetic(context)}

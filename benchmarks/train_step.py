@@ -66,7 +66,8 @@ def main():
     args = parser.parse_args()
     if args.only and args.vs:
         parser.error("--vs compares whole models; leave out --only")
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for the sides' processes
+    if args.steps < 1 and not args.contexts:
+        parser.error(f"--steps={args.steps} times nothing; make it 1 or more, or give --contexts")
     result = curve(args) if args.contexts else compare(args)
     if args.json:
         print(json.dumps({"device": jax.devices()[0].device_kind, **result}))
@@ -144,6 +145,7 @@ class Apart:
     """A side in a process of its own, and calls of its methods there."""
 
     def __init__(self, side, *args):
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read at its start
         context = multiprocessing.get_context("spawn")
         self.pipe, far_end = context.Pipe()
         self.process = context.Process(target=serve, args=(far_end, side, *args), daemon=True)

@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+import tpu_program
 
 from qwen3next_jax.plan import tpu
 
@@ -101,13 +102,8 @@ def test_memory_is_what_donated_state_and_loops_come_to():
     def step(weights, x):
         return weights - 0.1 * jax.grad(loss)(weights, x)
 
-    mesh = jax.sharding.Mesh(tpu.devices("v5p:2x2x1")[:1], ("chip",))
-    here = jax.NamedSharding(mesh, jax.P())
-    weights, x = (
-        jax.ShapeDtypeStruct((*stacked, size, size), jnp.float32, sharding=here)
-        for stacked in ((layers,), ())
-    )
-    program = jax.jit(step, donate_argnums=0).lower(weights, x).compile()
+    weights, x = ((layers, size, size), jnp.float32), ((size, size), jnp.float32)
+    program = tpu_program.compiled(step, "v5p:2x2x1", weights, x, donate_argnums=0)
     memory = tpu.memory(program.memory_analysis())
     # Weights, their gradients, each layer's input and the derivative of its sine; x as it came, as
     # it is on its way, and its gradient.

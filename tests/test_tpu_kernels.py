@@ -3,19 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from tpu_program import compiled
 
 from qwen3next_jax.ops import attention, gated_delta_rule
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp
 from qwen3next_jax.plan import tpu
 from qwen3next_jax.plan.hlo import estimate
-
-
-def compiled(function, topology, *arrays):
-    mesh = jax.sharding.Mesh(tpu.devices(topology)[:1], ("chip",))
-    here = jax.NamedSharding(mesh, jax.P())
-    arrays = [jax.ShapeDtypeStruct(*x, sharding=here) for x in arrays]
-    with jax.set_mesh(mesh):  # which says that the kernels are not to be interpreted
-        return jax.jit(function).lower(*arrays).compile()
 
 
 def delta_rule_gradients(q, k, v, g, beta, segments):

@@ -292,7 +292,7 @@ def add_pair_gradients(
             weights = jnp.where(mask, jnp.exp(scores - log_norm[i][:, :, None]), 0)
             d_weights = split(_dot("bkdp,bkps->bkds", v[j], turned_d_out[i]))
             d_scores = H**-0.5 * (weights * (d_weights - balance[i][:, :, None]))
-            weights = weights.astype(v.dtype).reshape(*d_v.shape[:3], R * C)
+            weights = weights.astype(v.dtype).reshape(*weights.shape[:3], R * C)
             d_scores = d_scores.astype(q.dtype).reshape(weights.shape)
             d_q += _dot("bkhd,bkds->bkhs", turned_k[j], d_scores)
             d_k += _dot("bkds,bksh->bkdh", d_scores, q[i])

@@ -194,8 +194,8 @@ def memory(
 ) -> dict[str, float]:
     """Bytes a device holds at the peak of a step, by what they are.
 
-    The peak is when the last layer goes back, while all layers' inputs are kept, or the head's, or
-    the update's.
+    The peak is when the last layer goes back, while all layers' inputs are kept, or at the head, or
+    in the update.
 
     Args:
       config: the run's.
