@@ -232,6 +232,16 @@ def test_a_template_that_drops_old_thoughts_is_refused_unless_only_the_last_is_l
         ({"messages": [{"content": "x"}]}, "", "message 0 must be a mapping with a role"),
         ({"messages": [{**user("x"), "weight": 1}]}, "", "message 0 of role 'user' has weight=1"),
         ({"messages": [assistant("x", weight=0.5)]}, "", "weight=0.5; expected 0 or 1"),
+        (
+            {"messages": [user("x")], "tools": '[{"name": "f"}]'},
+            "",
+            "tools='.* list of JSON schemas",
+        ),
+        (
+            {"messages": [user("x"), assistant("\ud83d")]},
+            None,
+            r"half of .*, U\+D83D, at character",
+        ),
         ({"messages": [user("x")]}, None, "no message of the assistant to learn from"),
         ({"messages": [user("x"), assistant("y", weight=0)]}, None, "no message of the assistant"),
         ({"messages": [user("x"), SYSTEM]}, None, "A system message must come first"),

@@ -1,5 +1,6 @@
 """What is skipped is counted, rows are full, and no kill changes what is read afterwards."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -22,7 +23,7 @@ from qwen3next_jax.data.pipeline import (
     load_data,
     training_batches,
 )
-from qwen3next_jax.data.sources import BadRecordError
+from qwen3next_jax.data.sources import BadRecordError, open_source
 from qwen3next_jax.data.tokenizer import train_tokenizer
 
 HERE = pathlib.Path(__file__).parent
@@ -190,6 +191,18 @@ def test_a_shard_without_a_usable_record_ends_the_run(tmp_path, tokenizer_file):
     batches = training_batches(data, batch_size=1, sequence_length=64, seed=0)
     with pytest.raises(ValueError, match="None of a shard's records of 'jsonl' can be used"):
         next(batches)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_one_usable_record_of_a_shard_is_enough(seed, tmp_path, tokenizer_file):
+    write_lines(tmp_path / "a.jsonl", ["good"], [(i, "bad") for i in range(4)])
+    data = load_data(source="jsonl", path=f"{tmp_path}/a.jsonl", tokenizer=tokenizer_file,
+                     holdout_fraction=0.5, vocab_size=300, trained_tokenizer="",
+                     on_error="skip")  # fmt: skip
+    every = dataclasses.replace(data.train[0], records=open_source("jsonl", f"{tmp_path}/a.jsonl"))
+    data = dataclasses.replace(data, train=[every])
+    batches = training_batches(data, batch_size=1, sequence_length=64, seed=seed)
+    assert all(next(batches)["segment_ids"].any() for _ in range(20))  # 20 epochs
 
 
 def realistic_lengths(count, longest, seed=0):

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import random
+import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +99,65 @@ def test_messages_and_their_tools_are_read_from_json_and_parquet(tmp_path):
         assert opened[0].text is None
 
 
+def test_a_row_of_parquet_has_no_keys_that_only_other_rows_have(tmp_path):
+    def chat(**arguments):
+        call = {"role": "assistant", "content": None, "tool_calls": [{"arguments": arguments}]}
+        return {"messages": [call], "tools": [{"properties": arguments}]}
+
+    chats = [chat(city="Cologne"), chat(zone="CET")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "a.parquet")
+    source = open_source("parquet", f"{tmp_path}/a.parquet", field="messages")
+    assert [{"messages": r.messages, "tools": r.tools} for r in (source[0], source[1])] == chats
+
+
+def test_files_whose_owner_has_no_name_are_read(tmp_path, monkeypatch):
+    def no_such_user(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", no_such_user)
+    for kind in ("jsonl", "gzip", "parquet"):
+        assert texts_of(open_source(**corpora.write(kind, tmp_path / kind, TEXTS))) == TEXTS
+
+
+def test_a_copy_is_of_the_file_and_not_of_one_with_its_relative_path(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        given = corpora.write("gzip", tmp_path / name / "data", [name], files=1)
+        file = tmp_path / name / "data" / "0.jsonl.gz"
+        os.utime(file, (0, 0))
+        monkeypatch.chdir(tmp_path / name)
+        assert texts_of(open_source(**{**given, "path": "data/*.gz"})) == [name]
+
+
+def test_a_file_whose_name_is_no_text_is_an_error_or_a_counted_skip(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("b")
+    with pytest.raises(BadFileError, match=r"caf.*its name is no UTF-8; rename it"):
+        open_source("text", f"{tmp_path}/*.txt")
+    source = open_source("text", f"{tmp_path}/*.txt", on_error="skip")
+    assert texts_of(source) == ["a"]
+    assert len(source.skipped_files) == 1
+
+
+@pytest.mark.parametrize(("hard", "expected"), [(4096, "40 good"), (30, "OSError: [Errno 24]")])
+def test_too_many_open_files_are_no_bad_records(hard, expected, tmp_path):
+    given = corpora.write("array_record", tmp_path / "corpus", TEXTS, files=40)
+    script = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (30, {hard}))
+from qwen3next_jax.data.sources import BadRecordError, open_source
+source = open_source(**{given!r}, on_error="skip")
+good = 0
+for i in range(len(source)):
+    try:
+        good += source[i].text is not None
+    except BadRecordError:
+        pass
+print(good, "good")
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert expected in run.stdout + run.stderr, run.stderr
+
+
 def test_array_records_of_objects_are_read(tmp_path):
     corpora.write_array_record(tmp_path / "a.array_record", ['{"text": "one"}', "no JSON"])
     source = open_source("array_record", f"{tmp_path}/*", field="text")
@@ -169,6 +230,20 @@ def test_the_library_is_a_dataset_of_tfds_as_well(tmp_path, monkeypatch):
     assert len(found) == 10
 
 
+def test_a_dataset_keeps_its_split_where_it_is_copied_to_and_where_it_is_cut_short(tmp_path):
+    given = corpora.write("tfds", tmp_path / "corpus", TEXTS)
+    # TFDS knows a dataset by the last two folders.
+    copy = tmp_path / "elsewhere" / "texts" / "1.0.0"
+    shutil.copytree(given["path"], copy)
+    whole = open_source("tfds", given["path"])
+    moved, short = (open_source("tfds", str(copy), split=s) for s in ("train", "train[:25]"))
+    assert [moved.name(i) for i in range(40)] == [whole.name(i) for i in range(40)]
+    assert [short.name(i) for i in range(25)] == [whole.name(i) for i in range(25)]
+    assert short[24].text == whole[24].text
+    last = open_source("tfds", given["path"], split="train[25:]")
+    assert {last.name(i) for i in range(15)}.isdisjoint(whole.name(i) for i in range(40))
+
+
 BAD_LINES = [
     (b'{"text": "a"', r"is no JSON"),
     (b"", r"is no JSON"),
@@ -178,6 +253,13 @@ BAD_LINES = [
     (b'["a"]', r"expected an object with a field 'text', found \['a'\]"),
     (b'{"text": "\xff"}', r"is no UTF-8: byte 0xff at 10"),
 ]
+
+
+def test_messages_written_as_text_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": '[{"role": "user"}]'}))
+    source = open_source("jsonl", f"{tmp_path}/a.jsonl", field="messages")
+    with pytest.raises(BadRecordError, match=r"field 'messages' is .* a list of messages"):
+        source[0]
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES)

@@ -14,6 +14,8 @@ from hf_tokenizer import make_tokenizer_json
 from transformers import PreTrainedTokenizerFast
 
 from qwen3next_jax.data import tokenizer as tokenizer_module
+from qwen3next_jax.data.documents import Texts, tokenized
+from qwen3next_jax.data.sources import BadRecordError, open_source
 from qwen3next_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -125,6 +127,18 @@ def test_a_vocabulary_beyond_the_models_is_refused(tokenizer):
     check_vocabulary(tokenizer, 400)
     with pytest.raises(ValueError, match=r"has 400 tokens but model\.vocab_size=399"):
         check_vocabulary(tokenizer, 399)
+
+
+def test_half_of_a_surrogate_pair_is_refused_by_name(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": "cut \\ud83d"}\n')
+    source = open_source("jsonl", f"{tmp_path}/a.jsonl")
+    message = r"a\.jsonl:2: holds half of a surrogate pair, U\+D83D, at character 4"
+    for kind in (tokenizer, load_tokenizer("bytes")):
+        with pytest.raises(BadRecordError, match=message):
+            tokenized(source[1], kind)
+    with pytest.raises(BadRecordError, match=message):
+        Texts(source, on_error="raise")[1]
+    assert [Texts(source, on_error="skip")[i] for i in (0, 1)] == ["good", ""]
 
 
 def test_too_little_text_is_refused_with_the_size_it_allows(tmp_path):

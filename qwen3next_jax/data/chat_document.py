@@ -95,6 +95,10 @@ def mark_answers(
             + ", ".join(sorted(_OURS))
         )
     tools = chat.get("tools") or None
+    if tools is not None and not (
+        isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        raise ValueError(f"tools={tools!r:.80} must be a list of JSON schemas, not text of one")
     asked: dict[str, Any] = {
         "special_tokens": special_tokens, "tools": tools, "strftime_now": _NO_CLOCK, **switches
     }  # fmt: skip

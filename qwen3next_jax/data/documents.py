@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int32
 
 from qwen3next_jax.data.chat_document import chat_document
 from qwen3next_jax.data.sources import BadRecordError, Record, Records
-from qwen3next_jax.data.tokenizer import Tokenizer
+from qwen3next_jax.data.tokenizer import Tokenizer, check_text
 
 # Arrays of one length, which differs between documents: hence no letter for it.
 Document = Mapping[str, Int32[np.ndarray, " _"] | Float32[np.ndarray, " _"]]
@@ -33,7 +33,10 @@ def tokenized(record: Record, tokenizer: Tokenizer) -> Document:
             raise BadRecordError(f"{record.name}: {error}") from error
     if not record.text:
         raise BadRecordError(f"{record.name}: is an empty document")
-    ids = tokenizer.encode(record.text)
+    try:
+        ids = tokenizer.encode(record.text)
+    except ValueError as error:
+        raise BadRecordError(f"{record.name}: {error}") from error
     return next_token_pairs(ids, bos=tokenizer.bos_id, eos=tokenizer.eos_id)
 
 
@@ -77,10 +80,14 @@ class Texts:
     def __getitem__(self, index: int) -> str:
         try:
             record = self._records[index]
+            text = self._text(record)
         except BadRecordError:
             if self._on_error != "skip":
                 raise
             return ""
+        return text
+
+    def _text(self, record: Record) -> str:
         if record.tokens is not None:
             raise ValueError(
                 f"{record.name} is tokenised already; give the tokenizer it was prepared with as "
@@ -88,8 +95,14 @@ class Texts:
             )
         if record.messages is not None:
             contents = (message.get("content") for message in record.messages)
-            return "\n".join(content for content in contents if isinstance(content, str))
-        return record.text or ""
+            text = "\n".join(content for content in contents if isinstance(content, str))
+        else:
+            text = record.text or ""
+        try:
+            check_text(text)
+        except ValueError as error:
+            raise BadRecordError(f"{record.name}: {error}") from error
+        return text
 
 
 def next_token_pairs(ids: list[int], *, bos: int, eos: int) -> Document:

@@ -10,16 +10,20 @@ Whatever is wrong is an error: BadFileError for a file, BadValueError for one va
 the file; who reads it does.
 """
 
+import contextlib
+import errno
+import functools
 import gzip
 import hashlib
 import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import tokenize
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import grain
@@ -156,7 +160,8 @@ def open_parquet(name: str, path: epath.Path, *, field: str) -> JsonLinesFile:
         except (arrow.ArrowException, OSError) as error:
             raise BadFileError(f"is truncated or no Parquet: {error}") from error
 
-    return JsonLinesFile(name, _unpacked(path, unpack, extra=field))
+    # 2: keys that a row lacks are left out.
+    return JsonLinesFile(name, _unpacked(path, unpack, extra=f"{field}\x002"))
 
 
 class ArrayRecordFile:
@@ -172,10 +177,8 @@ class ArrayRecordFile:
         return len(self._records)
 
     def __getitem__(self, number: int) -> Any:
-        try:
+        with riegeli_errors("cannot be read"):
             content = self._records[number]
-        except (RuntimeError, ValueError) as error:  # as Riegeli reports damage
-            raise BadValueError(f"cannot be read: {error}") from error
         text = decode_utf8(content)
         if not self._as_json:
             return text
@@ -188,7 +191,8 @@ class ArrayRecordFile:
 
 
 def open_array_record(path: epath.Path) -> grain.sources.ArrayRecordDataSource:
-    """The records of one file as bytes."""
+    """The records of one file as bytes; it stays open."""
+    _allow_many_open_files()
     if not is_local(path):
 
         def unpack(target: BinaryIO) -> None:
@@ -196,10 +200,40 @@ def open_array_record(path: epath.Path) -> grain.sources.ArrayRecordDataSource:
                 shutil.copyfileobj(file, target, _SCANNED)
 
         path = epath.Path(_unpacked(path, unpack))
-    try:
+    with riegeli_errors("is truncated or no ArrayRecord", as_error=BadFileError):
         return grain.sources.ArrayRecordDataSource([os.fspath(path)])
+
+
+@contextlib.contextmanager
+def riegeli_errors(
+    what: str, *, as_error: type[BadFileError | BadValueError] = BadValueError
+) -> Iterator[None]:
+    """Turns what the library of ArrayRecord reports of damage into an error of ours.
+
+    That too many files are open says nothing of this one, and is an OSError.
+    """
+    try:
+        yield
     except (RuntimeError, ValueError, IndexError) as error:
-        raise BadFileError(f"is truncated or no ArrayRecord: {error}") from error
+        if isinstance(error, as_error):
+            raise
+        if "Too many open files" in str(error):
+            raise OSError(
+                errno.EMFILE,
+                f"too many files are open ({error}); each file of ArrayRecord stays open: raise "
+                "the limit, as by `ulimit -n 65536`",
+            ) from error
+        raise as_error(f"{what}: {error}") from error
+
+
+@functools.cache
+def _allow_many_open_files() -> None:
+    """Raises the process's own limit, often 1024, as far as it may."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not everywhere, not for everyone
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class TfdsSplit:
@@ -229,16 +263,17 @@ class TfdsSplit:
                 f"data.path={path!r}, data.split={split!r} cannot be opened as a dataset of TFDS: "
                 f"{error}"
             ) from error
-        self.name = f"{path}/{split}"
+        # Of the dataset and not of where it lies, so that a copy has the same records held out; and
+        # so that a slice from the beginning has those of the whole.
+        from_start = re.fullmatch(r"(\w+)\[:[^\]]*\]", split)
+        self.name = f"{self._rows.dataset_info.full_name}/{from_start[1] if from_start else split}"
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> Any:
-        try:
+        with riegeli_errors("cannot be read"):
             return self._rows[number]
-        except (RuntimeError, ValueError) as error:
-            raise BadValueError(f"cannot be read: {error}") from error
 
 
 class SyntheticFile:
@@ -329,10 +364,20 @@ def _unpack_zstd(zstandard: Any, file: BinaryIO, target: BinaryIO) -> None:
 def _json_line(batch: Any, row: int) -> bytes:
     try:
         values = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
-        values = {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+        values = {k: v.decode() if isinstance(v, bytes) else _given(v) for k, v in values.items()}
     except UnicodeDecodeError as error:
         return error.object  # a line that is no UTF-8 either: the record is reported when it is met
     return json.dumps(values, ensure_ascii=False, default=str).encode()
+
+
+def _given(value: Any) -> Any:
+    """Without what a row's structs do not have: Arrow fills in None for the keys of all rows'.
+
+    A message's content may be None and be given.
+    """
+    if isinstance(value, dict):
+        return {k: _given(v) for k, v in value.items() if v is not None or k == "content"}
+    return [_given(v) for v in value] if isinstance(value, list) else value
 
 
 def _unpacked(
@@ -342,8 +387,9 @@ def _unpacked(
 
     It appears whole or not at all.
     """
-    stat = path.stat()
-    identity = f"{path}\0{stat.length}\0{stat.mtime}\0{extra}"
+    size, changed = size_and_time(path)
+    where = os.path.abspath(path) if is_local(path) else os.fspath(path)
+    identity = f"{where}\0{size}\0{changed}\0{extra}"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = pathlib.Path(cache, "qwen3next_jax", "unpacked")
     copy = folder / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}-{path.name}"
@@ -358,6 +404,15 @@ def _unpacked(
         finally:
             unfinished.unlink(missing_ok=True)
     return copy
+
+
+def size_and_time(path: epath.Path) -> tuple[int, float]:
+    """A file's length in bytes, and when it was changed, in seconds since 1970."""
+    if is_local(path):
+        stat = os.stat(path)  # epath's looks up the owner's name, which not every owner has
+        return stat.st_size, stat.st_mtime
+    remote = path.stat()
+    return remote.length, float(remote.mtime)
 
 
 def is_local(path: epath.Path) -> bool:

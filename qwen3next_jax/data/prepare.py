@@ -36,7 +36,7 @@ from absl import logging
 from etils import epath
 
 from qwen3next_jax.data.documents import tokenized
-from qwen3next_jax.data.files import import_extra
+from qwen3next_jax.data.files import import_extra, size_and_time
 from qwen3next_jax.data.globs import fixed_folder, matching_files
 from qwen3next_jax.data.prepared import (
     FORMAT,
@@ -283,7 +283,7 @@ def _is_made(job: Job, k: int) -> bool:
     shard = epath.Path(job.output) / _shard_name(job, k)
     if not (_note(job, k).exists() and shard.exists()):
         return False
-    return json.loads(_note(job, k).read_text())["bytes"] == shard.stat().length
+    return json.loads(_note(job, k).read_text())["bytes"] == size_and_time(shard)[0]
 
 
 def _content(record: Record) -> bytes:
@@ -318,8 +318,8 @@ def _files_sha256(job: Job) -> str:
     if job.source in ("text", "jsonl", "parquet", "array_record"):
         root = fixed_folder(job.path)
         for file in matching_files(job.path, []):
-            stat = file.stat()
-            found.append([file.relative_to(root).as_posix(), stat.length, stat.mtime])
+            size, changed = size_and_time(file)
+            found.append([file.relative_to(root).as_posix(), size, int(changed)])
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
 
 

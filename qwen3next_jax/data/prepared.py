@@ -28,7 +28,14 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from qwen3next_jax.data.files import BadFileError, BadValueError, is_local, open_array_record
+from qwen3next_jax.data.files import (
+    BadFileError,
+    BadValueError,
+    is_local,
+    open_array_record,
+    riegeli_errors,
+    size_and_time,
+)
 from qwen3next_jax.data.tokenizer import Tokenizer, identity
 
 FORMAT = 1
@@ -85,7 +92,7 @@ def open_prepared(path: str) -> list[PreparedFile]:
         file = directory / shard["file"]
         if not file.exists():
             problems.append(f"{file} is missing")
-        elif (size := file.stat().length) != shard["bytes"]:
+        elif (size := size_and_time(file)[0]) != shard["bytes"]:
             problems.append(f"{file} has {size} of {shard['bytes']} bytes")
     if problems:
         raise BadFileError(
@@ -204,15 +211,13 @@ class _Shards:
     def __getitem__(self, index: int) -> tuple[epath.Path, bytes]:
         i = int(np.searchsorted(self._ends, index, side="right"))
         position = index - int(self._ends[i]) + self._counts[i]
-        try:
+        with riegeli_errors(f"{self._paths[i]} is truncated or altered"):
             if i not in self._opened:
                 records = open_array_record(self._paths[i])
                 if len(records) != self._counts[i]:
-                    raise BadFileError(f"holds {len(records)} records instead of {self._counts[i]}")
+                    raise ValueError(f"holds {len(records)} records instead of {self._counts[i]}")
                 self._opened[i] = records
             return self._paths[i], self._opened[i][position]
-        except (RuntimeError, ValueError, IndexError) as error:  # as Riegeli reports damage
-            raise BadValueError(f"{self._paths[i]} is truncated or altered: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}}

@@ -11,6 +11,7 @@ held out (`data/holdout.py`).
 """
 
 import dataclasses
+import errno
 import functools
 import pathlib
 import sysconfig
@@ -124,6 +125,8 @@ class Source:
         try:
             return _record(name, file[number], self._field)
         except (files.BadValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # the process's trouble, not the record's
             raise BadRecordError(f"{name}: {error}") from error
 
 
@@ -178,6 +181,9 @@ def open_source(
 
     opened = []
     for name, file in sorted((file.relative_to(root).as_posix(), file) for file in found):
+        if not _is_unicode(name):
+            problems.append(f"{name!r}: its name is no UTF-8; rename it")
+            continue
         try:
             opened.append(open_file(name, file))
         except (BadFileError, OSError) as error:
@@ -211,7 +217,7 @@ def _record(name: str, value: Any, field: str) -> Record:
     content = value[field]
     if isinstance(content, bytes):
         content = files.decode_utf8(content)
-    if isinstance(content, str):
+    if isinstance(content, str) and field != "messages":
         return Record(name=name, text=content)
     if isinstance(content, list) and all(isinstance(message, Mapping) for message in content):
         beside = {key: value.get(key) for key in files.BESIDE_MESSAGES}
@@ -219,6 +225,11 @@ def _record(name: str, value: Any, field: str) -> Record:
     raise files.BadValueError(
         f"field {field!r} is {content!r:.80}; expected a string, or a list of messages"
     )
+
+
+def _is_unicode(name: str) -> bool:
+    """Whether a file's name is text; Python hides other bytes in halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _library_files(root: epath.Path) -> list[epath.Path]:

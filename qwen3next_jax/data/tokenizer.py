@@ -143,7 +143,11 @@ class SentencePieceTokenizer:
         Args:
           text: any.
           parse_special: "<s>" in the text is the token of that name, not three characters.
+
+        Raises:
+          ValueError: see `check_text`.
         """
+        check_text(text)
         if not parse_special:
             return self._encode_text(text)
         ids = []
@@ -298,7 +302,11 @@ class HuggingFaceTokenizer:
           text: any.
           parse_special: "<|im_end|>" in the text is the token of that name, not its characters.
             Tokens that were added but are not special, Qwen's "<think>" say, always are.
+
+        Raises:
+          ValueError: see `check_text`.
         """
+        check_text(text)
         tokenizer = self._parsing if parse_special else self._literal
         return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -306,6 +314,7 @@ class HuggingFaceTokenizer:
         self, text: str, *, parse_special: bool = False
     ) -> tuple[list[int], list[int]]:
         """What `encode` returns, and at which character of `text` each of these tokens begins."""
+        check_text(text)
         tokenizer = self._parsing if parse_special else self._literal
         encoding = tokenizer.encode(text, add_special_tokens=False)
         return encoding.ids, [start for start, _ in encoding.offsets]
@@ -418,6 +427,17 @@ _BESIDE = (
     "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+
+
+def check_text(text: str) -> None:
+    """Refuses, by a ValueError, half of a surrogate pair: JSON can hold it, but no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise ValueError(
+            f"holds half of a surrogate pair, U+{half:04X}, at character {error.start}"
+        ) from error
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
