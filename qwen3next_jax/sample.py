@@ -11,6 +11,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,9 +19,9 @@ from absl import app, flags, logging
 
 from qwen3next_jax.checkpoint.load import find_checkpoint, load_checkpoint
 from qwen3next_jax.config import MeshConfig, ModelConfig
-from qwen3next_jax.data.chat import load_chat_template, render_chat
+from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.text_stream import TextStream
-from qwen3next_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from qwen3next_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, split_stops
 from qwen3next_jax.inference.decode import Generation
 from qwen3next_jax.model.rope import describe_positions
 from qwen3next_jax.parallel.mesh import make_mesh
@@ -32,7 +33,7 @@ _TOKENIZER = flags.DEFINE_string("tokenizer", None, "File or directory; else the
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", [""], "Text to continue. Given several times, the rows of a batch: printed at the end"
 )
-_CHAT = flags.DEFINE_bool("chat", False, "Prompts are messages to the checkpoint's chat template.")
+_CHAT = flags.DEFINE_bool("chat", False, "Prompts are messages to the tokenizer's chat template.")
 _SYSTEM = flags.DEFINE_string("system", None, "With --chat: the system message.")
 _STOP = flags.DEFINE_multi_string("stop", [], "End before this string. May be given several times.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens to add.", lower_bound=1)
@@ -86,7 +87,8 @@ def main(argv: list[str]) -> None:
     config = ModelConfig.from_hf(path) if ours is None else ours.config
     tokenizer = load_tokenizer(_TOKENIZER.value or folder)
     check_vocabulary(tokenizer, config.vocab_size)
-    prompts = [_prompt_tokens(text, tokenizer, folder) for text in _PROMPT.value]
+    stop, stop_tokens = split_stops(tokenizer, _STOP.value)
+    prompts = [_prompt_tokens(text, tokenizer) for text in _PROMPT.value]
     mesh = None
     if _MESH_FSDP.value is not None:
         mesh = make_mesh(MeshConfig(data=1, fsdp=_MESH_FSDP.value))
@@ -102,21 +104,21 @@ def main(argv: list[str]) -> None:
         top_p=_TOP_P.value,
         min_p=_MIN_P.value,
         repetition_penalty=_REPETITION_PENALTY.value,
-        stop_tokens=tokenizer.stop_ids,
+        stop_tokens=(*tokenizer.stop_ids, *stop_tokens),
         seed=_SEED.value,
         speculative=_DRAFTS.value or _SPECULATIVE.value,
     )
-    speed = _write(generation, tokenizer)
+    speed = _write(generation, [TextStream(tokenizer, stop) for _ in prompts])
     print(_report(speed, generation), file=sys.stderr)
 
 
-def _prompt_tokens(text: str, tokenizer: Tokenizer, folder: pathlib.Path) -> list[int]:
+def _prompt_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     if _CHAT.value:
         messages = [{"role": "user", "content": text}]
         if _SYSTEM.value is not None:
             messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
         rendered = render_chat(
-            messages, load_chat_template(folder), special_tokens=tokenizer.special_tokens
+            messages, tokenizer.chat_template, special_tokens=tokenizer.special_tokens
         )
         return tokenizer.encode(rendered, parse_special=True)
     tokens = tokenizer.encode(text)
@@ -141,9 +143,8 @@ class _Speed:
     later_seconds: float
 
 
-def _write(generation: Generation, tokenizer: Tokenizer) -> _Speed:
-    """Prints a `Generation`'s text: a single row's while it comes, several rows' at the end."""
-    streams = [TextStream(tokenizer, _STOP.value) for _ in _PROMPT.value]
+def _write(generation: Generation, streams: Sequence[TextStream]) -> _Speed:
+    """Prints the rows' texts: a single one while it comes, several at the end."""
     single = len(streams) == 1
     start = first = time.perf_counter()
     tokens = first_tokens = 0

@@ -176,6 +176,8 @@ def test_what_is_no_checkpoint_is_told_what_one_is(where, run, tmp_path):
         load_checkpoint(tmp_path / where)
     with pytest.raises(FileNotFoundError, match="does not exist; expected a Hugging Face"):
         load_checkpoint(tmp_path / "absent")
+    with pytest.raises(ValueError, match="/proc is no checkpoint"):
+        load_checkpoint("/proc")  # which has one parent only
 
 
 def test_a_checkpoint_of_another_config_is_refused_naming_each_parameter(run, tmp_path):

@@ -1,6 +1,8 @@
 """Through our adapter lm-evaluation-harness finds what it finds through its own backend."""
 
 import functools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -24,6 +26,10 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness") / "hf"
     transformers_model("chat").save_pretrained(folder)
     make_tokenizer_json(folder, tokenizer_class="PreTrainedTokenizerFast")
+    # As Qwen's: a BOS that the tokenizer itself does not name.
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 0, "eos_token_id": [2, 0]})
+    )
     (folder / "chat_template.jinja").write_text(CHATML)
     return folder
 
@@ -107,6 +113,78 @@ def test_each_request_and_each_accuracy_equal_the_transformers_backends(
         assert ours["tasks"]["local_generation"]["exact_match"] >= 3 / 5
 
 
+def ask(*arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type="", doc={}, arguments=arguments, idx=0)]
+
+
+@functools.cache
+def both(checkpoint):
+    """Our backend and the harness's own."""
+    from lm_eval.models.huggingface import HFLM
+
+    from qwen3next_jax.evaluation.harness import HarnessLM
+
+    theirs = HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", batch_size=1)
+    return HarnessLM(evaluator(checkpoint)), theirs
+
+
+def test_a_special_token_stops_a_text(checkpoint, tmp_path):
+    def written(lm, *until):
+        options = {"until": list(until), "max_gen_toks": 12}
+        return lm.generate_until(ask("def f(x): return", options))[0]
+
+    # The model writes the special token where it wrote its fourth one.
+    (tokens,) = evaluator(checkpoint).generate(
+        [load_tokenizer(checkpoint).encode("def f(x): return")], max_new_tokens=12
+    )
+    assert tokens[3] not in tokens[:3]
+    folder = tmp_path / "hf"
+    shutil.copytree(checkpoint, folder)
+    model = transformers_model("chat")
+    with torch.no_grad():
+        for table in (model.model.embed_tokens.weight, model.lm_head.weight):
+            table[[1, tokens[3]]] = table[[tokens[3], 1]]
+    model.save_pretrained(folder)
+    ours, theirs = both(folder)
+    stopped, unstopped = written(ours, "<|im_start|>"), written(ours)
+    assert stopped == written(theirs, "<|im_start|>")
+    assert unstopped == written(theirs)
+    assert len(stopped) < len(unstopped)
+
+
+def test_a_text_without_context_stands_behind_what_theirs_does(checkpoint):
+    ours, theirs = both(checkpoint)
+    assert ours.prefix_token_id == theirs.prefix_token_id == 2
+    got, want = (lm.loglikelihood(ask("", "return x"))[0] for lm in (ours, theirs))
+    np.testing.assert_allclose(got[0], want[0], atol=1e-3)
+    alone, behind = (ours._loglikelihood_tokens([("", c, [5, 6])])[0] for c in ([], [2]))
+    assert alone == behind
+
+
+def test_a_continuation_without_tokens_is_refused(checkpoint):
+    ours, _ = both(checkpoint)
+    with pytest.raises(ValueError, match=r"continuation of \('def', ''\) adds no token"):
+        ours.loglikelihood(ask("def", ""))
+
+
+def test_options_that_ask_for_nothing_are_taken_and_others_refused_before_anything_runs(
+    checkpoint, tasks, tmp_path
+):
+    import yaml
+
+    ours, _ = both(checkpoint)
+    options = {"until": ["a"], "max_gen_toks": 3}
+    nothing = {**options, "num_beams": 1, "top_k": 0, "do_sample": False}
+    assert ours.generate_until(ask("x", nothing)) == ours.generate_until(ask("x", options))
+    task = yaml.safe_load((tasks / "local_generation.yaml").read_text())
+    task |= {"task": "beams", "generation_kwargs": {"until": ["a"], "num_beams": 4}}
+    (tmp_path / "beams.yaml").write_text(yaml.safe_dump(task))
+    with pytest.raises(ValueError, match=r"task beams cannot be run here: .*\['num_beams'\]"):
+        run_ours(checkpoint, tmp_path, ["beams"])
+
+
 def test_code_is_not_run_unless_allowed_in_so_many_words(checkpoint, tasks):
     with pytest.raises(ValueError, match=r"local_code would run code .* --confirm_run_unsafe_code"):
         run_ours(checkpoint, tasks, ["local_code", "local_choice"])
@@ -120,23 +198,18 @@ def test_unknown_tasks_come_with_the_nearest_known_ones(checkpoint, tasks):
 
 
 def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(checkpoint):
-    from lm_eval.api.instance import Instance
-
     from qwen3next_jax.evaluation.harness import HarnessLM
-
-    def ask(kind, *arguments):
-        return [Instance(request_type=kind, doc={}, arguments=arguments, idx=0)]
 
     lm = HarnessLM(evaluator(checkpoint))
     end = "x" * 511  # tokens of one character each
     n = len(lm.tok_encode(end))
     assert n == 511
-    long, short = (lm.loglikelihood(ask("", text, "!q"))[0] for text in ("???" + end, end[:511]))
+    long, short = (lm.loglikelihood(ask(text, "!q"))[0] for text in ("???" + end, end[:511]))
     assert lm.truncated == 1
     # The context has room for 512 tokens, the last one predicted aside: of "???" none is left.
     assert long == short
     options = {"until": ["\n"], "max_gen_toks": 12}
-    lm.generate_until(ask("", "y" * 501, options))
+    lm.generate_until(ask("y" * 501, options))
     assert lm.truncated == 2
     with pytest.raises(ValueError, match="max_gen_toks=600 leaves no room"):
-        lm.generate_until(ask("", "y", {**options, "max_gen_toks": 600}))
+        lm.generate_until(ask("y", {**options, "max_gen_toks": 600}))

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -18,7 +19,12 @@ from oracles import quick_jit, random_model, small_config
 from transformers import AutoModelForCausalLM
 
 import qwen3next_jax as q3n
-from qwen3next_jax.checkpoint.hugging_face import abstract_parameters, hf_config, open_hf
+from qwen3next_jax.checkpoint.hugging_face import (
+    abstract_parameters,
+    hf_config,
+    open_hf,
+    written_whole,
+)
 from qwen3next_jax.checkpoint.tensor_table import Layout, entries
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 70))
@@ -256,6 +262,20 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch
     (tmp_path / "new" / "precious").unlink()
     q3n.save_hf(model, tmp_path / "new")  # an empty one may be there
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_link_is_followed_and_a_mount_point_refused_before_anything_is_written(tmp_path):
+    model = random_model(small_config())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    q3n.save_hf(model, tmp_path / "link")
+    assert (tmp_path / "elsewhere" / "config.json").exists()
+    assert (tmp_path / "link").is_symlink()
+    with (
+        pytest.raises(FileExistsError, match=r"is a mount point, .* a directory inside it"),
+        written_whole(pathlib.Path("/proc")),
+    ):
+        pytest.fail("was lent a directory")
 
 
 @pytest.mark.parametrize(

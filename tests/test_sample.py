@@ -148,6 +148,22 @@ def test_text_ends_before_a_stop_string_and_the_row_is_stopped(hf_directory, run
     assert script.stopped == [0]
 
 
+def test_a_stop_string_may_be_a_special_token(hf_directory, run):
+    script = Script([])
+    run(script, f"--checkpoint={hf_directory}", "--stop=<|im_start|>", "--stop=two")
+    assert script.asked["stop_tokens"] == (2, 0, 1)
+
+
+def test_a_chat_has_the_template_beside_the_tokenizer(hf_directory, run, tmp_path):
+    make_tokenizer_json(tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    script = Script([])
+    run(script, f"--checkpoint={hf_directory}", f"--tokenizer={tmp_path / 'other'}", "--chat",
+        "--prompt=x")  # fmt: skip
+    tokenizer = HuggingFaceTokenizer(hf_directory / "tokenizer.json")
+    assert script.asked["prompts"] == [tokenizer.encode("x!")]
+
+
 def test_what_only_began_like_a_stop_string_is_shown_at_the_end(hf_directory, run):
     encode = HuggingFaceTokenizer(hf_directory / "tokenizer.json").encode
     script = Script([[encode("one tw")]])

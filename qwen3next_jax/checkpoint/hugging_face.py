@@ -377,9 +377,14 @@ def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Lends a directory beside this one, which takes its place at the end, or leaves no trace.
 
     Raises:
-      FileExistsError: the directory holds something.
+      FileExistsError: the directory holds something, or it cannot be replaced.
     """
-    directory = directory.absolute()
+    directory = directory.resolve()  # of a link, what it leads to
+    if directory.is_mount():
+        raise FileExistsError(
+            f"{directory} is a mount point, which nothing can take the place of; name a directory "
+            "inside it"
+        )
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise FileExistsError(
             f"{directory} exists; nothing is overwritten, name another or empty it"

@@ -153,7 +153,7 @@ def find_checkpoint(path: pathlib.Path) -> OurCheckpoint | None:
     path = path.absolute()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; {_EXPECTED}")
-    for workdir, step in ((path, None), (path.parents[1], path.name)):
+    for workdir, step in ((path, None), (path.parent.parent, path.name)):
         if not (workdir / "config.json").is_file():
             continue
         if step is not None and (path.parent.name != "checkpoints" or not step.isdigit()):

@@ -429,6 +429,21 @@ _BESIDE = (
 )  # fmt: skip
 
 
+def split_stops(tokenizer: Tokenizer, stop: Iterable[str]) -> tuple[list[str], list[int]]:
+    """Stop strings, and apart from them the ids of those that are special tokens.
+
+    The text that tokens are decoded to has no special tokens, so there they would not be found.
+    """
+    strings, tokens = [], []
+    for string in stop:
+        ids = tokenizer.encode(string, parse_special=True)
+        if len(ids) == 1 and ids[0] in tokenizer.special_ids:
+            tokens.append(ids[0])
+        else:
+            strings.append(string)
+    return strings, tokens
+
+
 def check_text(text: str) -> None:
     """Refuses, by a ValueError, half of a surrogate pair: JSON can hold it, but no UTF-8."""
     try:

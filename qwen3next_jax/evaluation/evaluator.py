@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int
 
 from qwen3next_jax.data.text_stream import TextStream
-from qwen3next_jax.data.tokenizer import Tokenizer
+from qwen3next_jax.data.tokenizer import Tokenizer, split_stops
 from qwen3next_jax.inference.decode import Generation
 from qwen3next_jax.model.decoder import Qwen3Next, default_positions
 from qwen3next_jax.parallel.mesh import BATCH, ROWS
@@ -118,7 +118,8 @@ class Evaluator:
         Args:
           prompts: tokens, none empty.
           max_new_tokens: the most that is added to each.
-          stop: a continuation ends with the token that completes one of these strings.
+          stop: a continuation ends with the token that completes one of these strings, or before
+            one that is a special token.
           seed: of the sampling.
           sampling: fields of `Sampling`.
 
@@ -129,16 +130,18 @@ class Evaluator:
           ValueError: as `Generation`.
         """
         new: list[list[int]] = [[] for _ in prompts]
+        strings, tokens = split_stops(self.tokenizer, stop)
         for numbers, generation in self._generations(
-            prompts, max_new_tokens=max_new_tokens, seed=seed, speculative=False, **sampling
-        ):
-            streams = [TextStream(self.tokenizer, stop) for _ in numbers]
+            prompts, max_new_tokens=max_new_tokens, stop_tokens=tokens, seed=seed,
+            speculative=False, **sampling,
+        ):  # fmt: skip
+            streams = [TextStream(self.tokenizer, strings) for _ in numbers]
             for item in generation:
                 for row, (number, stream) in enumerate(zip(numbers, streams, strict=True)):
                     for token in item[row]:
                         if not stream.stopped:
                             new[number].append(token)
-                            if stop:
+                            if strings:
                                 stream.feed([token])
                     if stream.stopped:
                         generation.stop(row)
@@ -166,7 +169,12 @@ class Evaluator:
         return drafted, accepted
 
     def _generations(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, **options: Any
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_tokens: Sequence[int] = (),
+        **options: Any,
     ) -> Iterator[tuple[list[int], Generation]]:
         """Numbers of prompts, and what continues them in its first rows."""
         spare = 1 + (options["speculative"] or 0)
@@ -175,8 +183,8 @@ class Evaluator:
             filling = [[self.tokenizer.bos_id]] * (batch - len(numbers))
             generation = Generation(
                 self.model, [*(prompts[number] for number in numbers), *filling],
-                max_new_tokens=max_new_tokens, stop_tokens=self.tokenizer.stop_ids, slots=slots,
-                **options,
+                max_new_tokens=max_new_tokens,
+                stop_tokens=(*self.tokenizer.stop_ids, *stop_tokens), slots=slots, **options,
             )  # fmt: skip
             for row in range(len(numbers), batch):
                 generation.stop(row)

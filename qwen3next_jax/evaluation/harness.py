@@ -109,7 +109,7 @@ def run_tasks(
 
 
 class _Tasks(TaskManager):
-    """Loads tasks, but none that runs what the model wrote, unless it may."""
+    """Loads tasks, but none that we cannot run, and none that runs code unless it may."""
 
     may_run_code = False
 
@@ -123,6 +123,13 @@ class _Tasks(TaskManager):
                 f"{', '.join(unsafe)} would run code that the model writes, on this machine and "
                 "with your rights. If that is what you want, say --confirm_run_unsafe_code"
             )
+        for name, task in loaded["tasks"].items():
+            config = getattr(task, "config", None)
+            if getattr(config, "output_type", "") == "generate_until":
+                try:
+                    _generation_options(config.generation_kwargs or {})
+                except ValueError as error:
+                    raise ValueError(f"The task {name} cannot be run here: {error}") from error
         return loaded
 
 
@@ -151,8 +158,9 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context stands behind."""
-        return self.tokenizer.bos_id
+        """What a text without context stands behind: a BOS that the tokenizer names, or EOS."""
+        named = "bos_token" in self.tokenizer.special_tokens
+        return self.tokenizer.bos_id if named else self.tokenizer.eos_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -195,8 +203,13 @@ class HarnessLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Of each (text, context, continuation): ln p of the continuation, and is it greedy?"""
         rows, counts = [], []
-        for _, context, continuation in requests:
-            row = [*context, *continuation]
+        for text, context, continuation in requests:
+            if not continuation:
+                raise ValueError(
+                    f"The continuation of {text!r:.200} adds no token to its context, so it has no "
+                    "likelihood; remove the choice, or have the task begin it with a space"
+                )
+            row = [*(context or [self.prefix_token_id]), *continuation]
             if len(row) > self.max_length + 1:
                 self.truncated += 1
             if len(continuation) > self.max_length:
@@ -259,6 +272,9 @@ class HarnessLM(TemplateLM):
 def _generation_options(given: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
     """A task's generation_kwargs as the most new tokens, stop strings, and options of ours."""
     options = dict(normalize_gen_kwargs(dict(given), _MAX_NEW_TOKENS))
+    for name, off in (("num_beams", 1), ("top_k", 0)):  # which say that there is no such thing
+        if options.get(name) == off:
+            del options[name]
     count, stop = options.pop("max_gen_toks"), [s for s in options.pop("until") if s]
     sampled = options.pop("do_sample")
     sampling = {name: options.pop(name) for name in _SAMPLING if name in options}
