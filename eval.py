@@ -79,8 +79,14 @@ def main(argv: list[str]) -> None:
     if not _SUITE.value:
         raise app.UsageError("Give --suite=perplexity, lm_eval, long_context or speculation")
     # Heavy imports come after the flags, so that --help and mistyped flags answer at once.
-    import jax
+    from qwen3next_jax.command import keep_compiled_programs, told_errors
 
+    keep_compiled_programs()
+    with told_errors():
+        _evaluate(_SUITE.value)
+
+
+def _evaluate(suite: str) -> None:
     from qwen3next_jax.checkpoint.load import checkpoint_config, find_checkpoint, load_checkpoint
     from qwen3next_jax.config import MeshConfig
     from qwen3next_jax.data.tokenizer import check_vocabulary, load_tokenizer
@@ -89,13 +95,9 @@ def main(argv: list[str]) -> None:
     from qwen3next_jax.parallel.mesh import make_mesh
     from qwen3next_jax.training.environment import versions
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = os.path.join(os.path.expanduser("~"), ".cache", "qwen3next_jax", "compiled")
-        jax.config.update("jax_compilation_cache_dir", cache)
-
     # What is quick to be found wrong comes before the model is read.
     options = _options()
-    check_suites([_SUITE.value], options)
+    check_suites([suite], options)
     path = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or "")
     ours = find_checkpoint(path)
     tokenizer = load_tokenizer(_TOKENIZER.value or (path if ours is None else ours.workdir))
@@ -109,20 +111,20 @@ def main(argv: list[str]) -> None:
     run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
     start = time.monotonic()
     results = run_suite(
-        _SUITE.value,
+        suite,
         Evaluator(model, tokenizer, batch_size=options.batch_size),
         options,
         lambda: _domains(run, workdir, model.config.vocab_size),
         on_error="raise" if _DATA.value else run.get("data", {}).get("on_error", "raise"),
     )
-    print(table(_SUITE.value, results))
+    print(table(suite, results))
     if _OUTPUT.value:
         packages = ("qwen3next_jax", "jax", "jaxlib", "flax", "numpy", "lm_eval", "datasets")
         report = {
-            "suite": _SUITE.value,
+            "suite": suite,
             "checkpoint": str(path.absolute()),
             "config": {
-                "model": model.config.to_hf() | {"mtp_steps": model.config.mtp_steps},
+                "model": model.config.to_dict(),
                 "evaluation": dataclasses.asdict(options),
                 "data": _DATA.value,
                 "dtype": str(model.dtype),
@@ -186,5 +188,5 @@ if __name__ == "__main__":
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         # Large arrays on huge pages; see train.py.
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     app.run(main)

@@ -15,7 +15,6 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -42,27 +41,28 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}; values are given as --config.KEY=V")
     # Heavy imports come after the flags, so that --help and mistyped flags answer at once.
+    from qwen3next_jax.command import keep_compiled_programs, told_errors
     from qwen3next_jax.config import RunConfig
     from qwen3next_jax.parallel.processes import joined
 
-    config = RunConfig.from_dict(_CONFIG.value.to_dict())
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = os.path.join(os.path.expanduser("~"), ".cache", "qwen3next_jax", "compiled")
-        jax.config.update("jax_compilation_cache_dir", cache)
-
-    with joined(
-        coordinator_address=_COORDINATOR.value,
-        num_processes=_NUM_PROCESSES.value,
-        process_id=_PROCESS_ID.value,
-        peer_timeout=_PEER_TIMEOUT.value,
-    ) as should_stop:
-        stopped = run(config, should_stop)
+    keep_compiled_programs()
+    with told_errors():
+        config = RunConfig.from_dict(_CONFIG.value.to_dict())
+        with joined(
+            coordinator_address=_COORDINATOR.value,
+            num_processes=_NUM_PROCESSES.value,
+            process_id=_PROCESS_ID.value,
+            peer_timeout=_PEER_TIMEOUT.value,
+        ) as should_stop:
+            stopped = run(config, should_stop)
     if stopped:
         sys.exit(_STOPPED.value)
 
 
 def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
     """Trains, evaluates, and prints a sample; returns whether it was stopped before the end."""
+    import jax
+
     from qwen3next_jax.data.pipeline import evaluation_batches, load_data
     from qwen3next_jax.data.tokenizer import keep_tokenizer
     from qwen3next_jax.evaluation.perplexity import perplexity
@@ -83,6 +83,7 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
             **dataclasses.asdict(config.data),
             vocab_size=config.model.vocab_size,
             trained_tokenizer=workdir / "tokenizer.model",
+            given_weights=config.train.initial_checkpoint,
         )
         keep_tokenizer(data.tokenizer, workdir)
     logging.info(
@@ -119,6 +120,7 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
             seed=config.train.seed,
         )
 
+    sampling = config.train.sample_tokens > 0 and bool(config.train.sample_prompts)
     page = Report([workdir], workdir / "report.html")
 
     def report():
@@ -133,7 +135,7 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
             workdir,
             data,
             evaluate=evaluate,
-            sample=sample if config.train.sample_tokens else None,
+            sample=sample if sampling else None,
             suites=suites_in_training(config.evaluation, data),
             report=report,
             should_stop=should_stop,
@@ -147,7 +149,7 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
             f"The run in {workdir} is finished: {config.train.num_steps} steps. For more, give "
             "--config.train.num_steps=N; for another run, another --workdir."
         )
-    if steps and config.train.sample_tokens and first:
+    if steps and sampling and first:
         *_, last = (workdir / "samples.jsonl").read_text().splitlines()
         written = json.loads(last)
         print(f"\nWhat the model writes by itself:\n\n{written['prompt']}{written['text']}")
@@ -159,5 +161,5 @@ if __name__ == "__main__":
         # Large arrays on huge pages: on a CPU a fifth of a step is otherwise spent on page faults.
         # The C library reads this when a process starts, so the process starts again.
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     app.run(main)

@@ -25,9 +25,9 @@ from flax import nnx
 from shapes import config
 from train_step import Apart, Ours
 
-from qwen3next_jax.config import LINEAR, RunConfig
+from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.decoder import Qwen3Next
-from qwen3next_jax.plan.costs import active_parameters, train_flops
+from qwen3next_jax.plan.costs import active_parameters, serving_bytes, train_flops
 from qwen3next_jax.training.program import abstract_model
 
 SIDES = {"hybrid": "small", "dense": "dense"}
@@ -116,12 +116,9 @@ def full_size(module):
 
 def bytes_read(run, context):
     """Of active weights and of the cache, for one more token of one sequence."""
-    model, (_, params) = run.model, abstract_model(run)
-    heads = model.num_key_value_heads * model.head_dim
-    state = model.linear_num_value_heads * model.linear_key_head_dim * model.linear_value_head_dim
-    # Keys and values in bfloat16; the delta rule's states in float32, read and written.
-    cache = sum(8 * state if m == LINEAR else 4 * heads * context for m in model.mixers)
-    return 2 * active_parameters(params, model) + cache
+    per_token, states = serving_bytes(run.model)
+    cache = per_token * context + 2 * states  # states are read and written
+    return 2 * active_parameters(abstract_model(run)[1], run.model) + cache
 
 
 def versus(rates):

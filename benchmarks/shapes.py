@@ -2,7 +2,7 @@
 
 from qwen3next_jax.config import ModelConfig
 
-# A sparse hybrid that two CPU cores can train: 27 M parameters, 7 M of them active.
+# A sparse hybrid that two CPU cores can train: 30 M parameters, 7 M of them active.
 SMALL = {
     "model_type": "qwen3_next",
     "vocab_size": 4096,

@@ -48,6 +48,7 @@ import optax
 from flax import nnx
 
 import qwen3next_jax as q3n
+from qwen3next_jax.data.files import import_extra
 
 WRITES, QUESTIONS, KEYS, VALUES = 8, 16, 16, 16
 BLANK, RESET, NONE = 0, 1, 2
@@ -344,6 +345,7 @@ def main(argv=None):
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args(argv)
+    import_extra("matplotlib", extra="examples")  # before the work, not after it
     sizes = dict(steps=args.steps, seeds=args.seeds, variants=args.variants)
     if args.quick:
         sizes |= dict(steps=3, seeds=1, batch=2)

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs import tiny  # noqa: E402
 from qwen3next_jax.config import RunConfig  # noqa: E402
+from qwen3next_jax.data.files import import_extra  # noqa: E402
 from qwen3next_jax.data.pipeline import load_data  # noqa: E402
 from qwen3next_jax.data.tokenizer import keep_tokenizer, load_tokenizer  # noqa: E402
 from qwen3next_jax.evaluation import long_context as suite  # noqa: E402
@@ -155,6 +156,7 @@ def main(argv=None):
     parser.add_argument("--longest", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=4)
     args = parser.parse_args(argv)
+    import_extra("matplotlib", extra="examples")  # before the work, not after it
     logging.set_verbosity(logging.INFO)
     tokenizer = write_tokenizer(args.workdir / "data")
     write_chats(args.workdir / "data" / "chats.jsonl", rows=20_000)

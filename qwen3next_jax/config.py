@@ -111,6 +111,11 @@ class ModelConfig:
     # Keys of `config.json` that the model has no use for, kept to be written back.
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False)
 
+    # What `config.json` has no word for.
+    NOT_IN_HF: ClassVar[tuple[str, ...]] = (
+        "mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init"
+    )  # fmt: skip
+
     def __post_init__(self):
         problems = list(_model_problems(self))
         if problems:
@@ -137,6 +142,11 @@ class ModelConfig:
         )
 
     @property
+    def mtp_layer(self) -> tuple[str, bool]:
+        """The same of the MTP module's layer."""
+        return FULL, self.num_experts > 0
+
+    @property
     def group(self) -> tuple[tuple[str, bool], ...]:
         """The smallest block of layers whose repetition is the whole decoder."""
         layers = self.layers
@@ -156,17 +166,31 @@ class ModelConfig:
         """The most tokens in a sequence: as trained, or with YaRN its factor times the original."""
         if self.rope_scaling is None:
             return self.max_position_embeddings
-        original = self.rope_scaling.get("original_max_position_embeddings")
-        scaled = self.rope_scaling["factor"] * (original or self.max_position_embeddings)
+        scaled = self.rope_scaling["factor"] * self.original_context
         return max(self.max_position_embeddings, int(scaled))
+
+    @property
+    def original_context(self) -> int:
+        """The most tokens in a sequence without YaRN."""
+        original = (self.rope_scaling or {}).get("original_max_position_embeddings")
+        return original or self.max_position_embeddings
+
+    def yarn(self, factor: float) -> dict[str, Any]:
+        """The `rope_scaling` that makes the context so many times the original."""
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": self.original_context,
+        }
 
     @classmethod
     def from_hf(cls, source: str | pathlib.Path | Mapping[str, Any]) -> "ModelConfig":
         """Reads a `config.json`: a mapping, the file, or the directory that holds it.
 
         Raises:
-          ValueError: for another model type, missing keys, or sizes that do not fit together; all
-            the problems are named at once.
+          FileNotFoundError: there is no such file.
+          ValueError: for another model type or a switch that is not supported; else names all the
+            keys that are missing, or all the sizes that do not fit together.
         """
         if isinstance(source, Mapping):
             given = dict(source)
@@ -231,7 +255,9 @@ class ModelConfig:
         # JSON writers drop the point of a round number.
         known = {k: float(v) if fields[k].type is float else v for k, v in known.items()}
         if refuse_unknown:
-            _refuse_unknown("model", unknown, fields)
+            problems = list(_unknown("model", unknown, fields))
+            if problems:
+                raise ValueError("\n".join(problems))
         missing = [
             name
             for name, field in fields.items()
@@ -248,14 +274,19 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this model in the released dialect, kept keys included."""
-        ours = ("zero_centered_norm", "attention_output_gate", "router_init", "mtp_steps", "extra")
         given = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ours
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in (*self.NOT_IN_HF, "extra")
         }
         if self.model_type == "qwen3":
             given = {k: v for k, v in given.items() if k not in _QWEN3}
         given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
         return {**self.extra, **{k: v for k, v in given.items() if v is not None}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`to_hf` and all that it has no word for; what `from_hf` reads back."""
+        return {**self.to_hf(), **{name: getattr(self, name) for name in self.NOT_IN_HF}}
 
 
 def _interval_pattern(layers: int, interval: int) -> tuple[str, ...]:
@@ -480,25 +511,36 @@ class RunConfig:
         Raises:
           ValueError: names every unknown or missing key, impossible size and contradiction.
         """
-        sections = {field.name: field.type for field in dataclasses.fields(cls)}
-        _refuse_unknown("config", set(given) - set(sections), sections)
-        missing = [name for name in sections if name not in given and name != "evaluation"]
+        names = ("model", *_SECTIONS)
+        problems = list(_unknown("config", set(given) - set(names), names))
+        sections: dict[str, Any] = {}
+        if "model" in given:
+            try:
+                sections["model"] = ModelConfig._from_mapping(
+                    dict(given["model"]), refuse_unknown=True
+                )
+            except ValueError as error:
+                problems.append(str(error).replace("\n", "\n  "))
+        for name, kind in _SECTIONS.items():
+            if name in given or name == "evaluation":
+                found = list(_section_problems(name, kind, given.get(name, {})))
+                problems += found
+                if not found:
+                    sections[name] = kind(**_frozen(kind, given.get(name, {})))
+        missing = [name for name in names if name not in given and name != "evaluation"]
         if missing:
-            raise ValueError(f"The config lacks the sections {', '.join(missing)}")
-        model = ModelConfig._from_mapping(dict(given["model"]), refuse_unknown=True)
-        rest = {name: _section(name, kind, given.get(name, {})) for name, kind in _SECTIONS.items()}
-        config = cls(model=model, **rest)
-        problems = list(_run_problems(config))
+            problems.append(f"The config lacks the sections {', '.join(missing)}")
+        if not problems:
+            config = cls(**sections)
+            problems += _run_problems(config)
         if problems:
             raise ValueError("The run cannot start:\n  " + "\n  ".join(problems))
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """The nested mapping that `from_dict` reads; it holds only what JSON can."""
-        model = {
-            **dataclasses.replace(self.model, extra={}).to_hf(),
-            **{k: getattr(self.model, k) for k in _MODEL_EXTRAS},
-        }
+        extra = self.model.extra  # apart, so that it stays apart from what is misspelt
+        model = {**dataclasses.replace(self.model, extra={}).to_dict(), "extra": extra}
         return json.loads(json.dumps({**dataclasses.asdict(self), "model": model}))
 
     def check_resumable_from(self, old: Mapping[str, Any]) -> None:
@@ -524,31 +566,33 @@ _SECTIONS = {
     "mesh": MeshConfig,
     "evaluation": EvaluationConfig,
 }
-_MODEL_EXTRAS = ("mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init", "extra")
 
 
-def _section(name: str, kind: type, given: Mapping[str, Any]) -> Any:
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
-    _refuse_unknown(name, set(given) - set(types), types)
-    missing = [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING and field.name not in given
-    ]
+def _section_problems(name: str, kind: type, given: Mapping[str, Any]) -> Iterable[str]:
+    fields = dataclasses.fields(kind)
+    types = {field.name: field.type for field in fields}
+    yield from _unknown(name, set(given) - set(types), types)
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
     if missing:
-        raise ValueError(f"The config lacks {', '.join(f'{name}.{key}' for key in missing)}")
-    values = {}
-    for key, value in given.items():
-        if isinstance(value, list | tuple):
-            value = tuple(value)
-        elif types[key] is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        expected: Any = typing.get_origin(types[key]) or types[key]
+        yield f"The config lacks {', '.join(f'{name}.{key}' for key in missing)}"
+    for key, value in _frozen(kind, given).items():
+        expected: Any = typing.get_origin(types.get(key)) or types.get(key, type(value))
         expected = dict if expected is Mapping else expected
         if type(value) is not expected:
-            raise ValueError(f"{name}.{key}={value!r} must be of type {expected.__name__}")
-        values[key] = value
-    return kind(**values)
+            yield f"{name}.{key}={value!r} must be of type {expected.__name__}"
+
+
+def _frozen(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values in the types that stand for them: tuples for lists, floats for round numbers."""
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+
+    def freeze(key: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(value)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return float(value) if whole and types.get(key) is float else value
+
+    return {key: freeze(key, value) for key, value in given.items()}
 
 
 def _run_problems(c: RunConfig) -> Iterable[str]:
@@ -604,8 +648,9 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
             f"model.max_position_embeddings={c.model.max_position_embeddings} (with YaRN "
             f"{c.model.context_length}); shorten the rows or raise model.rope_scaling.factor"
         )
-    if len(train.profile_steps) not in (0, 2):
-        yield f"train.profile_steps={train.profile_steps} must be () or (first, last)"
+    steps = train.profile_steps
+    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        yield f"train.profile_steps={steps} must be () or (first, last), 1 <= first <= last"
     yield from _data_problems(c.data)
     if "speculation" in c.evaluation.suites and not c.model.mtp_steps:
         yield "evaluation.suites has 'speculation', but model.mtp_steps=0: there is no MTP module"
@@ -652,13 +697,13 @@ def _data_problems(c: DataConfig) -> Iterable[str]:
             yield f"{where}.source={source!r} needs a path, such as {_SOURCES[source]!r}"
 
 
-def _refuse_unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> None:
+def _unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> Iterable[str]:
     complaints = []
     for key in sorted(unknown):
         near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
         complaints.append(f"{key!r}" + (f" (did you mean {_either(near)}?)" if near else ""))
     if complaints:
-        raise ValueError(f"Unknown keys in {where}: {', '.join(complaints)}")
+        yield f"Unknown keys in {where}: {', '.join(complaints)}"
 
 
 def _either(names: Iterable[str]) -> str:

@@ -30,8 +30,6 @@ from qwen3next_jax.checkpoint.store import (
 )
 from qwen3next_jax.checkpoint.tensor_table import Layout
 
-_NOT_IN_HF = ("mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init")
-
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line."""
@@ -88,8 +86,7 @@ def from_hf(src: pathlib.Path, dst: pathlib.Path, *, dtype: Any = None) -> None:
         }  # fmt: skip
         layout = dataclasses.asdict(found.layout)
         save_streamed(beside / "checkpoints", 0, arrays, {"hugging_face_layout": layout})
-        ours = {key: getattr(found.config, key) for key in _NOT_IN_HF}
-        described = {"model": {**found.config.to_hf(), **ours}}
+        described = {"model": found.config.to_dict()}
         (beside / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         hf.copy_companions(src, beside)
 

@@ -7,17 +7,15 @@ The text goes to stdout and nothing else does; what is said about it goes to std
 """
 
 import dataclasses
-import os
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 from absl import app, flags, logging
 
 from qwen3next_jax.checkpoint.load import find_checkpoint, load_checkpoint
+from qwen3next_jax.command import keep_compiled_programs, told_errors
 from qwen3next_jax.config import MeshConfig, ModelConfig
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.text_stream import TextStream
@@ -66,6 +64,7 @@ _MESH_FSDP = flags.DEFINE_integer(
 )
 
 
+@told_errors()
 def main(argv: list[str]) -> None:
     """Loads the checkpoint and continues the prompts."""
     if len(argv) > 1:
@@ -76,10 +75,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--system is a message of a chat; give --chat as well")
     if _DRAFTS.value is not None and _SPECULATIVE.value is False:
         raise app.UsageError(f"--nospeculative contradicts --drafts={_DRAFTS.value}")
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = os.path.join(os.path.expanduser("~"), ".cache", "qwen3next_jax", "compiled")
-        jax.config.update("jax_compilation_cache_dir", cache)
-
+    keep_compiled_programs()
     # What is quick to be found wrong comes before the model is read.
     path = pathlib.Path(_CHECKPOINT.value)
     ours = find_checkpoint(path)
@@ -92,7 +88,7 @@ def main(argv: list[str]) -> None:
     mesh = None
     if _MESH_FSDP.value is not None:
         mesh = make_mesh(MeshConfig(data=1, fsdp=_MESH_FSDP.value))
-    yarn = None if _YARN_FACTOR.value is None else _yarn(_YARN_FACTOR.value, config)
+    yarn = None if _YARN_FACTOR.value is None else config.yarn(_YARN_FACTOR.value)
     model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh, rope_scaling=yarn)
     logging.info("%s", describe_positions(model.config))
     generation = Generation(
@@ -123,16 +119,6 @@ def _prompt_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode(rendered, parse_special=True)
     tokens = tokenizer.encode(text)
     return [tokenizer.bos_id, *tokens] if tokenizer.adds_bos or not tokens else tokens
-
-
-def _yarn(factor: float, config: ModelConfig) -> dict[str, Any]:
-    """`rope_scaling` for a factor over the context that the model was trained on."""
-    original = (config.rope_scaling or {}).get("original_max_position_embeddings")
-    return {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": original or config.max_position_embeddings,
-    }
 
 
 @dataclasses.dataclass(frozen=True)

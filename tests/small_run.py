@@ -65,8 +65,10 @@ def run(config, workdir, **hooks):
         )
         return perplexity(graph, params, batches, text_bytes=data.held_out_bytes)
 
-    suites = suites_in_training(config.evaluation, data)
-    return loop.train(config, workdir, data, evaluate=evaluate, suites=suites, **hooks)
+    hooks = {
+        "evaluate": evaluate, "suites": suites_in_training(config.evaluation, data), **hooks
+    }  # fmt: skip
+    return loop.train(config, workdir, data, **hooks)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,8 @@ def test_a_run_s_config_survives_json():
         ({"train__sequence_length": 10**6}, "exceeds model.max_position_embeddings"),
         ({"optimizer__final_fraction": 1.5}, "final_fraction=1.5 must lie between 0 and 1"),
         ({"train__profile_steps": (3,)}, r"profile_steps=\(3,\) must be \(\) or \(first, last\)"),
+        ({"train__profile_steps": (5, 3)}, r"profile_steps=\(5, 3\) must be .* first <= last"),
+        ({"train__profile_steps": (0, 3)}, r"profile_steps=\(0, 3\) must be .*1 <= first"),
         ({"data__source": "text"}, "data.source='text' needs a path, such as"),
         ({"data__source": "web"}, "data.source='web' is unknown; expected 'stdlib' or"),
         ({"data__source": "mixture"}, "with 0 parts in data.mixture"),
@@ -226,6 +228,14 @@ def test_several_problems_of_a_run_are_named_at_once():
         RunConfig.from_dict(run_dict(train__num_steps=0, train__remat="all", mesh__data=0))
     for part in ("train.num_steps=0", "train.remat='all'", "mesh.data=0"):
         assert part in str(error.value)
+    given = run_dict(train__num_stepz=3, optimizer__lr=1.0, data__num_shards="x")
+    del given["train"]["seed"], given["mesh"]
+    given["model"]["num_key_value_heads"] = 3
+    with pytest.raises(ValueError, match="cannot start") as error:
+        RunConfig.from_dict(given)
+    for part in ("'num_stepz' (did", "'lr'", "data.num_shards='x' must be", "lacks train.seed",
+                 "num_key_value_heads=3", "lacks the sections mesh"):  # fmt: skip
+        assert part in str(error.value), str(error.value)
 
 
 def test_a_run_goes_on_only_where_nothing_changed_but_what_may():

@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from split_ops import MESHES, meshes
 
@@ -106,6 +107,12 @@ def test_attention_deals_every_piece_once_and_early_ones_with_late_ones():
 def test_tokens_that_cannot_be_split_are_refused_with_choices(tokens, options, message):
     with pytest.raises(ValueError, match=message):
         context._check_tokens(tokens, 8, **options)
+
+
+def test_rows_that_cannot_be_split_are_refused_with_choices():
+    sizes = dict(data=2, fsdp=2, expert=1, context=1, tensor=1)
+    with pytest.raises(ValueError, match="batch=3 is not divisible by the mesh's data=2 x fsdp=2"):
+        context._check_rows(jnp.zeros((3, 8)), sizes)
 
 
 def test_implementations_that_need_whole_rows_are_refused_where_they_are_split():

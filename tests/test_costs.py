@@ -154,6 +154,7 @@ def test_ranking_prefers_what_fits_and_is_fast():
     program = make_program(config, abstract_mesh(ONE))
     given = dict(optimizer_width=6.0)
     found = rank(config, program.state.params, CHIPS["v5p"], 64, **given)
+    assert any(layout.mesh["expert"] == 64 for layout in found)  # as the config has it
     assert all(math.prod(layout.mesh.values()) == 64 for layout in found)
     assert all(layout.memory_bytes <= CHIPS["v5p"].hbm for layout in found)
     for layout in found:

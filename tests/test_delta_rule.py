@@ -259,6 +259,24 @@ def test_gradients_of_bfloat16_values_are_right_to_bfloat16_s_digits(case, imple
         assert relative_error(x, want) <= 6e-3
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_decay_of_minus_infinity_forgets_everything(implementation):
+    *arrays, segments = make("plain")
+    arrays[3] = arrays[3].copy()
+    arrays[3][:, 7] = -1e30  # to float64 as good as minus infinity
+    out, final = recurrence(*arrays, segments)
+    arrays[3][:, 7] = -np.inf
+    got, got_final = run(arrays, segments, implementation)
+    assert relative_error(got, out) <= 1e-5
+    assert relative_error(got_final, final) <= 1e-5
+
+    def total(g):
+        given = [*arrays[:3], g, *arrays[4:]]
+        return run(given, segments, implementation)[0].sum()
+
+    assert np.isfinite(np.asarray(jax.grad(total)(jnp.asarray(arrays[3], jnp.float32)))).all()
+
+
 def test_bad_input_is_refused_with_the_values():
     *arrays, segments = make("plain", K=2, N=3)
     with pytest.raises(ValueError, match="3 value heads are not divisible by 2 key heads"):
@@ -266,6 +284,9 @@ def test_bad_input_is_refused_with_the_values():
     *arrays, segments = make("plain")
     with pytest.raises(ValueError, match="'quick' is unknown; expected one of"):
         run(arrays, segments, "quick")
+    arrays = [x[:, :0] for x in arrays[:-1]] + arrays[-1:]
+    with pytest.raises(ValueError, match="The rows hold no token"):
+        run(arrays, None, "chunked")
 
 
 def test_kernels_for_tpus_are_refused_where_they_cannot_run(monkeypatch):

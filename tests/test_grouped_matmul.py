@@ -56,6 +56,24 @@ def test_values_and_gradients_are_those_of_one_product_a_group(implementation, b
         np.testing.assert_allclose(got[:USED], want[:USED], atol=5e-5)
 
 
+@pytest.mark.parametrize("sizes", [[100, 156], [0, 3, 0, 1, 200, 0], [0, 0]])
+def test_groups_may_have_any_sizes_by_default(sizes):
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.standard_normal((256, D)), jnp.float32)
+    weights = jnp.asarray(rng.standard_normal((len(sizes), D, F)), jnp.float32)
+    used = np.arange(256)[:, None] < sum(sizes)
+
+    def gradients(implementation):
+        def total(rows, weights):
+            out = grouped_matmul(rows, weights, jnp.asarray(sizes), implementation=implementation)
+            return jnp.where(used, jnp.sin(out), 0).sum()
+
+        return jax.value_and_grad(total, argnums=(0, 1))(rows, weights)
+
+    for got, want in zip(*map(jax.tree.leaves, map(gradients, (None, "reference"))), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_products_keep_their_dtype(implementation):
     rows, weights, d_out = make()
@@ -72,7 +90,7 @@ def test_bad_input_is_refused_with_the_values():
     with pytest.raises(ValueError, match="'dense' is unknown; expected one of"):
         grouped_matmul(rows, weights, jnp.asarray(SIZES), implementation="dense")
     with pytest.raises(ValueError, match="multiple of block=128 rows, got 100"):
-        grouped_matmul(rows[:100], weights, jnp.asarray(SIZES), implementation="blocked")
+        grouped_matmul(rows[:100], weights, jnp.asarray(SIZES), implementation="blocked", block=128)
 
 
 def test_blocks_grow_with_the_rows_of_a_group():

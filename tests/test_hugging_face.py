@@ -264,6 +264,15 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+def test_models_of_two_directories_are_compiled_once(tmp_path):
+    model = random_model(small_config())
+    for name in "ab":
+        q3n.save_hf(model, tmp_path / name)
+    a, b = (nnx.graphdef(q3n.load_hf(tmp_path / name)) for name in "ab")
+    assert a == b
+    assert hash(a) == hash(b)
+
+
 def test_a_link_is_followed_and_a_mount_point_refused_before_anything_is_written(tmp_path):
     model = random_model(small_config())
     (tmp_path / "elsewhere").mkdir()

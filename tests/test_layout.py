@@ -8,8 +8,6 @@ from jax.sharding import PartitionSpec as P
 from test_config import run_dict
 
 from qwen3next_jax.config import RunConfig
-from qwen3next_jax.ops import delta_rule
-from qwen3next_jax.parallel import layout
 from qwen3next_jax.parallel.layout import check_fits, describe_layout
 
 ONE = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
@@ -54,10 +52,6 @@ def test_all_that_does_not_fit_is_named_at_once():
     found = problems(dict(expert=3, tensor=3, context=7))
     for part in ("num_experts=16", "num_attention_heads=4", "sequence_length=512"):
         assert part in found
-
-
-def test_a_context_shard_holds_whole_chunks_of_the_delta_rule():
-    assert layout.CHUNK == delta_rule._CHUNK
 
 
 def abstract(name, shape, *spec):

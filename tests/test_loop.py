@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,11 +218,83 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_lost(
 def test_accumulated_micro_batches_take_nearly_the_same_course(whole, corpus, tmp_path):
     config = small_config(corpus, train__gradient_accumulation_steps=4, train__num_steps=3)
     run(config, tmp_path)
-    for a, b in zip(course(tmp_path), course(whole[0]), strict=False):
-        # Only the balance term, at a weight of 1e-3, is another one; the schedule is shorter.
-        if a["step"] <= 2 and "loss" in a:
-            np.testing.assert_allclose(a["ce"], b["ce"], rtol=1e-2)
-            assert a["tokens"] == b["tokens"]
+    accumulated, at_once = (
+        [line for line in course(folder) if "loss" in line and line["step"] <= 2]
+        for folder in (tmp_path, whole[0])
+    )
+    # Only the balance term, at a weight of 1e-3, is another one; the schedule is shorter.
+    for a, b in zip(accumulated, at_once, strict=True):
+        np.testing.assert_allclose(a["ce"], b["ce"], rtol=1e-2)
+        assert a["tokens"] == b["tokens"]
+    assert [line["step"] for line in accumulated] == [1, 2]
+
+
+def test_a_second_run_in_a_directory_is_refused_while_the_first_one_lives(corpus, tmp_path):
+    config = small_config(corpus, train__num_steps=2)
+
+    def another(line):
+        with pytest.raises(ValueError, match="Another process is training in"):
+            run(config, tmp_path)
+        return [{"text": "was refused"}]
+
+    run(config, tmp_path, sample=another)
+    assert "was refused" in (tmp_path / "samples.jsonl").read_text()
+    assert run(config, tmp_path)[1] == 0  # it is free again
+
+
+@pytest.mark.parametrize("failing", ["evaluate", "suites"])
+def test_what_was_learnt_is_saved_before_an_evaluation_fails(failing, corpus, tmp_path):
+    config = small_config(corpus, train__num_steps=2, train__checkpoint_every=0)
+
+    def fail(*_):
+        raise RuntimeError("the evaluation fails")
+
+    with pytest.raises(RuntimeError, match="the evaluation fails"):
+        run(config, tmp_path, **{failing: fail})
+    assert (tmp_path / "checkpoints" / "2").exists()
+    _, steps = run(small_config(corpus, train__num_steps=3, train__checkpoint_every=0), tmp_path)
+    assert steps == 1
+
+
+def test_a_run_does_not_go_on_with_other_records(corpus, tmp_path):
+    texts = tmp_path / "texts"
+    shutil.copytree(corpus, texts)
+    run(small_config(texts, train__num_steps=2), tmp_path / "run")
+    (texts / "new.txt").write_text("one more\n")
+    with pytest.raises(ValueError, match=r"not what the run began with.*\n  text: 40 .*, 41 now"):
+        run(small_config(texts, train__num_steps=3), tmp_path / "run")
+    (texts / "0.txt").unlink()
+    with pytest.raises(ValueError, match="40 records then, 40 now, in other files"):
+        run(small_config(texts, train__num_steps=3), tmp_path / "run")
+    # A finished run is left alone.
+    assert run(small_config(texts, train__num_steps=2), tmp_path / "run")[1] == 0
+
+
+def test_a_run_that_never_trained_may_begin_otherwise(corpus, tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "compiled_together", no_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(small_config(corpus), tmp_path)
+    run(small_config(corpus, train__num_steps=1, train__global_batch_size=4), tmp_path)
+    with pytest.raises(ValueError, match="global_batch_size: was 4, now 8"):
+        run(small_config(corpus), tmp_path)
+
+
+def test_a_run_stopped_while_it_is_traced_goes_on(corpus, tmp_path, monkeypatch):
+    traced = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: traced.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("stop"))
+    config = small_config(corpus, train__num_steps=5, train__profile_steps=(2, 40))
+    with pytest.raises(loop.Stopped):
+        run(config, tmp_path, should_stop=lambda step: step == 3)
+    assert traced == ["start", "stop"]
+    run(config, tmp_path)  # the rest of what is to be traced, to the last step
+    assert traced == ["start", "stop"] * 2
+    run(small_config(corpus, train__num_steps=6, train__profile_steps=(2, 4)), tmp_path)
+    assert traced == ["start", "stop"] * 2
 
 
 def test_mtp_and_router_weights_move_in_training(whole, corpus):

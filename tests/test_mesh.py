@@ -9,7 +9,14 @@ from jax.sharding import PartitionSpec as P
 from oracles import abstract_model, small_config
 
 from qwen3next_jax.config import MeshConfig
-from qwen3next_jax.parallel.mesh import AXES, BATCH, make_mesh, parameter_shardings, partition
+from qwen3next_jax.parallel.mesh import (
+    AXES,
+    BATCH,
+    active_mesh,
+    make_mesh,
+    parameter_shardings,
+    partition,
+)
 from qwen3next_jax.parallel.processes import BatchShare
 from qwen3next_jax.plan import tpu
 
@@ -41,6 +48,17 @@ def test_a_dimension_that_does_not_divide_is_refused_with_a_choice():
         ValueError, match=r"embed=36 is not divisible by the mesh's fsdp=8.*multiple of 8, .*as 12"
     ):
         specs(small_config(hidden_size=36))
+
+
+def test_a_mesh_of_explicit_axes_is_refused_with_what_to_take():
+    explicit = jax.sharding.AbstractMesh(
+        (8, 1, 1, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 5
+    )
+    with (
+        jax.sharding.use_abstract_mesh(explicit),
+        pytest.raises(ValueError, match=r"axes data, .* are explicit; make it by .*make_mesh"),
+    ):
+        active_mesh()
 
 
 def test_an_unknown_axis_name_is_refused():

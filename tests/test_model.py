@@ -1,6 +1,10 @@
 """The whole model: its size, switches and dtypes, and what rematerialisation may not change."""
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +25,7 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 import qwen3next_jax as q3n
 from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.parallel.vocabulary import embed
 from qwen3next_jax.training.loss import complete_batch
 
 
@@ -137,6 +142,63 @@ def test_bfloat16_compute_keeps_the_direction_of_the_gradients_of_the_gates():
             assert a @ b >= 0.99 * np.linalg.norm(a) * np.linalg.norm(b), path
             checked += 1
     assert checked == 2
+
+
+def test_a_token_that_comes_often_counts_every_time():
+    table = jnp.zeros((8, 4), jnp.bfloat16)
+    tokens = jnp.full((1, 4096), 3)
+
+    def total(table):
+        return embed(tokens, table, dtype=jnp.dtype(jnp.bfloat16)).astype(jnp.float32).sum()
+
+    # Summed in bfloat16 it would stay at 256.
+    np.testing.assert_array_equal(jax.grad(total)(table)[3], 4096)
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("changed", [(1,), (0, 1)])
+def test_a_module_in_place_of_another_is_the_one_that_runs(changed, remat):
+    class Halved(q3n.GatedDeltaNet):
+        def __call__(self, x, **given):
+            return super().__call__(x, **given) / 2
+
+    config = small_config(num_hidden_layers=4, full_attention_interval=4)
+    model, want = random_model(config, remat=remat), random_model(config, remat=remat)
+    for i in changed:
+        mixer = model.groups.layers[i].linear_attn
+        # In place of the stacked one, with its parameters.
+        _, params = nnx.split(mixer)
+        graph = nnx.graphdef(nnx.eval_shape(lambda: Halved(config, rngs=nnx.Rngs(0))))
+        model.groups.layers[i].linear_attn = nnx.merge(graph, params)
+        out = want.groups.layers[i].linear_attn.out_proj
+        out[...] = out[...] / 2
+    tokens = jnp.arange(12)[None]
+    np.testing.assert_allclose(model(tokens), want(tokens), atol=1e-5)
+
+
+def test_a_model_runs_where_double_precision_is_allowed():
+    script = """
+import jax.numpy as jnp
+from flax import nnx
+from oracles import random_model, small_config
+import qwen3next_jax as q3n
+from qwen3next_jax.training.loss import complete_batch
+model = random_model(small_config(mtp_steps=1))
+tokens = jnp.arange(40, dtype=jnp.int32).reshape(2, 20)
+batch = complete_batch(tokens)
+nnx.value_and_grad(lambda model: q3n.loss(model, batch), has_aux=True)(model)
+assert model(tokens).dtype == jnp.float32
+plain, fast = (
+    q3n.generate(model, [[1, 2, 3], [4]], max_new_tokens=4, speculative=s) for s in (False, True)
+)
+assert plain == fast
+"""
+    environment = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": "tests"}
+    root = pathlib.Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_gates_stay_float32_when_all_other_parameters_are_bfloat16():

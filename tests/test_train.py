@@ -13,6 +13,8 @@ import pytest
 from test_pipeline import make_texts
 
 from qwen3next_jax.checkpoint.load import load_checkpoint
+from qwen3next_jax.command import told_errors
+from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.inference.decode import Generation, generate
 
@@ -41,6 +43,52 @@ def test_impossible_sizes_are_all_named(tmp_path):
     assert result.returncode != 0
     assert "train.global_batch_size=8 is not divisible by" in result.stderr
     assert "train.sequence_length=9999 exceeds" in result.stderr
+
+
+def test_a_mistake_is_told_without_a_traceback_and_a_bug_with_one(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end, told_errors():
+        RunConfig.from_dict({"trian": {}})
+    assert str(end.value).startswith(
+        "error: The run cannot start:\n  Unknown keys in config: 'trian'"
+    )
+    with pytest.raises(ValueError, match="could not convert"), told_errors():
+        float("x")
+    result = train("--config.train.num_steps=0", workdir=tmp_path / "run")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].strip() == "train.num_steps=0 must be at least 1"
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train.py", "eval.py"])
+def test_help_answers_at_once_and_under_a_profiler(command, tmp_path):
+    profile = tmp_path / "profile"
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "cProfile", "-o", profile, ROOT / command,
+         "--help"],
+        capture_output=True, text=True, cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"},
+    )  # fmt: skip
+    assert "--workdir" in run.stdout
+    # Options of the interpreter outlive the new start for the sake of large pages.
+    assert profile.exists()
+    imported = {line.rsplit("|")[-1].strip() for line in run.stderr.splitlines()}
+    assert "absl.flags" in imported
+    assert not imported & {"jax", "flax", "orbax.checkpoint"}
+
+
+def test_weights_are_not_paired_with_a_new_tokenizer(tmp_path):
+    result = train(f"--config.train.initial_checkpoint={tmp_path}", workdir=tmp_path / "run")
+    assert result.returncode == 1
+    assert f"give theirs, as --config.data.tokenizer={tmp_path}" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_without_prompts_ends_well(tmp_path):
+    result = train(
+        "--config.train.num_steps=1", "--config.train.sample_prompts=()",
+        "--config.train.sequence_length=64", "--config.data.tokenizer=bytes", workdir=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow

@@ -46,6 +46,16 @@ class HFCheckpoint(NamedTuple):
     dtypes: dict[str, np.dtype]  # of our parameters, by path
 
 
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where a model comes from, for `save_hf`, which takes the tokenizer from there.
+
+    It makes no model another one: what is compiled for one directory's serves another's.
+    """
+
+    directory: pathlib.Path = dataclasses.field(compare=False)
+
+
 def load_hf(
     directory: str | os.PathLike[str],
     dtype: Any = None,
@@ -64,7 +74,7 @@ def load_hf(
       rope_scaling: replaces the config's.
 
     Returns:
-      The model. It has an MTP module where the files hold one, and `source`, the directory.
+      The model. It has an MTP module where the files hold one.
 
     Raises:
       ValueError: names all that is wrong with the directory.
@@ -79,8 +89,7 @@ def load_hf(
         return read_parameter(hf, name, sharding, hf.dtypes[name])
 
     model = build_model(config, value, dtype=hf.dtypes["embed_tokens"], mesh=mesh)
-    # Not a field of the model: only for `save_hf`, which takes the tokenizer from there.
-    model.source = str(path.absolute())  # type: ignore[attr-defined]
+    model.source = _Source(path.absolute())  # type: ignore[attr-defined]
     return model
 
 
@@ -118,7 +127,7 @@ def save_hf(
             if shard.replica_id == 0:
                 yield shard.index, np.asarray(shard.data)
 
-    source = getattr(model, "source", None)
+    source: _Source | None = getattr(model, "source", None)
     write_hf(
         pathlib.Path(directory),
         model.config,
@@ -127,7 +136,7 @@ def save_hf(
         dtype=dtype,
         layout=Layout(fused=expert_layouts(expert_layout)),
         max_shard_size=max_shard_size,
-        companions=None if source is None else pathlib.Path(source),
+        companions=None if source is None else source.directory,
     )
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple, TypeVar
@@ -27,7 +26,7 @@ from qwen3next_jax.checkpoint.hugging_face import (
     open_hf,
     read_parameter,
 )
-from qwen3next_jax.checkpoint.store import CheckpointStore, DamagedCheckpointError
+from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.decoder import Qwen3Next
 
@@ -180,14 +179,7 @@ def from_step(ours: OurCheckpoint, make: Callable[[CheckpointStore, int], Result
     with closing(CheckpointStore(ours.workdir / "checkpoints")) as store:
         if ours.step is not None:
             return make(store, ours.step)
-        if not store.steps():
-            raise FileNotFoundError(f"no checkpoint in {store.directory}")
-        for step in store.steps():
-            try:
-                return make(store, step)
-            except DamagedCheckpointError as error:
-                warnings.warn(f"{error}\nTrying the one before it.", stacklevel=2)
-        raise DamagedCheckpointError(f"all checkpoints in {store.directory} are damaged")
+        return store.newest_good(lambda step: make(store, step))
 
 
 def stored_parameters(

@@ -147,10 +147,6 @@ class CheckpointStore:
         except (OSError, ValueError):
             return None
 
-    def best_step(self) -> int | None:
-        """The step with the lowest metric; None where none has one."""
-        return next(iter(_best_first(self.steps(), self.metric)), None)
-
     def describe(self, step: int) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
         """The shapes and dtypes of a checkpoint's arrays, by name, and its extras.
 
@@ -248,13 +244,24 @@ class CheckpointStore:
           ValueError: the newest undamaged one is of another state.
           DamagedCheckpointError: there are checkpoints, and all are damaged.
         """
+        return self.newest_good(
+            lambda step: (step, *self.restore(step, abstract_state, partial=partial))
+        )
+
+    def newest_good(self, make: Callable[[int], Result]) -> Result:
+        """What `make` makes of the newest step of which it finds nothing damaged.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+          DamagedCheckpointError: there are checkpoints, and all are damaged.
+        """
         if not (steps := self.steps()):
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
         for step in steps:
             try:
-                return step, *self.restore(step, abstract_state, partial=partial)
+                return make(step)
             except DamagedCheckpointError as error:
-                warnings.warn(f"{error}\nTrying the one before it.", stacklevel=2)
+                warnings.warn(f"{error}\nTrying the one before it.", stacklevel=3)
         raise DamagedCheckpointError(f"all checkpoints in {self.directory} are damaged")
 
     def close(self) -> None:

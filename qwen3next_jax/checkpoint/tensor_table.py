@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3next_jax.config import FULL, LINEAR, ModelConfig
+from qwen3next_jax.config import LINEAR, ModelConfig
 
 Block = tuple[slice, ...]
 View = Callable[[np.ndarray], np.ndarray]
@@ -144,7 +144,7 @@ def entries(config: ModelConfig, layout: Layout) -> Iterator[Entry]:
         for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
             yield _same(f"mtp.{name}.weight", f"mtp/{name}/weight", (D,))
         yield _linear("mtp.fc.weight", "mtp/fc", (2, D), (D,))
-        for entry in _layer(c, FULL, c.num_experts > 0, "mtp" in layout.fused):
+        for entry in _layer(c, *c.mtp_layer, "mtp" in layout.fused):
             yield _placed(entry, "mtp.layers.0.", "mtp/layer/", None)
 
 

@@ -103,7 +103,8 @@ def load_chat_template(directory: str | os.PathLike, *, name: str = "default") -
     if given is None:
         raise FileNotFoundError(
             f"{directory} holds no chat template; expected chat_template.jinja, or chat_template "
-            "in tokenizer_config.json. Base models have none: prompt them with plain text"
+            "in tokenizer_config.json. Base models have none: prompt them with plain text, and "
+            "to fine-tune one give a file as data.chat_template"
         )
     if isinstance(given, str):
         return given

@@ -31,6 +31,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from qwen3next_jax.command import cache_folder
 from qwen3next_jax.data.hashing import mix64
 
 _SCANNED = 1 << 24  # bytes at a time
@@ -390,8 +391,7 @@ def _unpacked(
     size, changed = size_and_time(path)
     where = os.path.abspath(path) if is_local(path) else os.fspath(path)
     identity = f"{where}\0{size}\0{changed}\0{extra}"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = pathlib.Path(cache, "qwen3next_jax", "unpacked")
+    folder = cache_folder() / "unpacked"
     copy = folder / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}-{path.name}"
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)

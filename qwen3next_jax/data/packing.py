@@ -22,7 +22,6 @@ from jaxtyping import Float32, Int32
 
 from qwen3next_jax.data.documents import Document
 
-PACKINGS = ("concatenate", "best_fit")
 Row = dict[str, Int32[np.ndarray, " _"] | Float32[np.ndarray, " _"]]  # all [T]
 
 

@@ -13,6 +13,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from absl import logging
 from etils import epath
 
 from qwen3next_jax.data.documents import Document, Texts, readable
+from qwen3next_jax.data.hashing import hash64
 from qwen3next_jax.data.holdout import split as split_source
 from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
 from qwen3next_jax.data.prepared import check_prepared, prepared_source
@@ -70,6 +72,11 @@ class Data:
         )  # fmt: skip
 
     @property
+    def records(self) -> dict[str, list[Any]]:
+        """Of each part how many records it has, held-out ones too, and a hash of where they are."""
+        return {part.name: list(part.identity) for part in self.train}
+
+    @property
     def held_out_parts(self) -> dict[str, Records]:
         """The held-out records of each part of the mixture, by its name."""
         if not isinstance(self.held_out, Chained):
@@ -110,6 +117,7 @@ def load_data(
     on_error: str = "raise",
     vocab_size: int,
     trained_tokenizer: str | os.PathLike,
+    given_weights: str = "",
     **rows: Any,
 ) -> Data:
     """Opens the sources and the tokenizer; at the first run, trains that on the training part.
@@ -126,6 +134,7 @@ def load_data(
       holdout_fraction: share of the records held out.
       vocab_size: of the model, hence the most that the tokenizer may have.
       trained_tokenizer: where the tokenizer is kept; it is trained if there is no such file.
+      given_weights: the checkpoint that a run begins with, whose tokens no new tokenizer knows.
       rows: `num_shards`, `packing`, `too_long`, `window_rows`, as `Data` has them.
 
     Raises:
@@ -143,7 +152,9 @@ def load_data(
         )
         skipped_files += len(opened.skipped_files)
         kept, out = split_source(opened, holdout_fraction)
-        train.append(TrainingPart(name, kept, float(part["weight"])))
+        lengths = [[file.name, len(file)] for file in opened.files]
+        identity = (len(opened), f"{hash64(json.dumps(lengths)):016x}")
+        train.append(TrainingPart(name, kept, float(part["weight"]), identity))
         held_out.append(out)
 
     if source == "prepared":
@@ -153,6 +164,12 @@ def load_data(
             tokenizer or trained_tokenizer, chat_template=chat_template
         )
     else:
+        if given_weights:
+            raise ValueError(
+                f"The weights of train.initial_checkpoint={given_weights!r} have a vocabulary of "
+                "their own, and data.tokenizer='' would train another; give theirs, as "
+                f"--config.data.tokenizer={given_weights}"
+            )
         logging.info("Training a tokenizer of %d tokens: %s", vocab_size, trained_tokenizer)
         texts = Texts(Chained([part.records for part in train]), on_error=on_error)
         loaded = train_tokenizer(texts, trained_tokenizer, vocab_size=vocab_size)
@@ -208,6 +225,30 @@ def training_batches(
         batches, prefetch_buffer_size=_BATCHES_AHEAD
     )
     return iter(ahead)
+
+
+def check_same_records(data: Data, began_with: Mapping[str, Any] | None) -> None:
+    """Refuses to go on with other records than a run began with.
+
+    Args:
+      data: of the run now.
+      began_with: `data.records` as it was; None where a checkpoint does not say.
+
+    Raises:
+      ValueError: says how many there were and are.
+    """
+    changed = [
+        f"{name}: {before[0]} records then, {now[0]} now"
+        + (", in other files" if before[0] == now[0] else "")
+        for name, now in data.records.items()
+        if began_with is not None and (before := began_with[name]) != now
+    ]
+    if changed:
+        raise ValueError(
+            "The data is not what the run began with, so its order would be another and held-out "
+            "records would be trained on; restore it, or begin another run in another --workdir, "
+            "with these weights by --config.train.initial_checkpoint:\n  " + "\n  ".join(changed)
+        )
 
 
 def check_shards(num_shards: int, *, batch_size: int, hosts: int) -> None:

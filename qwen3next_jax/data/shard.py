@@ -35,11 +35,13 @@ class TrainingPart:
       name: in metrics.
       records: to train on.
       weight: share of the tokens, relative to the other parts'.
+      identity: what tells the source from another.
     """
 
     name: str
     records: Records
     weight: float = 1.0
+    identity: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ Tasks are all that the harness knows by name, and YAML files of the user's own. 
 the model wrote, `unsafe_code: true` in its file, is refused unless allowed in so many words.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,10 +74,9 @@ def run_tasks(
         raise ValueError(
             "lm_eval needs tasks: --tasks=hellaswag,arc_easy say, or YAML files of your own"
         )
+    check_tasks(tasks, include_path)
     manager = _Tasks(include_path=include_path or None)
     manager.may_run_code = confirm_run_unsafe_code
-    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
-    require_known("tasks of lm_eval", names, manager.all_tasks)
     # Standard errors by resampling would fork this process, threads and devices and all.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     lm = HarnessLM(evaluator, seed=seed)
@@ -108,6 +108,17 @@ def run_tasks(
     }
 
 
+def check_tasks(tasks: Sequence[str], include_path: str = "") -> None:
+    """Refuses tasks that `run_tasks` does not know, by a ValueError with the nearest names."""
+    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
+    require_known("tasks of lm_eval", names, _known_tasks(include_path))
+
+
+@functools.cache
+def _known_tasks(include_path: str) -> tuple[str, ...]:
+    return tuple(TaskManager(include_path=include_path or None).all_tasks)
+
+
 class _Tasks(TaskManager):
     """Loads tasks, but none that we cannot run, and none that runs code unless it may."""
 
@@ -124,7 +135,7 @@ class _Tasks(TaskManager):
                 "with your rights. If that is what you want, say --confirm_run_unsafe_code"
             )
         for name, task in loaded["tasks"].items():
-            config = getattr(task, "config", None)
+            config: Any = getattr(task, "config", None)
             if getattr(config, "output_type", "") == "generate_until":
                 try:
                     _generation_options(config.generation_kwargs or {})

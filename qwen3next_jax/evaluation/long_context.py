@@ -220,11 +220,7 @@ def yarn_factor(model: Qwen3Next, length: int) -> int:
 
 def with_yarn(model: Qwen3Next, factor: int) -> Qwen3Next:
     """The same parameters with their context extended."""
-    scaling = {
-        "rope_type": "yarn", "factor": float(factor),
-        "original_max_position_embeddings": model.config.max_position_embeddings,
-    }  # fmt: skip
-    config = dataclasses.replace(model.config, rope_scaling=scaling)
+    config = dataclasses.replace(model.config, rope_scaling=model.config.yarn(float(factor)))
     model = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(model):
         if hasattr(module, "config"):

@@ -31,7 +31,7 @@ def check_suites(names: Iterable[str], options: EvaluationConfig) -> None:
     """Refuses what can be seen to be wrong before anything is computed.
 
     Raises:
-      ValueError: a suite or a task of long_context is unknown, lm_eval has no tasks, or what
+      ValueError: a suite or a task is unknown, lm_eval has no tasks, or what
         generates text is to run in several processes.
       ModuleNotFoundError: lm-evaluation-harness is wanted and not installed.
     """
@@ -45,9 +45,9 @@ def check_suites(names: Iterable[str], options: EvaluationConfig) -> None:
             f"{jax.process_count()}; evaluate the run's checkpoints by eval.py instead"
         )
     if "lm_eval" in names:
-        _harness()
         if not options.tasks:
             raise ValueError("The suite lm_eval needs tasks; name some, or YAML files of your own")
+        _harness().check_tasks(options.tasks, options.include_path)
 
 
 def run_suite(

@@ -322,8 +322,9 @@ def _pass(model, rules, state):
         length=jnp.where(going, state.length + kept + 1, state.length),
         newest=tokens[jnp.arange(B), kept],
         key=key,
-        drafted=state.drafted + going.sum(),
-        accepted=state.accepted + (going[:, None] & (place < kept[:, None])).sum(0),
+        drafted=state.drafted + going.sum(dtype=jnp.int32),
+        accepted=state.accepted
+        + (going[:, None] & (place < kept[:, None])).sum(0, dtype=jnp.int32),
     )
     state = _add(state, rules, tokens, kept)
     return _draft(model, rules, state, hidden, tokens, positions, kept), tokens
@@ -334,7 +335,7 @@ def _add(state, rules, tokens, kept):
     index = jnp.arange(tokens.shape[1])
     real = (index <= kept[:, None]) & (index < state.budget[:, None])
     stops = real & jnp.isin(tokens, jnp.array(rules.stop_tokens, jnp.int32))
-    added = (real & (jnp.cumsum(stops, axis=1) == 0)).sum(1)
+    added = (real & (jnp.cumsum(stops, axis=1) == 0)).sum(1, dtype=jnp.int32)
     seen = state.seen
     if seen is not None:
         new = jax.nn.one_hot(tokens, seen.shape[1], dtype=bool) & real[..., None]

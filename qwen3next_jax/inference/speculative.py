@@ -97,7 +97,7 @@ def verify(
     p_draft = jnp.take_along_axis(p[:, :K], chosen, axis=2)[..., 0]
     q_draft = jnp.take_along_axis(q, chosen, axis=2)[..., 0]
     stands = jax.random.uniform(coin_key, (B, K)) * q_draft < p_draft
-    kept = jnp.cumprod(stands.astype(jnp.int32), axis=1).sum(1)
+    kept = jnp.cumprod(stands.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
     # Behind the last draft nothing was drafted, and q is zero.
     left = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
     own = sampling.draw(left[jnp.arange(B), kept], draw_key)

@@ -109,8 +109,8 @@ def add_to_slots(
     def write(k_row, v_row, k, v, first):
         k, v = k.transpose(1, 2, 0).astype(k_row.dtype), v.swapaxes(0, 1).astype(v_row.dtype)
         return AttentionCache(
-            jax.lax.dynamic_update_slice(k_row, k, (0, 0, first)),
-            jax.lax.dynamic_update_slice(v_row, v, (0, first, 0)),
+            jax.lax.dynamic_update_slice_in_dim(k_row, k, first, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(v_row, v, first, axis=1),
         )
 
     return write(*cache, k, v, first)

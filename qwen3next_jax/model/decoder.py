@@ -22,7 +22,7 @@ from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP
 from qwen3next_jax.model.statistics import Observed, one_after_another
-from qwen3next_jax.ops.pallas.attention import KEPT
+from qwen3next_jax.ops.attention import KEPT
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.parallel.vocabulary import embed
 
@@ -147,12 +147,8 @@ class Qwen3Next(nnx.Module):
         """
         if positions is None:
             positions = default_positions(tokens, segment_ids)
-        alike = [
-            [layer for _, layer in pairs]
-            for _, pairs in itertools.groupby(
-                zip(self.config.group, self.groups.layers, strict=True), key=lambda pair: pair[0]
-            )
-        ]
+        # By their graphs, in which a module that someone has put in place of another differs.
+        alike = [list(same) for _, same in itertools.groupby(self.groups.layers, nnx.graphdef)]
         graphs = [nnx.graphdef(layers[0]) for layers in alike]
         params: list[Any] = [[nnx.state(layer) for layer in layers] for layers in alike]
         if self.remat != "none":

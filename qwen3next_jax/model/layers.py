@@ -73,7 +73,7 @@ def project(x: Array, w: Array, *, over: int = 1, into: Any = None) -> Array:
 
 
 def rms_normalize(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
-    """X / rms(x) along the last axis, in float32."""
+    """Normalises the last axis: x / rms(x), in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 

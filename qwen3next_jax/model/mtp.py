@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.config import FULL, ModelConfig
+from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.statistics import Observed
@@ -40,7 +40,7 @@ class MTP(nnx.Module):
         init = normal(config.initializer_range)
         self.fc = weight(rngs, init, param_dtype, pair=2, embed=D, embed__out=D)
         self.layer = DecoderLayer(
-            config, FULL, config.num_experts > 0, rngs=rngs, param_dtype=param_dtype,
+            config, *config.mtp_layer, rngs=rngs, param_dtype=param_dtype,
             moe_buffer_factor=moe_buffer_factor,
         )  # fmt: skip
         self.norm = RMSNorm(config, param_dtype=param_dtype)

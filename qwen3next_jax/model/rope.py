@@ -34,10 +34,9 @@ def describe_positions(config: ModelConfig) -> str:
     if config.rope_scaling is None:
         return f"Positions to {config.context_length}, without YaRN"
     scaling = config.rope_scaling
-    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
     return (
         f"Positions to {config.context_length}: YaRN with factor {scaling['factor']:g} over the "
-        f"original {original}, queries and keys times {_frequencies(config)[1]:.4f}"
+        f"original {config.original_context}, queries and keys times {_frequencies(config)[1]:.4f}"
     )
 
 
@@ -53,11 +52,10 @@ def _frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
         return frequencies, 1.0
     scaling = config.rope_scaling
     factor = scaling["factor"]
-    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
 
     def pair_turning(turns: float) -> float:
         """Which pair turns this many times within the original context."""
-        return r * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return r * math.log(config.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     fast = max(math.floor(pair_turning(float(scaling.get("beta_fast") or 32))), 0)
     slow = min(math.ceil(pair_turning(float(scaling.get("beta_slow") or 1))), r - 1)

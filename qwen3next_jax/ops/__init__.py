@@ -1,4 +1,8 @@
-"""The model's operations: pure functions, each an equation with several implementations."""
+"""The model's operations: pure functions, each an equation with several implementations.
+
+Inside a `jax.shard_map` of yours give it `check_vma=False`: their loops start from constants, which
+the check for replicated values refuses.
+"""
 
 from qwen3next_jax.ops.attention import attention
 from qwen3next_jax.ops.causal_conv import causal_conv

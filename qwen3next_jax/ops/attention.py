@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
-from qwen3next_jax.ops.platform import check_kernels_run, platform
+from qwen3next_jax.ops.platform import check_kernels_run, platform, require_tokens
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
 # Elsewhere a block's products must outlast what it takes to fetch the block: on a TPU v5p by its
@@ -58,7 +58,8 @@ def attention(
       Outputs in v's dtype.
 
     Raises:
-      ValueError: for an unknown implementation, or one that is not for this platform.
+      ValueError: for rows without tokens, query heads that are no multiple of the KV heads, or an
+        implementation that is unknown or not for this platform.
     """
     implementation = implementation or default_implementation()
     if implementation not in ("chunked", "pallas", "reference"):
@@ -67,6 +68,9 @@ def attention(
         )
     B, T, N, H = q.shape
     K = k.shape[2]
+    require_tokens(T)
+    if N % K:
+        raise ValueError(f"{N} query heads are not divisible by {K} KV heads")
     if implementation == "pallas":
         check_kernels_run()
         if segment_ids is None:
@@ -136,7 +140,11 @@ def cached_attention(
             return _add_block(carry, old_scores, v_block, "bkqs,bksp->bkqp")
 
         rows = q.shape[:-1]
-        start = (jnp.zeros((*rows, v.shape[-1])), jnp.full(rows, _MASKED), jnp.zeros(rows))
+        start = (
+            jnp.zeros((*rows, v.shape[-1])),
+            jnp.full(rows, _MASKED, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+        )
         blocks = (lengths.max() + block - 1) // block
         carry = jax.lax.fori_loop(0, blocks, visit, start)
         total, _, norm = _add_block(carry, new_scores, v, "bkqt,btkp->bkqp")
@@ -221,7 +229,7 @@ def no_pairs(q: Array, v: Array) -> tuple[Array, Array, Array]:
     """Running sum, maximum and norm of each query's softmax before it has seen anything."""
     rows = q.shape[:-1]
     total = jnp.zeros((*rows, v.shape[-1]), jnp.float32)
-    return total, jnp.full(rows, _MASKED), jnp.zeros(rows)
+    return total, jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
 
 
 def add_pairs(carry, q, k, v, q_segments, k_segments, pairs, *, causal):

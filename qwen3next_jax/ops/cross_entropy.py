@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.platform import require_tokens
+
 
 def cross_entropy(
     hidden: Float[Array, "B T D"],
@@ -142,6 +144,7 @@ def _losses(hidden, targets, head, vocab_axis):
 def _pieces(chunk, *arrays):
     """[B, T, ...] → [pieces, B, chunk, ...], padded with zeros, weights included."""
     T = arrays[0].shape[1]
+    require_tokens(T)
     chunk = min(chunk, T)
 
     def split(x):

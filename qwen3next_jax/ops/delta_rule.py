@@ -41,9 +41,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import delta_rule as kernels
-from qwen3next_jax.ops.platform import check_kernels_run, platform
+from qwen3next_jax.ops.pallas.delta_rule import CHUNK
+from qwen3next_jax.ops.platform import check_kernels_run, platform, require_tokens
 
-_CHUNK = 64
 _BLOCK = 16  # diagonal blocks of L inverted row by row; larger ones by products
 # Products inside a chunk feed exponentials' gradients and the inverse: one bfloat16 pass on a TPU
 # or GPU is not enough for them. Products with the state follow the caller's default.
@@ -75,7 +75,7 @@ def gated_delta_rule(
     Args:
       q, k: L2-normalised; q is already scaled by H**-0.5.
       v: values.
-      log_decay: g, natural logarithm per token, at most 0.
+      log_decay: g, natural logarithm per token, from −∞ to 0.
       beta: write strength, in [0, 1].
       segment_ids: documents packed in a row, each a contiguous run of one id; the state starts
         anew with each. 0 is padding: it neither reads nor changes the state. None: one document.
@@ -88,8 +88,8 @@ def gated_delta_rule(
       Outputs in v's dtype, zero at padding, and the state after the last document in float32.
 
     Raises:
-      ValueError: if the value heads are no multiple of the key heads, or for an implementation
-        that is unknown or not for this platform or these heads.
+      ValueError: for rows without tokens, value heads that are no multiple of the key heads, or an
+        implementation that is unknown or not for this platform or these heads.
 
     Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
@@ -145,6 +145,7 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
     """Runs an implementation in float32; `before` [B] is the document before the first token's."""
     B, T, K, H = k.shape
     N, P = v.shape[2:]
+    require_tokens(T)
     if N % K:
         raise ValueError(f"{N} value heads are not divisible by {K} key heads")
 
@@ -165,6 +166,7 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
     bfloat16 = compute is kernels.delta_rule and v.dtype == jnp.bfloat16
     q, k, values = (x.astype(jnp.bfloat16 if bfloat16 else jnp.float32) for x in (q, k, v))
     g, beta, state = (x.astype(jnp.float32) for x in (log_decay, beta, initial_state))
+    g = jnp.maximum(g, -1e30)  # spans are products with 0 and 1, and 0 · −∞ is no number
     out, state = compute(q, k, values, g, beta, segments, before, state)
     if real is not None:
         out = jnp.where(real[..., None, None], out, 0)
@@ -230,14 +232,14 @@ def _chunked(q, k, v, g, beta, segments, before, state, scan=None):
 
 
 def _chunk_size(key_size):
-    """Tokens of a chunk: a power of two, at most `_CHUNK`.
+    """Tokens of a chunk: a power of two, at most `CHUNK`.
 
     Products inside chunks grow with C, those with states as H · P / C. Matrix units are idle when C
     is small; a CPU is fastest where both are about equal.
     """
     if platform() != "cpu":
-        return _CHUNK
-    return min(_CHUNK, max(_BLOCK, 1 << (key_size - 1).bit_length()))
+        return CHUNK
+    return min(CHUNK, max(_BLOCK, 1 << (key_size - 1).bit_length()))
 
 
 # In what follows arrays are chunked, with head axes k (key heads) and r (value heads of each):

@@ -20,14 +20,27 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.grouped_matmul import (
     MOST_ROWS,
-    default_implementation,
     grouped_matmul,
     groups_of_blocks,
 )
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp as by_kernel
+from qwen3next_jax.ops.platform import platform
 
 _AT_ONCE = 8  # blocks
+
+
+def default_implementation(size: int, width: int, dtype: jnp.dtype) -> str:
+    """The implementation that suits the platform and the experts' sizes; see `ops.platform`.
+
+    Args:
+      size: of a row.
+      width: of an expert between its products.
+      dtype: of rows and matrices.
+    """
+    if platform() == "cpu":
+        return "blocked"
+    return "pallas" if platform() == "tpu" and can_compile(size, width, dtype) else "products"
 
 
 def expert_mlp(
@@ -51,8 +64,8 @@ def expert_mlp(
       group_sizes: rows of each expert; on a CPU multiples of block.
       implementation: "pallas", "blocked" or "products"; None: the platform's default.
       block: rows of a block on a CPU, as `row_alignment` gives them; "pallas" doesn't read it.
-      expected_rows: how many rows are likely to belong to an expert, for the costs that "pallas"
-        states; None: all.
+      expected_rows: how many rows are likely to come, of all experts together, for the costs that
+        "pallas" states; None: all.
 
     Returns:
       Weighted rows, in rows' dtype.
@@ -61,10 +74,7 @@ def expert_mlp(
       ValueError: for an unknown implementation, or rows that "blocked" cannot cut into blocks.
     """
     if implementation is None:
-        implementation = default_implementation()
-        fits = can_compile(rows.shape[1], down.shape[1], rows.dtype)
-        if implementation not in ("blocked", "pallas") or (implementation == "pallas" and not fits):
-            implementation = "products"
+        implementation = default_implementation(rows.shape[1], down.shape[1], rows.dtype)
     if implementation == "pallas":
         expected = len(rows) if expected_rows is None else expected_rows
         return by_kernel(rows, weights, gate_up, down, group_sizes, expected)

@@ -55,7 +55,7 @@ def grouped_matmul(
     group_sizes: Int[Array, "E"],
     *,
     implementation: str | None = None,
-    block: int = MOST_ROWS,
+    block: int | None = None,
 ) -> Float[Array, "R F"]:
     """Multiplies each row by its group's matrix.
 
@@ -63,9 +63,10 @@ def grouped_matmul(
       rows: sorted by group; rows beyond the last group belong to none, and what they give, or get
         as gradient, may be anything.
       weights: one matrix a group.
-      group_sizes: rows of each group; for "blocked" multiples of block.
+      group_sizes: rows of each group.
       implementation: "pallas", "ragged", "blocked" or "reference"; None: the platform's default.
-      block: rows of a block of "blocked", as `row_alignment` gives them; others don't read it.
+      block: for "blocked", of what all group sizes are multiples, as `row_alignment` gives it;
+        others don't read it. None: sizes are any; rows are moved to where blocks begin, and back.
 
     Returns:
       Products in rows' dtype, accumulated in float32.
@@ -76,13 +77,13 @@ def grouped_matmul(
     implementations: dict[str, Callable[..., Array]] = {
         "pallas": _pallas,
         "ragged": _ragged,
-        "blocked": lambda *args: _blocked(*args, block),
+        "blocked": _realigned if block is None else lambda *args: _blocked(*args, block),
         "reference": _reference,
     }
     implementation = implementation or default_implementation()
     if implementation not in implementations:
         raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
-    if implementation == "blocked" and len(rows) % block:
+    if implementation == "blocked" and block is not None and len(rows) % block:
         raise ValueError(
             f"implementation='blocked' needs a multiple of {block=} rows, got {len(rows)}"
         )
@@ -137,6 +138,18 @@ def _whole_tiles(rows):
 
 def _tiling(inner, outer):
     return _TILE_ROWS, min(_TILE, inner), min(_TILE, outer)
+
+
+def _realigned(rows, weights, group_sizes):
+    E, R, block = len(weights), len(rows), MOST_ROWS
+    sizes = -(-group_sizes // block) * block
+    ends, index = jnp.cumsum(group_sizes), jnp.arange(R)
+    group = jnp.searchsorted(ends, index, side="right")
+    moved = jnp.cumsum(sizes) - sizes - (ends - group_sizes)  # how far each group's rows are
+    place = index + moved.at[group].get(mode="fill", fill_value=R + E * block)
+    spread = jnp.zeros((-(-R // block) * block + E * block, rows.shape[1]), rows.dtype)
+    spread = spread.at[place].set(rows, mode="drop")
+    return _blocked(spread, weights, sizes, block).at[place].get(mode="clip")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -23,3 +23,9 @@ def check_kernels_run() -> None:
             f"implementation='pallas' is for TPUs, and this is a {platform()}; leave it out for "
             "what suits the platform"
         )
+
+
+def require_tokens(tokens: int) -> None:
+    """Refuses rows of length 0, by a ValueError."""
+    if not tokens:
+        raise ValueError("The rows hold no token; give at least one")

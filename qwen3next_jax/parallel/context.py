@@ -26,7 +26,7 @@ does not fall with the axis.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -56,7 +56,8 @@ from qwen3next_jax.ops.delta_rule import (
 from qwen3next_jax.ops.delta_rule import (
     gated_delta_rule_stretch,
 )
-from qwen3next_jax.parallel.mesh import ROWS, active_mesh
+from qwen3next_jax.ops.expert_mlp import default_implementation as default_expert_mlp
+from qwen3next_jax.parallel.mesh import ROWS, active_mesh, partition
 
 _AXIS = "context"
 _TOKENS = P(ROWS, _AXIS)  # [B, T, ...]
@@ -74,6 +75,7 @@ def causal_conv(
     mesh = active_mesh()
     if mesh is None:
         return ops.causal_conv(x, kernel, segment_ids=segment_ids, tail=tail)
+    _check_rows(x, mesh.shape)
     _check_tokens(x.shape[1], mesh.shape[_AXIS], at_least=kernel.shape[0] - 1)
 
     def local(x, kernel, segments, tail):
@@ -132,6 +134,7 @@ def gated_delta_rule(
     arrays = q, k, v, log_decay, beta, segment_ids, initial_state
     if mesh is None:
         return local(*arrays)
+    _check_rows(q, mesh.shape)
     _check_tokens(q.shape[1], ways)
     _check_implementation(implementation, ways)
     state_spec = P(ROWS, "tensor")
@@ -163,6 +166,7 @@ def attention(
             f"{K} KV heads can neither be split nor repeated over mesh axis tensor={tensor}; "
             f"choose a divisor or a multiple of {K}"
         )
+    _check_rows(q, mesh.shape)
     _check_tokens(q.shape[1], ways, halves=True)
     _check_implementation(implementation, ways)
 
@@ -185,18 +189,28 @@ def attention(
     return _shard_map(local, (_HEADS, kv, kv, _TOKENS), _HEADS)(q, k, v, segment_ids)
 
 
-def implementations(config: ModelConfig, mesh: Mesh) -> dict[str, str]:
-    """Which implementation of the mixers' ops a model takes on a mesh, by what it is of."""
+def implementations(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> dict[str, str]:
+    """Which implementations of ops a model that computes in `dtype` takes on a mesh."""
     sizes = config.linear_key_head_dim, config.linear_value_head_dim
     names = {"attention": default_attention()}
     if LINEAR in config.mixers:
         names["delta rule"] = default_delta_rule(*sizes)
-    return names if mesh.shape[_AXIS] == 1 else dict.fromkeys(names, "chunked")
+    if mesh.shape[_AXIS] > 1:
+        names = dict.fromkeys(names, "chunked")
+    if config.num_experts:
+        names["experts"] = default_expert_mlp(
+            config.hidden_size, config.moe_intermediate_size, dtype
+        )
+    return names
 
 
 def _shard_map(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
     # The ops' loops start from constants, which the check for replicated values would refuse.
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _check_rows(x: Array, sizes: Mapping[str, int]) -> None:
+    partition("An activation", ("batch",), (len(x),), sizes)
 
 
 def _check_tokens(tokens: int, ways: int, *, at_least: int = 1, halves: bool = False) -> None:

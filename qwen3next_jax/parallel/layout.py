@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from qwen3next_jax.config import LINEAR, RunConfig
+from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, SLICES
 
-CHUNK = 64  # tokens that the delta rule works on at a time; no chunk lies on two devices
 # So many expert places make a receive buffer for the worst case many times as large as what comes.
 _EXACT_EXPERT_WAYS = 8
 _LARGE = 1 << 20  # bytes; smaller arrays may be whole everywhere
@@ -63,7 +63,8 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
         name += " / train.gradient_accumulation_steps"
     yield from _indivisible(sizes, ROWS, {name: rows})
     if sizes["context"] > 1:
-        least = CHUNK if delta else 2  # attention deals out each stretch in two pieces
+        # No chunk lies on two devices; attention deals out each stretch in two pieces.
+        least = CHUNK if delta else 2
         if t.sequence_length % (least * sizes["context"]):
             step = least * sizes["context"]
             works = [step * max(t.sequence_length // step, 1)]

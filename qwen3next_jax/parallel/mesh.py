@@ -141,10 +141,18 @@ def active_mesh() -> AbstractMesh | None:
     """The mesh of the surrounding `jax.set_mesh`; None without one of ours or on one device.
 
     Inside `shard_map`, where a function sees its own part of everything, there is none either.
+
+    Raises:
+      ValueError: the mesh has explicit axes, as `jax.make_mesh` makes them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names != AXES or mesh.size == 1 or mesh.manual_axes:
         return None
+    if mesh.explicit_axes:
+        raise ValueError(
+            f"The mesh's axes {', '.join(mesh.explicit_axes)} are explicit; make it by "
+            "parallel.mesh.make_mesh, or give jax.make_mesh axis_types=(AxisType.Auto,) * 5"
+        )
     return mesh
 
 

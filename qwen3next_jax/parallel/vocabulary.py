@@ -36,7 +36,7 @@ def embed(
     """Looks tokens up, in the given dtype; gradients are summed in float32."""
     mesh = active_mesh()
     if mesh is None:
-        return table[tokens].astype(dtype)
+        return _look_up_alone(tokens, table, jnp.dtype(dtype))
     spec = partition("embed_tokens", ("vocab", "embed"), table.shape, mesh.shape)
     tokens_spec = partition("tokens", ("batch", "tokens"), tokens.shape, mesh.shape)
 
@@ -46,6 +46,24 @@ def embed(
     return jax.shard_map(
         look_up, in_specs=(tokens_spec, spec), out_specs=tokens_spec, check_vma=False
     )(tokens, table)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up_alone(tokens, table, dtype):
+    return table[tokens].astype(dtype)
+
+
+def _look_up_alone_backward(dtype, residuals, grad):
+    tokens, table = residuals
+    # In bfloat16, a token that comes often would stop counting at the 256th time.
+    whole = jnp.zeros(table.shape, jnp.float32).at[tokens].add(grad.astype(jnp.float32))
+    return None, whole.astype(table.dtype)
+
+
+_look_up_alone.defvjp(
+    lambda tokens, table, dtype: (_look_up_alone(tokens, table, dtype), (tokens, table)),
+    _look_up_alone_backward,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

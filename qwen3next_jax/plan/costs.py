@@ -18,6 +18,7 @@ from flax import nnx
 
 from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import LINEAR, ModelConfig, RunConfig
+from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
 
 # Parts of the model, by what their parameters' names contain; the first match counts.
@@ -90,7 +91,7 @@ def forward_flops(
     parts["head"] += 2 * D * V
     if mtp and config.mtp_steps:
         layer: float = _attention_projections(config) + seen * _scores(config, s)
-        layer += sum(_feed_forward(config, config.num_experts > 0).values())
+        layer += sum(_feed_forward(config, config.mtp_layer[1]).values())
         parts["MTP"] += config.mtp_steps * (2 * 2 * D * D + layer + 2 * D * V)
     return dict(parts)
 
@@ -251,7 +252,7 @@ def _activations(
     if mixer == LINEAR:
         K, H = c.linear_num_key_heads, c.linear_key_head_dim
         N, P = c.linear_num_value_heads, c.linear_value_head_dim
-        states = N * (64 + H * P / 64)  # inverses of 64 a token and head, one state a chunk of 64
+        states = N * (CHUNK + H * P / CHUNK)  # a row of an inverse a token, a state a chunk
         if mesh["context"] == 1:
             # As projected and as the kernel takes them; the gate, its product, outputs twice.
             mixed = width * (2 * (2 * K * H + N * P) + 4 * N * P + states)
@@ -326,7 +327,7 @@ def communication(
         state = 4 * c.linear_num_value_heads * c.linear_key_head_dim
         state *= c.linear_key_head_dim + c.linear_value_head_dim
         rows = max(1, t * mesh["context"] // config.train.sequence_length)
-        steps = math.ceil(math.log2(mesh["context"]))
+        steps = 1 + math.ceil(math.log2(max(mesh["context"] - 1, 1)))
         sent["delta states"] += (
             parts * (len(c.mixers) - full + c.mtp_steps) * passes * (steps * rows * state)
         )

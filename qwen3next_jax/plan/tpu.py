@@ -97,7 +97,7 @@ def devices(topology: str) -> Sequence[jax.Device]:
 
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:
+    except (RuntimeError, ValueError) as error:
         kind = topology.partition(":")[0]
         sizes = ", ".join(f"{kind}:{s}" for s in _SIZES[CHIPS[kind].dimensions])
         raise ValueError(

@@ -72,7 +72,7 @@ def for_all_layers(config: ModelConfig, name: str, values: list[float]) -> list[
     name, found = name.removeprefix("layers/"), iter(values)
     layers = list(config.layers)
     if config.mtp_steps:
-        layers.append((FULL, config.num_experts > 0))
+        layers.append(config.mtp_layer)
     return [next(found) if _has(name, *layer) else None for layer in layers]
 
 

@@ -8,15 +8,17 @@ With several processes, each runs this loop, on its own rows of the same batches
 what comes next is the same in all of them; process 0 alone writes the config and the metrics.
 """
 
+import contextlib
 import json
 import pathlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
@@ -25,9 +27,13 @@ from jax.sharding import Mesh, NamedSharding
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
 from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
 from qwen3next_jax.config import RunConfig
-from qwen3next_jax.data.pipeline import Data, input_metrics, training_batches
+from qwen3next_jax.data.pipeline import (
+    Data,
+    check_same_records,
+    input_metrics,
+    training_batches,
+)
 from qwen3next_jax.model.decoder import Qwen3Next
-from qwen3next_jax.ops.grouped_matmul import default_implementation
 from qwen3next_jax.parallel.context import implementations
 from qwen3next_jax.parallel.layout import describe_layout
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh, no_mesh
@@ -91,14 +97,17 @@ def train(
       The trained model, and how many steps this call took: 0 for a run that was finished.
 
     Raises:
-      ValueError: if the directory holds a run of another config, `initial_checkpoint` is of
-        another model, or the processes differ in config, code or versions.
+      ValueError: if the directory holds a run of another config or of other data, another process
+        trains in it, `initial_checkpoint` is of another model, or the processes differ in config,
+        code or versions.
+      FileNotFoundError: if there is no `initial_checkpoint`.
+      DamagedCheckpointError: if all checkpoints are damaged.
       Stopped: `should_stop` was true.
       ExpertOverflowError: if rows found no place and `mesh.on_overflow` is "error".
       NonFiniteLossError: with the step, the first bad parameter and the last good checkpoint.
     """
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with _alone_in(workdir), jax.set_mesh(mesh):
         return _train(config, workdir, data, mesh, evaluate, sample, suites, report, should_stop)
 
 
@@ -115,10 +124,11 @@ def _train(
 ) -> tuple[Qwen3Next, int]:
     t = config.train
     require_same(config.to_dict())
-    if t.initial_checkpoint and not (workdir / "config.json").exists():
-        check_same_model(t.initial_checkpoint, config.model)  # before the directory is this run's
-    _keep_config(config, workdir)
+    # What may be refused comes before the directory is this run's.
+    if t.initial_checkpoint and not _has_steps(workdir):
+        check_same_model(t.initial_checkpoint, config.model)
     program = make_program(config, mesh)
+    _keep_config(config, workdir)
     _report(config, mesh, program.state)
     share = BatchShare(NamedSharding(mesh, BATCH), (t.global_batch_size, t.sequence_length))
     batches = training_batches(
@@ -137,8 +147,9 @@ def _train(
     else:
         start, state, extras = store.restore_latest(program.state)
         tokens = extras["tokens"]
-        batches.set_state(extras["data"])
         if start < t.num_steps:
+            check_same_records(data, extras.get("records"))
+            batches.set_state(extras["data"])
             logging.info("Going on from the checkpoint of step %d", start)
 
     keep_environment(workdir, mesh, start_step=start)
@@ -148,12 +159,20 @@ def _train(
     # A step is looked at when the next one is under way, so that the devices never wait. Virtual
     # devices of a CPU share its threads: two steps with collectives could wait for each other.
     ahead = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 1
-    clock = _Clock(tokens)
+    clock, profile = _Clock(tokens), _Profile(workdir / "profile", t.profile_steps, t.num_steps)
+
+    def save(step: int, state: TrainState, metric: float | None) -> None:
+        extras = {
+            "tokens": tokens, "data": _of_all_processes(batches.get_state()),
+            "records": data.records,
+        }  # fmt: skip
+        store.save(step, state, extras, metric=metric)
+        clock.spent_on("checkpoint")
+
     # However the loop ends, a save under way is completed and the metrics are on disk.
-    with closing(store), closing(writer), closing(progress), closing(batches):
+    with closing(store), closing(writer), closing(progress), closing(batches), closing(profile):
         for step in range(start + 1, t.num_steps + 1):
-            if t.profile_steps and step == t.profile_steps[0]:
-                jax.profiler.start_trace(str(workdir / "profile"))
+            profile.before(step)
             clock.spent_on("step")
             rows = next(batches)
             clock.spent_on("data")
@@ -165,7 +184,7 @@ def _train(
             saving = _due(step, t.checkpoint_every, t.num_steps) or stopping
             sampling = sample and _due(step, t.sample_every, t.num_steps) and not stopping
             testing = suites and _due(step, config.evaluation.every, t.num_steps) and not stopping
-            profiled = bool(t.profile_steps) and step == t.profile_steps[1]
+            profiled = profile.ends_at(step)
             looking = evaluating or saving or sampling or testing or profiled
             while len(unsettled) > (0 if looking else ahead):
                 done, metrics, batch, read = unsettled.popleft()
@@ -192,11 +211,19 @@ def _train(
                     speed = values["tokens_per_second"]
                     progress.update(done, loss=values["loss"], tokens_per_second=speed)
             if profiled:
-                jax.profiler.stop_trace()
+                profile.close()
             clock.spent_on("step")
-            scores = evaluate(program.graph, state.params) if evaluating else {}
+            # What the step has learnt is saved before anything that may fail.
+            try:
+                scores = evaluate(program.graph, state.params) if evaluating else {}
+            except Exception:
+                if saving and jax.process_count() == 1:  # others might not have failed
+                    save(step, state, None)
+                raise
             if scores:
                 writer.write(step, scores | clock.taken("evaluation"))
+            if saving:
+                save(step, state, scores.get("eval_ce"))
             if suites and testing:
                 with no_mesh():  # as below; what divides over the mesh sets it itself
                     tested = suites(nnx.merge(program.graph, state.params))
@@ -205,10 +232,6 @@ def _train(
                 with no_mesh():  # a few rows of text do not divide over the mesh
                     writer.write_samples(step, sample(nnx.merge(program.graph, state.params)))
                 clock.spent_on("samples")
-            if saving:
-                extras = {"tokens": tokens, "data": _of_all_processes(batches.get_state())}
-                store.save(step, state, extras, metric=scores.get("eval_ce"))
-                clock.spent_on("checkpoint")
             if evaluating or saving or testing:
                 if jax.process_index() == 0:
                     report()
@@ -223,12 +246,46 @@ def _of_all_processes(shards: dict[str, Any]) -> dict[str, Any]:
     return {shard: state for states in exchange(shards) for shard, state in states.items()}
 
 
+@contextlib.contextmanager
+def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds a work directory: of two runs in it each would delete what the other saves.
+
+    The lock goes with the process, however that ends.
+    """
+    lock, taken = None, False
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / "lock").open("w")
+        try:
+            import fcntl  # which Windows does not have
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+        except (ImportError, OSError) as error:
+            logging.warning("%s cannot be locked (%s); start no other run in it", workdir, error)
+    try:
+        if any(exchange(taken)):
+            raise ValueError(
+                f"Another process is training in {workdir}; wait for it, stop it, or choose "
+                "another --workdir"
+            )
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _has_steps(workdir: pathlib.Path) -> bool:
+    """Whether a run has saved anything there, good or damaged."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
 def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Writes the config at the first run; later ones may differ from it in a few keys only."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Writes the config; where there are checkpoints, it may differ in a few keys only."""
     path = workdir / "config.json"
     if jax.process_index() == 0:
-        if path.exists():
+        if path.exists() and _has_steps(workdir):
             config.check_resumable_from(json.loads(path.read_text()))
         beside = workdir / "config.json.tmp"
         beside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
@@ -274,8 +331,8 @@ def _report(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
             named_leaves(state), mesh.shape, max_replicated=config.mesh.max_replicated
         )
         logging.info("Where the training state lies:\n%s", layout)
-    used = implementations(config.model, mesh)
-    used |= {"expert products": default_implementation(), "compute": config.precision.compute}
+    compute = config.precision.compute
+    used = {**implementations(config.model, mesh, jnp.dtype(compute)), "compute": compute}
     logging.info("Implementations: %s", "; ".join(f"{of}: {name}" for of, name in used.items()))
 
 
@@ -307,6 +364,30 @@ def _non_finite(
         f"The loss or its gradient is not finite at step {step} (loss {values['loss']}, gradient "
         f"norm {values['grad_norm']}). The first to be so is {bad}. {left}"
     )
+
+
+class _Profile:
+    """The trace of the steps from `steps[0]` to `steps[1]`, of those that this process takes."""
+
+    def __init__(self, directory: pathlib.Path, steps: tuple[int, ...], last: int):
+        self._directory, self._tracing = directory, False
+        self._first, self._last = (steps[0], min(steps[1], last)) if steps else (0, -1)
+
+    def before(self, step: int) -> None:
+        """Begins where a step is the first to be traced."""
+        if not self._tracing and self._first <= step <= self._last:
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+
+    def ends_at(self, step: int) -> bool:
+        """Whether a step is the last to be traced."""
+        return self._tracing and step == self._last
+
+    def close(self) -> None:
+        """Writes what was traced, if there is any and it has not been done."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
 
 
 class _Clock:

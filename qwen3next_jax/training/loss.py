@@ -50,6 +50,10 @@ def loss(
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The loss of one batch or micro-batch, and its terms.
 
+        (value, metrics), grads = nnx.value_and_grad(lambda m: loss(m, batch), has_aux=True)(model)
+
+    NNX differentiates no function that has options, hence the lambda.
+
     Args:
       model: its config gives the coefficient of the balance loss, `router_aux_loss_coef`.
       batch: tokens, targets, loss_weights, segment_ids, positions, each [B, T].
@@ -65,6 +69,9 @@ def loss(
     Returns:
       The loss, and the metrics ce, mtp_ce, balance_loss, router_z_loss, dropped_assignments (those
       the model has) and assignments [L, E], the earlier ones included. All float32.
+
+    Raises:
+      ValueError: for an unknown `balance_scope`.
     """
     if balance_scope not in ("global", "micro_batch", "sequence"):
         raise ValueError(

@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     """All that a step changes."""
 
     step: Int[Array, ""]  # steps taken
-    halted: Bool[Array, ""]  # a loss or gradient was not finite; `step` was not taken
+    halted: Bool[Array, ""]  # something was not finite or overflowed; `step` was not taken
     params: nnx.State
     opt_state: Any
 
@@ -93,7 +93,7 @@ def make_gradients(
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
             routed = sum(sparse for _, sparse in config.model.layers)
-            routed += config.model.num_experts > 0 and steps > 0
+            routed += config.model.mtp_layer[1] and steps > 0
             no_loads = jnp.zeros((routed, config.model.num_experts)) if routed else None
             (grads, assignments), metrics = jax.lax.scan(
                 accumulate, (zeros, no_loads), micro_batches

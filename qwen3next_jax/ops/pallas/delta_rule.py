@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.platform import platform
 
-CHUNK = 64
+CHUNK = 64  # tokens that the rule works on at a time
 _BLOCK = 16  # rows of L inverted by substitution
 _LANES = 128
 _HEADS = 2  # key heads of a program: their chains of products hide one another's latency

@@ -67,7 +67,7 @@ def expert_mlp(
       weights: of each row, float32.
       gate_up, down: each expert's matrices, in rows' dtype; G beside U.
       group_sizes: rows of each expert.
-      expected_rows: how many rows are likely to belong to an expert, for the costs stated.
+      expected_rows: how many rows are likely to come, of all experts together; for the costs.
     """
     return _forward(rows, weights, gate_up, down, group_sizes, expected_rows)
 
