@@ -88,6 +88,7 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(suite: str) -> None:
     from qwen3next_jax.checkpoint.load import checkpoint_config, find_checkpoint, load_checkpoint
+    from qwen3next_jax.command import write_whole
     from qwen3next_jax.config import MeshConfig
     from qwen3next_jax.data.tokenizer import check_vocabulary, load_tokenizer
     from qwen3next_jax.evaluation.evaluator import Evaluator
@@ -136,11 +137,8 @@ def _evaluate(suite: str) -> None:
             "results": results,
             **({"cells": results["cells"]} if "cells" in results else {}),
         }
-        output = pathlib.Path(_OUTPUT.value)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_name(f".{output.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(report, indent=1, default=str) + "\n")
-        unfinished.replace(output)
+        text = json.dumps(report, indent=1, default=str) + "\n"
+        write_whole(pathlib.Path(_OUTPUT.value), text)
 
 
 def _options() -> "EvaluationConfig":

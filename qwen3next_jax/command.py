@@ -1,4 +1,4 @@
-"""What the command lines have in common."""
+"""What the command lines have in common: how errors are told, and where and how files are kept."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 _OURS = pathlib.Path(__file__).parents[1]
 
@@ -45,3 +46,16 @@ def keep_compiled_programs() -> None:
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+
+
+def write_whole(path: Any, content: str | bytes) -> None:
+    """Writes a file that appears whole or not at all.
+
+    Args:
+      path: a pathlib.Path, or an epath.Path that may lie in the cloud.
+      content: text is written as UTF-8.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.parent / f".{path.name}.{os.getpid()}"
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    unfinished.replace(path)

@@ -1,7 +1,8 @@
 import pytest
 
+from qwen3next_jax.plan.chips import CHIPS, Chip
 from qwen3next_jax.plan.hlo import estimate
-from qwen3next_jax.plan.tpu import CHIPS, Chip, parse_topology
+from qwen3next_jax.plan.tpu import parse_topology
 
 CHIP = Chip(
     flops=1e9, hbm=1e9, hbm_bandwidth=1e9, ici_bandwidth=1e6, clock=1e6, dimensions=2

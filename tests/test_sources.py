@@ -22,9 +22,10 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
+from qwen3next_jax.config import _SOURCES
 from qwen3next_jax.data.files import BadFileError
 from qwen3next_jax.data.holdout import split
-from qwen3next_jax.data.sources import BadRecordError, open_source
+from qwen3next_jax.data.sources import SOURCES, BadRecordError, open_source
 
 ODD = "\ttab\r\nCRLF, naïve ▁ 日本語, no end of line"
 TEXTS = [f"text {i}, {'x' * (i * 37 % 200)}\n" for i in range(39)] + [ODD]
@@ -38,6 +39,10 @@ def cache(tmp_path, monkeypatch):
 
 def texts_of(records):
     return [records[i].text for i in range(len(records))]
+
+
+def test_a_config_may_name_every_source():
+    assert set(_SOURCES) == set(SOURCES)
 
 
 @pytest.mark.parametrize("kind", corpora.WRITTEN)

@@ -7,7 +7,7 @@ from tpu_program import compiled
 
 from qwen3next_jax.ops import attention, gated_delta_rule
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp
-from qwen3next_jax.plan import tpu
+from qwen3next_jax.plan.chips import CHIPS
 from qwen3next_jax.plan.hlo import estimate
 
 
@@ -52,7 +52,7 @@ def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chun
         delta_rule_gradients, topology,
         (keys, dtype), (keys, dtype), (values, dtype), gates, gates, ((1, tokens), jnp.int32),
     )  # fmt: skip
-    costs = estimate(program.as_text(), tpu.CHIPS["v5p"])
+    costs = estimate(program.as_text(), CHIPS["v5p"])
     assert costs.kernel_seconds > 0
     assert not costs.uncosted
     size = jnp.dtype(dtype).itemsize
@@ -70,7 +70,7 @@ def test_attention_compiles_for_a_tpu_and_holds_no_scores(topology, tokens):
         attention_gradients, topology,
         *((x, jnp.bfloat16) for x in (q, kv, kv)), ((1, tokens), jnp.int32),
     )  # fmt: skip
-    costs = estimate(program.as_text(), tpu.CHIPS["v5p"])
+    costs = estimate(program.as_text(), CHIPS["v5p"])
     assert costs.kernel_seconds > 0
     assert not costs.uncosted
     # Queries, outputs, their gradients and copies; float32 norms of 128 lanes.
@@ -86,7 +86,7 @@ def test_experts_compile_for_a_tpu_and_hold_nothing_between_their_products(topol
         ((R, D), jnp.bfloat16), ((R,), jnp.float32),
         ((E, D, 2 * F), jnp.bfloat16), ((E, F, D), jnp.bfloat16), ((E,), jnp.int32),
     )  # fmt: skip
-    costs = estimate(program.as_text(), tpu.CHIPS["v5p"])
+    costs = estimate(program.as_text(), CHIPS["v5p"])
     assert costs.kernel_seconds > 0
     assert not costs.uncosted
     # The gradient of what they give, a copy of rows in the layout of the kernels, and of what comes

@@ -24,14 +24,12 @@ from jax.sharding import Mesh
 from qwen3next_jax.checkpoint import safetensors_files
 from qwen3next_jax.checkpoint.tensor_table import Layout, TensorTable
 from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.data.tokenizer import BESIDE
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.mesh import parameter_shardings
 
 # What stands beside the weights and goes where they go.
-COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+COMPANIONS = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", *BESIDE)
 EXPERT_LAYOUTS = {"per_expert": (), "fused": ("model", "mtp")}
 _ARCHITECTURES = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -153,7 +151,7 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
     params = parameters_by_path(nnx.state(model, nnx.Param))
     table = _table(model.config, Layout.of(tensors, model.config), params)
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
-    problems = _misfits(table, {name: x.shape for name, x in arrays.items()})
+    problems = misfits(table.shapes, {name: x.shape for name, x in arrays.items()})
     if problems:
         raise ValueError("The tensors do not fit the config:\n  " + "\n  ".join(problems))
     for path, param in params.items():
@@ -197,7 +195,7 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
     layout = Layout.of([*stored, *lost], config)
     table = _table(config, layout, abstract_parameters(config))
     if stored or not problems:
-        problems += _misfits(table, {name: s.shape for name, s in stored.items()}, lost)
+        problems += misfits(table.shapes, {name: s.shape for name, s in stored.items()}, lost)
     dtypes = {}
     for path in table.parameters:
         found = {stored[name].dtype for name in table.tensors_of(path) if name in stored}
@@ -344,11 +342,15 @@ def build_model(
     else:
         placed = parameters_by_path(parameter_shardings(params, mesh))
         shardings = {path: param.get_value() for path, param in placed.items()}
-    filled = [
-        (path, param.replace(value("/".join(map(str, path)), shardings["/".join(map(str, path))])))
-        for path, param in nnx.to_flat_state(params)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    return nnx.merge(graph, filled(params, lambda path, _: value(path, shardings[path])))
+
+
+def filled(params: nnx.State, value: Callable[[str, Any], jax.Array]) -> nnx.State:
+    """The state whose parameters are what `value` makes of their paths and descriptions."""
+    found = []
+    for path, param in nnx.to_flat_state(params):
+        found.append((path, param.replace(value("/".join(map(str, path)), param.get_value()))))
+    return nnx.from_flat_state(found)
 
 
 def abstract_parameters(config: ModelConfig) -> dict[str, nnx.Param]:
@@ -431,21 +433,19 @@ def _table(config: ModelConfig, layout: Layout, parameters: Mapping[str, Any]) -
     return TensorTable(config, layout, {path: tuple(p.shape) for path, p in parameters.items()})
 
 
-def _misfits(
-    table: TensorTable, shapes: Mapping[str, tuple[int, ...]], lost: Collection[str] = ()
+def misfits(
+    wanted: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    lost: Collection[str] = (),
 ) -> list[str]:
-    """What differs between the tensors there are and those of the table, but for lost ones."""
+    """What differs between the arrays there are and those that are wanted, but for lost ones."""
     known = {*shapes, *lost}
-    problems = [
-        f"missing: {name} {list(s)}" for name, s in table.shapes.items() if name not in known
-    ]
+    problems = [f"missing: {name} {list(s)}" for name, s in wanted.items() if name not in known]
     for name, shape in shapes.items():
-        if name not in table.shapes:
+        if name not in wanted:
             problems.append(f"unexpected: {name} {list(shape)}")
-        elif tuple(shape) != table.shapes[name]:
-            problems.append(
-                f"wrong shape: {name} is {list(shape)}, expected {list(table.shapes[name])}"
-            )
+        elif tuple(shape) != wanted[name]:
+            problems.append(f"wrong shape: {name} is {list(shape)}, expected {list(wanted[name])}")
     return problems
 
 

@@ -22,7 +22,9 @@ from qwen3next_jax.checkpoint.hugging_face import (
     build_model,
     cast,
     describe_hf,
+    filled,
     load_hf,
+    misfits,
     open_hf,
     read_parameter,
 )
@@ -109,7 +111,7 @@ def load_parameters(
     if ours is None:
         hf = open_hf(pathlib.Path(path))
         _check_same_model(config, hf.config, path)
-        return _fill(wanted, lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
+        return filled(wanted, lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
     _check_same_model(config, ours.config, path)
 
     def read(store: CheckpointStore, step: int) -> nnx.State:
@@ -119,7 +121,7 @@ def load_parameters(
             there = jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=x.sharding)
             return _restore_parameter(store, step, name, there, x.dtype)
 
-        return _fill(wanted, value)
+        return filled(wanted, value)
 
     return from_step(ours, read)
 
@@ -194,15 +196,7 @@ def stored_parameters(
     arrays, _ = store.describe(step)
     found = {n.removeprefix("params/"): x for n, x in arrays.items() if n.startswith("params/")}
     wanted = {path: tuple(p.shape) for path, p in abstract_parameters(config).items()}
-    problems = [f"missing: {path} {list(shape)}" for path, shape in wanted.items()
-                if path not in found]  # fmt: skip
-    for path, x in found.items():
-        if path not in wanted:
-            problems.append(f"unexpected: {path} {list(x.shape)}")
-        elif x.shape != wanted[path]:
-            problems.append(
-                f"wrong shape: {path} is {list(x.shape)}, expected {list(wanted[path])}"
-            )
+    problems = misfits(wanted, {path: x.shape for path, x in found.items()})
     if problems:
         raise ValueError(
             f"{store.directory / str(step)} does not fit its config.json:\n  "
@@ -249,15 +243,6 @@ def _check_same_model(
             f"{path} holds another model than the run's config describes:\n  "
             + "\n  ".join(differing)
         )
-
-
-def _fill(wanted: nnx.State, value: Callable[[str, jax.ShapeDtypeStruct], jax.Array]) -> nnx.State:
-    """The state whose parameters are what `value` makes of their paths and descriptions."""
-    filled = []
-    for path, param in nnx.to_flat_state(wanted):
-        name = "/".join(map(str, path))
-        filled.append((path, param.replace(value(name, param.get_value()))))
-    return nnx.from_flat_state(filled)
 
 
 def _restore_parameter(

@@ -35,6 +35,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
+from qwen3next_jax.command import write_whole
 from qwen3next_jax.data.documents import tokenized
 from qwen3next_jax.data.files import import_extra, size_and_time
 from qwen3next_jax.data.globs import fixed_folder, matching_files
@@ -360,9 +361,7 @@ def _manifest(
 
 
 def _write_json(path: epath.Path, content: Any) -> None:
-    unfinished = path.parent / f".{path.name}.{os.getpid()}"
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

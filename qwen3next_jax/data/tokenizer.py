@@ -28,6 +28,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
+from qwen3next_jax.command import write_whole
 from qwen3next_jax.data.chat import load_chat_template
 
 _SPACE = "▁"
@@ -376,7 +377,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         raise ValueError(_explain(str(error), vocab_size, len(texts))) from error
-    _write_whole(epath.Path(path), model.content)
+    write_whole(epath.Path(path), model.content)
     return SentencePieceTokenizer(path)
 
 
@@ -401,7 +402,7 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
     folder = epath.Path(directory)
     kind = "tokenizer.json" if isinstance(tokenizer, HuggingFaceTokenizer) else "tokenizer.model"
     contents = {kind: tokenizer.path.read_bytes()}
-    for name in _BESIDE:
+    for name in BESIDE:
         if (file := tokenizer.path.parent / name).exists():
             contents[name] = file.read_bytes()
     with contextlib.suppress(FileNotFoundError):
@@ -420,10 +421,10 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
             )
     for name, content in contents.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != content:
-            _write_whole(folder / name, content)
+            write_whole(folder / name, content)
 
 
-_BESIDE = (
+BESIDE = (
     "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
@@ -462,13 +463,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"The tokenizer has {tokenizer.vocab_size} tokens but model.vocab_size={vocab_size}; "
             f"set model.vocab_size to {tokenizer.vocab_size} or more, or choose another tokenizer"
         )
-
-
-def _write_whole(path: epath.Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}.{os.getpid()}"
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:

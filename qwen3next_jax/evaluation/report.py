@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qwen3next_jax.command import write_whole
+
 _CURVE_SPANS = 400  # at least, once there are as many; twice as many at most
 _MAP_SPANS = 64
 _SAMPLES = 12  # checkpoints whose samples are shown, the first and the last among them
@@ -247,9 +249,7 @@ class Report:
         # Inside a script, JSON must not hold the end of one.
         page = page.replace("<title>Report<", f"<title>{html.escape(title)}<")
         page = page.replace(">DATA<", ">" + text.replace("<", "\\u003c") + "<")
-        beside = self._output.with_name(self._output.name + ".tmp")
-        beside.write_text(page)
-        beside.replace(self._output)
+        write_whole(self._output, page)
 
 
 def _page(runs: list[Run], title: str) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
+from qwen3next_jax.ops.pallas.fresh_rows import fresh_rows
 from qwen3next_jax.ops.platform import platform
 
 Compute = Callable[[Float[Array, "R D"], Float[Array, "R"], Int[Array, "E"]], Float[Array, "R D"]]
@@ -287,8 +287,8 @@ def _follow(starts, sizes, there, *, size, none):
 def _send(rows, route, given):
     """Rows sorted by expert to the devices of their experts, and there in that order again."""
     if given.exchange == "ragged":
-        came = route.first, route.sent, route.place, route.came
-        return _ragged(rows, _fresh(given.places, rows), came, given.axis)
+        there = route.first, route.sent, route.place, route.came
+        return _ragged(rows, fresh_rows(given.places, rows), there, given.axis)
     padded = _pad(rows, route.first[:, 0], route.sent.sum(1), given.most)
     padded = _all_to_all(padded, given.axis)
     source, row = jnp.divmod(route.origin, given.rows)
@@ -305,7 +305,7 @@ def _return(rows, route, given):
     """
     if given.exchange == "ragged":
         back = route.start, route.came, route.origin_first, route.sent
-        fresh = _fresh(given.rows + 1, rows).at[-1].set(0)
+        fresh = fresh_rows(given.rows + 1, rows).at[-1].set(0)
         return _ragged(rows, fresh, back, given.axis)
     n = len(route.came)
     slot = jnp.arange(n)[:, None] * given.most + _starts(route.came, axis=1)
@@ -324,20 +324,6 @@ _return.defvjp(
     lambda received, route, given: (_return(received, route, given), route),
     lambda given, route, d_rows: (_send(d_rows, route, given), None),
 )
-
-
-def _fresh(size, rows):
-    """As many rows; whatever is not written is not read. On a TPU, zeros would cost their price."""
-    shape = jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype)
-    if platform() != "tpu":
-        return jnp.zeros(shape.shape, shape.dtype)
-    # A kernel that writes nothing. It is given rows, so that it belongs to their layer: what hangs
-    # on no layer, as `jax.lax.empty`, is taken out of the loop over layers and copied in each.
-    where = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
-        lambda rows, fresh: None, shape, in_specs=[where], out_specs=where, name="fresh_rows",
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0),
-    )(rows)  # fmt: skip
 
 
 def _ragged(rows, out, moves, axis):

@@ -20,6 +20,7 @@ from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import LINEAR, ModelConfig, RunConfig
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
+from qwen3next_jax.plan.chips import Chip
 
 # Parts of the model, by what their parameters' names contain; the first match counts.
 _PARTS = (
@@ -343,7 +344,7 @@ def serving_bytes(config: ModelConfig) -> tuple[int, int]:
 
 
 def step_seconds(
-    config: RunConfig, params: Sequence[Weight], mesh: Mapping[str, int], chip: Any
+    config: RunConfig, params: Sequence[Weight], mesh: Mapping[str, int], chip: Chip
 ) -> tuple[float, float]:
     """A guess at a step's time, with all communication hidden and with none.
 

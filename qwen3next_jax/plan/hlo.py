@@ -17,7 +17,8 @@ once and are listed too.
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from typing import Any
+
+from qwen3next_jax.plan.chips import Chip
 
 _WIDTHS = {
     "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
@@ -55,12 +56,12 @@ class Estimate:
         return max(compute, self.collective_seconds), compute + self.collective_seconds
 
 
-def estimate(text: str, chip: Any) -> Estimate:
+def estimate(text: str, chip: Chip) -> Estimate:
     """Reads a program.
 
     Args:
       text: of the optimised program, `compiled.as_text()`.
-      chip: its flops, hbm_bandwidth, ici_bandwidth and clock.
+      chip: what it runs on.
     """
     computations, entry = _computations(text)
     runs, unknown = _runs(computations, entry)

@@ -14,6 +14,7 @@ from qwen3next_jax.config import REMAT, RunConfig
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import AXES
 from qwen3next_jax.plan import costs
+from qwen3next_jax.plan.chips import Chip
 
 
 class Layout(NamedTuple):
@@ -32,7 +33,7 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 
 
 def rank(
-    config: RunConfig, params: nnx.State, chip: Any, places: int, *, optimizer_width: float
+    config: RunConfig, params: nnx.State, chip: Chip, places: int, *, optimizer_width: float
 ) -> list[Layout]:
     """All meshes and choices of `train.remat` that fit, the fastest first.
 

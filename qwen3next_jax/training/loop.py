@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
 from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
+from qwen3next_jax.command import write_whole
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.pipeline import (
     Data,
@@ -287,9 +288,7 @@ def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         if path.exists() and _has_steps(workdir):
             config.check_resumable_from(json.loads(path.read_text()))
-        beside = workdir / "config.json.tmp"
-        beside.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        beside.replace(path)
+        write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
     require_shared(path)
 
 
