@@ -92,7 +92,7 @@ def test_a_sparse_layer_by_them_is_the_one_by_grouped_products(monkeypatch):
 
     want = quick_jit(run)(params, x)
     for module in (moe, op):
-        monkeypatch.setattr(module, "default_implementation", lambda: "pallas")
+        monkeypatch.setattr(module, "default_implementation", lambda *_: "pallas")
     monkeypatch.setattr(op, "grouped_matmul", None)  # not called
     got = quick_jit(lambda *args: run(*args))(params, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -249,7 +249,7 @@ def test_flags_that_make_no_sense_are_refused(run, arguments, message):
 def test_a_tokenizer_of_another_model_is_refused_before_the_model_is_read(hf_directory, run):
     (hf_directory / "config.json").write_text(json.dumps(SMALL))
     script = Script([])
-    with pytest.raises(ValueError, match=r"but model\.vocab_size=61"):
+    with pytest.raises(SystemExit, match=r"error: .* but model\.vocab_size=61"):
         run(script, f"--checkpoint={hf_directory}")
     assert not script.asked
 
