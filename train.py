@@ -70,7 +70,7 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
     from qwen3next_jax.evaluation.samples import samples
     from qwen3next_jax.evaluation.suites import check_suites, suites_in_training
     from qwen3next_jax.parallel.processes import process_0_first
-    from qwen3next_jax.training.loop import Stopped, train
+    from qwen3next_jax.training.loop import Stopped, begin_anew, has_steps, train
 
     check_suites(config.evaluation.suites, config.evaluation)
     name = os.path.splitext(
@@ -79,11 +79,12 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
     workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", name))
     workdir.mkdir(parents=True, exist_ok=True)
     with process_0_first():  # it may train the tokenizer
+        begin_anew(config, workdir)
         data = load_data(
             **dataclasses.asdict(config.data),
             vocab_size=config.model.vocab_size,
             trained_tokenizer=workdir / "tokenizer.model",
-            given_weights=config.train.initial_checkpoint,
+            given_weights="" if has_steps(workdir) else config.train.initial_checkpoint,
         )
         keep_tokenizer(data.tokenizer, workdir)
     logging.info(

@@ -8,30 +8,34 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-_OURS = pathlib.Path(__file__).parents[1]
+_PACKAGE = pathlib.Path(__file__).parent
 
 
 @contextlib.contextmanager
-def told_errors() -> Iterator[None]:
-    """Ends with an error's message alone where our own code raised it, on purpose.
+def told_errors(after: str = "") -> Iterator[None]:
+    """Ends with an error's message alone where our own code, or the machine, raised it on purpose.
 
-    Such a message says what was given and a way out, which a traceback would bury. Of any other
-    error the traceback is what helps.
+    Such a message says what was given and a way out, or what the disk lacks, which a traceback
+    would bury. Of any other error the traceback is what helps.
+
+    Args:
+      after: what to say behind it, of what was or was not done.
     """
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if not _is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+        # One of ours may come from another process, with the traceback of that left behind.
+        told = isinstance(error, OSError) or type(error).__module__.startswith(_PACKAGE.name)
+        if not told and not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" + (f"\n{after}" if after else ""))
 
 
-def _is_ours(frame: traceback.FrameSummary) -> bool:
-    """Whether this is a `raise` of ours."""
-    file = pathlib.Path(frame.filename)
-    if not file.is_relative_to(_OURS) or "site-packages" in file.relative_to(_OURS).parts:
-        return False
-    return (frame.line or "").startswith("raise ")
+def is_ours(frame: traceback.FrameSummary) -> bool:
+    """Whether this is a `raise` in the package, a command's file or a config beside it."""
+    file, root = pathlib.Path(frame.filename), _PACKAGE.parent
+    places = (_PACKAGE, root / "train.py", root / "eval.py", root / "configs")
+    return any(map(file.is_relative_to, places)) and (frame.line or "").startswith("raise ")
 
 
 def cache_folder() -> pathlib.Path:

@@ -22,13 +22,9 @@ import jax
 
 from qwen3next_jax.checkpoint import hugging_face as hf
 from qwen3next_jax.checkpoint.load import find_checkpoint, from_step, stored_parameters
-from qwen3next_jax.checkpoint.store import (
-    CheckpointStore,
-    DamagedCheckpointError,
-    Streamed,
-    save_streamed,
-)
+from qwen3next_jax.checkpoint.store import CheckpointStore, Streamed, save_streamed
 from qwen3next_jax.checkpoint.tensor_table import Layout
+from qwen3next_jax.command import told_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,10 +50,8 @@ def main(argv: list[str] | None = None) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # no accelerator is needed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated; nothing was written."))
-    try:
+    with told_errors("Nothing was written."):
         run(**args)
-    except (ValueError, OSError, DamagedCheckpointError) as error:
-        sys.exit(f"{error}\nNothing was written.")
     print(f"Wrote {args['dst']}")
 
 

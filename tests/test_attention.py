@@ -1,6 +1,7 @@
 """Attention against PyTorch's in float64: values, gradients, blocks, slots."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,21 @@ def test_queries_see_the_filled_slots_of_a_cache_and_new_tokens_up_to_their_own(
         cached_k=cached_k.transpose(0, 2, 3, 1), cached_v=cached_v.swapaxes(1, 2),
     )  # fmt: skip
     np.testing.assert_allclose(out, whole[row, own], atol=2e-6)  # float32 sums, reordered
+
+
+def test_a_cache_is_read_in_float32_where_double_precision_is_allowed():
+    with jax.enable_x64(True):
+        q = jnp.zeros((1, 64, 4, 16), jnp.float32)
+        cached = jnp.zeros((1, 2, 16, 1024), jnp.float32)
+        text = str(
+            jax.make_jaxpr(
+                lambda q, k, c, n: cached_attention(
+                    q, k, k, cached_k=c, cached_v=c.swapaxes(2, 3), lengths=n
+                )
+            )(q, q[:, :, :2], cached, jnp.zeros(1, jnp.int32))
+        )
+    assert "while" in text
+    assert not re.search(r"f64\[\d", text)  # numbers may be
 
 
 def test_memory_of_layers_in_a_scan_grows_with_tokens_not_with_pairs_of_them():

@@ -10,11 +10,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 from split_ops import MESHES, meshes
 
 from qwen3next_jax.parallel import context
+from qwen3next_jax.plan.search import abstract_mesh
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -109,10 +111,26 @@ def test_tokens_that_cannot_be_split_are_refused_with_choices(tokens, options, m
         context._check_tokens(tokens, 8, **options)
 
 
-def test_rows_that_cannot_be_split_are_refused_with_choices():
-    sizes = dict(data=2, fsdp=2, expert=1, context=1, tensor=1)
-    with pytest.raises(ValueError, match="batch=3 is not divisible by the mesh's data=2 x fsdp=2"):
-        context._check_rows(jnp.zeros((3, 8)), sizes)
+def rows_of_attention(x):
+    return context.attention(x, x, x)
+
+
+def rows_of_delta_rule(x):
+    return context.gated_delta_rule(x, x, x, log_decay=-x[..., 0], beta=x[..., 0])
+
+
+def rows_of_conv(x):
+    return context.causal_conv(x, jnp.ones((4, 4, 8)))
+
+
+@pytest.mark.parametrize("op", [rows_of_attention, rows_of_delta_rule, rows_of_conv])
+def test_rows_that_cannot_be_split_are_refused_with_choices(op):
+    mesh = abstract_mesh(dict(data=2, fsdp=2, expert=1, context=1, tensor=1))
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match="batch=3 is not divisible by the mesh's data=2 x fsdp=2"),
+    ):
+        op(jnp.ones((3, 64, 4, 8)))
 
 
 def test_implementations_that_need_whole_rows_are_refused_where_they_are_split():

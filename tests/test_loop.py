@@ -283,6 +283,22 @@ def test_a_run_that_never_trained_may_begin_otherwise(corpus, tmp_path, monkeypa
         run(small_config(corpus), tmp_path)
 
 
+def test_a_tokenizer_is_made_anew_for_other_texts_while_nothing_is_saved(corpus, tmp_path):
+    config = small_config(corpus)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    kept = tmp_path / "tokenizer.model"
+    kept.write_text("made of these texts")
+    loop.begin_anew(small_config(corpus, train__global_batch_size=4), tmp_path)
+    assert kept.exists()
+    other = small_config(corpus, data__holdout_fraction=0.3)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    loop.begin_anew(other, tmp_path)
+    assert kept.exists()
+    (tmp_path / "checkpoints" / "1").rmdir()
+    loop.begin_anew(other, tmp_path)
+    assert not kept.exists()
+
+
 def test_a_run_stopped_while_it_is_traced_goes_on(corpus, tmp_path, monkeypatch):
     traced = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: traced.append("start"))

@@ -260,10 +260,11 @@ BAD_LINES = [
 ]
 
 
-def test_messages_written_as_text_are_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": '[{"role": "user"}]'}))
-    source = open_source("jsonl", f"{tmp_path}/a.jsonl", field="messages")
-    with pytest.raises(BadRecordError, match=r"field 'messages' is .* a list of messages"):
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_messages_written_as_text_are_refused(field, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({field: '[{"role": "user"}]'}))
+    source = open_source("jsonl", f"{tmp_path}/a.jsonl", field=field)
+    with pytest.raises(BadRecordError, match=rf"field '{field}' is .* a list of messages"):
         source[0]
 
 

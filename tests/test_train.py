@@ -6,12 +6,14 @@ import pathlib
 import re
 import subprocess
 import sys
+import traceback
 
 import corpora
 import jax.numpy as jnp
 import pytest
 from test_pipeline import make_texts
 
+from qwen3next_jax import command
 from qwen3next_jax.checkpoint.load import load_checkpoint
 from qwen3next_jax.command import told_errors
 from qwen3next_jax.config import RunConfig
@@ -53,6 +55,10 @@ def test_a_mistake_is_told_without_a_traceback_and_a_bug_with_one(tmp_path, caps
     )
     with pytest.raises(ValueError, match="could not convert"), told_errors():
         float("x")
+    beside = pathlib.Path(command.__file__).parents[1] / "jax" / "core.py"
+    for file, ours in ((command.__file__, True), (ROOT / "train.py", True), (beside, False)):
+        frame = traceback.FrameSummary(str(file), 1, "f", line="raise ValueError('x')")
+        assert command.is_ours(frame) is ours
     result = train("--config.train.num_steps=0", workdir=tmp_path / "run")
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1].strip() == "train.num_steps=0 must be at least 1"

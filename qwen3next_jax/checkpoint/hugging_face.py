@@ -24,12 +24,10 @@ from jax.sharding import Mesh
 from qwen3next_jax.checkpoint import safetensors_files
 from qwen3next_jax.checkpoint.tensor_table import Layout, TensorTable
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.data.tokenizer import BESIDE
+from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.mesh import parameter_shardings
 
-# What stands beside the weights and goes where they go.
-COMPANIONS = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", *BESIDE)
 EXPERT_LAYOUTS = {"per_expert": (), "fused": ("model", "mtp")}
 _ARCHITECTURES = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -42,16 +40,6 @@ class HFCheckpoint(NamedTuple):
     table: TensorTable
     tensors: Mapping[str, np.ndarray]
     dtypes: dict[str, np.dtype]  # of our parameters, by path
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Where a model comes from, for `save_hf`, which takes the tokenizer from there.
-
-    It makes no model another one: what is compiled for one directory's serves another's.
-    """
-
-    directory: pathlib.Path = dataclasses.field(compare=False)
 
 
 def load_hf(
@@ -72,7 +60,7 @@ def load_hf(
       rope_scaling: replaces the config's.
 
     Returns:
-      The model. It has an MTP module where the files hold one.
+      The model. It has an MTP module where the files hold one, and `source`, the directory.
 
     Raises:
       ValueError: names all that is wrong with the directory.
@@ -87,7 +75,9 @@ def load_hf(
         return read_parameter(hf, name, sharding, hf.dtypes[name])
 
     model = build_model(config, value, dtype=hf.dtypes["embed_tokens"], mesh=mesh)
-    model.source = _Source(path.absolute())  # type: ignore[attr-defined]
+    # Not a field of the model: only for `save_hf`, which takes the tokenizer from there. Graphs of
+    # two directories differ by it; if they did not, `nnx.jit` would give one model the other's.
+    model.source = str(path.absolute())  # type: ignore[attr-defined]
     return model
 
 
@@ -125,7 +115,7 @@ def save_hf(
             if shard.replica_id == 0:
                 yield shard.index, np.asarray(shard.data)
 
-    source: _Source | None = getattr(model, "source", None)
+    source = getattr(model, "source", None)
     write_hf(
         pathlib.Path(directory),
         model.config,
@@ -134,7 +124,7 @@ def save_hf(
         dtype=dtype,
         layout=Layout(fused=expert_layouts(expert_layout)),
         max_shard_size=max_shard_size,
-        companions=None if source is None else source.directory,
+        companions=None if source is None else pathlib.Path(source),
     )
 
 
@@ -421,7 +411,7 @@ def copy_companions(source: pathlib.Path | None, directory: pathlib.Path) -> Non
     """Copies the tokenizer files that there are."""
     if source is None:
         return
-    for name in COMPANIONS:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
 

@@ -159,17 +159,17 @@ def load_data(
 
     if source == "prepared":
         tokenizer = tokenizer or path
+    if given_weights and not tokenizer:
+        raise ValueError(
+            f"The weights of train.initial_checkpoint={given_weights!r} have a vocabulary of their "
+            "own, and data.tokenizer='' would train another; give theirs, as "
+            f"--config.data.tokenizer={given_weights}"
+        )
     if tokenizer or epath.Path(trained_tokenizer).exists():
         loaded: Tokenizer = load_tokenizer(
             tokenizer or trained_tokenizer, chat_template=chat_template
         )
     else:
-        if given_weights:
-            raise ValueError(
-                f"The weights of train.initial_checkpoint={given_weights!r} have a vocabulary of "
-                "their own, and data.tokenizer='' would train another; give theirs, as "
-                f"--config.data.tokenizer={given_weights}"
-            )
         logging.info("Training a tokenizer of %d tokens: %s", vocab_size, trained_tokenizer)
         texts = Texts(Chained([part.records for part in train]), on_error=on_error)
         loaded = train_tokenizer(texts, trained_tokenizer, vocab_size=vocab_size)

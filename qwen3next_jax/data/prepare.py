@@ -35,7 +35,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from qwen3next_jax.command import write_whole
+from qwen3next_jax.command import told_errors, write_whole
 from qwen3next_jax.data.documents import tokenized
 from qwen3next_jax.data.files import import_extra, size_and_time
 from qwen3next_jax.data.globs import fixed_folder, matching_files
@@ -106,10 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     run = functools.partial(_in_a_pipeline, options=options) if beam else (
         functools.partial(_in_processes, workers=workers))  # fmt: skip
     start = time.monotonic()
-    try:
+    with told_errors("Shards that are finished stay; the same command goes on from there."):
         manifest = prepare(Job(**args), run)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"{error}\nShards that are finished stay; the same command goes on from there.")
     seconds = time.monotonic() - start
     examples = [example for shard in manifest["shards"] for example in shard["examples"]]
     for example in examples[:_EXAMPLES]:

@@ -13,6 +13,7 @@ held out (`data/holdout.py`).
 import dataclasses
 import errno
 import functools
+import json
 import pathlib
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
@@ -217,7 +218,7 @@ def _record(name: str, value: Any, field: str) -> Record:
     content = value[field]
     if isinstance(content, bytes):
         content = files.decode_utf8(content)
-    if isinstance(content, str) and field != "messages":
+    if isinstance(content, str) and not (field != "text" and _is_chat_as_text(content)):
         return Record(name=name, text=content)
     if isinstance(content, list) and all(isinstance(message, Mapping) for message in content):
         beside = {key: value.get(key) for key in files.BESIDE_MESSAGES}
@@ -225,6 +226,17 @@ def _record(name: str, value: Any, field: str) -> Record:
     raise files.BadValueError(
         f"field {field!r} is {content!r:.80}; expected a string, or a list of messages"
     )
+
+
+def _is_chat_as_text(text: str) -> bool:
+    """Whether this is JSON for the messages of a chat."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return bool(found) and all(isinstance(item, dict) and "role" in item for item in found)
 
 
 def _is_unicode(name: str) -> bool:

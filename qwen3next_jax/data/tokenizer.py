@@ -428,6 +428,7 @@ BESIDE = (
     "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", *BESIDE)
 
 
 def split_stops(tokenizer: Tokenizer, stop: Iterable[str]) -> tuple[list[str], list[int]]:

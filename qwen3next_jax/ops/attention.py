@@ -139,14 +139,8 @@ def cached_attention(
             old_scores = scores(k_block, "bkqh,bkhs->bkqs", mask)
             return _add_block(carry, old_scores, v_block, "bkqs,bksp->bkqp")
 
-        rows = q.shape[:-1]
-        start = (
-            jnp.zeros((*rows, v.shape[-1])),
-            jnp.full(rows, _MASKED, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-        )
         blocks = (lengths.max() + block - 1) // block
-        carry = jax.lax.fori_loop(0, blocks, visit, start)
+        carry = jax.lax.fori_loop(0, blocks, visit, no_pairs(q, v))
         total, _, norm = _add_block(carry, new_scores, v, "bkqt,btkp->bkqp")
         out = total / norm[..., None]
     out = out.astype(v.dtype).reshape(B, K, N // K, T, -1)

@@ -12,13 +12,13 @@ prints one object as the last line.
 import dataclasses
 import json
 import pathlib
-import sys
 from typing import Any
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from qwen3next_jax.command import told_errors
 from qwen3next_jax.config import ModelConfig, RunConfig
 from qwen3next_jax.parallel.mesh import axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
@@ -40,6 +40,7 @@ _YARDSTICK = dict(
 )  # fmt: skip
 
 
+@told_errors()
 def main(argv: list[str]) -> None:
     """Prints the plan."""
     if len(argv) > 1:
@@ -49,21 +50,15 @@ def main(argv: list[str]) -> None:
     if _HLO.value and not _COMPILE.value:
         raise app.UsageError("--hlo needs --compile")
     jax.config.update("jax_platforms", "cpu")  # no device is used, here or elsewhere
-    try:
-        config = RunConfig.from_dict(_CONFIG.value.to_dict())
-        chip, places = tpu.parse_topology(_TOPOLOGY.value)
-        mesh = axis_sizes(config.mesh, places)
-        program = make_program(config, search.abstract_mesh(mesh))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    config = RunConfig.from_dict(_CONFIG.value.to_dict())
+    chip, places = tpu.parse_topology(_TOPOLOGY.value)
+    mesh = axis_sizes(config.mesh, places)
+    program = make_program(config, search.abstract_mesh(mesh))
     result = _arithmetic(config, program, mesh, chip)
-    try:
-        if _SEARCH.value:
-            result["search"] = _search(config, program, chip, places)
-        if _COMPILE.value:
-            result.update(_compiled(config, chip))
-    except (ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    if _SEARCH.value:
+        result["search"] = _search(config, program, chip, places)
+    if _COMPILE.value:
+        result.update(_compiled(config, chip))
     if _JSON.value:
         print(json.dumps(result))
 

@@ -34,6 +34,7 @@ from qwen3next_jax.data.pipeline import (
     input_metrics,
     training_batches,
 )
+from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.context import implementations
 from qwen3next_jax.parallel.layout import describe_layout
@@ -126,7 +127,7 @@ def _train(
     t = config.train
     require_same(config.to_dict())
     # What may be refused comes before the directory is this run's.
-    if t.initial_checkpoint and not _has_steps(workdir):
+    if t.initial_checkpoint and not has_steps(workdir):
         check_same_model(t.initial_checkpoint, config.model)
     program = make_program(config, mesh)
     _keep_config(config, workdir)
@@ -277,7 +278,23 @@ def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
             lock.close()
 
 
-def _has_steps(workdir: pathlib.Path) -> bool:
+def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Removes the tokenizer of a run that never saved anything, if its texts were others.
+
+    Process 0 calls it, before the data is loaded.
+    """
+    path = workdir / "config.json"
+    if jax.process_index() or not path.exists() or has_steps(workdir):
+        return
+    before, now = json.loads(path.read_text()), config.to_dict()
+    if (before.get("data"), before["model"]["vocab_size"]) != (
+        now["data"], now["model"]["vocab_size"]
+    ):  # fmt: skip
+        for name in TOKENIZER_FILES:
+            (workdir / name).unlink(missing_ok=True)
+
+
+def has_steps(workdir: pathlib.Path) -> bool:
     """Whether a run has saved anything there, good or damaged."""
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
@@ -286,7 +303,7 @@ def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes the config; where there are checkpoints, it may differ in a few keys only."""
     path = workdir / "config.json"
     if jax.process_index() == 0:
-        if path.exists() and _has_steps(workdir):
+        if path.exists() and has_steps(workdir):
             config.check_resumable_from(json.loads(path.read_text()))
         write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
     require_shared(path)
