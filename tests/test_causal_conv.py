@@ -48,6 +48,9 @@ def test_a_tail_goes_on_where_the_last_call_stopped():
     whole = causal_conv(x, kernel)
     rest = causal_conv(x[:, 7:], kernel, tail=x[:, 4:7])
     np.testing.assert_array_equal(rest, whole[:, 7:])  # the same products in the same order
+    for length in (0, 4):
+        with pytest.raises(ValueError, match=f"holds {length} inputs; a kernel of 4 taps needs 3"):
+            causal_conv(x, kernel, tail=x[:, :length])
 
 
 def test_bfloat16_is_summed_in_float32():

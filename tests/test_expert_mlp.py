@@ -113,3 +113,6 @@ def test_experts_that_a_tpu_cannot_take_are_known_before_it_tries():
     assert can_compile(2048, 512, bfloat16)
     assert not can_compile(2048, 500, bfloat16)  # not whole vectors
     assert not can_compile(8192, 2048, bfloat16)  # 100 MB of matrices
+    # The compiler was seen to refuse these on a v5p, with 73 and 95 MB of 64.
+    assert not can_compile(2048, 768, bfloat16)
+    assert not can_compile(2048, 384, jnp.dtype("float32"))

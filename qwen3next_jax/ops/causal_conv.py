@@ -27,8 +27,15 @@ def causal_conv(
 
     Returns:
       Outputs in x's dtype; sums are in float32.
+
+    Raises:
+      ValueError: the tail is of another length.
     """
     W, T = kernel.shape[0], x.shape[1]
+    if tail is not None and tail.shape[1] != W - 1:
+        raise ValueError(
+            f"The tail holds {tail.shape[1]} inputs; a kernel of {W} taps needs {W - 1}"
+        )
     padding = [(0, 0)] * (x.ndim - 2)
     if tail is None:
         padded = jnp.pad(x, [(0, 0), (W - 1, 0), *padding])

@@ -94,7 +94,10 @@ def _reference(rows, weights, group_sizes):
     ends = jnp.cumsum(group_sizes)
     index = jnp.arange(len(rows))
     member = (index[:, None] >= ends - group_sizes) & (index[:, None] < ends)
-    return jnp.einsum("rd,edf,re->rf", rows, weights, member.astype(rows.dtype))
+    # What rows of no group hold must not reach the weights' gradients, not even times 0.
+    rows = jnp.where(member.any(1, keepdims=True), rows, 0)
+    out = jnp.einsum("rd,edf,re->rf", rows, weights, member.astype(rows.dtype))
+    return jnp.where(member.any(1, keepdims=True), out, 0)
 
 
 def _ragged(rows, weights, group_sizes):

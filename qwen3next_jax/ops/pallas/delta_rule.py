@@ -36,7 +36,7 @@ CHUNK = 64  # tokens that the rule works on at a time
 _BLOCK = 16  # rows of L inverted by substitution
 _LANES = 128
 _HEADS = 2  # key heads of a program: their chains of products hide one another's latency
-_VMEM_BYTES = 64 * 2**20  # of 96 MiB and more that TPUs since v5p have; the default is 16
+_VMEM_BYTES = 64 * 2**20  # what a v5p has, and all since; the default is 16
 _OUT = -1e30  # an exponent whose exp is 0
 
 
