@@ -176,9 +176,9 @@ def _domains(
         raise app.UsageError(
             "Which text? Give --data=SOURCE:PATH, --data=jsonl:/corpus/*.jsonl say, or stdlib"
         )
-    data = load_data(
-        **run["data"], vocab_size=vocab_size, trained_tokenizer=workdir / "tokenizer.model"
-    )
+    # The tokenizer that travelled with the run, wherever it came from.
+    kept = {**run["data"], "tokenizer": _TOKENIZER.value or str(workdir), "chat_template": ""}
+    data = load_data(**kept, vocab_size=vocab_size, trained_tokenizer=workdir / "tokenizer.model")
     return data.held_out_parts
 
 

@@ -625,6 +625,7 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     }  # fmt: skip
     unit = ("data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
             "mesh.max_replicated")  # fmt: skip
+    below_one = ("optimizer.b1", "optimizer.b2")
     flat = _flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})
     for key, allowed in choices.items():
         if flat[key] not in allowed:
@@ -635,6 +636,11 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     for key in unit:
         if not 0 <= flat[key] <= 1:
             yield f"{key}={flat[key]} must lie between 0 and 1"
+    for key in below_one:
+        if not 0 <= flat[key] < 1:
+            yield f"{key}={flat[key]} must lie between 0 and 1, below 1"
+    if not c.optimizer.eps > 0:
+        yield f"optimizer.eps={c.optimizer.eps} must be above 0: rows without gradient divide by it"
     train = c.train
     if train.gradient_accumulation_steps >= 1 and (
         train.global_batch_size % train.gradient_accumulation_steps

@@ -195,6 +195,8 @@ def test_a_run_s_config_survives_json():
         ({"train__profile_steps": (3,)}, r"profile_steps=\(3,\) must be \(\) or \(first, last\)"),
         ({"train__profile_steps": (5, 3)}, r"profile_steps=\(5, 3\) must be .* first <= last"),
         ({"train__profile_steps": (0, 3)}, r"profile_steps=\(0, 3\) must be .*1 <= first"),
+        ({"optimizer__eps": 0.0}, "optimizer.eps=0.0 must be above 0"),
+        ({"optimizer__b2": 1.0}, "optimizer.b2=1.0 must lie between 0 and 1, below 1"),
         ({"data__source": "text"}, "data.source='text' needs a path, such as"),
         ({"data__source": "web"}, "data.source='web' is unknown; expected 'stdlib' or"),
         ({"data__source": "mixture"}, "with 0 parts in data.mixture"),

@@ -203,6 +203,23 @@ for factor, alignment in ((-1, 1), (-1, 8), (1.05, 1), (2.5, 4)):
     else:
         # Each token lost some experts at most, and those that lost none are as before.
         assert (np.abs(dense[0] - expected[0]).max(1) > 1e-6).sum() <= dropped.sum()
+
+# Half of each device's tokens are padding, which would all go to the same experts.
+padding = (jnp.arange(n * M) % M >= M // 2)[:, None]
+experts = jnp.where(padding, jnp.arange(A), experts)
+room = dict(buffer_factor=2.0, alignment=4)
+expected = run(
+    lambda x, weights, table: apply_experts(
+        x, experts, jnp.where(padding, 0, weights), compute(table), num_experts=E
+    )
+)
+assert np.asarray(split(x, weights, table, **room)[1]).sum() > 0
+experts = jnp.where(padding, E, experts)
+assert not np.asarray(split(x, weights, table, **room)[1]).any()
+for exchange in ("dense", "ragged"):
+    got = run(lambda *a: split(*a, exchange=exchange, **room)[0])
+    for a, b in zip(got, expected):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 """
 
 

@@ -299,6 +299,13 @@ def test_a_tokenizer_is_made_anew_for_other_texts_while_nothing_is_saved(corpus,
     assert not kept.exists()
 
 
+def test_fewer_steps_than_were_taken_are_refused(corpus, tmp_path):
+    run(small_config(corpus, train__num_steps=2), tmp_path)
+    with pytest.raises(ValueError, match="num_steps=1 lies before the checkpoint of step 2"):
+        run(small_config(corpus, train__num_steps=1), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["num_steps"] == 2
+
+
 def test_a_run_stopped_while_it_is_traced_goes_on(corpus, tmp_path, monkeypatch):
     traced = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: traced.append("start"))

@@ -80,6 +80,16 @@ def test_state_and_extras_come_back_bit_for_bit(tmp_path):
     store.close()
 
 
+def test_a_step_that_is_saved_anew_is_read_anew(tmp_path):
+    for state in (make_state(1), make_state(2)):
+        store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+        store.save(1, state, {})
+        store.wait()
+        assert_same_bits(state, store.restore(1, abstract(state))[0])
+        store.close()
+        shutil.rmtree(tmp_path / "checkpoints")
+
+
 def test_flax_variables_and_plain_arrays_share_their_files(tmp_path):
     plain = {"a": {0: jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(4, jnp.bfloat16)}
     flax_state = nnx.State(jax.tree.map(lambda x: nnx.Param(x, axes=("x",)), plain))

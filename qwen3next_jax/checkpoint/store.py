@@ -46,7 +46,6 @@ _COMMIT_BYTES = 2**25
 # At most so many on their way from a process's memory to the disk, or two parts of an array.
 _WRITE_BYTES = 2**28
 # Several devices may each read their part of one chunk; it is decoded once.
-_READ = ts.Context({"cache_pool": {"total_bytes_limit": 2**26}})
 
 Block = tuple[slice, ...]
 Result = TypeVar("Result")
@@ -330,7 +329,9 @@ class CheckpointStore:
         kvstore = {
             "driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"
         }  # fmt: skip
-        return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=_READ).result()
+        # A cache of its own: one that lasts would not see that a step was saved anew.
+        cache = ts.Context({"cache_pool": {"total_bytes_limit": 2**26}})
+        return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=cache).result()
 
     def _agreed(self, step: int, read: Callable[[], Result]) -> Result:
         """What `read` returns, provided that it can read in all processes."""

@@ -20,6 +20,7 @@ from qwen3next_jax.data.text_stream import TextStream
 from qwen3next_jax.data.tokenizer import Tokenizer, split_stops
 from qwen3next_jax.inference.decode import Generation
 from qwen3next_jax.model.decoder import Qwen3Next, default_positions
+from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import BATCH, ROWS
 from qwen3next_jax.parallel.vocabulary import token_scores
 
@@ -80,7 +81,11 @@ class Evaluator:
                     f"has {context}. Cut it, or extend the context by rope_scaling (YaRN)"
                 )
         scores: list[Any] = [None] * len(rows)
-        for width, batch, numbers in self._batches([len(row) - 1 for row in rows]):
+        # Each device of `context` has whole chunks of a row.
+        ways = 1 if self._mesh is None else self._mesh.shape["context"]
+        step = 1 if ways == 1 else CHUNK * ways
+        for bucketed, batch, numbers in self._batches([len(row) - 1 for row in rows]):
+            width = -(-bucketed // step) * step
             tokens, targets, segments = np.zeros((3, batch, width), np.int32)
             for i, number in enumerate(numbers):
                 n = len(rows[number]) - 1

@@ -139,6 +139,11 @@ def _table(
     return table
 
 
+def _bits(nats: float, size: float) -> float | None:
+    """Bits per byte; None where what is predicted has no text, as an empty answer."""
+    return nats / math.log(2) / size if size else None
+
+
 class _Table:
     """Sums of nats, weights, documents and bytes, by power of two of a length or position."""
 
@@ -172,7 +177,7 @@ class _Table:
             raise ValueError("The documents hold no token that is predicted")
         return {
             "ce": nats / tokens,
-            "bits_per_byte": nats / math.log(2) / size,
+            "bits_per_byte": _bits(nats, size),
             "tokens": int(tokens),
             "documents": int(documents),
             "cut_documents": self.cut,
@@ -180,7 +185,7 @@ class _Table:
                 {
                     "from": 2 ** (power - 1), "to": 2**power, "documents": int(documents),
                     "tokens": int(tokens), "ce": nats / tokens,
-                    "bits_per_byte": nats / math.log(2) / size,
+                    "bits_per_byte": _bits(nats, size),
                 }
                 for power, (nats, tokens, documents, size) in enumerate(self.lengths.tolist())
                 if tokens

@@ -29,6 +29,7 @@ from qwen3next_jax.inference.speculative import draft, verify
 from qwen3next_jax.model.cache import empty_cache, keep
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.mesh import ROWS
+from qwen3next_jax.parallel.processes import exchange
 
 DRAFTS = 2  # by default, where the model can draft
 _PREFILL = 512  # tokens of each prompt read at a time
@@ -158,7 +159,8 @@ class Generation:
             self.accepted = np.asarray(state.accepted).tolist()
             # The first time it also compiled, and then one pass is the next guess as well.
             passes = int(passes * _BLINK / (time.monotonic() - start))
-            passes = min(max(passes, 1), _PASSES)
+            # Of several processes all take as many: passes are collectives.
+            passes = exchange(min(max(passes, 1), _PASSES))[0]
             yield new
 
     def _read_prompts(self, structure, params):
@@ -421,7 +423,9 @@ def _placement(params, batch: int):
     ways = 1
     for axis in ROWS:
         ways *= sharding.mesh.shape[axis]
-    spec = PartitionSpec(ROWS) if batch % ways == 0 else PartitionSpec()
+    # Each of several processes reads all rows.
+    split = batch % ways == 0 and jax.process_count() == 1
+    spec = PartitionSpec(ROWS) if split else PartitionSpec()
     return lambda tree: jax.device_put(tree, NamedSharding(sharding.mesh, spec))
 
 

@@ -164,6 +164,9 @@ class SparseMoE(nnx.Module):
         if jax.lax.axis_size("expert") == 1:
             y, dropped = apply_experts(tokens, experts, weights, compute, **given), jnp.zeros(())
         else:
+            # Padding, all of it alike, would fill the buffers of the same few devices.
+            real = segment_ids.reshape(-1, 1) != 0
+            experts = jnp.where(real, experts, self.config.num_experts)
             y, dropped = apply_split_experts(
                 tokens, experts, weights, compute, axis="expert",
                 buffer_factor=self.moe_buffer_factor,

@@ -72,7 +72,8 @@ def apply_split_experts(
     """The same inside `shard_map`, each device of a mesh axis with experts and tokens of its own.
 
     Args:
-      x, experts, weights, alignment: as `apply_experts` takes them, of this device's tokens.
+      x, experts, weights, alignment: as `apply_experts` takes them, of this device's tokens; a
+        token with `num_experts` for its experts, padding, has none and is sent nowhere.
       compute: as there, for this device's num_experts / n experts; rows behind the last expert's
         may be anything, there and in what it returns.
       num_experts: E, on all n devices of the axis together.
@@ -128,8 +129,8 @@ def _plan(experts, num_experts, alignment):
     order = _order(flat, num_experts)  # assignments, sorted by expert
     counts = jnp.bincount(flat, length=num_experts)
     sizes = -(-counts // alignment) * alignment
-    # Of each expert, its first row and its first place in `order`.
-    first_row, first = jnp.cumsum(sizes) - sizes, jnp.cumsum(counts) - counts
+    # Of each expert, its first row and its first place in `order`; then of what has no expert.
+    first_row, first = (jnp.pad(jnp.cumsum(n), (1, 0)) for n in (sizes, counts))
     rows = flat.size + min(num_experts, flat.size) * (alignment - 1)  # the worst case
     rows = -(-rows // alignment) * alignment
     if platform() == "cpu":
@@ -145,7 +146,7 @@ def _plan(experts, num_experts, alignment):
     rank = jnp.argsort(order)  # where each assignment went
     row = first_row[flat] + rank - first[flat]
     index = jnp.arange(rows)
-    expert = jnp.searchsorted(first_row + sizes, index, side="right").clip(max=num_experts - 1)
+    expert = jnp.searchsorted(first_row[1:], index, side="right").clip(max=num_experts - 1)
     place = index - first_row[expert]
     taken = order[(first[expert] + place).clip(max=flat.size - 1)]
     assignment = jnp.where(place < counts[expert], taken, flat.size)
@@ -156,7 +157,7 @@ def _order(experts, num_experts):
     """A stable argsort."""
     # As one integer, where expert and index fit in one, a CPU sorts them five times as fast.
     size = len(experts)
-    if num_experts * size > jnp.iinfo(jnp.int32).max:
+    if (num_experts + 1) * size > jnp.iinfo(jnp.int32).max:
         return jnp.argsort(experts, stable=True)
     return jnp.sort(experts * size + jnp.arange(size)) % size
 

@@ -109,7 +109,9 @@ def train(
       NonFiniteLossError: with the step, the first bad parameter and the last good checkpoint.
     """
     mesh = make_mesh(config.mesh)
-    with _alone_in(workdir), jax.set_mesh(mesh):
+    # Evaluations and samples compute as the steps do.
+    precision = jax.default_matmul_precision(config.precision.matmul)
+    with _alone_in(workdir), jax.set_mesh(mesh), precision:
         return _train(config, workdir, data, mesh, evaluate, sample, suites, report, should_stop)
 
 
@@ -129,6 +131,11 @@ def _train(
     # What may be refused comes before the directory is this run's.
     if t.initial_checkpoint and not has_steps(workdir):
         check_same_model(t.initial_checkpoint, config.model)
+    if (last := _last_step(workdir)) > t.num_steps:
+        raise ValueError(
+            f"train.num_steps={t.num_steps} lies before the checkpoint of step {last} in "
+            f"{workdir}; give at least that, or begin another run in another --workdir"
+        )
     program = make_program(config, mesh)
     _keep_config(config, workdir)
     _report(config, mesh, program.state)
@@ -296,7 +303,13 @@ def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
 
 def has_steps(workdir: pathlib.Path) -> bool:
     """Whether a run has saved anything there, good or damaged."""
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    return _last_step(workdir) >= 0
+
+
+def _last_step(workdir: pathlib.Path) -> int:
+    """The newest step that was saved there; -1 for none."""
+    names = (path.name for path in (workdir / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
 def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
