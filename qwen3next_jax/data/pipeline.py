@@ -157,8 +157,11 @@ def load_data(
         train.append(TrainingPart(name, kept, float(part["weight"]), identity))
         held_out.append(out)
 
-    if source == "prepared":
-        tokenizer = tokenizer or path
+    prepared = [
+        p.get("path", path) for p in parts.values() if p.get("source", source) == "prepared"
+    ]
+    if prepared:
+        tokenizer = tokenizer or prepared[0]
     if given_weights and not tokenizer:
         raise ValueError(
             f"The weights of train.initial_checkpoint={given_weights!r} have a vocabulary of their "
@@ -174,9 +177,8 @@ def load_data(
         texts = Texts(Chained([part.records for part in train]), on_error=on_error)
         loaded = train_tokenizer(texts, trained_tokenizer, vocab_size=vocab_size)
     check_vocabulary(loaded, vocab_size)
-    for part in parts.values():
-        if part.get("source", source) == "prepared":
-            check_prepared(part.get("path", path), loaded)
+    for directory in prepared:
+        check_prepared(directory, loaded)
     return Data(
         train=train, held_out=Chained(held_out), tokenizer=loaded, on_error=on_error,
         skipped_files=skipped_files, **rows,

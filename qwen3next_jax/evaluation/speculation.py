@@ -59,7 +59,7 @@ def speculation(
         if not chosen:
             raise ValueError(
                 f"No document of {name} has more than prompt_length={prompt_length} tokens; give "
-                "shorter prompts or longer documents"
+                "longer documents"
             )
         counts[name] = evaluator.count_drafts(chosen, max_new_tokens=new_tokens, drafts=drafts)
     total = [np.sum([part[i] for part in counts.values()], axis=0) for i in range(2)]
