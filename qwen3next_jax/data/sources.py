@@ -27,6 +27,7 @@ from qwen3next_jax.data import files
 from qwen3next_jax.data.files import BadFileError, RecordFile
 from qwen3next_jax.data.globs import fixed_folder, matching_files
 from qwen3next_jax.data.prepared import TokenizedDocument, open_prepared
+from qwen3next_jax.data.tokenizer import check_text
 
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "array_record", "tfds", "synthetic", "prepared")
 
@@ -182,7 +183,9 @@ def open_source(
 
     opened = []
     for name, file in sorted((file.relative_to(root).as_posix(), file) for file in found):
-        if not _is_unicode(name):
+        try:
+            check_text(name)  # Python hides other bytes of a name in halves of surrogate pairs
+        except ValueError:
             problems.append(f"{name!r}: its name is no UTF-8; rename it")
             continue
         try:
@@ -237,11 +240,6 @@ def _is_chat_as_text(text: str) -> bool:
     except ValueError:
         return False
     return bool(found) and all(isinstance(item, dict) and "role" in item for item in found)
-
-
-def _is_unicode(name: str) -> bool:
-    """Whether a file's name is text; Python hides other bytes in halves of surrogate pairs."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _library_files(root: epath.Path) -> list[epath.Path]:
