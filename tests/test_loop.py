@@ -299,6 +299,17 @@ def test_a_tokenizer_is_made_anew_for_other_texts_while_nothing_is_saved(corpus,
     assert not kept.exists()
 
 
+def test_a_directory_that_is_no_run_s_is_not_written_over(corpus, tmp_path):
+    given = '{"model_type": "qwen3_next"}'
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text(given)
+    loop.begin_anew(small_config(corpus), tmp_path)
+    with pytest.raises(ValueError, match="another config"):
+        run(small_config(corpus), tmp_path)
+    for name in ("config.json", "tokenizer.json"):
+        assert (tmp_path / name).read_text() == given
+
+
 def test_fewer_steps_than_were_taken_are_refused(corpus, tmp_path):
     run(small_config(corpus, train__num_steps=2), tmp_path)
     with pytest.raises(ValueError, match="num_steps=1 lies before the checkpoint of step 2"):

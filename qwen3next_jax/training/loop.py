@@ -294,6 +294,8 @@ def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
     if jax.process_index() or not path.exists() or has_steps(workdir):
         return
     before, now = json.loads(path.read_text()), config.to_dict()
+    if "train" not in before:
+        return  # no run's directory; `_keep_config` will refuse it
     if (before.get("data"), before["model"]["vocab_size"]) != (
         now["data"], now["model"]["vocab_size"]
     ):  # fmt: skip
@@ -316,8 +318,10 @@ def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes the config; where there are checkpoints, it may differ in a few keys only."""
     path = workdir / "config.json"
     if jax.process_index() == 0:
-        if path.exists() and has_steps(workdir):
-            config.check_resumable_from(json.loads(path.read_text()))
+        before = json.loads(path.read_text()) if path.exists() else None
+        # A run that saved nothing may begin otherwise; what is no run's is not to be written over.
+        if before is not None and (has_steps(workdir) or "train" not in before):
+            config.check_resumable_from(before)
         write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
     require_shared(path)
 
