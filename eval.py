@@ -87,7 +87,12 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate(suite: str) -> None:
-    from qwen3next_jax.checkpoint.load import checkpoint_config, find_checkpoint, load_checkpoint
+    from qwen3next_jax.checkpoint.load import (
+        as_trained,
+        checkpoint_config,
+        find_checkpoint,
+        load_checkpoint,
+    )
     from qwen3next_jax.command import write_whole
     from qwen3next_jax.config import MeshConfig
     from qwen3next_jax.data.tokenizer import check_vocabulary, load_tokenizer
@@ -111,13 +116,14 @@ def _evaluate(suite: str) -> None:
     workdir = None if ours is None else ours.workdir
     run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
     start = time.monotonic()
-    results = run_suite(
-        suite,
-        Evaluator(model, tokenizer, batch_size=options.batch_size),
-        options,
-        lambda: _domains(run, workdir, model.config.vocab_size),
-        on_error="raise" if _DATA.value else run.get("data", {}).get("on_error", "raise"),
-    )
+    with as_trained(ours):
+        results = run_suite(
+            suite,
+            Evaluator(model, tokenizer, batch_size=options.batch_size),
+            options,
+            lambda: _domains(run, workdir, model.config.vocab_size),
+            on_error="raise" if _DATA.value else run.get("data", {}).get("on_error", "raise"),
+        )
     print(table(suite, results))
     if _OUTPUT.value:
         packages = ("qwen3next_jax", "jax", "jaxlib", "flax", "numpy", "lm_eval", "datasets")

@@ -8,11 +8,13 @@ Run again with the same --workdir, it goes on from the last checkpoint. SIGTERM 
 way and leaves. `docs/launch.md` tells how one run goes over many machines.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
@@ -23,7 +25,23 @@ if TYPE_CHECKING:
     from qwen3next_jax.parallel.processes import ShouldStop
 
 _ROOT = os.path.dirname(os.path.abspath(__file__))
-_CONFIG = config_flags.DEFINE_config_file("config", os.path.join(_ROOT, "configs", "tiny.py"))
+
+
+@contextlib.contextmanager
+def _known_keys():
+    """Tells a --config.KEY that no config has without the traceback of ml_collections."""
+    try:
+        yield
+    except AttributeError as error:  # it names the nearest key
+        frames = traceback.extract_tb(error.__traceback__)
+        if "ml_collections" not in frames[-1].filename or "get_config" in [f.name for f in frames]:
+            raise  # a mistake in a config file
+        named = str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'")
+        sys.exit(f"error: The config has no key {named}\nconfigs/tiny.py shows all of them")
+
+
+with _known_keys():  # keys of the default config are looked up here, those of another at the start
+    _CONFIG = config_flags.DEFINE_config_file("config", os.path.join(_ROOT, "configs", "tiny.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/CONFIG when not given.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "Of several processes: HOST:PORT of process 0."
@@ -60,6 +78,25 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
+    """Holds the work directory and trains; returns whether it was stopped before the end."""
+    from qwen3next_jax.evaluation.suites import check_suites
+    from qwen3next_jax.training.loop import alone_in
+
+    check_suites(config.evaluation.suites, config.evaluation)
+    name = os.path.splitext(
+        os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
+    )[0]
+    if "://" in (_WORKDIR.value or ""):
+        raise ValueError(
+            f"--workdir={_WORKDIR.value} is no path of a mounted file system; mount the bucket and "
+            "give the path there"
+        )
+    workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", name))
+    with alone_in(workdir):
+        return run_in(workdir, config, should_stop)
+
+
+def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop") -> bool:
     """Trains, evaluates, and prints a sample; returns whether it was stopped before the end."""
     import jax
 
@@ -67,17 +104,11 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
     from qwen3next_jax.data.tokenizer import keep_tokenizer
     from qwen3next_jax.evaluation.perplexity import perplexity
     from qwen3next_jax.evaluation.report import Report
-    from qwen3next_jax.evaluation.samples import samples
-    from qwen3next_jax.evaluation.suites import check_suites, suites_in_training
+    from qwen3next_jax.evaluation.samples import check_samples, samples
+    from qwen3next_jax.evaluation.suites import suites_in_training
     from qwen3next_jax.parallel.processes import process_0_first
     from qwen3next_jax.training.loop import Stopped, begin_anew, has_steps, train
 
-    check_suites(config.evaluation.suites, config.evaluation)
-    name = os.path.splitext(
-        os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
-    )[0]
-    workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", name))
-    workdir.mkdir(parents=True, exist_ok=True)
     with process_0_first():  # it may train the tokenizer
         begin_anew(config, workdir)
         data = load_data(
@@ -122,6 +153,11 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
         )
 
     sampling = config.train.sample_tokens > 0 and bool(config.train.sample_prompts)
+    if sampling:
+        check_samples(
+            config.model, data.tokenizer, config.train.sample_prompts,
+            max_new_tokens=config.train.sample_tokens,
+        )  # fmt: skip
     page = Report([workdir], workdir / "report.html")
 
     def report():
@@ -163,4 +199,4 @@ if __name__ == "__main__":
         # The C library reads this when a process starts, so the process starts again.
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    app.run(main)
+    app.run(main, flags_parser=_known_keys()(app.parse_flags_with_usage))

@@ -147,6 +147,11 @@ class ModelConfig:
         return FULL, self.num_experts > 0
 
     @property
+    def all_layers(self) -> tuple[tuple[str, bool], ...]:
+        """The layers of the decoder, then that of the MTP module if there is one."""
+        return (*self.layers, *([self.mtp_layer] if self.mtp_steps else []))
+
+    @property
     def group(self) -> tuple[tuple[str, bool], ...]:
         """The smallest block of layers whose repetition is the whole decoder."""
         layers = self.layers
@@ -252,12 +257,16 @@ class ModelConfig:
 
         known = {k: v for k, v in given.items() if k in fields and k != "extra"}
         unknown = {k: v for k, v in given.items() if k not in known}
-        # JSON writers drop the point of a round number.
-        known = {k: float(v) if fields[k].type is float else v for k, v in known.items()}
+        known = _frozen(cls, known)
+        problems = [
+            f"{key}={value!r} must be of type {kind.__name__}"
+            for key, value in known.items()
+            if (kind := fields[key].type) in (bool, int, float, str) and type(value) is not kind
+        ]
         if refuse_unknown:
-            problems = list(_unknown("model", unknown, fields))
-            if problems:
-                raise ValueError("\n".join(problems))
+            problems += _unknown("model", unknown, fields)
+        if problems:
+            raise ValueError("\n".join(problems))
         missing = [
             name
             for name, field in fields.items()
@@ -332,7 +341,7 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         elif c.linear_num_value_heads % c.linear_num_key_heads:
             yield _not_divisible("linear_num_value_heads", c.linear_num_value_heads,
                                  "linear_num_key_heads", c.linear_num_key_heads)  # fmt: skip
-    if any(sparse for _, sparse in c.layers):
+    if any(sparse for _, sparse in c.all_layers):
         if not 1 <= c.num_experts_per_tok <= c.num_experts:
             yield (
                 f"num_experts_per_tok={c.num_experts_per_tok} must lie between 1 and "
@@ -340,7 +349,7 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
             )
         if c.moe_intermediate_size < 1:
             yield f"moe_intermediate_size={c.moe_intermediate_size} must be at least 1"
-    if any(not sparse for _, sparse in c.layers) and c.intermediate_size < 1:
+    if not all(sparse for _, sparse in c.all_layers) and c.intermediate_size < 1:
         yield (
             f"intermediate_size={c.intermediate_size} must be at least 1 for layers without experts"
         )
@@ -654,6 +663,12 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
             f"model.max_position_embeddings={c.model.max_position_embeddings} (with YaRN "
             f"{c.model.context_length}); shorten the rows or raise model.rope_scaling.factor"
         )
+    for key in ("train.sample_tokens", "evaluation.length"):
+        if flat[key] > c.model.context_length:
+            yield (
+                f"{key}={flat[key]} exceeds the model's context of {c.model.context_length} "
+                "tokens; give less, or raise model.rope_scaling.factor"
+            )
     steps = train.profile_steps
     if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
         yield f"train.profile_steps={steps} must be () or (first, last), 1 <= first <= last"

@@ -31,20 +31,22 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a command line."""
     parser = argparse.ArgumentParser(prog="python -m qwen3next_jax.convert",
                                      description=(__doc__ or "").partition("\n")[0])  # fmt: skip
-    commands = parser.add_subparsers(required=True)
+    commands, subs = parser.add_subparsers(required=True), {}
     for name, run, source in (
         ("from-hf", from_hf, "a Hugging Face directory"),
         ("to-hf", to_hf, "a work directory, or one of its step folders"),
     ):
-        sub = commands.add_parser(name)
+        sub = subs[name] = commands.add_parser(name)
         sub.set_defaults(run=run)
         sub.add_argument("src", type=pathlib.Path, help=source)
         sub.add_argument("dst", type=pathlib.Path, help="a new or empty directory")
         sub.add_argument("--dtype", choices=("float32", "bfloat16"),
                          help="of all but A_log and dt_bias; as stored if not given")  # fmt: skip
-    sub.add_argument("--expert_layout", choices=tuple(hf.EXPERT_LAYOUTS),
-                     help="the source's if not given, per_expert for a run's")  # fmt: skip
-    sub.add_argument("--max_shard_size", default="5GB", help="of a file, such as 5GB")
+    subs["to-hf"].add_argument(
+        "--expert_layout", choices=tuple(hf.EXPERT_LAYOUTS),
+        help="the source's if not given, per_expert for a run's",
+    )  # fmt: skip
+    subs["to-hf"].add_argument("--max_shard_size", default="5GB", help="of a file, such as 5GB")
     args = vars(parser.parse_args(argv))
     run = args.pop("run")
 

@@ -14,9 +14,14 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from qwen3next_jax.checkpoint.load import find_checkpoint, load_checkpoint
+from qwen3next_jax.checkpoint.load import (
+    as_trained,
+    checkpoint_config,
+    find_checkpoint,
+    load_checkpoint,
+)
 from qwen3next_jax.command import keep_compiled_programs, told_errors
-from qwen3next_jax.config import MeshConfig, ModelConfig
+from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.text_stream import TextStream
 from qwen3next_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, split_stops
@@ -80,7 +85,7 @@ def main(argv: list[str]) -> None:
     path = pathlib.Path(_CHECKPOINT.value)
     ours = find_checkpoint(path)
     folder = path if ours is None else ours.workdir
-    config = ModelConfig.from_hf(path) if ours is None else ours.config
+    config = checkpoint_config(path)
     tokenizer = load_tokenizer(_TOKENIZER.value or folder)
     check_vocabulary(tokenizer, config.vocab_size)
     stop, stop_tokens = split_stops(tokenizer, _STOP.value)
@@ -91,20 +96,21 @@ def main(argv: list[str]) -> None:
     yarn = None if _YARN_FACTOR.value is None else config.yarn(_YARN_FACTOR.value)
     model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh, rope_scaling=yarn)
     logging.info("%s", describe_positions(model.config))
-    generation = Generation(
-        model,
-        prompts,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        min_p=_MIN_P.value,
-        repetition_penalty=_REPETITION_PENALTY.value,
-        stop_tokens=(*tokenizer.stop_ids, *stop_tokens),
-        seed=_SEED.value,
-        speculative=_DRAFTS.value or _SPECULATIVE.value,
-    )
-    speed = _write(generation, [TextStream(tokenizer, stop) for _ in prompts])
+    with as_trained(ours):
+        generation = Generation(
+            model,
+            prompts,
+            max_new_tokens=_MAX_NEW_TOKENS.value,
+            temperature=_TEMPERATURE.value,
+            top_k=_TOP_K.value,
+            top_p=_TOP_P.value,
+            min_p=_MIN_P.value,
+            repetition_penalty=_REPETITION_PENALTY.value,
+            stop_tokens=(*tokenizer.stop_ids, *stop_tokens),
+            seed=_SEED.value,
+            speculative=_DRAFTS.value or _SPECULATIVE.value,
+        )
+        speed = _write(generation, [TextStream(tokenizer, stop) for _ in prompts])
     print(_report(speed, generation), file=sys.stderr)
 
 

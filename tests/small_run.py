@@ -52,7 +52,11 @@ def small_config(corpus, **changes):
 
 def run(config, workdir, **hooks):
     workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    with loop.alone_in(workdir):
+        return _run(config, workdir, **hooks)
+
+
+def _run(config, workdir, **hooks):
     data = load_data(
         **dataclasses.asdict(config.data),
         vocab_size=config.model.vocab_size,

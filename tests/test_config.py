@@ -159,6 +159,18 @@ def test_transformers_builds_the_same_model_from_what_we_write():
         ({"mtp_steps": -1}, "mtp_steps=-1 must be at least 0"),
         ({"router_init": "zeros"}, "router_init='zeros' is unknown; expected 'normalized' or"),
         ({"linear_key_head_dim": 0}, "linear_key_head_dim must be at least 1"),
+        ({"hidden_size": 128.0}, "hidden_size=128.0 must be of type int"),
+        ({"norm_topk_prob": "false"}, "norm_topk_prob='false' must be of type bool"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' must be of type float"),
+        (  # no layer of the decoder has experts, that of the MTP module has
+            {
+                "mlp_only_layers": [0, 1],
+                "intermediate_size": 8,
+                "mtp_steps": 1,
+                "num_experts_per_tok": 0,
+            },
+            "num_experts_per_tok=0 must lie between 1 and",
+        ),
     ],
 )
 def test_impossible_models_are_refused_with_the_value_and_what_would_do(changes, message):
@@ -205,6 +217,11 @@ def test_a_run_s_config_survives_json():
         ({"data__path": "/x"}, "data.path='/x' is not used by source='stdlib'"),
         ({"precision__parameters": "bfloat16"}, "contradicts parameters='bfloat16'"),
         ({"mesh__fsdp": -1}, "mesh.data and mesh.fsdp are all -1"),
+        (
+            {"train__sample_tokens": 10**6},
+            "train.sample_tokens=1000000 exceeds the model's context",
+        ),
+        ({"evaluation__length": 10**6}, "evaluation.length=1000000 exceeds the model's context of"),
     ],
 )
 def test_a_run_that_cannot_start_says_why(change, message):

@@ -233,6 +233,15 @@ def test_single_faults_are_named(spoil, complaint, tmp_path):
     assert len(str(error.value).splitlines()) == 2, error.value  # nothing follows from it
 
 
+def test_a_system_that_cannot_set_space_aside_writes_the_same(tmp_path, monkeypatch):
+    model = random_model(small_config())
+    q3n.save_hf(model, tmp_path / "with")
+    monkeypatch.delattr(os, "posix_fallocate")
+    q3n.save_hf(model, tmp_path / "without")
+    with_it, without = ((tmp_path / name / "model.safetensors") for name in ("with", "without"))
+    assert with_it.read_bytes() == without.read_bytes()
+
+
 def test_a_full_disk_or_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
     model = random_model(small_config())
 

@@ -19,7 +19,7 @@ from oracles import quick_jit
 from small_run import run, small_config, write_corpus
 
 from qwen3next_jax.checkpoint.store import named_leaves
-from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from qwen3next_jax.evaluation.samples import samples
 from qwen3next_jax.training import loop
 from qwen3next_jax.training.program import new_model
@@ -242,18 +242,20 @@ def test_a_second_run_in_a_directory_is_refused_while_the_first_one_lives(corpus
     assert run(config, tmp_path)[1] == 0  # it is free again
 
 
-@pytest.mark.parametrize("failing", ["evaluate", "suites"])
-def test_what_was_learnt_is_saved_before_an_evaluation_fails(failing, corpus, tmp_path):
-    config = small_config(corpus, train__num_steps=2, train__checkpoint_every=0)
+@pytest.mark.parametrize(("failing", "at"), [("evaluate", 2), ("suites", 2), ("sample", 1)])
+def test_what_was_learnt_is_saved_though_an_evaluation_fails(failing, at, corpus, tmp_path):
+    def config(steps):
+        return small_config(
+            corpus, train__num_steps=steps, train__checkpoint_every=0, train__sample_every=1
+        )
 
     def fail(*_):
         raise RuntimeError("the evaluation fails")
 
     with pytest.raises(RuntimeError, match="the evaluation fails"):
-        run(config, tmp_path, **{failing: fail})
-    assert (tmp_path / "checkpoints" / "2").exists()
-    _, steps = run(small_config(corpus, train__num_steps=3, train__checkpoint_every=0), tmp_path)
-    assert steps == 1
+        run(config(2), tmp_path, **{failing: fail})
+    assert (tmp_path / "checkpoints" / str(at)).exists()
+    assert run(config(3), tmp_path)[1] == 3 - at
 
 
 def test_a_run_does_not_go_on_with_other_records(corpus, tmp_path):
@@ -303,11 +305,26 @@ def test_a_directory_that_is_no_run_s_is_not_written_over(corpus, tmp_path):
     given = '{"model_type": "qwen3_next"}'
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text(given)
-    loop.begin_anew(small_config(corpus), tmp_path)
-    with pytest.raises(ValueError, match="another config"):
+    with pytest.raises(ValueError, match=r"config.json is not a run's"):
         run(small_config(corpus), tmp_path)
-    for name in ("config.json", "tokenizer.json"):
-        assert (tmp_path / name).read_text() == given
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "config.json": given, "tokenizer.json": given,
+    }  # fmt: skip
+
+
+def test_checkpoints_without_their_config_are_not_gone_on_with(corpus, tmp_path):
+    run(small_config(corpus, train__num_steps=1), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds checkpoints but no config.json"):
+        run(small_config(corpus, train__num_steps=2), tmp_path)
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(corpus, tmp_path):
+    run(small_config(corpus, train__num_steps=2), tmp_path)
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    train_tokenizer(texts[:3], tmp_path / "tokenizer.model", vocab_size=300)
+    with pytest.raises(ValueError, match=r"the tokenizer's sha256: \w+ then, \w+ now"):
+        run(small_config(corpus, train__num_steps=3), tmp_path)
 
 
 def test_fewer_steps_than_were_taken_are_refused(corpus, tmp_path):

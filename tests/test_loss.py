@@ -83,6 +83,14 @@ def test_four_micro_batches_give_the_gradients_of_one_batch():
     assert max(jax.tree.leaves(errors)) < 1e-5
 
 
+def test_mtp_steps_beyond_the_row_predict_nothing():
+    graph, params = nnx.split(build(mtp_steps=3))
+    batch = complete_batch(jnp.asarray([[1, 2]]))
+    metrics = q3n.loss(nnx.merge(graph, params), batch)[1]
+    assert metrics["mtp_ce"] == 0
+    assert jnp.isfinite(metrics["ce"])
+
+
 @functools.cache
 def without_mtp():
     return nnx.split(build(num_hidden_layers=2, mtp_steps=0))

@@ -72,6 +72,10 @@ def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
     assert sizes == dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
     with pytest.raises(ValueError, match=r"has 6 places for 1 devices; set one of mesh\.data"):
         make_mesh(MeshConfig(data=2, fsdp=3), devices)
+    with pytest.raises(
+        ValueError, match=r"mesh\.fsdp=0 must be at least 1, or -1 for what is left"
+    ):
+        make_mesh(MeshConfig(data=1, fsdp=0), devices)
 
 
 @pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:8x8", "v5p:2x2x3"])

@@ -15,8 +15,8 @@ def read(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def write(workdir, steps, resume_step=None):
-    writer = MetricWriter(workdir, resume_step=resume_step)
+def write(workdir, steps, start_step=0):
+    writer = MetricWriter(workdir, start_step=start_step)
     for step in steps:
         writer.write(step, {"loss": 1.0 / step})
     writer.close()
@@ -58,8 +58,8 @@ def test_lists_are_kept_and_tensorboard_gets_their_numbers(tmp_path):
 
 
 def test_samples_are_cut_back_as_metrics_are(tmp_path):
-    for resume, steps in ((None, (10, 20)), (10, (20,))):
-        writer = MetricWriter(tmp_path, resume_step=resume)
+    for resume, steps in ((0, (10, 20)), (10, (20,))):
+        writer = MetricWriter(tmp_path, start_step=resume)
         for step in steps:
             writer.write_samples(step, [{"prompt": "a", "text": "b"}, {"prompt": "", "text": "é"}])
         writer.close()
@@ -70,7 +70,7 @@ def test_samples_are_cut_back_as_metrics_are(tmp_path):
 
 def test_going_on_from_a_checkpoint_leaves_one_line_a_step(tmp_path):
     write(tmp_path, [10, 20, 30, 40])
-    write(tmp_path, [30, 40, 50], resume_step=20)
+    write(tmp_path, [30, 40, 50], start_step=20)
     assert [line["step"] for line in read(tmp_path)] == [10, 20, 30, 40, 50]
 
 
@@ -87,7 +87,7 @@ def test_a_half_written_last_line_is_dropped_or_completed(tmp_path, half):
     write(tmp_path, [10])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(half)
-    write(tmp_path, [30], resume_step=20)
+    write(tmp_path, [30], start_step=20)
     whole = [20] if half == '{"step": 20}' else []  # all there but the line's end
     assert [line["step"] for line in read(tmp_path)] == [10, *whole, 30]
 
@@ -101,10 +101,10 @@ def test_a_kill_while_cutting_back_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(metrics_module.os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        MetricWriter(tmp_path, resume_step=10)
+        MetricWriter(tmp_path, start_step=10)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     monkeypatch.undo()
-    write(tmp_path, [20], resume_step=10)
+    write(tmp_path, [20], start_step=10)
     assert [line["step"] for line in read(tmp_path)] == [10, 20]
 
 
@@ -120,7 +120,7 @@ def events(workdir):
 
 def test_tensorboard_gets_the_same_numbers_and_hides_what_was_cut(tmp_path):
     write(tmp_path, [1, 2])
-    write(tmp_path, [2], resume_step=1)
+    write(tmp_path, [2], start_step=1)
     found = list(events(tmp_path))
     values = [(e.step, v.tag, v.simple_value) for e in found for v in e.summary.value]
     assert sorted(values) == [(1, "loss", 1.0), (2, "loss", 0.5), (2, "loss", 0.5)]

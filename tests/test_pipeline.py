@@ -1,6 +1,7 @@
 """Batches: each record once an epoch, exact resumption on any hosts, and what a run begins with."""
 
 import collections
+import dataclasses
 import functools
 import gzip
 import itertools
@@ -354,6 +355,13 @@ def test_a_given_tokenizer_is_used(corpus, tmp_path, texts):
     corpus["tokenizer"] = str(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="missing"):
         load_data(**corpus, vocab_size=300, trained_tokenizer=tmp_path / "unused")
+
+
+def test_held_out_records_of_which_none_can_be_used_are_refused(corpus, tmp_path):
+    data = load_data(**corpus, vocab_size=300, trained_tokenizer=tmp_path / "tokenizer")
+    empty = dataclasses.replace(data, held_out=records_of(["", ""]), on_error="skip")
+    with pytest.raises(ValueError, match="None of the 2 held-out records has text to predict"):
+        assert empty.held_out_bytes
 
 
 def test_bytes_and_gzip_are_of_the_held_out_texts(corpus, tmp_path):

@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from qwen3next_jax.evaluation.report import Curve, Map, Report, Run, main
+from configs import qwen3_32b, tiny
+from qwen3next_jax.evaluation.report import Curve, Map, Report, Run, _layer_labels, main
 
 LAYERS, STEPS = 6, 60
 
@@ -34,7 +35,10 @@ def write_run(workdir, *, steps=range(1, STEPS + 1), mode="w", **config):
                 ]
                 scores = {"eval_ce": loss(step), "eval_long_context_cells": cells}
                 file.write(json.dumps({"step": step, **scores}) + "\n")
-    model = {"num_hidden_layers": LAYERS - 1, "full_attention_interval": 4}
+    model = {
+        **tiny.get_config().model.to_dict(),
+        "num_hidden_layers": LAYERS - 1, "full_attention_interval": 4,
+    }  # fmt: skip
     given = {"model": model, "train": {"num_steps": 80}, **config}
     (workdir / "config.json").write_text(json.dumps(given))
     sample = {"step": 20, "prompt": "if ", "text": "a < b:\n</script><b>&amp;"}
@@ -316,3 +320,8 @@ def test_a_run_of_layers_without_config_is_still_shown(browser, tmp_path):
     run.read()
     assert run.step == STEPS
     assert len(browser.find_elements("css selector", "canvas")) == 2
+
+
+def test_layers_of_a_dense_model_are_all_attention():
+    config = qwen3_32b.get_config().to_dict()
+    assert _layer_labels(config, 2) == ["0 attention", "1 attention"]

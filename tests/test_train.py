@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import pytest
 from test_pipeline import make_texts
 
+from configs import tiny
 from qwen3next_jax import command
 from qwen3next_jax.checkpoint.load import load_checkpoint
 from qwen3next_jax.command import told_errors
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.inference.decode import Generation, generate
+from qwen3next_jax.training.loop import alone_in
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -32,9 +34,18 @@ def train(*arguments, workdir):
 def test_a_mistyped_key_is_refused_before_anything_else(tmp_path):
     result = train("--config.train.num_stepz=3", workdir=tmp_path / "run")
     assert result.returncode != 0
-    assert "num_stepz" in result.stderr
-    assert "num_steps" in result.stderr
+    assert "error: The config has no key" in result.stderr
+    assert 'Did you mean "num_steps" instead of "num_stepz"?' in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bucket_is_no_work_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = train(workdir="gs://bucket/run")
+    assert result.returncode == 1
+    assert "--workdir=gs://bucket/run is no path of a mounted file system" in result.stderr
+    assert not os.listdir(tmp_path)
 
 
 def test_impossible_sizes_are_all_named(tmp_path):
@@ -86,6 +97,32 @@ def test_weights_are_not_paired_with_a_new_tokenizer(tmp_path):
     result = train(f"--config.train.initial_checkpoint={tmp_path}", workdir=tmp_path / "run")
     assert result.returncode == 1
     assert f"give theirs, as --config.data.tokenizer={tmp_path}" in result.stderr
+
+
+def test_a_refused_run_changes_nothing_in_the_directory(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_next"}')
+    result = train(workdir=tmp_path)
+    assert result.returncode == 1
+    assert f"error: {tmp_path / 'config.json'} is not a run's" in result.stderr
+    assert os.listdir(tmp_path) == ["config.json"]
+
+    config = RunConfig.from_dict(tiny.get_config().to_dict())
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "tokenizer.model").write_text("of the run that holds the directory")
+    with alone_in(tmp_path):
+        result = train("--config.model.vocab_size=300", workdir=tmp_path)
+    assert result.returncode == 1
+    assert "Another process is training in" in result.stderr
+    assert (tmp_path / "tokenizer.model").read_text() == "of the run that holds the directory"
+
+
+def test_a_prompt_without_room_for_its_sample_is_refused_at_the_start(tmp_path):
+    result = train(
+        "--config.train.sample_tokens=4090", "--config.train.sample_prompts=('too long a text',)",
+        "--config.data.tokenizer=bytes", workdir=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "The sample prompt 'too long a text' of 16 tokens and" in result.stderr
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ There are three: a Hugging Face directory, a work directory of ours (a run's, or
 made) and one of the latter's step folders. Their `config.json` tells them apart.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -42,6 +43,7 @@ class OurCheckpoint(NamedTuple):
     step: int | None  # None: the newest good one
     config: ModelConfig
     compute: str | None  # the dtype of activations, where the work directory says
+    matmul: str | None  # the precision of products, likewise
 
 
 def load_checkpoint(
@@ -172,8 +174,16 @@ def find_checkpoint(path: pathlib.Path) -> OurCheckpoint | None:
                 None if step is None else int(step),
                 ModelConfig.from_hf(given["model"]),
                 given.get("precision", {}).get("compute"),
+                given.get("precision", {}).get("matmul"),
             )
     raise ValueError(f"{path} is no checkpoint; {_EXPECTED}")
+
+
+def as_trained(ours: OurCheckpoint | None) -> contextlib.AbstractContextManager[Any]:
+    """In it products have the precision of the run's own; none is set for another checkpoint."""
+    if ours is None or ours.matmul is None:
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(ours.matmul)
 
 
 def from_step(ours: OurCheckpoint, make: Callable[[CheckpointStore, int], Result]) -> Result:

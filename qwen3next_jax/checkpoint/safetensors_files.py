@@ -141,7 +141,10 @@ def create(
         with file.open("wb") as opened:
             opened.write(len(text).to_bytes(8, "little") + text)
             opened.flush()
-            os.posix_fallocate(opened.fileno(), 0, origin + end)  # a full disk is found out here
+            if hasattr(os, "posix_fallocate"):  # a full disk is found out here
+                os.posix_fallocate(opened.fileno(), 0, origin + end)
+            else:  # macOS and Windows: it is found out when the pages are written
+                opened.truncate(origin + end)
     if len(shards) > 1:
         total = sum(size for shard in shards for size in shard.values())
         weight_map = {name: stored[name].file.name for name in sorted(stored)}

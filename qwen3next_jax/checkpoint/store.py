@@ -45,7 +45,6 @@ _CHUNK_BYTES = 2**24
 _COMMIT_BYTES = 2**25
 # At most so many on their way from a process's memory to the disk, or two parts of an array.
 _WRITE_BYTES = 2**28
-# Several devices may each read their part of one chunk; it is decoded once.
 
 Block = tuple[slice, ...]
 Result = TypeVar("Result")

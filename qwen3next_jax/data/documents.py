@@ -60,7 +60,14 @@ def readable(
         else:
             yield record, document
     if skipped:
-        logging.warning("Skipped %d of %d held-out records", skipped, len(records))
+        logging.warning("Skipped %d of %d records to evaluate on", skipped, len(records))
+
+
+def learnt_text(record: Record, document: Document, tokenizer: Tokenizer) -> str:
+    """A record's text, or where it is a chat or ids, the text of what is predicted."""
+    if record.text is not None:
+        return record.text
+    return tokenizer.decode(document["targets"][document["loss_weights"] > 0])
 
 
 def log_skipped(error: BadRecordError) -> None:

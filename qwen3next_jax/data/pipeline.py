@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from qwen3next_jax.data.documents import Document, Texts, readable
+from qwen3next_jax.data.documents import Document, Texts, learnt_text, readable
 from qwen3next_jax.data.hashing import hash64
 from qwen3next_jax.data.holdout import split as split_source
 from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
@@ -34,6 +34,7 @@ from qwen3next_jax.data.sources import Chained, Records, open_source
 from qwen3next_jax.data.tokenizer import (
     Tokenizer,
     check_vocabulary,
+    identity,
     load_tokenizer,
     train_tokenizer,
 )
@@ -77,6 +78,11 @@ class Data:
         return {part.name: list(part.identity) for part in self.train}
 
     @property
+    def tokenizer_identity(self) -> dict[str, Any]:
+        """What decides the ids of the documents."""
+        return identity(self.tokenizer)
+
+    @property
     def held_out_parts(self) -> dict[str, Records]:
         """The held-out records of each part of the mixture, by its name."""
         if not isinstance(self.held_out, Chained):
@@ -84,24 +90,35 @@ class Data:
         names = [part.name for part in self.train]
         return dict(zip(names, self.held_out.sequences, strict=True))
 
-    @functools.cached_property
+    @property
     def held_out_bytes(self) -> int:
-        """Length of the held-out texts in UTF-8, the denominator of bits per byte."""
-        return sum(map(len, self._held_out_texts()))
+        """Length of the held-out texts in UTF-8, the denominator of bits per byte.
 
-    @functools.cached_property
+        Raises:
+          ValueError: none of them can be used.
+        """
+        return self._held_out_sizes[0]
+
+    @property
     def gzip_bits_per_byte(self) -> float:
         """What gzip -9 needs for the held-out texts, one after another: a yardstick."""
-        gzip = zlib.compressobj(level=9, wbits=31)
-        size = sum(len(gzip.compress(text)) for text in self._held_out_texts())
-        return 8 * (size + len(gzip.flush())) / self.held_out_bytes
+        plain, compressed = self._held_out_sizes
+        return 8 * compressed / plain
 
-    def _held_out_texts(self) -> Iterator[bytes]:
+    @functools.cached_property
+    def _held_out_sizes(self) -> tuple[int, int]:
+        """Bytes of the held-out texts, plain and compressed: one pass over all of them."""
+        gzip, plain, compressed = zlib.compressobj(level=9, wbits=31), 0, 0
         for record, document in readable(self.held_out, self.tokenizer, on_error=self.on_error):
-            text = record.text
-            if text is None:  # what is predicted
-                text = self.tokenizer.decode(document["targets"][document["loss_weights"] > 0])
-            yield text.encode()
+            text = learnt_text(record, document, self.tokenizer).encode()
+            plain += len(text)
+            compressed += len(gzip.compress(text))
+        if not plain:
+            raise ValueError(
+                f"None of the {len(self.held_out)} held-out records has text to predict; mend the "
+                "records or raise data.holdout_fraction"
+            )
+        return plain, compressed + len(gzip.flush())
 
 
 def load_data(
@@ -229,27 +246,34 @@ def training_batches(
     return iter(ahead)
 
 
-def check_same_records(data: Data, began_with: Mapping[str, Any] | None) -> None:
-    """Refuses to go on with other records than a run began with.
+def check_same_data(data: Data, began_with: Mapping[str, Any]) -> None:
+    """Refuses to go on with other records or another tokenizer than a run began with.
 
     Args:
       data: of the run now.
-      began_with: `data.records` as it was; None where a checkpoint does not say.
+      began_with: `data.records` and `data.tokenizer_identity` as they were, as "records" and
+        "tokenizer"; what an old checkpoint lacks is not compared.
 
     Raises:
-      ValueError: says how many there were and are.
+      ValueError: says what changed.
     """
+    records, tokenizer = began_with.get("records", {}), began_with.get("tokenizer", {})
     changed = [
-        f"{name}: {before[0]} records then, {now[0]} now"
-        + (", in other files" if before[0] == now[0] else "")
+        f"{name}: {records[name][0]} records then, {now[0]} now"
+        + (", in other files" if records[name][0] == now[0] else "")
         for name, now in data.records.items()
-        if began_with is not None and (before := began_with[name]) != now
+        if name in records and records[name] != now
+    ]
+    changed += [
+        f"the tokenizer's {key}: {tokenizer[key]} then, {now} now, of {data.tokenizer.path}"
+        for key, now in data.tokenizer_identity.items()
+        if key in tokenizer and tokenizer[key] != now
     ]
     if changed:
         raise ValueError(
-            "The data is not what the run began with, so its order would be another and held-out "
-            "records would be trained on; restore it, or begin another run in another --workdir, "
-            "with these weights by --config.train.initial_checkpoint:\n  " + "\n  ".join(changed)
+            "The data is not what the run began with: its order, its ids or what is held out would "
+            "be others. Restore it, or begin another run in another --workdir, with these weights "
+            "by --config.train.initial_checkpoint:\n  " + "\n  ".join(changed)
         )
 
 

@@ -9,8 +9,8 @@ by `--holdout_fraction`, as a run's config has it, are not looked at.
 """
 
 import argparse
-import sys
 
+from qwen3next_jax.command import told_errors
 from qwen3next_jax.data.documents import Texts
 from qwen3next_jax.data.holdout import split
 from qwen3next_jax.data.sources import SOURCES, open_source
@@ -31,15 +31,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--output", required=True, help="a file")
     args = parser.parse_args(argv)
-    try:
+    with told_errors():
         records = open_source(
             args.source, args.path, field=args.field, split=args.split, on_error=args.on_error
         )
         kept = split(records, args.holdout_fraction)[0] if args.holdout_fraction else records
         texts = Texts(kept, on_error=args.on_error)
         tokenizer = train_tokenizer(texts, args.output, vocab_size=args.vocab_size)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(str(error))
     print(f"{args.output}: {tokenizer.vocab_size} tokens, from {len(texts)} records")
 
 

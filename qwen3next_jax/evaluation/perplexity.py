@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from qwen3next_jax.data.documents import readable
+from qwen3next_jax.data.documents import learnt_text, readable
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.training.loss import next_token_losses
@@ -46,12 +46,17 @@ def perplexity(
 
     Returns:
       eval_ce in nats a token and eval_bits_per_byte.
+
+    Raises:
+      ValueError: nothing is predicted.
     """
     nats = tokens = 0.0
     for batch in batches:
         losses = _losses(graph, params, batch, chunk)
         nats += float(losses.sum())
         tokens += float(batch["loss_weights"].sum())
+    if not tokens:
+        raise ValueError("The held-out text holds no token that is predicted")
     return {"eval_ce": nats / tokens, "eval_bits_per_byte": nats / math.log(2) / text_bytes}
 
 
@@ -127,9 +132,7 @@ def _table(
             starts = range(0, len(ids) - 1, length)
             rows += [ids[start : start + length + 1] for start in starts]
             weights += [document["loss_weights"][start : start + length] for start in starts]
-            text = record.text
-            if text is None:  # what is predicted
-                text = evaluator.tokenizer.decode(document["targets"][document["loss_weights"] > 0])
+            text = learnt_text(record, document, evaluator.tokenizer)
             sizes.append((len(starts), len(ids) - 1, len(text.encode())))
         scores = iter(zip(evaluator.score(rows), weights, strict=True))
         for pieces, tokens, size in sizes:

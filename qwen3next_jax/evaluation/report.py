@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwen3next_jax.command import write_whole
+from qwen3next_jax.config import FULL, LINEAR, ModelConfig
 
 _CURVE_SPANS = 400  # at least, once there are as many; twice as many at most
 _MAP_SPANS = 64
@@ -361,14 +362,11 @@ def _heat_maps(runs: list[Run], name: str, panel: Panel) -> list[dict[str, Any]]
 
 def _layer_labels(config: Mapping[str, Any], count: int) -> list[str]:
     """Numbers and mixers of the layers; the MTP module is one more, behind them."""
-    model = config.get("model", {})
-    layers, every = model.get("num_hidden_layers", count), model.get("full_attention_interval", 0)
-    kinds = model.get("layer_types") or [
-        "full_attention" if every and (i + 1) % every == 0 else "linear_attention"
-        for i in range(layers)
-    ]
-    short = {"full_attention": "attention", "linear_attention": "delta"}
-    return [f"{i} {short[kinds[i]]}" if i < layers else "MTP" for i in range(count)]
+    if "model" not in config:
+        return [str(i) for i in range(count)]
+    short = {FULL: "attention", LINEAR: "delta"}
+    kinds = [short[mixer] for mixer in ModelConfig.from_hf(config["model"]).mixers]
+    return [f"{i} {kinds[i]}" if i < len(kinds) else "MTP" for i in range(count)]
 
 
 def _scores(runs: list[Run]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.tokenizer import Tokenizer
 from qwen3next_jax.inference.decode import generate
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -28,15 +29,33 @@ def samples(
     Returns:
       Of each, `prompt` and `text`, what was added.
     """
-    rows = []
-    for prompt in prompts:
-        tokens = tokenizer.encode(prompt)
-        rows.append([tokenizer.bos_id, *tokens] if tokenizer.adds_bos or not tokens else tokens)
     new = generate(
-        model, rows, max_new_tokens=max_new_tokens, temperature=0.8, top_p=0.95,
-        stop_tokens=tokenizer.stop_ids, seed=seed,
+        model, _rows(tokenizer, prompts), max_new_tokens=max_new_tokens,
+        temperature=0.8, top_p=0.95, stop_tokens=tokenizer.stop_ids, seed=seed,
     )  # fmt: skip
     return [
         {"prompt": prompt, "text": tokenizer.decode(tokens)}
         for prompt, tokens in zip(prompts, new, strict=True)
     ]
+
+
+def check_samples(
+    config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int
+) -> None:
+    """Refuses prompts that leave no room for what is to be added to them.
+
+    Raises:
+      ValueError: names the longest one.
+    """
+    longest = max(zip(map(len, _rows(tokenizer, prompts)), prompts, strict=True))
+    if longest[0] + max_new_tokens > config.context_length:
+        raise ValueError(
+            f"The sample prompt {longest[1]!r} of {longest[0]} tokens and "
+            f"train.sample_tokens={max_new_tokens} exceed the model's context of "
+            f"{config.context_length}; lower one of them"
+        )
+
+
+def _rows(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    rows = map(tokenizer.encode, prompts)
+    return [[tokenizer.bos_id, *row] if tokenizer.adds_bos or not row else [*row] for row in rows]

@@ -33,15 +33,14 @@ def check_fits(config: RunConfig, sizes: Mapping[str, int]) -> None:
 def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
     m, t = config.model, config.train
     delta = LINEAR in m.mixers
-    layers = [*m.layers, *([m.mtp_layer] if m.mtp_steps else [])]
-    sparse = any(sparse for _, sparse in layers)
+    sparse = any(sparse for _, sparse in m.all_layers)
     columns = {
         "model.num_attention_heads": m.num_attention_heads,
         "model.linear_num_key_heads": delta and m.linear_num_key_heads,
         "model.vocab_size": m.vocab_size,
         "model.moe_intermediate_size": sparse and m.moe_intermediate_size,
         "model.shared_expert_intermediate_size": sparse and m.shared_expert_intermediate_size,
-        "model.intermediate_size": not all(s for _, s in layers) and m.intermediate_size,
+        "model.intermediate_size": not all(s for _, s in m.all_layers) and m.intermediate_size,
     }
     kv_heads = m.num_key_value_heads
 

@@ -89,9 +89,12 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """The size of each mesh axis on so many devices.
 
     Raises:
-      ValueError: if they do not multiply to it.
+      ValueError: if they do not multiply to it, or one is neither positive nor -1.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh.{axis}={size} must be at least 1, or -1 for what is left")
     fixed = math.prod(size for size in sizes.values() if size > 0)
     for axis, size in sizes.items():
         if size == -1:

@@ -343,6 +343,9 @@ def serving_bytes(config: ModelConfig) -> tuple[int, int]:
     return per_token, states * config.linear_key_head_dim * config.linear_value_head_dim * 4
 
 
+_EFFICIENCY = 0.3
+
+
 def step_seconds(
     config: RunConfig, params: Sequence[Weight], mesh: Mapping[str, int], chip: Chip
 ) -> tuple[float, float]:
@@ -358,6 +361,3 @@ def step_seconds(
     compute = flops / (_EFFICIENCY * chip.flops) + updates
     sent = sum(communication(config, params, mesh).values()) / chip.ici_bandwidth
     return max(compute, sent), compute + sent
-
-
-_EFFICIENCY = 0.3

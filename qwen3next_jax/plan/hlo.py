@@ -5,7 +5,6 @@
   reach half of either peak, and the slower of the two counts. One that says nothing is listed: an
   estimate that leaves work out must not look like one that doesn't.
 - Collectives are the bytes of their larger side over the speed of the links.
-
 - Gathers, sorts and copies to another layout carry no cycles. What they write is listed, with the
   time that the memory needs for it, as left out of the estimate.
 

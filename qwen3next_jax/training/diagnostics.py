@@ -70,10 +70,7 @@ def layer_metrics(
 def for_all_layers(config: ModelConfig, name: str, values: list[float]) -> list[float | None]:
     """The numbers of `layers/NAME` at their places: all layers, then the MTP module; else None."""
     name, found = name.removeprefix("layers/"), iter(values)
-    layers = list(config.layers)
-    if config.mtp_steps:
-        layers.append(config.mtp_layer)
-    return [next(found) if _has(name, *layer) else None for layer in layers]
+    return [next(found) if _has(name, *layer) else None for layer in config.all_layers]
 
 
 def _has(name: str, mixer: str, sparse: bool) -> bool:
@@ -93,8 +90,10 @@ def update_ratios(
     """
     squares: dict[str, list[Array]] = {}
     for (name, u), (_, p) in zip(named_leaves(updates), named_leaves(params), strict=True):
-        part = next(part for part, pattern in _PARTS.items() if re.fullmatch(pattern, name))
-        p = p.astype(jnp.float32) + (zero_centered_norm and part == "norms")
+        part = next((k for k, pattern in _PARTS.items() if re.fullmatch(pattern, name)), "other")
+        # The delta layers' gated norms multiply by w itself.
+        centred = zero_centered_norm and re.fullmatch(r"(?!.*/linear_attn/).*norm\w*/weight", name)
+        p = p.astype(jnp.float32) + (1 if centred else 0)
         squares.setdefault(part, []).append(jnp.stack([(u**2).sum(), (p**2).sum()]))
     return {
         f"update_ratio/{part}": jnp.sqrt(_divided(*jnp.stack(both).sum(0)))

@@ -30,7 +30,7 @@ from qwen3next_jax.command import write_whole
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.pipeline import (
     Data,
-    check_same_records,
+    check_same_data,
     input_metrics,
     training_batches,
 )
@@ -86,7 +86,8 @@ def train(
     Args:
       config: of the run; `workdir/config.json` keeps it.
       workdir: holds or will hold config.json, environment.jsonl, metrics.jsonl, samples.jsonl,
-        checkpoints/ and tensorboard/. All processes must see the same one.
+        checkpoints/ and tensorboard/. All processes must see the same one; the caller holds it by
+        `alone_in`.
       data: what to train on.
       evaluate: from a split model to metrics; called every `eval_every` steps and at the end.
       sample: from the model to lines for samples.jsonl; called every `sample_every` steps and at
@@ -99,9 +100,9 @@ def train(
       The trained model, and how many steps this call took: 0 for a run that was finished.
 
     Raises:
-      ValueError: if the directory holds a run of another config or of other data, another process
-        trains in it, `initial_checkpoint` is of another model, or the processes differ in config,
-        code or versions.
+      ValueError: if the directory holds a run of another config, of other data or of another
+        tokenizer, `initial_checkpoint` is of another model, or the processes differ in config, code
+        or versions.
       FileNotFoundError: if there is no `initial_checkpoint`.
       DamagedCheckpointError: if all checkpoints are damaged.
       Stopped: `should_stop` was true.
@@ -111,7 +112,7 @@ def train(
     mesh = make_mesh(config.mesh)
     # Evaluations and samples compute as the steps do.
     precision = jax.default_matmul_precision(config.precision.matmul)
-    with _alone_in(workdir), jax.set_mesh(mesh), precision:
+    with jax.set_mesh(mesh), precision:
         return _train(config, workdir, data, mesh, evaluate, sample, suites, report, should_stop)
 
 
@@ -157,7 +158,7 @@ def _train(
         start, state, extras = store.restore_latest(program.state)
         tokens = extras["tokens"]
         if start < t.num_steps:
-            check_same_records(data, extras.get("records"))
+            check_same_data(data, extras)
             batches.set_state(extras["data"])
             logging.info("Going on from the checkpoint of step %d", start)
 
@@ -173,10 +174,36 @@ def _train(
     def save(step: int, state: TrainState, metric: float | None) -> None:
         extras = {
             "tokens": tokens, "data": _of_all_processes(batches.get_state()),
-            "records": data.records,
+            "records": data.records, "tokenizer": data.tokenizer_identity,
         }  # fmt: skip
         store.save(step, state, extras, metric=metric)
         clock.spent_on("checkpoint")
+
+    def settle(done: int, metrics: dict[str, jax.Array], batch: Any, read: Any) -> None:
+        """Looks at a step that was taken: counts it and logs it, or ends the run."""
+        nonlocal tokens
+        if np.asarray(metrics.pop("halted")):
+            values = _on_host(metrics)
+            if values.get("dropped_assignments") and config.mesh.on_overflow == "error":
+                raise _overflow(done, values["dropped_assignments"], config)
+            bad = first_bad_parameter(program.graph, config, state.params, batch)
+            store.wait()
+            raise _non_finite(done, values, bad, store.latest_step(), workdir)
+        tokens += int(metrics.pop("tokens"))
+        if done == start + 1:
+            clock.compiled(tokens)
+        if done % t.log_every == 0 or done in (1, t.num_steps):
+            values = {
+                name: for_all_layers(config.model, name, x) if isinstance(x, list) else x
+                for name, x in _on_host(metrics).items()
+            }
+            values["learning_rate"] = float(program.schedule(done - 1))
+            read = _of_all_processes(read)
+            values |= input_metrics(data, read, sequence_length=t.sequence_length)
+            values |= {"tokens": tokens, **clock.read(tokens)}
+            writer.write(done, values)
+            speed = values["tokens_per_second"]
+            progress.update(done, loss=values["loss"], tokens_per_second=speed)
 
     # However the loop ends, a save under way is completed and the metrics are on disk.
     with closing(store), closing(writer), closing(progress), closing(batches), closing(profile):
@@ -196,51 +223,31 @@ def _train(
             profiled = profile.ends_at(step)
             looking = evaluating or saving or sampling or testing or profiled
             while len(unsettled) > (0 if looking else ahead):
-                done, metrics, batch, read = unsettled.popleft()
-                if np.asarray(metrics.pop("halted")):
-                    values = _on_host(metrics)
-                    if values.get("dropped_assignments") and config.mesh.on_overflow == "error":
-                        raise _overflow(done, values["dropped_assignments"], config)
-                    bad = first_bad_parameter(program.graph, config, state.params, batch)
-                    store.wait()
-                    raise _non_finite(done, values, bad, store.latest_step(), workdir)
-                tokens += int(metrics.pop("tokens"))
-                if done == start + 1:
-                    clock.compiled(tokens)
-                if done % t.log_every == 0 or done in (1, t.num_steps):
-                    values = {
-                        name: for_all_layers(config.model, name, x) if isinstance(x, list) else x
-                        for name, x in _on_host(metrics).items()
-                    }
-                    values["learning_rate"] = float(program.schedule(done - 1))
-                    read = _of_all_processes(read)
-                    values |= input_metrics(data, read, sequence_length=t.sequence_length)
-                    values |= {"tokens": tokens, **clock.read(tokens)}
-                    writer.write(done, values)
-                    speed = values["tokens_per_second"]
-                    progress.update(done, loss=values["loss"], tokens_per_second=speed)
+                settle(*unsettled.popleft())
             if profiled:
                 profile.close()
             clock.spent_on("step")
-            # What the step has learnt is saved before anything that may fail.
+            saved = False
             try:
                 scores = evaluate(program.graph, state.params) if evaluating else {}
+                if scores:
+                    writer.write(step, scores | clock.taken("evaluation"))
+                if saving:
+                    saved = True
+                    save(step, state, scores.get("eval_ce"))
+                if suites and testing:
+                    with no_mesh():  # as below; what divides over the mesh sets it itself
+                        tested = suites(nnx.merge(program.graph, state.params))
+                    writer.write(step, tested | clock.taken("suites"))
+                if sample and sampling:
+                    with no_mesh():  # a few rows of text do not divide over the mesh
+                        writer.write_samples(step, sample(nnx.merge(program.graph, state.params)))
+                    clock.spent_on("samples")
             except Exception:
-                if saving and jax.process_count() == 1:  # others might not have failed
+                # What the step has learnt stays, unless other processes might not have failed.
+                if not saved and jax.process_count() == 1:
                     save(step, state, None)
                 raise
-            if scores:
-                writer.write(step, scores | clock.taken("evaluation"))
-            if saving:
-                save(step, state, scores.get("eval_ce"))
-            if suites and testing:
-                with no_mesh():  # as below; what divides over the mesh sets it itself
-                    tested = suites(nnx.merge(program.graph, state.params))
-                writer.write(step, tested | clock.taken("suites"))
-            if sample and sampling:
-                with no_mesh():  # a few rows of text do not divide over the mesh
-                    writer.write_samples(step, sample(nnx.merge(program.graph, state.params)))
-                clock.spent_on("samples")
             if evaluating or saving or testing:
                 if jax.process_index() == 0:
                     report()
@@ -256,13 +263,16 @@ def _of_all_processes(shards: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds a work directory: of two runs in it each would delete what the other saves.
+def alone_in(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds a work directory: of two runs in it each would delete what the other writes.
 
-    The lock goes with the process, however that ends.
+    The directory is made where needed. The lock goes with the process, however that ends.
+
+    Raises:
+      ValueError: in all processes, if another run holds the directory, or what it holds is no run.
     """
-    lock, taken = None, False
-    if jax.process_index() == 0:
+    lock, problem = None, None
+    if jax.process_index() == 0 and not (problem := _no_run(workdir)):
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / "lock").open("w")
         try:
@@ -270,19 +280,37 @@ def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            taken = True
-        except (ImportError, OSError) as error:
-            logging.warning("%s cannot be locked (%s); start no other run in it", workdir, error)
-    try:
-        if any(exchange(taken)):
-            raise ValueError(
+            problem = (
                 f"Another process is training in {workdir}; wait for it, stop it, or choose "
                 "another --workdir"
             )
+        except (ImportError, OSError) as error:
+            logging.warning("%s cannot be locked (%s); start no other run in it", workdir, error)
+    try:
+        if problem := exchange(problem)[0]:
+            raise ValueError(problem)
         yield
     finally:
         if lock is not None:
             lock.close()
+
+
+def _no_run(workdir: pathlib.Path) -> str | None:
+    """Why a directory is neither a run's nor free for one; None if it is."""
+    path = workdir / "config.json"
+    if not path.exists():
+        if not has_steps(workdir):
+            return None
+        return (
+            f"{workdir} holds checkpoints but no config.json, which says of what run; put it back, "
+            "or choose another --workdir"
+        )
+    try:
+        if "train" in json.loads(path.read_text()):
+            return None
+    except ValueError:  # not even JSON
+        pass
+    return f"{path} is not a run's, and would be written over; choose another --workdir"
 
 
 def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
@@ -294,9 +322,7 @@ def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
     if jax.process_index() or not path.exists() or has_steps(workdir):
         return
     before, now = json.loads(path.read_text()), config.to_dict()
-    if "train" not in before:
-        return  # no run's directory; `_keep_config` will refuse it
-    if (before.get("data"), before["model"]["vocab_size"]) != (
+    if (before["data"], before["model"]["vocab_size"]) != (
         now["data"], now["model"]["vocab_size"]
     ):  # fmt: skip
         for name in TOKENIZER_FILES:
@@ -318,10 +344,8 @@ def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes the config; where there are checkpoints, it may differ in a few keys only."""
     path = workdir / "config.json"
     if jax.process_index() == 0:
-        before = json.loads(path.read_text()) if path.exists() else None
-        # A run that saved nothing may begin otherwise; what is no run's is not to be written over.
-        if before is not None and (has_steps(workdir) or "train" not in before):
-            config.check_resumable_from(before)
+        if has_steps(workdir):  # a run that saved nothing may begin otherwise
+            config.check_resumable_from(json.loads(path.read_text()))
         write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
     require_shared(path)
 

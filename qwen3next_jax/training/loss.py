@@ -147,7 +147,7 @@ def _ahead(batch: Batch, step: int) -> dict[str, Array]:
     """What an MTP step reads and predicts at t: the batch at t + step, inside t's document."""
 
     def shift(x):
-        return jnp.pad(x[:, step:], ((0, 0), (0, step)))
+        return jnp.pad(x, ((0, 0), (0, step)))[:, step:]
 
     segments = batch["segment_ids"]
     inside = (shift(segments) == segments) & (segments != 0)

@@ -28,7 +28,7 @@ def reporters(
     """What reports a run that begins after `start_step`: in process 0; the others are silent."""
     if jax.process_index() > 0:
         return Silent(), Silent()
-    writer = MetricWriter(workdir, resume_step=start_step if start_step else None)
+    writer = MetricWriter(workdir, start_step=start_step)
     return writer, Progress(num_steps, start_step=start_step)
 
 
@@ -51,22 +51,21 @@ class Silent:
 class MetricWriter:
     """Appends to `metrics.jsonl`, `samples.jsonl` and `tensorboard/`; one a run, in process 0."""
 
-    def __init__(self, workdir: str | pathlib.Path, *, resume_step: int | None = None):
+    def __init__(self, workdir: str | pathlib.Path, *, start_step: int = 0):
         """Opens the files of a work directory.
 
         Args:
           workdir: is made where needed.
-          resume_step: the checkpoint's step: later lines are cut off, and with them what is not
-            JSON, such as the half line of a killed run. None: a new course, all lines are.
+          start_step: the step that the run goes on from: later lines are cut off, and with them
+            what is not JSON, such as the half line of a killed run.
         """
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        last = -1 if resume_step is None else resume_step
-        self._lines = _open_cut_back(workdir / "metrics.jsonl", last)
-        self._samples = _open_cut_back(workdir / "samples.jsonl", last)
+        self._lines = _open_cut_back(workdir / "metrics.jsonl", start_step)
+        self._samples = _open_cut_back(workdir / "samples.jsonl", start_step)
         # TensorBoard's files can't be cut; a mark in them hides what was written of later steps.
         # Their names hold the second they were opened, too coarse to tell two courses apart.
-        first = 0 if resume_step is None else resume_step + 1
+        first = start_step + 1
         self._events = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first, filename_suffix=f".{first}"
         )

@@ -92,8 +92,7 @@ def make_gradients(
             observed = metrics.pop("observed", None)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            routed = sum(sparse for _, sparse in config.model.layers)
-            routed += config.model.mtp_layer[1] and steps > 0
+            routed = sum(sparse for _, sparse in config.model.all_layers)
             no_loads = jnp.zeros((routed, config.model.num_experts)) if routed else None
             (grads, assignments), metrics = jax.lax.scan(
                 accumulate, (zeros, no_loads), micro_batches
