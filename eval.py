@@ -107,21 +107,25 @@ def _evaluate(suite: str) -> None:
     path = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or "")
     ours = find_checkpoint(path)
     tokenizer = load_tokenizer(_TOKENIZER.value or (path if ours is None else ours.workdir))
-    check_vocabulary(tokenizer, checkpoint_config(path).vocab_size)
+    config = checkpoint_config(path)
+    check_vocabulary(tokenizer, config.vocab_size)
     mesh = None
     if _MESH_FSDP.value is not None:
         mesh = make_mesh(MeshConfig(data=1, fsdp=_MESH_FSDP.value))
-    model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh)
-
     workdir = None if ours is None else ours.workdir
     run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
+    domains: Mapping[str, Records] = {}
+    if suite in ("perplexity", "speculation"):
+        domains = _domains(run, workdir, config.vocab_size)
+    model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh)
+
     start = time.monotonic()
     with as_trained(ours):
         results = run_suite(
             suite,
             Evaluator(model, tokenizer, batch_size=options.batch_size),
             options,
-            lambda: _domains(run, workdir, model.config.vocab_size),
+            lambda: domains,
             on_error="raise" if _DATA.value else run.get("data", {}).get("on_error", "raise"),
         )
     print(table(suite, results))
@@ -179,7 +183,7 @@ def _domains(
     if domains:
         return domains
     if workdir is None or "data" not in run:
-        raise app.UsageError(
+        raise ValueError(
             "Which text? Give --data=SOURCE:PATH, --data=jsonl:/corpus/*.jsonl say, or stdlib"
         )
     # The tokenizer that travelled with the run, wherever it came from.

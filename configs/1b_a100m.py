@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
         source="text",
         path="/corpus/**/*.txt",
         holdout_fraction=0.005,
-        num_shards=16,
+        num_shards=64,
     )
     config.optimizer.update(learning_rate=1e-3, schedule="wsd", warmup_steps=500)
     config.train.update(

@@ -659,15 +659,13 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
                              train.gradient_accumulation_steps)  # fmt: skip
     if train.sequence_length > c.model.context_length:
         yield (
-            f"train.sequence_length={train.sequence_length} exceeds "
-            f"model.max_position_embeddings={c.model.max_position_embeddings} (with YaRN "
-            f"{c.model.context_length}); shorten the rows or raise model.rope_scaling.factor"
+            f"train.sequence_length={train.sequence_length} exceeds the model's context of "
+            f"{c.model.context_length} tokens; shorten the rows, or {_longer(c.model, train)}"
         )
     for key in ("train.sample_tokens", "evaluation.length"):
         if flat[key] > c.model.context_length:
             yield (
-                f"{key}={flat[key]} exceeds the model's context of {c.model.context_length} "
-                "tokens; give less, or raise model.rope_scaling.factor"
+                f"{key}={flat[key]} exceeds the model's context of {c.model.context_length} tokens"
             )
     steps = train.profile_steps
     if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
@@ -692,6 +690,14 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     for axis in (*axes, "num_slices"):
         if (size := getattr(c.mesh, axis)) < 1 and size != -1:
             yield f"mesh.{axis}={size} must be at least 1, or -1 for what is left"
+
+
+def _longer(model: ModelConfig, train: TrainConfig) -> str:
+    """What makes a model's context as long as the rows."""
+    if model.rope_scaling is not None:
+        return "raise model.rope_scaling.factor"
+    yarn = model.yarn(-(-train.sequence_length // model.original_context))
+    return f"lengthen it by YaRN: --config.model.rope_scaling='{json.dumps(yarn)}'"
 
 
 def _data_problems(c: DataConfig) -> Iterable[str]:

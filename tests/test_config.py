@@ -202,7 +202,10 @@ def test_a_run_s_config_survives_json():
         ({"train__num_steps": 0}, "train.num_steps=0 must be at least 1"),
         ({"train__num_steps": "many"}, "train.num_steps='many' must be of type int"),
         ({"train__gradient_accumulation_steps": 3}, "global_batch_size=8 is not divisible by"),
-        ({"train__sequence_length": 10**6}, "exceeds model.max_position_embeddings"),
+        (
+            {"train__sequence_length": 9000},
+            r"exceeds the model's context of 4096 .*rope_scaling='{\"rope_type\": \"yarn\", ",
+        ),
         ({"optimizer__final_fraction": 1.5}, "final_fraction=1.5 must lie between 0 and 1"),
         ({"train__profile_steps": (3,)}, r"profile_steps=\(3,\) must be \(\) or \(first, last\)"),
         ({"train__profile_steps": (5, 3)}, r"profile_steps=\(5, 3\) must be .* first <= last"),

@@ -93,7 +93,9 @@ def test_scores_and_texts_of_eight_devices_are_those_of_one():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
-    assert set(found) == {"fsdp", "expert", "context", "tensor_fsdp", "in a run's mesh"}
+    assert set(found) == {
+        "fsdp", "expert", "context", "tensor_fsdp", "in a run's mesh", "in the caller's mesh",
+    }  # fmt: skip
     for name, (difference, same_text, same_greedy) in found.items():
         assert difference < 1e-4, name  # float32, summed in another order
         assert same_text, name

@@ -63,7 +63,7 @@ def test_loops_kernels_and_collectives_add_up():
 def test_topologies_are_read_and_unknown_ones_name_the_nearest():
     assert parse_topology("v5p:4x4x4") == (CHIPS["v5p"], 64)
     assert parse_topology("v6e:16x16") == (CHIPS["v6e"], 256)
-    with pytest.raises(ValueError, match="did you mean v5p:4x4x4"):
+    with pytest.raises(ValueError, match="the plan is of TPUs, such as v5p:4x4x4"):
         parse_topology("v5q:4x4x4")
     with pytest.raises(ValueError, match="should have 2 sizes; known are v6e:2x2"):
         parse_topology("v6e:4x4x4")

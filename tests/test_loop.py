@@ -327,6 +327,22 @@ def test_a_run_does_not_go_on_with_another_tokenizer(corpus, tmp_path):
         run(small_config(corpus, train__num_steps=3), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("loss", "error"), [(np.nan, loop.NonFiniteLossError), (1.0, loop.ExpertOverflowError)]
+)
+def test_what_is_not_finite_is_no_overflow_though_it_fills_the_buffers(
+    loss, error, corpus, tmp_path, monkeypatch
+):
+    def halted(state, batch):
+        values = {"halted": True, "loss": loss, "grad_norm": 1.0, "dropped_assignments": 9.0}
+        return state, {name: np.asarray(value) for name, value in values.items()}
+
+    monkeypatch.setattr(loop, "compiled_together", lambda step: halted)
+    monkeypatch.setattr(loop, "first_bad_parameter", lambda *_: "norm/weight")
+    with pytest.raises(error):
+        run(small_config(corpus), tmp_path)
+
+
 def test_fewer_steps_than_were_taken_are_refused(corpus, tmp_path):
     run(small_config(corpus, train__num_steps=2), tmp_path)
     with pytest.raises(ValueError, match="num_steps=1 lies before the checkpoint of step 2"):

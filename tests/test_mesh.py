@@ -1,7 +1,9 @@
 import itertools
 import math
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -13,11 +15,13 @@ from qwen3next_jax.parallel.mesh import (
     AXES,
     BATCH,
     active_mesh,
+    axis_sizes,
     make_mesh,
     parameter_shardings,
     partition,
 )
 from qwen3next_jax.parallel.processes import BatchShare
+from qwen3next_jax.parallel.vocabulary import embed
 from qwen3next_jax.plan import tpu
 
 EIGHT_WAYS = dict(data=1, fsdp=8, expert=1, context=1, tensor=1)
@@ -77,6 +81,25 @@ def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
     ):
         make_mesh(MeshConfig(data=1, fsdp=0), devices)
 
+    with pytest.raises(ValueError, match=r"8 devices are not divisible by mesh\.fsdp=3; 2 or 4 in"):
+        axis_sizes(MeshConfig(data=-1, fsdp=3), 8)
+
+
+def gpu(number):
+    """One of eight on each host, as JAX numbers them."""
+    return mock.Mock(
+        jax.Device, id=number, platform="gpu", device_kind="gpu",
+        process_index=number // 8, slice_index=number // 8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("slices", "data"), [(1, 1), (2, 2), (-1, 1)])
+def test_hosts_of_gpus_are_slices_only_where_the_config_says_so(slices, data):
+    gpus = [gpu(number) for number in range(16)]
+    mesh = make_mesh(MeshConfig(data=data, fsdp=-1, num_slices=slices), gpus)
+    assert mesh.shape["fsdp"] == 16 // data
+    assert [gpu.id for gpu in mesh.devices.flat] == list(range(16))
+
 
 @pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:8x8", "v5p:2x2x3"])
 def test_every_mesh_lies_on_a_torus_and_gives_processes_whole_rows(topology):
@@ -112,3 +135,17 @@ def test_every_parameter_gets_a_sharding():
         params, make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
     )
     assert len(jax.tree.leaves(shardings)) == len(jax.tree.leaves(params))
+
+
+def test_gradients_of_a_bfloat16_embedding_are_summed_over_data_in_float32():
+    mesh = jax.sharding.AbstractMesh((8, 1, 1, 1, 1), AXES)
+    tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32)
+    table = jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)
+
+    def total(table, tokens):
+        return embed(tokens, table, dtype=jnp.dtype("bfloat16")).astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(jax.grad(total))(table, tokens)
+    *_, backward = [e for e in program.eqns if e.primitive.name == "shard_map"]
+    assert [x.aval.dtype for x in backward.outvars if x.aval.shape == table.shape] == [jnp.float32]

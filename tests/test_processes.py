@@ -65,14 +65,18 @@ def test_the_description_of_a_program_tells_every_file_of_the_package():
     assert program["jax"] == jax.__version__
 
 
-def test_alone_sigterm_asks_to_stop_and_a_second_one_ends_the_process():
-    before = signal.getsignal(signal.SIGTERM)
-    with processes._sigterm() as should_stop:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_alone_a_signal_asks_to_stop_and_a_second_one_ends_the_process(number):
+    def handlers():
+        return [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+
+    before = handlers()
+    with processes._asked_to_stop() as should_stop:
         assert not should_stop(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert should_stop(2)
-        assert signal.getsignal(signal.SIGTERM) == before
-    assert signal.getsignal(signal.SIGTERM) == before
+        assert handlers() == before
+    assert handlers() == before
 
 
 def test_half_given_processes_are_refused():

@@ -41,7 +41,7 @@ def test_command_prints_one_object_as_its_last_line():
 def test_command_says_what_is_wrong_with_a_topology():
     done = plan("--config=configs/tiny.py", "--topology=v5q:4x4x4")
     assert done.returncode != 0
-    assert "did you mean v5p:4x4x4" in done.stderr
+    assert "the plan is of TPUs, such as v5p:4x4x4" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int
@@ -81,6 +83,7 @@ class Evaluator:
                     f"has {context}. Cut it, or extend the context by rope_scaling (YaRN)"
                 )
         scores: list[Any] = [None] * len(rows)
+        dropped = 0.0
         # Each device of `context` has whole chunks of a row.
         ways = 1 if self._mesh is None else self._mesh.shape["context"]
         step = 1 if ways == 1 else CHUNK * ways
@@ -91,10 +94,16 @@ class Evaluator:
                 n = len(rows[number]) - 1
                 tokens[i, :n], targets[i, :n] = rows[number][:-1], rows[number][1:]
                 segments[i, :n] = 1
-            losses, margins = self._score(tokens, targets, segments)
+            losses, margins, without_place = self._score(tokens, targets, segments)
+            dropped += float(without_place)
             for i, number in enumerate(numbers):
                 n = len(rows[number]) - 1
                 scores[number] = RowScores(losses[i, :n], margins[i, :n])
+        if dropped:
+            logging.warning(
+                "%d assignments of tokens to experts found no place (mesh.moe_buffer_factor), and "
+                "count as zeros in these scores", dropped,
+            )  # fmt: skip
         return scores
 
     def _score(self, *arrays):
@@ -219,8 +228,9 @@ def bucket(length: int) -> int:
 def _score(graph, mesh, params, tokens, targets, segments):
     model = nnx.merge(graph, params)
     positions = default_positions(tokens, segments)
-    hidden, _ = model.hidden_states(tokens, segments, positions)
-    scores = token_scores(hidden, model.head(), targets, chunk=_chunk(model))
+    hidden, stats = model.hidden_states(tokens, segments, positions)
+    dropped = jnp.zeros(()) if stats is None else stats.dropped.sum()
+    scores = (*token_scores(hidden, model.head(), targets, chunk=_chunk(model)), dropped)
     if mesh is not None:  # every process reads all of it
         whole = NamedSharding(mesh, PartitionSpec())
         scores = jax.lax.with_sharding_constraint(scores, whole)

@@ -181,8 +181,8 @@ def fit(
 
     if len(prompt(0)[0]) > length:
         raise ValueError(
-            f"A question of {len(prompt(0)[0])} tokens does not fit into {length}; ask at greater "
-            "lengths"
+            f"A question of {len(prompt(0)[0])} tokens does not fit into the {length} that the "
+            "answer leaves; ask at greater lengths"
         )
     # A sentence more is tokens more, so the most that fit are found by halving.
     fits, too_many = 0, length

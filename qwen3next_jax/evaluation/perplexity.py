@@ -45,19 +45,22 @@ def perplexity(
       chunk: positions of a row whose logits exist at a time.
 
     Returns:
-      eval_ce in nats a token and eval_bits_per_byte.
+      eval_ce in nats a token and eval_bits_per_byte; eval_dropped_assignments where tokens found no
+      place at their experts.
 
     Raises:
       ValueError: nothing is predicted.
     """
-    nats = tokens = 0.0
+    nats = tokens = dropped = 0.0
     for batch in batches:
-        losses = _losses(graph, params, batch, chunk)
+        losses, without_place = _losses(graph, params, batch, chunk)
+        dropped += float(without_place)
         nats += float(losses.sum())
         tokens += float(batch["loss_weights"].sum())
     if not tokens:
         raise ValueError("The held-out text holds no token that is predicted")
-    return {"eval_ce": nats / tokens, "eval_bits_per_byte": nats / math.log(2) / text_bytes}
+    result = {"eval_ce": nats / tokens, "eval_bits_per_byte": nats / math.log(2) / text_bytes}
+    return result | ({"eval_dropped_assignments": dropped} if dropped else {})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

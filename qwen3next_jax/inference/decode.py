@@ -28,7 +28,7 @@ from qwen3next_jax.inference.sampling import Sampling
 from qwen3next_jax.inference.speculative import draft, verify
 from qwen3next_jax.model.cache import empty_cache, keep
 from qwen3next_jax.model.decoder import Qwen3Next
-from qwen3next_jax.parallel.mesh import ROWS
+from qwen3next_jax.parallel.mesh import ROWS, no_mesh
 from qwen3next_jax.parallel.processes import exchange
 
 DRAFTS = 2  # by default, where the model can draft
@@ -142,8 +142,10 @@ class Generation:
         """Yields, until all rows have ended, a list of each row's new tokens, which may be none."""
         if not self._prompts or self._max_new_tokens == 0:
             return
-        structure, params = _for_decoding(self._model)
-        state, first = self._read_prompts(structure, params)
+        # A few rows, and a token at a time, do not divide over a mesh that the caller may have set.
+        with no_mesh():
+            structure, params = _for_decoding(self._model)
+            state, first = self._read_prompts(structure, params)
         yield _rows(first, state.made)
         passes = 1
         while True:
@@ -152,7 +154,8 @@ class Generation:
             if not np.asarray(state.budget).any():
                 return
             start = time.monotonic()
-            state, out, ran = _run(structure, self._rules, params, state, passes)
+            with no_mesh():
+                state, out, ran = _run(structure, self._rules, params, state, passes)
             new = _rows(out, state.made)
             self.passes += int(ran)
             self.drafted = np.asarray(state.drafted).tolist()

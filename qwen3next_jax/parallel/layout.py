@@ -64,7 +64,7 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
     yield from _indivisible(sizes, ROWS, {name: rows})
     if sizes["context"] > 1:
         # No chunk lies on two devices; attention deals out each stretch in two pieces.
-        least = CHUNK if delta else 2
+        least, piece = (CHUNK, "the delta rule's chunk") if delta else (2, "attention's pieces")
         if t.sequence_length % (least * sizes["context"]):
             step = least * sizes["context"]
             works = [step * max(t.sequence_length // step, 1)]
@@ -73,7 +73,7 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
             ways = [w for w in range(1, chunks + 1) if chunks % w == 0 and not rest]
             yield (
                 f"train.sequence_length={t.sequence_length} is not divisible by mesh.context="
-                f"{sizes['context']} times {least} tokens, the delta rule's chunk; a length of "
+                f"{sizes['context']} times {least} tokens, {piece}; a length of "
                 f"{works[0]} or {works[1]} would work"
                 + (f", or mesh.context={_nearest(ways, sizes['context'])}" if ways else "")
             )
@@ -93,7 +93,8 @@ def _indivisible(
     wrong = [name for name, size in given.items() if size and size % ways]
     if wrong:
         common = math.gcd(*(int(size) for size in given.values()))
-        works = [w for w in range(1, common + 1) if common % w == 0]
+        devices = math.prod(sizes.values())
+        works = [w for w in range(1, common + 1) if common % w == 0 and devices % w == 0]
         split = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
         yield (
             f"{', '.join(f'{name}={given[name]}' for name in wrong)} "

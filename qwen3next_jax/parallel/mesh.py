@@ -96,6 +96,14 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
         if size < 1 and size != -1:
             raise ValueError(f"mesh.{axis}={size} must be at least 1, or -1 for what is left")
     fixed = math.prod(size for size in sizes.values() if size > 0)
+    if -1 in sizes.values() and num_devices % fixed:
+        given = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
+        works = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+        near = sorted(sorted(works, key=lambda n: abs(n - fixed))[:2])
+        raise ValueError(
+            f"{num_devices} devices are not divisible by {given}; {near[0]} or {near[1]} in all "
+            "would work"
+        )
     for axis, size in sizes.items():
         if size == -1:
             sizes[axis] = max(num_devices // fixed, 1)
@@ -110,7 +118,8 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 def _slices(config: MeshConfig, devices: list[jax.Device]) -> list[list[jax.Device]]:
     """The devices of each slice."""
-    numbers = sorted({getattr(d, "slice_index", 0) for d in devices})
+    # JAX numbers GPUs by host in `slice_index`: what joins those is for the config to say.
+    numbers = sorted({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"} or {0})
     wanted = len(numbers) if config.num_slices == -1 else config.num_slices
     if len(numbers) == 1 and len(devices) % wanted == 0:  # devices that know of no slices
         size = len(devices) // wanted

@@ -93,7 +93,7 @@ def joined(
                 "MPI, Kubernetes and TPU pods give all three."
             ) from None
         # No cluster was found.
-        with _sigterm() as stop:
+        with _asked_to_stop() as stop:
             yield stop
         return
     with _watched(peer_timeout):
@@ -102,20 +102,25 @@ def joined(
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[ShouldStop]:
-    """Turns a first SIGTERM into a wish to stop; a second one ends the process."""
+def _asked_to_stop() -> Iterator[ShouldStop]:
+    """Turns a first SIGTERM, or Ctrl-C, into a wish to stop; a second one ends the process."""
     received = []
 
     def receive(number: int, _: Any) -> None:
         received.append(number)
-        signal.signal(signal.SIGTERM, before)
-        logging.warning("SIGTERM: saving after this step, then leaving")
+        for name, handler in before.items():
+            signal.signal(name, handler)
+        logging.warning(
+            "%s: saving after this step, then leaving; once more ends at once",
+            signal.Signals(number).name,
+        )
 
-    before = signal.signal(signal.SIGTERM, receive)
+    before = {name: signal.signal(name, receive) for name in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda step: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 @contextlib.contextmanager

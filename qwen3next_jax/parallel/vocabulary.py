@@ -43,9 +43,10 @@ def embed(
     def look_up(tokens, table):
         return _look_up(tokens, table, spec, jnp.dtype(dtype))
 
+    # In float32, so that shard_map's sum over `data` is.
     return jax.shard_map(
         look_up, in_specs=(tokens_spec, spec), out_specs=tokens_spec, check_vma=False
-    )(tokens, table)
+    )(tokens, table.astype(jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

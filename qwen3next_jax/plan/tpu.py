@@ -5,7 +5,6 @@ compiles for them is what they would run, so the memory it reports is what a dev
 """
 
 import dataclasses
-import difflib
 import math
 import os
 import time
@@ -29,10 +28,9 @@ def parse_topology(name: str) -> tuple[Chip, int]:
     """
     kind, _, sizes = name.partition(":")
     if kind not in CHIPS:
-        near = difflib.get_close_matches(kind, CHIPS, n=2, cutoff=0.3) or list(CHIPS)
         raise ValueError(
-            f"The topology {name!r} is of no known chip; did you mean "
-            f"{' or '.join(_example(k) for k in near)}?"
+            f"The topology {name!r} is of no known chip; the plan is of TPUs, such as "
+            f"{' or '.join(_example(k) for k in CHIPS)}"
         )
     chip = CHIPS[kind]
     parts = sizes.split("x")

@@ -184,7 +184,9 @@ def _train(
         nonlocal tokens
         if np.asarray(metrics.pop("halted")):
             values = _on_host(metrics)
-            if values.get("dropped_assignments") and config.mesh.on_overflow == "error":
+            # What is not finite all goes to the same experts: then no place is the lesser evil.
+            finite = np.isfinite([values["loss"], values["grad_norm"]]).all()
+            if finite and values.get("dropped_assignments"):
                 raise _overflow(done, values["dropped_assignments"], config)
             bad = first_bad_parameter(program.graph, config, state.params, batch)
             store.wait()

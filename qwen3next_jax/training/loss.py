@@ -127,13 +127,21 @@ def loss(
     return value, metrics
 
 
-def next_token_losses(model: Qwen3Next, batch: Batch, *, chunk: int = 512) -> Float[Array, "B T"]:
-    """Cross-entropy of each position in nats, 0 where its weight is 0: what evaluation sums up."""
-    hidden, _ = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
+def next_token_losses(
+    model: Qwen3Next, batch: Batch, *, chunk: int = 512
+) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
+    """What evaluation sums up.
+
+    Returns:
+      Cross-entropy of each position in nats, 0 where its weight is 0; and how many assignments of
+      tokens to experts found no place (`mesh.moe_buffer_factor`).
+    """
+    hidden, stats = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
     _, losses = cross_entropy(
         hidden, model.head(), batch["targets"], batch["loss_weights"], chunk=chunk
     )
-    return losses * batch["loss_weights"]
+    dropped = jnp.zeros(()) if stats is None else stats.dropped.sum()
+    return losses * batch["loss_weights"], dropped
 
 
 def count_labels(batch: Batch, mtp_steps: int) -> TokenCounts:
