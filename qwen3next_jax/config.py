@@ -696,7 +696,7 @@ def _longer(model: ModelConfig, train: TrainConfig) -> str:
     """What makes a model's context as long as the rows."""
     if model.rope_scaling is not None:
         return "raise model.rope_scaling.factor"
-    yarn = model.yarn(-(-train.sequence_length // model.original_context))
+    yarn = model.yarn(float(-(-train.sequence_length // model.original_context)))
     return f"lengthen it by YaRN: --config.model.rope_scaling='{json.dumps(yarn)}'"
 
 

@@ -69,10 +69,14 @@ def test_the_context_is_what_was_trained_or_what_yarn_makes_of_it():
 
 def test_yarn_lengthens_the_rows_that_a_run_may_have():
     given = run_dict(train__sequence_length=10_000)
-    with pytest.raises(ValueError, match=r"=4096 \(with YaRN 4096\); shorten the rows or raise"):
+    with pytest.raises(ValueError, match=r"of 4096 tokens; .*rope_scaling='\{.*'") as told:
         RunConfig.from_dict(given)
-    given["model"]["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
-    assert RunConfig.from_dict(given).model.context_length == 16_384
+    # What it says works.
+    given["model"]["rope_scaling"] = json.loads(str(told.value).split("'")[-2])
+    assert RunConfig.from_dict(given).model.context_length == 3 * 4096
+    given["train"]["sequence_length"] = 20_000
+    with pytest.raises(ValueError, match=r"of 12288 tokens; .*or raise model.rope_scaling.factor"):
+        RunConfig.from_dict(given)
 
 
 def test_layer_types_that_no_interval_describes_are_kept():

@@ -11,6 +11,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -335,7 +336,7 @@ def test_what_is_not_finite_is_no_overflow_though_it_fills_the_buffers(
 ):
     def halted(state, batch):
         values = {"halted": True, "loss": loss, "grad_norm": 1.0, "dropped_assignments": 9.0}
-        return state, {name: np.asarray(value) for name, value in values.items()}
+        return state, {name: jnp.asarray(value) for name, value in values.items()}
 
     monkeypatch.setattr(loop, "compiled_together", lambda step: halted)
     monkeypatch.setattr(loop, "first_bad_parameter", lambda *_: "norm/weight")

@@ -93,8 +93,10 @@ def _indivisible(
     wrong = [name for name, size in given.items() if size and size % ways]
     if wrong:
         common = math.gcd(*(int(size) for size in given.values()))
+        works = [w for w in range(1, common + 1) if common % w == 0]
         devices = math.prod(sizes.values())
-        works = [w for w in range(1, common + 1) if common % w == 0 and devices % w == 0]
+        fitting = [w for w in works if devices % w == 0]
+        works = fitting if len(fitting) > 1 else works  # else other devices are wanted, too
         split = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
         yield (
             f"{', '.join(f'{name}={given[name]}' for name in wrong)} "
