@@ -291,6 +291,8 @@ def alone_in(workdir: pathlib.Path) -> Iterator[None]:
     try:
         if problem := exchange(problem)[0]:
             raise ValueError(problem)
+        # Where the others do not see process 0's directory, `require_shared` will say so.
+        workdir.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         if lock is not None:
