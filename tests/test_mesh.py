@@ -138,7 +138,8 @@ def test_every_parameter_gets_a_sharding():
 
 
 def test_gradients_of_a_bfloat16_embedding_are_summed_over_data_in_float32():
-    mesh = jax.sharding.AbstractMesh((8, 1, 1, 1, 1), AXES)
+    auto = (jax.sharding.AxisType.Auto,) * 5
+    mesh = jax.sharding.AbstractMesh((8, 1, 1, 1, 1), AXES, axis_types=auto)
     tokens = jax.ShapeDtypeStruct((8, 4), jnp.int32)
     table = jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)
 
