@@ -122,9 +122,10 @@ def quick_jit(function):
     """`jax.jit` for what runs a few times only: compiling without optimisations takes a quarter."""
     options = {
         "xla_backend_optimization_level": 0,
-        "xla_cpu_use_fusion_emitters": False,
         "xla_allow_excess_precision": False,  # what is rounded to bfloat16 is to be rounded
     }
+    if jax.__version_info__ < (0, 12):  # which knows no other emitters
+        options["xla_cpu_use_fusion_emitters"] = False
     return jax.jit(function, compiler_options=options)
 
 
