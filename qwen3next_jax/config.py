@@ -361,11 +361,15 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
 
 def _not_divisible(name: str, value: int, divisor_name: str, divisor: int) -> str:
     choices = [d for d in range(1, value + 1) if value % d == 0]
-    nearest = sorted(sorted(choices, key=lambda d: abs(d - divisor))[:2])
     return (
         f"{name}={value} is not divisible by {divisor_name}={divisor}; choose a divisor, such as "
-        + " or ".join(map(str, nearest))
+        + nearest(choices, divisor)
     )
+
+
+def nearest(choices: Iterable[int], wanted: int) -> str:
+    """The two choices next to what was wanted, for a message: "2 or 4"."""
+    return " or ".join(map(str, sorted(sorted(choices, key=lambda c: abs(c - wanted))[:2])))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,8 @@ def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
 
     with pytest.raises(ValueError, match=r"8 devices are not divisible by mesh\.fsdp=3; 2 or 4 in"):
         axis_sizes(MeshConfig(data=-1, fsdp=3), 8)
+    with pytest.raises(ValueError, match=r"1 devices are not divisible by mesh\.fsdp=2; 1 in all"):
+        axis_sizes(MeshConfig(data=-1, fsdp=2), 1)
 
 
 def gpu(number):

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from qwen3next_jax.config import LINEAR, RunConfig
+from qwen3next_jax.config import LINEAR, RunConfig, nearest
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, SLICES
 
@@ -53,7 +53,7 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
         works = [w for w in range(1, m.num_attention_heads + 1) if kv_heads_work(w)]
         yield (
             f"model.num_key_value_heads={kv_heads} and mesh.tensor={sizes['tensor']} do not divide "
-            f"one another; {_nearest(works, sizes['tensor'])} would work"
+            f"one another; {nearest(works, sizes['tensor'])} would work"
         )
     yield from _indivisible(sizes, ("expert",), {"model.num_experts": sparse and m.num_experts})
     yield from _indivisible(sizes, SLICES, {"model.hidden_size": m.hidden_size})
@@ -75,7 +75,7 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
                 f"train.sequence_length={t.sequence_length} is not divisible by mesh.context="
                 f"{sizes['context']} times {least} tokens, {piece}; a length of "
                 f"{works[0]} or {works[1]} would work"
-                + (f", or mesh.context={_nearest(ways, sizes['context'])}" if ways else "")
+                + (f", or mesh.context={nearest(ways, sizes['context'])}" if ways else "")
             )
     if sparse and sizes["expert"] > _EXACT_EXPERT_WAYS and config.mesh.moe_buffer_factor == -1:
         yield (
@@ -101,12 +101,8 @@ def _indivisible(
         yield (
             f"{', '.join(f'{name}={given[name]}' for name in wrong)} "
             f"{'is' if len(wrong) == 1 else 'are'} not divisible by {split}; "
-            f"{_nearest(works, ways)}{' in all' if len(axes) > 1 else ''} would work"
+            f"{nearest(works, ways)}{' in all' if len(axes) > 1 else ''} would work"
         )
-
-
-def _nearest(choices: list[int], wanted: int) -> str:
-    return " or ".join(map(str, sorted(sorted(choices, key=lambda c: abs(c - wanted))[:2])))
 
 
 def describe_layout(

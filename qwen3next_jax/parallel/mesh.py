@@ -26,7 +26,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from qwen3next_jax.config import MeshConfig
+from qwen3next_jax.config import MeshConfig, nearest
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 ROWS = ("data", "fsdp", "expert")  # over these the rows of a batch are split
@@ -99,9 +99,8 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     if -1 in sizes.values() and num_devices % fixed:
         given = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
         works = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
-        near = sorted(sorted(works, key=lambda n: abs(n - fixed))[:2])
         raise ValueError(
-            f"{num_devices} devices are not divisible by {given}; {near[0]} or {near[1]} in all "
+            f"{num_devices} devices are not divisible by {given}; {nearest(works, fixed)} in all "
             "would work"
         )
     for axis, size in sizes.items():
