@@ -149,6 +149,8 @@ def _train(
         hosts=share.hosts,
         host=share.host,
     )
+    # Now, and not at each checkpoint: the tokenizer's file may be gone by then.
+    began_with = {"records": data.records, "tokenizer": data.tokenizer_identity}
     store = CheckpointStore(workdir / "checkpoints", keep=t.keep_checkpoints, keep_best=t.keep_best)
     if store.latest_step() is None:
         start, tokens = 0, 0
@@ -172,10 +174,8 @@ def _train(
     clock, profile = _Clock(tokens), _Profile(workdir / "profile", t.profile_steps, t.num_steps)
 
     def save(step: int, state: TrainState, metric: float | None) -> None:
-        extras = {
-            "tokens": tokens, "data": _of_all_processes(batches.get_state()),
-            "records": data.records, "tokenizer": data.tokenizer_identity,
-        }  # fmt: skip
+        read = _of_all_processes(batches.get_state())
+        extras = {"tokens": tokens, "data": read, **began_with}
         store.save(step, state, extras, metric=metric)
         clock.spent_on("checkpoint")
 
