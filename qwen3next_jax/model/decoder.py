@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import REMAT, ModelConfig
 from qwen3next_jax.model.cache import empty_cache
-from qwen3next_jax.model.layer import DecoderLayer
+from qwen3next_jax.model.decoder_layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP

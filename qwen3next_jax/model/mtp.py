@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.model.layer import DecoderLayer
+from qwen3next_jax.model.decoder_layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.statistics import Observed
 from qwen3next_jax.parallel.mesh import gathered
