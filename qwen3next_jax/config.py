@@ -20,8 +20,9 @@ LINEAR, FULL = "linear_attention", "full_attention"
 # attention's scores, whose results are kept.
 REMAT = ("none", "layer", "layer_but_attention")
 
-# What data is read from, each with a path as an example; see `data/sources.py`.
-_SOURCES = {
+# The kinds of source that `data.source` can name, each with an example of a path, "" for those that
+# take none. `data/sources.py` opens them.
+SOURCES = {
     "stdlib": "",
     "text": "/corpus/**/*.txt",
     "jsonl": "/corpus/*.jsonl.zst",
@@ -31,7 +32,6 @@ _SOURCES = {
     "synthetic": "",
     "prepared": "/corpus/prepared",
 }
-_PATHLESS = ("stdlib", "synthetic")
 
 # Keys that a sparse hybrid has and the dense `qwen3` has not, with what stands for "none of it".
 _QWEN3 = {
@@ -610,7 +610,7 @@ def _frozen(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run_problems(c: RunConfig) -> Iterable[str]:
     choices = {
-        "data.source": (*_SOURCES, "mixture"),
+        "data.source": (*SOURCES, "mixture"),
         "data.on_error": ("raise", "skip"),
         "data.packing": ("concatenate", "best_fit"),
         "data.too_long": ("error", "truncate"),
@@ -719,13 +719,13 @@ def _data_problems(c: DataConfig) -> Iterable[str]:
         if not part.get("weight", 0) > 0:
             yield f"{where}.weight={part.get('weight')} must be given and above 0"
         source, path = (part.get(key, given[key]) for key in ("source", "path"))
-        if source not in _SOURCES:
+        if source not in SOURCES:
             if name:
-                yield f"{where}.source={source!r} is unknown; expected {_either(_SOURCES)}"
-        elif source in _PATHLESS and path:
+                yield f"{where}.source={source!r} is unknown; expected {_either(SOURCES)}"
+        elif path and not SOURCES[source]:
             yield f"{where}.path={path!r} is not used by source={source!r}; set it to ''"
-        elif source not in _PATHLESS and not path:
-            yield f"{where}.source={source!r} needs a path, such as {_SOURCES[source]!r}"
+        elif SOURCES[source] and not path:
+            yield f"{where}.source={source!r} needs a path, such as {SOURCES[source]!r}"
 
 
 def _unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> Iterable[str]:

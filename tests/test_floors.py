@@ -5,7 +5,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
-    "command": 0, "config": 1, "data": 1, "ops": 1, "parallel": 2, "model": 3, "checkpoint": 4,
+    "command": 0, "config": 0, "data": 1, "ops": 1, "parallel": 2, "model": 3, "checkpoint": 4,
     "training": 5, "inference": 5, "evaluation": 6, "plan": 6, "sample": 6, "convert": 6,
     "launch": 6,
 }  # fmt: skip

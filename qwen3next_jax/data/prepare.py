@@ -48,7 +48,13 @@ from qwen3next_jax.data.prepared import (
     read_manifest,
     write_shard,
 )
-from qwen3next_jax.data.sources import SOURCES, BadRecordError, Record, Source, open_source
+from qwen3next_jax.data.sources import (
+    BadRecordError,
+    Record,
+    Source,
+    add_source_arguments,
+    open_source,
+)
 from qwen3next_jax.data.tokenizer import Tokenizer, identity, keep_tokenizer, load_tokenizer
 
 _PLAN = "plan.json"
@@ -83,12 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     at = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(prog="python -m qwen3next_jax.data.prepare",
                                      description=(__doc__ or "").partition("\n")[0])  # fmt: skip
-    sources = [source for source in SOURCES if source != "prepared"]
-    parser.add_argument("--source", required=True, choices=sources)
-    parser.add_argument("--path", default="", help="as data.path: a glob of files, or a dataset")
-    parser.add_argument("--field", default="text", help="of objects, the one with text or messages")
-    parser.add_argument("--split", default="train", help="of TensorFlow Datasets")
-    parser.add_argument("--on_error", default="raise", choices=("raise", "skip"))
+    add_source_arguments(parser)
     parser.add_argument("--tokenizer", required=True, help="a file, or a directory that holds one")
     parser.add_argument("--chat_template", default="", help="a file; else the tokenizer's")
     parser.add_argument("--output", required=True, help="a directory")

@@ -10,6 +10,7 @@ number from 1: `wiki/a.jsonl:17`. The name stands in errors, and it decides whet
 held out (`data/holdout.py`).
 """
 
+import argparse
 import dataclasses
 import errno
 import functools
@@ -23,13 +24,12 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from qwen3next_jax.config import SOURCES
 from qwen3next_jax.data import files
 from qwen3next_jax.data.files import BadFileError, RecordFile
 from qwen3next_jax.data.globs import fixed_folder, matching_files
 from qwen3next_jax.data.prepared import TokenizedDocument, open_prepared
 from qwen3next_jax.data.tokenizer import check_text
-
-SOURCES = ("stdlib", "text", "jsonl", "parquet", "array_record", "tfds", "synthetic", "prepared")
 
 # Folders of the standard library that are not part of it, or whose odd files test Python itself.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -138,12 +138,15 @@ def open_source(
     """Opens a source by the values of a config's `data` section.
 
     Args:
-      source: one of `SOURCES`:
-        "stdlib", the .py files of the running Python's own library, each in the encoding it
-        declares; "prepared", what `data/prepare.py` made of another; "text",
-        UTF-8 files, each a document; "jsonl", an object a line, plain or
-        compressed (.gz, .zst); "parquet", an object a row; "array_record", a UTF-8 text or an
-        object a record; "tfds", a dataset of TensorFlow Datasets; "synthetic", made-up words.
+      source: one of `config.SOURCES`:
+        "text": UTF-8 files, each a document;
+        "jsonl": an object a line, plain or compressed (.gz, .zst);
+        "parquet": an object a row;
+        "array_record": a UTF-8 text or an object a record;
+        "tfds": a dataset of TensorFlow Datasets;
+        "prepared": the output of `data/prepare.py`;
+        "stdlib": the .py files of the running Python's standard library;
+        "synthetic": made-up words.
       path: a glob in which `**` stands for any folders, a cloud path too; for "tfds" the dataset's
         name, or the directory that holds it; "" for "stdlib" and "synthetic".
       field: of objects, the one that holds the text or the messages; for "array_record", ""
@@ -206,6 +209,16 @@ def open_source(
             f"The {len(opened)} files of data.source={source!r}, data.path={path!r} hold no record"
         )
     return Source(opened, field=field, skipped_files=problems)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `open_source` to a command that reads anything but prepared data."""
+    sources = [source for source in SOURCES if source != "prepared"]
+    parser.add_argument("--source", required=True, choices=sources)
+    parser.add_argument("--path", default="", help="as data.path: a glob of files, or a dataset")
+    parser.add_argument("--field", default="text", help="of objects, the one with text or messages")
+    parser.add_argument("--split", default="train", help="of TensorFlow Datasets")
+    parser.add_argument("--on_error", default="raise", choices=("raise", "skip"))
 
 
 def _record(name: str, value: Any, field: str) -> Record:

@@ -13,7 +13,7 @@ import argparse
 from qwen3next_jax.command import told_errors
 from qwen3next_jax.data.documents import Texts
 from qwen3next_jax.data.holdout import split
-from qwen3next_jax.data.sources import SOURCES, open_source
+from qwen3next_jax.data.sources import add_source_arguments, open_source
 from qwen3next_jax.data.tokenizer import train_tokenizer
 
 
@@ -21,12 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a command line."""
     parser = argparse.ArgumentParser(prog="python -m qwen3next_jax.data.train_tokenizer",
                                      description=(__doc__ or "").partition("\n")[0])  # fmt: skip
-    sources = [source for source in SOURCES if source != "prepared"]
-    parser.add_argument("--source", required=True, choices=sources)
-    parser.add_argument("--path", default="", help="as data.path: a glob of files, or a dataset")
-    parser.add_argument("--field", default="text", help="of objects, the one with the text")
-    parser.add_argument("--split", default="train", help="of TensorFlow Datasets")
-    parser.add_argument("--on_error", default="raise", choices=("raise", "skip"))
+    add_source_arguments(parser)
     parser.add_argument("--holdout_fraction", type=float, default=0.0, help="as in the config")
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--output", required=True, help="a file")
