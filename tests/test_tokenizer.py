@@ -20,7 +20,7 @@ from qwen3next_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     check_vocabulary,
-    identity,
+    fingerprint,
     keep_tokenizer,
     load_tokenizer,
     train_tokenizer,
@@ -315,12 +315,12 @@ def test_a_kept_tokenizer_is_the_same_wherever_its_tokens_were_named(config, tmp
         for _ in range(2):
             keep_tokenizer(tokenizer, copy)
             kept = load_tokenizer(copy)
-            assert identity(kept) == identity(tokenizer)
+            assert fingerprint(kept) == fingerprint(tokenizer)
             assert kept.stop_ids == tokenizer.stop_ids
             assert kept.chat_template == "{{ messages }}"
         (copy / "tokenizer_config.json").unlink()  # damaged by whoever
         keep_tokenizer(tokenizer, copy)
-        assert identity(load_tokenizer(copy)) == identity(tokenizer)
+        assert fingerprint(load_tokenizer(copy)) == fingerprint(tokenizer)
     other = tmp_path / "other.jinja"
     other.write_text("{{ 1 }}")
     changed = load_tokenizer(path, chat_template=other)
@@ -338,7 +338,7 @@ def test_a_sentencepiece_model_is_kept_and_has_a_template_only_where_one_is_give
         _ = tokenizer.chat_template
     keep_tokenizer(tokenizer, tmp_path / "copy")
     assert [path.name for path in (tmp_path / "copy").iterdir()] == ["tokenizer.model"]
-    assert identity(load_tokenizer(tmp_path / "copy")) == identity(tokenizer)
+    assert fingerprint(load_tokenizer(tmp_path / "copy")) == fingerprint(tokenizer)
 
 
 def test_where_no_tokenizer_is_the_error_says_what_was_expected(tmp_path):

@@ -34,7 +34,7 @@ from qwen3next_jax.data.sources import Chained, Records, open_source
 from qwen3next_jax.data.tokenizer import (
     Tokenizer,
     check_vocabulary,
-    identity,
+    fingerprint,
     load_tokenizer,
     train_tokenizer,
 )
@@ -72,15 +72,15 @@ class Data:
             on_error=self.on_error, window_rows=self.window_rows,
         )  # fmt: skip
 
-    @property
-    def records(self) -> dict[str, list[Any]]:
-        """Of each part how many records it has, held-out ones too, and a hash of where they are."""
-        return {part.name: list(part.identity) for part in self.train}
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run must find again when it goes on, as JSON; see `check_same_data`.
 
-    @property
-    def tokenizer_identity(self) -> dict[str, Any]:
-        """What decides the ids of the documents."""
-        return identity(self.tokenizer)
+        Returns:
+          "records": for each part, by name, its `TrainingPart.fingerprint`; "tokenizer": the
+          tokenizer's. Its file is read, so ask while it is there.
+        """
+        records = {part.name: list(part.fingerprint) for part in self.train}
+        return {"records": records, "tokenizer": fingerprint(self.tokenizer)}
 
     @property
     def held_out_parts(self) -> dict[str, Records]:
@@ -170,8 +170,8 @@ def load_data(
         skipped_files += len(opened.skipped_files)
         kept, out = split_source(opened, holdout_fraction)
         lengths = [[file.name, len(file)] for file in opened.files]
-        identity = (len(opened), f"{hash64(json.dumps(lengths)):016x}")
-        train.append(TrainingPart(name, kept, float(part["weight"]), identity))
+        part_fingerprint = (len(opened), f"{hash64(json.dumps(lengths)):016x}")
+        train.append(TrainingPart(name, kept, float(part["weight"]), part_fingerprint))
         held_out.append(out)
 
     prepared = [
@@ -251,22 +251,23 @@ def check_same_data(data: Data, began_with: Mapping[str, Any]) -> None:
 
     Args:
       data: of the run now.
-      began_with: `data.records` and `data.tokenizer_identity` as they were, as "records" and
-        "tokenizer"; what an old checkpoint lacks is not compared.
+      began_with: `data.fingerprint()` as the checkpoint holds it; keys that an old checkpoint lacks
+        are not compared.
 
     Raises:
       ValueError: says what changed.
     """
+    found = data.fingerprint()
     records, tokenizer = began_with.get("records", {}), began_with.get("tokenizer", {})
     changed = [
         f"{name}: {records[name][0]} records then, {now[0]} now"
         + (", in other files" if records[name][0] == now[0] else "")
-        for name, now in data.records.items()
+        for name, now in found["records"].items()
         if name in records and records[name] != now
     ]
     changed += [
         f"the tokenizer's {key}: {tokenizer[key]} then, {now} now, of {data.tokenizer.path}"
-        for key, now in data.tokenizer_identity.items()
+        for key, now in found["tokenizer"].items()
         if key in tokenizer and tokenizer[key] != now
     ]
     if changed:

@@ -55,7 +55,7 @@ from qwen3next_jax.data.sources import (
     add_source_arguments,
     open_source,
 )
-from qwen3next_jax.data.tokenizer import Tokenizer, identity, keep_tokenizer, load_tokenizer
+from qwen3next_jax.data.tokenizer import Tokenizer, fingerprint, keep_tokenizer, load_tokenizer
 
 _PLAN = "plan.json"
 _EXAMPLES = 5  # of a shard's records that were skipped, those in its note; of all, those logged
@@ -313,7 +313,7 @@ def _plan(job: Job, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
         "on_error": job.on_error,
         "num_shards": job.num_shards,
         "tokenizer": {
-            **identity(tokenizer), "chat_template_sha256": chat_template_sha256(tokenizer)
+            **fingerprint(tokenizer), "chat_template_sha256": chat_template_sha256(tokenizer)
         },
     }  # fmt: skip
 

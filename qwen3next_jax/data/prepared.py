@@ -36,7 +36,7 @@ from qwen3next_jax.data.files import (
     riegeli_errors,
     size_and_time,
 )
-from qwen3next_jax.data.tokenizer import Tokenizer, identity
+from qwen3next_jax.data.tokenizer import Tokenizer, fingerprint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -121,7 +121,7 @@ def check_prepared(path: str, tokenizer: Tokenizer) -> None:
       ValueError: says how they differ.
     """
     manifest = read_manifest(epath.Path(path))
-    now = {**identity(tokenizer), "chat_template_sha256": chat_template_sha256(tokenizer)}
+    now = {**fingerprint(tokenizer), "chat_template_sha256": chat_template_sha256(tokenizer)}
     for key, was in manifest["tokenizer"].items():
         if key == "chat_template_sha256" and not manifest["chats"]:
             continue

@@ -35,13 +35,14 @@ class TrainingPart:
       name: in metrics.
       records: to train on.
       weight: share of the tokens, relative to the other parts'.
-      identity: what tells the source from another.
+      fingerprint: number of records, held-out ones included, and a hash of the files that hold
+        them.
     """
 
     name: str
     records: Records
     weight: float = 1.0
-    identity: tuple[Any, ...] = ()
+    fingerprint: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

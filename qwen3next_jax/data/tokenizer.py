@@ -381,8 +381,8 @@ def train_tokenizer(
     return SentencePieceTokenizer(path)
 
 
-def identity(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides the ids of a document, for JSON; two tokenizers of one identity are one."""
+def fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that decides the ids of a document, as JSON: equal for tokenizers that do the same."""
     return {
         "sha256": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
         "bos_id": tokenizer.bos_id,

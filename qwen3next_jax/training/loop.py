@@ -150,7 +150,7 @@ def _train(
         host=share.host,
     )
     # Now, and not at each checkpoint: the tokenizer's file may be gone by then.
-    began_with = {"records": data.records, "tokenizer": data.tokenizer_identity}
+    began_with = data.fingerprint()
     store = CheckpointStore(workdir / "checkpoints", keep=t.keep_checkpoints, keep_best=t.keep_best)
     if store.latest_step() is None:
         start, tokens = 0, 0
