@@ -23,7 +23,7 @@ import jax
 from qwen3next_jax.checkpoint import hugging_face as hf
 from qwen3next_jax.checkpoint.load import find_checkpoint, from_step, stored_parameters
 from qwen3next_jax.checkpoint.store import CheckpointStore, Streamed, save_streamed
-from qwen3next_jax.checkpoint.tensor_table import Layout
+from qwen3next_jax.checkpoint.tensor_table import FileLayout
 from qwen3next_jax.command import told_errors
 
 
@@ -118,7 +118,7 @@ def to_hf(
     def write(store: CheckpointStore, step: int) -> None:
         parameters = stored_parameters(store, step, ours.config)
         remembered = store.describe(step)[1].get("hugging_face_layout")
-        layout = Layout() if remembered is None else Layout.from_dict(remembered)
+        layout = FileLayout() if remembered is None else FileLayout.from_dict(remembered)
         if expert_layout is not None:
             layout = dataclasses.replace(layout, fused=hf.expert_layouts(expert_layout))
         hf.write_hf(

@@ -20,7 +20,7 @@ from qwen3next_jax.checkpoint import safetensors_files, store
 from qwen3next_jax.checkpoint.hugging_face import abstract_parameters
 from qwen3next_jax.checkpoint.load import load_checkpoint
 from qwen3next_jax.checkpoint.store import CheckpointStore
-from qwen3next_jax.checkpoint.tensor_table import Layout, TensorTable
+from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
 from qwen3next_jax.convert import from_hf, main, to_hf
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -274,7 +274,7 @@ def write_two_gigabytes(directory, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])
 def test_two_gigabytes_are_converted_in_half_a_gigabyte(layout, tmp_path):
-    fused = Layout(fused=("model", "mtp") if layout == "fused" else ())
+    fused = FileLayout(fused=("model", "mtp") if layout == "fused" else ())
     assert write_two_gigabytes(tmp_path / "given", fused) > 2e9
     peaks = {}
     for name, source, target in (("from-hf", "given", "ours"), ("to-hf", "ours", "back")):

@@ -25,7 +25,7 @@ from qwen3next_jax.checkpoint.hugging_face import (
     open_hf,
     written_whole,
 )
-from qwen3next_jax.checkpoint.tensor_table import Layout, entries
+from qwen3next_jax.checkpoint.tensor_table import FileLayout, entries
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 70))
 
@@ -369,7 +369,7 @@ def test_a_model_is_loaded_and_saved_split_over_a_mesh(tmp_path):
 def test_the_table_places_every_number_once_by_views(fused, changes):
     config = small_config(mtp_steps=1, num_hidden_layers=4, **changes)
     places = {path: np.zeros(p.shape, int) for path, p in abstract_parameters(config).items()}
-    for name, shape, parts in entries(config, Layout(fused=fused)):
+    for name, shape, parts in entries(config, FileLayout(fused=fused)):
         tensor, seen = np.zeros(shape, int), 0
         for path, place, view in parts:
             met = view(tensor)

@@ -24,7 +24,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from qwen3next_jax.config import SOURCES
 from qwen3next_jax.data.files import BadFileError
-from qwen3next_jax.data.holdout import split
+from qwen3next_jax.data.holdout import split_source
 from qwen3next_jax.data.sources import BadRecordError, open_source
 
 ODD = "\ttab\r\nCRLF, naïve ▁ 日本語, no end of line"
@@ -394,7 +394,7 @@ def test_parts_are_disjoint_and_together_all_records(tmp_path):
     write_lines(tmp_path / "a" / "x.jsonl", 30)
     write_lines(tmp_path / "b" / "y.jsonl", 30)
     source = open_source("jsonl", f"{tmp_path}/*/*.jsonl")
-    train, held_out = split(source, 0.5)
+    train, held_out = split_source(source, 0.5)
     assert len(train) + len(held_out) == 60
     assert names(train).isdisjoint(names(held_out))
     assert names(train) | names(held_out) == names(source)
@@ -407,8 +407,8 @@ def test_a_record_keeps_its_part_when_others_come_and_the_corpus_moves(tmp_path)
     write_lines(tmp_path / "old" / "m.jsonl", 20)
     for name in "amz":
         write_lines(tmp_path / "elsewhere" / "new" / f"{name}.jsonl", 60)
-    old = split(open_source("jsonl", f"{tmp_path}/old/*.jsonl"), 0.5)
-    new = split(open_source("jsonl", f"{tmp_path}/elsewhere/new/*.jsonl"), 0.5)
+    old = split_source(open_source("jsonl", f"{tmp_path}/old/*.jsonl"), 0.5)
+    new = split_source(open_source("jsonl", f"{tmp_path}/elsewhere/new/*.jsonl"), 0.5)
     assert names(old[1]) == names(new[1]) & (names(old[0]) | names(old[1]))
 
 
@@ -417,7 +417,7 @@ def test_the_split_is_the_same_on_every_machine(tmp_path):
         (tmp_path / f"{i}.txt").write_text("text")
     # `printf 1.txt | b2sum -l 64` starts with 27, 7.txt with 30, the others with 59 and above;
     # a quarter ends at 40.
-    held_out = split(open_source("text", f"{tmp_path}/*.txt"), 0.25)[1]
+    held_out = split_source(open_source("text", f"{tmp_path}/*.txt"), 0.25)[1]
     assert names(held_out) == {"1.txt", "7.txt"}
 
     def mix(x):  # splitmix64 in Python's own integers
@@ -430,7 +430,7 @@ def test_the_split_is_the_same_on_every_machine(tmp_path):
     write_lines(tmp_path / "a.jsonl", 50)
     file = int(hashlib.blake2b(b"a.jsonl", digest_size=8).hexdigest(), 16)
     expected = {f"a.jsonl:{n}" for n in range(1, 51) if mix(file ^ mix(n)) / 2**64 < 0.25}
-    held_out = split(open_source("jsonl", f"{tmp_path}/*.jsonl"), 0.25)[1]
+    held_out = split_source(open_source("jsonl", f"{tmp_path}/*.jsonl"), 0.25)[1]
     assert names(held_out) == expected
     assert len(expected) > 3
 
@@ -438,7 +438,7 @@ def test_the_split_is_the_same_on_every_machine(tmp_path):
 def test_a_larger_fraction_only_adds_to_the_held_out_part(tmp_path):
     write_lines(tmp_path / "a.jsonl", 2000)
     source = open_source("jsonl", f"{tmp_path}/*.jsonl")
-    held_out = [names(split(source, fraction)[1]) for fraction in (0.05, 0.2, 0.6)]
+    held_out = [names(split_source(source, fraction)[1]) for fraction in (0.05, 0.2, 0.6)]
     assert held_out[0] < held_out[1] < held_out[2]
     # Binomial: standard deviations are 0.005, 0.009 and 0.011 of the 2000; four of them pass.
     shares = np.array([len(part) / 2000 for part in held_out])
@@ -449,7 +449,7 @@ def test_a_larger_fraction_only_adds_to_the_held_out_part(tmp_path):
 def test_an_empty_part_is_refused(tmp_path, fraction, part):
     write_lines(tmp_path / "a.jsonl", 5)
     with pytest.raises(ValueError, match=rf"={fraction} leaves none of the 5 .* the {part} part"):
-        split(open_source("jsonl", f"{tmp_path}/*.jsonl"), fraction)
+        split_source(open_source("jsonl", f"{tmp_path}/*.jsonl"), fraction)
 
 
 @pytest.mark.parametrize(

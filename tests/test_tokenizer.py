@@ -14,7 +14,7 @@ from hf_tokenizer import make_tokenizer_json
 from transformers import PreTrainedTokenizerFast
 
 from qwen3next_jax.data import tokenizer as tokenizer_module
-from qwen3next_jax.data.documents import Texts, tokenized
+from qwen3next_jax.data.documents import RecordTexts, tokenized
 from qwen3next_jax.data.sources import BadRecordError, open_source
 from qwen3next_jax.data.tokenizer import (
     HuggingFaceTokenizer,
@@ -137,8 +137,8 @@ def test_half_of_a_surrogate_pair_is_refused_by_name(tokenizer, tmp_path):
         with pytest.raises(BadRecordError, match=message):
             tokenized(source[1], kind)
     with pytest.raises(BadRecordError, match=message):
-        Texts(source, on_error="raise")[1]
-    assert [Texts(source, on_error="skip")[i] for i in (0, 1)] == ["good", ""]
+        RecordTexts(source, on_error="raise")[1]
+    assert [RecordTexts(source, on_error="skip")[i] for i in (0, 1)] == ["good", ""]
 
 
 def test_too_little_text_is_refused_with_the_size_it_allows(tmp_path):

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qwen3next_jax.checkpoint import safetensors_files
-from qwen3next_jax.checkpoint.tensor_table import Layout, TensorTable
+from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -36,7 +36,7 @@ class HFCheckpoint(NamedTuple):
     """A directory in which nothing is wrong, as far as headers tell."""
 
     config: ModelConfig
-    layout: Layout
+    layout: FileLayout
     table: TensorTable
     tensors: Mapping[str, np.ndarray]
     dtypes: dict[str, np.dtype]  # of our parameters, by path
@@ -122,7 +122,7 @@ def save_hf(
         {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in arrays.items()},
         blocks,
         dtype=dtype,
-        layout=Layout(fused=expert_layouts(expert_layout)),
+        layout=FileLayout(fused=expert_layouts(expert_layout)),
         max_shard_size=max_shard_size,
         companions=None if source is None else pathlib.Path(source),
     )
@@ -139,7 +139,7 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
       ValueError: names every missing, unexpected and misshapen tensor; the model is unchanged.
     """
     params = parameters_by_path(nnx.state(model, nnx.Param))
-    table = _table(model.config, Layout.of(tensors, model.config), params)
+    table = _table(model.config, FileLayout.of(tensors, model.config), params)
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     problems = misfits(table.shapes, {name: x.shape for name, x in arrays.items()})
     if problems:
@@ -155,7 +155,7 @@ def dump_tensors(
 ) -> dict[str, np.ndarray]:
     """Parameters, or anything of their structure such as gradients, under Hugging Face's names."""
     flat = {path: np.asarray(p[...]) for path, p in parameters_by_path(params).items()}
-    layout = Layout(fused=expert_layouts("fused" if fused_experts else "per_expert"))
+    layout = FileLayout(fused=expert_layouts("fused" if fused_experts else "per_expert"))
     table = _table(config, layout, flat)
     dtypes = {name: x.dtype for path, x in flat.items() for name in table.tensors_of(path)}
     tensors = {name: np.empty(shape, dtypes[name]) for name, shape in table.shapes.items()}
@@ -182,7 +182,7 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
         config = _described(directory, [*stored, *lost])
     except (ValueError, OSError) as error:
         raise _refused(directory, [f"config.json: {error}", *problems]) from None
-    layout = Layout.of([*stored, *lost], config)
+    layout = FileLayout.of([*stored, *lost], config)
     table = _table(config, layout, abstract_parameters(config))
     if stored or not problems:
         problems += misfits(table.shapes, {name: s.shape for name, s in stored.items()}, lost)
@@ -237,7 +237,7 @@ def write_hf(
     blocks: Callable[[str], Iterable[tuple[tuple[slice, ...], np.ndarray]]],
     *,
     dtype: Any,
-    layout: Layout,
+    layout: FileLayout,
     max_shard_size: int | str,
     companions: pathlib.Path | None,
 ) -> None:
@@ -419,7 +419,7 @@ def copy_companions(source: pathlib.Path | None, directory: pathlib.Path) -> Non
 _EMBED = "embed_tokens"
 
 
-def _table(config: ModelConfig, layout: Layout, parameters: Mapping[str, Any]) -> TensorTable:
+def _table(config: ModelConfig, layout: FileLayout, parameters: Mapping[str, Any]) -> TensorTable:
     return TensorTable(config, layout, {path: tuple(p.shape) for path, p in parameters.items()})
 
 

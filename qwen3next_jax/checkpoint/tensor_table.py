@@ -27,8 +27,8 @@ View = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """In what the files of one and the same model may differ."""
+class FileLayout:
+    """The ways in which files of the same model may differ."""
 
     # Of "model" and "mtp", those whose experts are fused into one tensor a layer.
     fused: tuple[str, ...] = ()
@@ -36,14 +36,14 @@ class Layout:
     tied_head: bool = False
 
     @classmethod
-    def of(cls, names: Collection[str], config: ModelConfig) -> "Layout":
+    def of(cls, names: Collection[str], config: ModelConfig) -> "FileLayout":
         """The layout of files that hold tensors of these names."""
         fused = {n.partition(".")[0] for n in names if n.endswith("experts.gate_up_proj")}
         tied_head = config.tie_word_embeddings and "lm_head.weight" in names
         return cls(fused=tuple(sorted(fused)), tied_head=tied_head)
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> "Layout":
+    def from_dict(cls, given: Mapping[str, Any]) -> "FileLayout":
         """What `dataclasses.asdict` and JSON made of one."""
         return cls(fused=tuple(given["fused"]), tied_head=given["tied_head"])
 
@@ -68,7 +68,7 @@ class TensorTable:
     """All entries of a model, ready to be asked which of them meet a block of a parameter."""
 
     def __init__(
-        self, config: ModelConfig, layout: Layout, parameters: Mapping[str, tuple[int, ...]]
+        self, config: ModelConfig, layout: FileLayout, parameters: Mapping[str, tuple[int, ...]]
     ):
         """Builds the table.
 
@@ -127,7 +127,7 @@ class TensorTable:
             yield inside, part.view(tensors[name])[there]
 
 
-def entries(config: ModelConfig, layout: Layout) -> Iterator[Entry]:
+def entries(config: ModelConfig, layout: FileLayout) -> Iterator[Entry]:
     """The table: every tensor once, and every number of every parameter once."""
     c, D = config, config.hidden_size
     yield _same("model.embed_tokens.weight", "embed_tokens", (c.vocab_size, D))

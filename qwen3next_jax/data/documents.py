@@ -75,8 +75,8 @@ def log_skipped(error: BadRecordError) -> None:
     logging.log_first_n(logging.WARNING, "Skipped %s", 5, error)
 
 
-class Texts:
-    """What records say, for a tokenizer to be trained on; "" for those that are skipped."""
+class RecordTexts:
+    """The text of each record, to train a tokenizer on; "" for records that are skipped."""
 
     def __init__(self, records: Records, *, on_error: str):
         self._records, self._on_error = records, on_error

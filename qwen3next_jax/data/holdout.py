@@ -36,7 +36,7 @@ class Part:
         return self.source[index + int(np.searchsorted(self._before, index, side="right"))]
 
 
-def split(source: Source, holdout_fraction: float) -> tuple[Part, Part]:
+def split_source(source: Source, holdout_fraction: float) -> tuple[Part, Part]:
     """The training part and the held-out part; a ValueError where one of them is empty."""
     parts, start = [np.zeros(0, np.int64)], 0
     for file in source.files:

@@ -24,9 +24,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from qwen3next_jax.data.documents import Document, Texts, learnt_text, readable
+from qwen3next_jax.data.documents import Document, RecordTexts, learnt_text, readable
 from qwen3next_jax.data.hashing import hash64
-from qwen3next_jax.data.holdout import split as split_source
+from qwen3next_jax.data.holdout import split_source
 from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
 from qwen3next_jax.data.prepared import check_prepared, prepared_source
 from qwen3next_jax.data.shard import Packing, Shard, TrainingPart
@@ -191,7 +191,7 @@ def load_data(
         )
     else:
         logging.info("Training a tokenizer of %d tokens: %s", vocab_size, trained_tokenizer)
-        texts = Texts(Chained([part.records for part in train]), on_error=on_error)
+        texts = RecordTexts(Chained([part.records for part in train]), on_error=on_error)
         loaded = train_tokenizer(texts, trained_tokenizer, vocab_size=vocab_size)
     check_vocabulary(loaded, vocab_size)
     for directory in prepared:

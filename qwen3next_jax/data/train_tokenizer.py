@@ -11,8 +11,8 @@ by `--holdout_fraction`, as a run's config has it, are not looked at.
 import argparse
 
 from qwen3next_jax.command import told_errors
-from qwen3next_jax.data.documents import Texts
-from qwen3next_jax.data.holdout import split
+from qwen3next_jax.data.documents import RecordTexts
+from qwen3next_jax.data.holdout import split_source
 from qwen3next_jax.data.sources import add_source_arguments, open_source
 from qwen3next_jax.data.tokenizer import train_tokenizer
 
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> None:
         records = open_source(
             args.source, args.path, field=args.field, split=args.split, on_error=args.on_error
         )
-        kept = split(records, args.holdout_fraction)[0] if args.holdout_fraction else records
-        texts = Texts(kept, on_error=args.on_error)
+        kept = split_source(records, args.holdout_fraction)[0] if args.holdout_fraction else records
+        texts = RecordTexts(kept, on_error=args.on_error)
         tokenizer = train_tokenizer(texts, args.output, vocab_size=args.vocab_size)
     print(f"{args.output}: {tokenizer.vocab_size} tokens, from {len(texts)} records")
 

@@ -190,17 +190,18 @@ def _search(
         return []
     print(f"\n{len(found)} layouts fit by arithmetic; the fastest of them:")
     rows = []
-    for i, layout in enumerate(found[:10]):
-        low, high = layout.step_seconds
-        used = {axis: n for axis, n in layout.mesh.items() if n > 1}
-        remat = layout.config.train.remat
-        row: dict[str, Any] = dict(mesh=layout.mesh, remat=remat, memory_bytes=layout.memory_bytes,
+    for i, candidate in enumerate(found[:10]):
+        low, high = candidate.step_seconds
+        used = {axis: n for axis, n in candidate.mesh.items() if n > 1}
+        remat = candidate.config.train.remat
+        memory = candidate.memory_bytes
+        row: dict[str, Any] = dict(mesh=candidate.mesh, remat=remat, memory_bytes=memory,
                    step_seconds=high)  # fmt: skip
-        print(f"  {low:7.2f} to {high:6.2f} s  {layout.memory_bytes / 1e9:6.1f} GB  "
+        print(f"  {low:7.2f} to {high:6.2f} s  {memory / 1e9:6.1f} GB  "
               f"remat={remat:19}  {used}", flush=True)  # fmt: skip
         if i < _BEST.value:
             try:
-                compiled = tpu.compile_step(layout.config, _TOPOLOGY.value)
+                compiled = tpu.compile_step(candidate.config, _TOPOLOGY.value)
             except (tpu.OutOfMemoryError, jax.errors.JaxRuntimeError, ValueError) as error:
                 row["compiled"] = str(error)  # the others may do
                 print(f"      compiler: {error}")

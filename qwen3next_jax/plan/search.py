@@ -17,8 +17,8 @@ from qwen3next_jax.plan import costs
 from qwen3next_jax.plan.chips import Chip
 
 
-class Layout(NamedTuple):
-    """One way, and what it is expected to cost a device."""
+class Candidate(NamedTuple):
+    """A mesh and a choice of remat, and what they are expected to cost a device."""
 
     config: RunConfig
     mesh: dict[str, int]
@@ -34,7 +34,7 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
 
 def rank(
     config: RunConfig, params: nnx.State, chip: Chip, places: int, *, optimizer_width: float
-) -> list[Layout]:
+) -> list[Candidate]:
     """All meshes and choices of `train.remat` that fit, the fastest first.
 
     Args:
@@ -60,8 +60,8 @@ def rank(
         total = sum(memory.values())
         if total <= chip.hbm and mesh["data"] % max(config.mesh.num_slices, 1) == 0:
             seconds = costs.step_seconds(changed, laid_out, mesh, chip)
-            found.append(Layout(changed, mesh, total, seconds))
-    return sorted(found, key=lambda layout: sum(layout.step_seconds))
+            found.append(Candidate(changed, mesh, total, seconds))
+    return sorted(found, key=lambda candidate: sum(candidate.step_seconds))
 
 
 def _meshes(places: int) -> Iterator[dict[str, Any]]:
