@@ -24,7 +24,13 @@ from qwen3next_jax.command import keep_compiled_programs, told_errors
 from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.text_stream import TextStream
-from qwen3next_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, split_stops
+from qwen3next_jax.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    encode_prompt,
+    load_tokenizer,
+    split_stops,
+)
 from qwen3next_jax.inference.decode import Generation
 from qwen3next_jax.model.rope import describe_positions
 from qwen3next_jax.parallel.mesh import make_mesh
@@ -115,16 +121,15 @@ def main(argv: list[str]) -> None:
 
 
 def _prompt_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
-    if _CHAT.value:
-        messages = [{"role": "user", "content": text}]
-        if _SYSTEM.value is not None:
-            messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
-        rendered = render_chat(
-            messages, tokenizer.chat_template, special_tokens=tokenizer.special_tokens
-        )
-        return tokenizer.encode(rendered, parse_special=True)
-    tokens = tokenizer.encode(text)
-    return [tokenizer.bos_id, *tokens] if tokenizer.adds_bos or not tokens else tokens
+    if not _CHAT.value:
+        return encode_prompt(tokenizer, text)
+    messages = [{"role": "user", "content": text}]
+    if _SYSTEM.value is not None:
+        messages = [{"role": "system", "content": _SYSTEM.value}, *messages]
+    rendered = render_chat(
+        messages, tokenizer.chat_template, special_tokens=tokenizer.special_tokens
+    )
+    return tokenizer.encode(rendered, parse_special=True)
 
 
 @dataclasses.dataclass(frozen=True)

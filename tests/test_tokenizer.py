@@ -20,6 +20,7 @@ from qwen3next_jax.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     check_vocabulary,
+    encode_prompt,
     fingerprint,
     keep_tokenizer,
     load_tokenizer,
@@ -239,6 +240,8 @@ def test_bos_and_eos_are_those_of_the_first_file_that_names_them(tmp_path):
     tokenizer = HuggingFaceTokenizer(path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (0, 2, (2, 0))
     assert tokenizer.adds_bos is False
+    assert encode_prompt(tokenizer, "a") == tokenizer.encode("a")
+    assert encode_prompt(tokenizer, "") == [0]  # BOS all the same: a model needs a token to begin
     assert tokenizer.special_tokens == {"eos_token": "<|im_end|>"}
 
     bos = {"content": "<|im_start|>", "special": True}
@@ -246,6 +249,8 @@ def test_bos_and_eos_are_those_of_the_first_file_that_names_them(tmp_path):
     tokenizer = HuggingFaceTokenizer(path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (1, 2, (2, 0))
     assert tokenizer.adds_bos is True
+    assert encode_prompt(tokenizer, "a") == [1, *tokenizer.encode("a")]
+    assert encode_prompt(tokenizer, "") == [1]
 
     for name in ("tokenizer_config", "generation_config"):
         (tmp_path / f"{name}.json").unlink()

@@ -431,6 +431,16 @@ BESIDE = (
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", *BESIDE)
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text that a model is to continue, never none.
+
+    They begin with BOS where the model was trained on texts that do (`tokenizer.adds_bos`), and an
+    empty text is BOS alone: the start of a document.
+    """
+    ids = tokenizer.encode(text)
+    return [tokenizer.bos_id, *ids] if tokenizer.adds_bos or not ids else ids
+
+
 def split_stops(tokenizer: Tokenizer, stop: Iterable[str]) -> tuple[list[str], list[int]]:
     """Stop strings, and apart from them the ids of those that are special tokens.
 

@@ -30,7 +30,7 @@ from absl import logging
 from flax import nnx
 
 from qwen3next_jax.data.chat import render_chat
-from qwen3next_jax.data.tokenizer import Tokenizer
+from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.evaluation.names import require_known
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -270,8 +270,7 @@ def _write(question: Question, depth: float, sentences: int) -> str:
 
 def _tokens(text: str, question: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
     if not chat:
-        tokens = tokenizer.encode(text + question)
-        return [tokenizer.bos_id, *tokens] if tokenizer.adds_bos else tokens
+        return encode_prompt(tokenizer, text + question)
     # The beginning of the answer is not the user's to write.
     asked, _, begun = question.rpartition("\n")
     rendered = render_chat(

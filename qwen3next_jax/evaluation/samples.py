@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.data.tokenizer import Tokenizer
+from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt
 from qwen3next_jax.inference.decode import generate
 from qwen3next_jax.model.decoder import Qwen3Next
 
@@ -30,7 +30,8 @@ def samples(
       Of each, `prompt` and `text`, what was added.
     """
     new = generate(
-        model, _rows(tokenizer, prompts), max_new_tokens=max_new_tokens,
+        model, [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        max_new_tokens=max_new_tokens,
         temperature=0.8, top_p=0.95, stop_tokens=tokenizer.stop_ids, seed=seed,
     )  # fmt: skip
     return [
@@ -47,15 +48,10 @@ def check_samples(
     Raises:
       ValueError: names the longest one.
     """
-    longest = max(zip(map(len, _rows(tokenizer, prompts)), prompts, strict=True))
-    if longest[0] + max_new_tokens > config.context_length:
+    length, longest = max((len(encode_prompt(tokenizer, text)), text) for text in prompts)
+    if length + max_new_tokens > config.context_length:
         raise ValueError(
-            f"The sample prompt {longest[1]!r} of {longest[0]} tokens and "
+            f"The sample prompt {longest!r} of {length} tokens and "
             f"train.sample_tokens={max_new_tokens} exceed the model's context of "
             f"{config.context_length}; lower one of them"
         )
-
-
-def _rows(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    rows = map(tokenizer.encode, prompts)
-    return [[tokenizer.bos_id, *row] if tokenizer.adds_bos or not row else [*row] for row in rows]
