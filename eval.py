@@ -87,31 +87,19 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate(suite: str) -> None:
-    from qwen3next_jax.checkpoint.load import (
-        as_trained,
-        checkpoint_config,
-        find_checkpoint,
-        load_checkpoint,
-    )
+    from qwen3next_jax.checkpoint.load import as_trained, load_checkpoint, open_checkpoint
     from qwen3next_jax.command import write_whole
-    from qwen3next_jax.config import MeshConfig
-    from qwen3next_jax.data.tokenizer import check_vocabulary, load_tokenizer
     from qwen3next_jax.evaluation.evaluator import Evaluator
     from qwen3next_jax.evaluation.suites import check_suites, run_suite, table
-    from qwen3next_jax.parallel.mesh import make_mesh
+    from qwen3next_jax.parallel.mesh import fsdp_mesh
     from qwen3next_jax.training.environment import versions
 
     # What is quick to be found wrong comes before the model is read.
     options = _options()
     check_suites([suite], options)
     path = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or "")
-    ours = find_checkpoint(path)
-    tokenizer = load_tokenizer(_TOKENIZER.value or (path if ours is None else ours.workdir))
-    config = checkpoint_config(path)
-    check_vocabulary(tokenizer, config.vocab_size)
-    mesh = None
-    if _MESH_FSDP.value is not None:
-        mesh = make_mesh(MeshConfig(data=1, fsdp=_MESH_FSDP.value))
+    ours, config, tokenizer = open_checkpoint(path, _TOKENIZER.value)
+    mesh = fsdp_mesh(_MESH_FSDP.value)
     workdir = None if ours is None else ours.workdir
     run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
     domains: Mapping[str, Records] = {}
@@ -125,7 +113,7 @@ def _evaluate(suite: str) -> None:
             suite,
             Evaluator(model, tokenizer, batch_size=options.batch_size),
             options,
-            lambda: domains,
+            domains,
             on_error="raise" if _DATA.value else run.get("data", {}).get("on_error", "raise"),
         )
     print(table(suite, results))

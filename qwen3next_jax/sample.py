@@ -14,26 +14,14 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from qwen3next_jax.checkpoint.load import (
-    as_trained,
-    checkpoint_config,
-    find_checkpoint,
-    load_checkpoint,
-)
+from qwen3next_jax.checkpoint.load import as_trained, load_checkpoint, open_checkpoint
 from qwen3next_jax.command import keep_compiled_programs, told_errors
-from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.text_stream import TextStream
-from qwen3next_jax.data.tokenizer import (
-    Tokenizer,
-    check_vocabulary,
-    encode_prompt,
-    load_tokenizer,
-    split_stops,
-)
+from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt, split_stops
 from qwen3next_jax.inference.decode import Generation
 from qwen3next_jax.model.rope import describe_positions
-from qwen3next_jax.parallel.mesh import make_mesh
+from qwen3next_jax.parallel.mesh import fsdp_mesh
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A Hugging Face directory, a work directory, or one of its step folders."
@@ -87,18 +75,11 @@ def main(argv: list[str]) -> None:
     if _DRAFTS.value is not None and _SPECULATIVE.value is False:
         raise app.UsageError(f"--nospeculative contradicts --drafts={_DRAFTS.value}")
     keep_compiled_programs()
-    # What is quick to be found wrong comes before the model is read.
     path = pathlib.Path(_CHECKPOINT.value)
-    ours = find_checkpoint(path)
-    folder = path if ours is None else ours.workdir
-    config = checkpoint_config(path)
-    tokenizer = load_tokenizer(_TOKENIZER.value or folder)
-    check_vocabulary(tokenizer, config.vocab_size)
+    ours, config, tokenizer = open_checkpoint(path, _TOKENIZER.value)
     stop, stop_tokens = split_stops(tokenizer, _STOP.value)
     prompts = [_prompt_tokens(text, tokenizer) for text in _PROMPT.value]
-    mesh = None
-    if _MESH_FSDP.value is not None:
-        mesh = make_mesh(MeshConfig(data=1, fsdp=_MESH_FSDP.value))
+    mesh = fsdp_mesh(_MESH_FSDP.value)
     yarn = None if _YARN_FACTOR.value is None else config.yarn(_YARN_FACTOR.value)
     model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh, rope_scaling=yarn)
     logging.info("%s", describe_positions(model.config))

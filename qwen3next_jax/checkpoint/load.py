@@ -31,6 +31,7 @@ from qwen3next_jax.checkpoint.hugging_face import (
 )
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from qwen3next_jax.model.decoder import Qwen3Next
 
 Result = TypeVar("Result")
@@ -44,6 +45,14 @@ class OurCheckpoint(NamedTuple):
     config: ModelConfig
     compute: str | None  # the dtype of activations, where the work directory says
     matmul: str | None  # the precision of products, likewise
+
+
+class OpenCheckpoint(NamedTuple):
+    """What is known of a checkpoint before its parameters are read."""
+
+    ours: OurCheckpoint | None  # None: a Hugging Face directory
+    config: ModelConfig
+    tokenizer: Tokenizer
 
 
 def load_checkpoint(
@@ -133,6 +142,26 @@ def check_same_model(path: str | os.PathLike[str], config: ModelConfig) -> None:
     ours = find_checkpoint(pathlib.Path(path))
     found = open_hf(pathlib.Path(path)).config if ours is None else ours.config
     _check_same_model(config, found, path)
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
+) -> OpenCheckpoint:
+    """Opens a checkpoint to use its model for text: all that can be refused before it is read.
+
+    Args:
+      path: see `load_checkpoint`, which then reads the model.
+      tokenizer: file or directory; None: the checkpoint's own.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint, or no tokenizer.
+      ValueError: the path leads to no checkpoint, to one of another kind of model, or the tokenizer
+        has more tokens than the model.
+    """
+    ours, config = find_checkpoint(pathlib.Path(path)), checkpoint_config(path)
+    found = load_tokenizer(tokenizer or (path if ours is None else ours.workdir))
+    check_vocabulary(found, config.vocab_size)
+    return OpenCheckpoint(ours, config, found)
 
 
 def checkpoint_config(path: str | os.PathLike[str]) -> ModelConfig:

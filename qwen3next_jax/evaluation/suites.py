@@ -24,8 +24,6 @@ from qwen3next_jax.model.decoder import Qwen3Next
 
 SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
 
-Domains = Callable[[], Mapping[str, Records]]
-
 
 def check_suites(names: Iterable[str], options: EvaluationConfig) -> None:
     """Refuses what can be seen to be wrong before anything is computed.
@@ -54,7 +52,7 @@ def run_suite(
     name: str,
     evaluator: Evaluator,
     options: EvaluationConfig,
-    domains: Domains,
+    domains: Mapping[str, Records],
     *,
     on_error: str = "raise",
 ) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def run_suite(
       name: one of `SUITES`.
       evaluator: the model.
       options: see there.
-      domains: gives the texts for "perplexity" and "speculation", by name.
+      domains: the texts for "perplexity" and "speculation", by name; other suites read none.
       on_error: of those texts, "raise", or "skip" records that cannot be used.
 
     Raises:
@@ -74,11 +72,11 @@ def run_suite(
     limit = options.limit
     if name == "perplexity":
         return document_perplexity(
-            evaluator, domains(), length=options.length, limit=limit, on_error=on_error
+            evaluator, domains, length=options.length, limit=limit, on_error=on_error
         )
     if name == "speculation":
         return speculation(
-            evaluator, domains(), prompts=limit or 16, drafts=options.drafts, on_error=on_error
+            evaluator, domains, prompts=limit or 16, drafts=options.drafts, on_error=on_error
         )
     if name == "long_context":
         return long_context(
@@ -108,7 +106,7 @@ def suites_in_training(
         metrics: dict[str, Any] = {}
         for name in options.suites:
             result = run_suite(
-                name, evaluator, options, lambda: data.held_out_parts, on_error=data.on_error
+                name, evaluator, options, data.held_out_parts, on_error=data.on_error
             )
             logging.info("%s:\n%s", name, table(name, result))
             metrics |= {f"eval_{name}_{key}": value for key, value in scalars(name, result).items()}

@@ -85,6 +85,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(np.concatenate(blocks), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
+def fsdp_mesh(ways: int | None) -> Mesh | None:
+    """A mesh over which a model is only sliced, `ways` times (-1: all devices); None for None."""
+    return None if ways is None else make_mesh(MeshConfig(data=1, fsdp=ways))
+
+
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     """The size of each mesh axis on so many devices.
 
