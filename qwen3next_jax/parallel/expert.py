@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qwen3next_jax.ops.pallas.fresh_rows import fresh_rows
+from qwen3next_jax.ops.fresh_rows import fresh_rows
 from qwen3next_jax.ops.platform import platform
 
 Compute = Callable[[Float[Array, "R D"], Float[Array, "R"], Int[Array, "E"]], Float[Array, "R D"]]

@@ -1,4 +1,4 @@
-"""Memory for rows, with nothing in it."""
+"""Uninitialised memory for rows that are about to be written."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ from qwen3next_jax.ops.platform import platform
 
 
 def fresh_rows(size: int, rows: Float[Array, "R ..."]) -> Float[Array, "size ..."]:
-    """As many rows as `size` says, like `rows`; what is not written is not to be read.
+    """An array of `size` rows of the shape and dtype of `rows`; write a row before reading it.
 
-    On a TPU they are anything, as zeros would cost their price; elsewhere zeros.
+    On a TPU the contents are undefined, which saves the time of writing zeros; elsewhere they are
+    zeros.
     """
     shape = jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype)
     if platform() != "tpu":
