@@ -216,9 +216,11 @@ class ModelConfig:
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         kept = dict(given.get("extra") or {})  # a run's config keeps them apart
-        given = {**given, "extra": None}
+        # A null counts as absent, but for keys that are only kept.
         read = fields.keys() | {"rope_parameters"}
-        given = {k: v for k, v in given.items() if v is not None or k not in read}
+        given = {
+            k: v for k, v in given.items() if k != "extra" and (v is not None or k not in read)
+        }
         for key, only in _FIXED.items():
             if (value := given.get(key, only)) != only:
                 raise ValueError(f"{key}={value!r} is not supported; expected {only!r}")
@@ -227,35 +229,10 @@ class ModelConfig:
                 raise ValueError("use_sliding_window=true is not supported; set it to false")
             given = {**given, **{k: given.get(k, v) for k, v in _QWEN3.items()}}
             given.pop("layer_types", None)
+        _to_released_dialect(given)
+        _fill_in_implied(given)
 
-        rope = dict(given.pop("rope_parameters", {}))
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if key in rope:
-                given[key] = rope.pop(key)
-        if rope.get("rope_type", "default") != "default":
-            given["rope_scaling"] = rope
-        if given.get("rope_scaling"):
-            given["rope_scaling"] = dict(given["rope_scaling"])  # the caller may change theirs
-        if given.get("rope_scaling") and given["rope_scaling"].get("rope_type") == "default":
-            del given["rope_scaling"]
-
-        layer_types = given.pop("layer_types", None)
-        if layer_types:
-            layer_types = tuple(layer_types)
-            interval = layer_types.index(FULL) + 1 if FULL in layer_types else len(layer_types) + 1
-            interval = given.setdefault("full_attention_interval", interval)
-            if layer_types != _interval_pattern(len(layer_types), interval):
-                given["layer_types"] = layer_types
-        if "mlp_only_layers" in given:
-            given["mlp_only_layers"] = tuple(given["mlp_only_layers"])
-        if all(k in given for k in ("hidden_size", "num_attention_heads")):
-            given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
-        # Released sparse files give it although no layer uses it; some writers leave it out.
-        all_sparse = given.get("num_experts") and given.get("decoder_sparse_step", 1) == 1
-        if all_sparse and not given.get("mlp_only_layers"):
-            given.setdefault("intermediate_size", 0)
-
-        known = {k: v for k, v in given.items() if k in fields and k != "extra"}
+        known = {k: v for k, v in given.items() if k in fields}
         unknown = {k: v for k, v in given.items() if k not in known}
         known = _frozen(cls, known)
         problems = [
@@ -296,6 +273,42 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """`to_hf` and all that it has no word for; what `from_hf` reads back."""
         return {**self.to_hf(), **{name: getattr(self, name) for name in self.NOT_IN_HF}}
+
+
+def _to_released_dialect(given: dict[str, Any]) -> None:
+    """Rewrites, in place, what transformers 5 says by `rope_parameters` and `layer_types`.
+
+    `layer_types` stays only where `full_attention_interval` cannot say the same.
+    """
+    rope = dict(given.pop("rope_parameters", {}))
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            given[key] = rope.pop(key)
+    if rope.get("rope_type", "default") != "default":
+        given["rope_scaling"] = rope
+    if given.get("rope_scaling"):
+        given["rope_scaling"] = dict(given["rope_scaling"])  # the caller may change theirs
+        if given["rope_scaling"].get("rope_type") == "default":
+            del given["rope_scaling"]
+
+    layer_types = tuple(given.pop("layer_types", None) or ())
+    if layer_types:
+        interval = layer_types.index(FULL) + 1 if FULL in layer_types else len(layer_types) + 1
+        interval = given.setdefault("full_attention_interval", interval)
+        if layer_types != _interval_pattern(len(layer_types), interval):
+            given["layer_types"] = layer_types
+
+
+def _fill_in_implied(given: dict[str, Any]) -> None:
+    """Adds, in place, the sizes that other keys imply and some writers leave out."""
+    if "mlp_only_layers" in given:
+        given["mlp_only_layers"] = tuple(given["mlp_only_layers"])
+    if all(k in given for k in ("hidden_size", "num_attention_heads")):
+        given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
+    # Released files give it although no layer uses it where all have experts.
+    all_sparse = given.get("num_experts") and given.get("decoder_sparse_step", 1) == 1
+    if all_sparse and not given.get("mlp_only_layers"):
+        given.setdefault("intermediate_size", 0)
 
 
 def _interval_pattern(layers: int, interval: int) -> tuple[str, ...]:
@@ -608,48 +621,52 @@ def _frozen(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: freeze(key, value) for key, value in given.items()}
 
 
+# Of each key with a few choices, these.
+_CHOICES = {
+    "data.source": (*SOURCES, "mixture"),
+    "data.on_error": ("raise", "skip"),
+    "data.packing": ("concatenate", "best_fit"),
+    "data.too_long": ("error", "truncate"),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "train.balance_scope": ("global", "micro_batch", "sequence"),
+    "train.remat": REMAT,
+    "mesh.on_overflow": ("error", "drop"),
+    "precision.parameters": ("float32", "bfloat16"),
+    "precision.compute": ("float32", "bfloat16"),
+    "precision.optimizer": ("float32", "bfloat16"),
+    "precision.matmul": ("default", "high", "highest"),
+}
+_LEAST = {
+    "train.num_steps": 1, "train.global_batch_size": 1, "train.sequence_length": 2,
+    "train.gradient_accumulation_steps": 1, "train.loss_chunk": 1, "train.log_every": 1,
+    "train.eval_every": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
+    "train.keep_best": 0, "train.sample_tokens": 0, "train.sample_every": 0,
+    "train.mtp_loss_weight": 0, "train.router_z_loss_weight": 0, "optimizer.learning_rate": 0,
+    "optimizer.warmup_steps": 0, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+    "data.num_shards": 1, "data.window_rows": 1, "evaluation.every": 0,
+    "evaluation.batch_size": 0, "evaluation.limit": 0, "evaluation.length": 0,
+    "evaluation.num_fewshot": -1, "evaluation.depths": 1, "evaluation.drafts": 1,
+}  # fmt: skip
+_SHARES = (  # between 0 and 1
+    "data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
+    "mesh.max_replicated",
+)  # fmt: skip
+_BELOW_ONE = ("optimizer.b1", "optimizer.b2")
+
+
 def _run_problems(c: RunConfig) -> Iterable[str]:
-    choices = {
-        "data.source": (*SOURCES, "mixture"),
-        "data.on_error": ("raise", "skip"),
-        "data.packing": ("concatenate", "best_fit"),
-        "data.too_long": ("error", "truncate"),
-        "optimizer.name": ("adamw", "muon"),
-        "optimizer.schedule": ("cosine", "wsd", "constant"),
-        "train.balance_scope": ("global", "micro_batch", "sequence"),
-        "train.remat": REMAT,
-        "mesh.on_overflow": ("error", "drop"),
-        "precision.parameters": ("float32", "bfloat16"),
-        "precision.compute": ("float32", "bfloat16"),
-        "precision.optimizer": ("float32", "bfloat16"),
-        "precision.matmul": ("default", "high", "highest"),
-    }
-    minimum = {
-        "train.num_steps": 1, "train.global_batch_size": 1, "train.sequence_length": 2,
-        "train.gradient_accumulation_steps": 1, "train.loss_chunk": 1, "train.log_every": 1,
-        "train.eval_every": 0, "train.checkpoint_every": 0, "train.keep_checkpoints": 1,
-        "train.keep_best": 0, "train.sample_tokens": 0, "train.sample_every": 0,
-        "train.mtp_loss_weight": 0, "train.router_z_loss_weight": 0, "optimizer.learning_rate": 0,
-        "optimizer.warmup_steps": 0,
-        "optimizer.weight_decay": 0, "optimizer.clip_norm": 0, "data.num_shards": 1,
-        "data.window_rows": 1, "evaluation.every": 0, "evaluation.batch_size": 0,
-        "evaluation.limit": 0, "evaluation.length": 0, "evaluation.num_fewshot": -1,
-        "evaluation.depths": 1, "evaluation.drafts": 1,
-    }  # fmt: skip
-    unit = ("data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
-            "mesh.max_replicated")  # fmt: skip
-    below_one = ("optimizer.b1", "optimizer.b2")
     flat = _flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})
-    for key, allowed in choices.items():
+    for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
             yield f"{key}={flat[key]!r} is unknown; expected {_either(allowed)}"
-    for key, least in minimum.items():
+    for key, least in _LEAST.items():
         if not flat[key] >= least:
             yield f"{key}={flat[key]} must be at least {least}"
-    for key in unit:
+    for key in _SHARES:
         if not 0 <= flat[key] <= 1:
             yield f"{key}={flat[key]} must lie between 0 and 1"
-    for key in below_one:
+    for key in _BELOW_ONE:
         if not 0 <= flat[key] < 1:
             yield f"{key}={flat[key]} must lie between 0 and 1, below 1"
     if not c.optimizer.eps > 0:
