@@ -77,41 +77,28 @@ def loss(
         raise ValueError(
             f"{balance_scope=} is unknown; expected 'global', 'micro_batch' or 'sequence'"
         )
-    steps = model.config.mtp_steps
-    counts = counts or count_labels(batch, steps)
-    segments, positions = batch["segment_ids"], batch["positions"]
+    counts = counts or count_labels(batch, model.config.mtp_steps)
     observed: Observed | None = {} if observe else None
-    hidden, stats = model.hidden_states(batch["tokens"], segments, positions, observed)
+    hidden, stats = model.hidden_states(
+        batch["tokens"], batch["segment_ids"], batch["positions"], observed
+    )
     head = model.head()
     total, _ = cross_entropy(hidden, head, batch["targets"], batch["loss_weights"], chunk=chunk)
     metrics: dict[str, Any] = {"ce": total / counts.ce}
     value = metrics["ce"]
 
     if model.mtp is not None:
-        mtp_ce, mtp_stats, mtp_saw = jnp.zeros(()), [], []
-        for step in range(1, steps + 1):
-            ahead = _ahead(batch, step)
-            step_saw: Observed | None = {} if observe else None
-            hidden, step_stats, _ = model.mtp(
-                hidden, model.embed(ahead["tokens"]),
-                segment_ids=ahead["segment_ids"], positions=positions, observed=step_saw,
-            )  # fmt: skip
-            total, _ = cross_entropy(
-                hidden, head, ahead["targets"], ahead["loss_weights"], chunk=chunk
-            )
-            mtp_ce += total / counts.mtp[step - 1] / steps
-            mtp_stats.append(step_stats)
-            mtp_saw.append(step_saw)
+        mtp_ce, mtp_stats, mtp_observed = _mtp_terms(
+            model, batch, hidden, head, counts.mtp, chunk=chunk, observe=observe
+        )
         metrics["mtp_ce"] = mtp_ce
         value += mtp_weight * mtp_ce
-        # The unrolled steps share one module: together they are one more layer.
         if observed is not None:
-            together = over_first_axis(jax.tree.map(_stacked, *mtp_saw))
-            mtp_layer = jax.tree.map(lambda x: x[None], together)
-            observed.update(one_after_another([observed, mtp_layer]))
-        if mtp_stats[0] is not None:
-            summed = jax.tree.map(lambda *s: sum(s)[None], *mtp_stats)
-            stats = summed if stats is None else jax.tree.map(_stack, stats, summed)
+            observed.update(one_after_another([observed, mtp_observed]))
+        if stats is None:
+            stats = mtp_stats
+        elif mtp_stats is not None:
+            stats = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), stats, mtp_stats)
 
     if stats is not None:
         balance, assignments = _balance_loss(stats, balance_scope, earlier_assignments)
@@ -125,6 +112,42 @@ def loss(
     if observed is not None:
         metrics["observed"] = observed
     return value, metrics
+
+
+def _mtp_terms(
+    model: Qwen3Next,
+    batch: Batch,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    counts: Float[Array, "steps"],
+    *,
+    chunk: int,
+    observe: bool,
+) -> tuple[Float[Array, ""], RouterStats | None, Observed]:
+    """Unrolls the MTP module.
+
+    Returns:
+      mtp_ce; and of all steps together, as of one more layer, because they share one module: the
+      router's statistics, None without experts, and the observed ones, {} unless `observe`.
+    """
+    assert model.mtp is not None
+    mtp_ce, all_stats, all_observed = jnp.zeros(()), [], []
+    for step in range(1, len(counts) + 1):
+        ahead = _ahead(batch, step)
+        observed: Observed | None = {} if observe else None
+        hidden, stats, _ = model.mtp(
+            hidden, model.embed(ahead["tokens"]),
+            segment_ids=ahead["segment_ids"], positions=batch["positions"], observed=observed,
+        )  # fmt: skip
+        total, _ = cross_entropy(hidden, head, ahead["targets"], ahead["loss_weights"], chunk=chunk)
+        mtp_ce += total / counts[step - 1] / len(counts)
+        all_stats.append(stats)
+        all_observed.append(observed or {})
+    together = over_first_axis(jax.tree.map(lambda *x: jnp.stack(x), *all_observed))
+    mtp_observed = jax.tree.map(lambda x: x[None], together)
+    if all_stats[0] is None:
+        return mtp_ce, None, mtp_observed
+    return mtp_ce, jax.tree.map(lambda *s: sum(s)[None], *all_stats), mtp_observed
 
 
 def next_token_losses(
@@ -194,14 +217,6 @@ def _balance_loss(
 def _or_one(x):
     """What to divide by: 1 where there is nothing to average."""
     return jnp.where(x > 0, x, 1)
-
-
-def _stack(a, b):
-    return jnp.concatenate([a, b])
-
-
-def _stacked(*arrays):
-    return jnp.stack(arrays)
 
 
 def complete_batch(
