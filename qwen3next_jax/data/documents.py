@@ -1,8 +1,8 @@
-"""From a record to a tokenised document: what is read, what is predicted, and what counts.
+"""From a record to a tokenised document: inputs, targets and loss weights.
 
-A tokenised document is a dict of arrays of one length: `tokens` and `targets`, int32, and
-`loss_weights`, float32. A text's ids stand between BOS and EOS; what is read is all but the last
-and what is predicted all but the first, so that each token after BOS is a target once.
+A tokenised document is a dict of arrays [n]: `tokens`, the model's input, and `targets`, int32, and
+`loss_weights`, float32. A text becomes BOS, its ids, EOS: `tokens` are all of these but the last
+one, `targets` all but the first one, so that each token after BOS is a target once.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,9 +43,12 @@ def tokenized(record: Record, tokenizer: Tokenizer) -> Document:
 def readable(
     records: Records, tokenizer: Tokenizer, *, on_error: str
 ) -> Iterator[tuple[Record, Document]]:
-    """All records with their documents, in order.
+    """Yields each record with its document, in order.
 
-    Where `on_error` is "skip", records that cannot be used are left out, and their number logged.
+    With `on_error="skip"`, records that cannot be used are left out, and their number is logged.
+
+    Raises:
+      BadRecordError: a record cannot be used, with any other `on_error`.
     """
     skipped = 0
     for i in range(len(records)):
@@ -64,7 +67,7 @@ def readable(
 
 
 def learnt_text(record: Record, document: Document, tokenizer: Tokenizer) -> str:
-    """A record's text, or where it is a chat or ids, the text of what is predicted."""
+    """The text that a document's loss is over: the record's, or of a chat the decoded targets."""
     if record.text is not None:
         return record.text
     return tokenizer.decode(document["targets"][document["loss_weights"] > 0])
@@ -113,7 +116,7 @@ class RecordTexts:
 
 
 def next_token_pairs(ids: list[int], *, bos: int, eos: int) -> Document:
-    """What is read and what is predicted in one text, n = len(ids) + 1, all of weight 1."""
+    """The document of one text, n = len(ids) + 1, with every weight 1."""
     delimited = np.array([bos, *ids, eos], np.int32)
     weights = np.ones(len(ids) + 1, np.float32)
     return {"tokens": delimited[:-1], "targets": delimited[1:], "loss_weights": weights}

@@ -1,9 +1,10 @@
 """Which records are held out for evaluation: a property of a record's name alone.
 
-What is held out must stay so: when a run goes on, when records or files come or go, when the corpus
-moves to another folder. So the name is hashed to a number in [0, 1), and the record is held out
-where that is below the fraction. Raising the fraction only adds to the held-out part. In a file of
-many records the number of each is mixed into the file's hash, millions a second.
+A held-out record must stay held out when a run is resumed, when other records or files are added or
+removed, and when the corpus moves to another folder. So the record's name is hashed to a number in
+[0, 1), and the record is held out if that is below the fraction. Raising the fraction only adds
+records. In a file of many records, each record's number is mixed into the hash of the file's name,
+which takes a second for millions of them.
 """
 
 import numpy as np
@@ -13,9 +14,9 @@ from qwen3next_jax.data.sources import Record, Source
 
 
 class Part:
-    """Some records of a source, by the rest that is left out or by themselves.
+    """The held-out records of a source, or with `training` all the others.
 
-    Held-out records are few, so their numbers are kept, and the training part is told by them.
+    Held-out records are few, so only their numbers are kept, for both parts.
     """
 
     def __init__(self, source: Source, held_out: np.ndarray, *, training: bool):

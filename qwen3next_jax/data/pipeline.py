@@ -5,8 +5,8 @@ A batch is a dict of [B, T] arrays: tokens, targets, segment_ids, positions (int
 them, shard s fills rows s·B/S to (s + 1)·B/S of every batch. Host h of H has the shards from h·S/H
 on, hence a contiguous block of rows, and the batch at a step is the same for every H.
 
-A thread makes batches ahead, and others read for several shards at a time; the iterator's state is
-that of the batch last returned, not of those made ahead.
+Batches are prefetched in a thread, which reads several shards in parallel; the iterator's state is
+that of the batch returned last, not of the prefetched ones.
 """
 
 import concurrent.futures
@@ -137,9 +137,9 @@ def load_data(
     given_weights: str = "",
     **rows: Any,
 ) -> Data:
-    """Opens the sources and the tokenizer; at the first run, trains that on the training part.
+    """Opens the sources and the tokenizer, or trains one on the training part where there is none.
 
-    All but two arguments are a config's `data` section:
+    The arguments up to `on_error`, and `rows`, are a config's `data` section:
     `load_data(**dataclasses.asdict(config.data), vocab_size=..., trained_tokenizer=...)`.
 
     Args:
@@ -151,7 +151,8 @@ def load_data(
       holdout_fraction: share of the records held out.
       vocab_size: of the model, hence the most that the tokenizer may have.
       trained_tokenizer: where the tokenizer is kept; it is trained if there is no such file.
-      given_weights: the checkpoint that a run begins with, whose tokens no new tokenizer knows.
+      given_weights: the checkpoint that a run begins with, or "". With one, training a tokenizer is
+        refused, because the weights belong to the tokens of their own.
       rows: `num_shards`, `packing`, `too_long`, `window_rows`, as `Data` has them.
 
     Raises:
@@ -211,11 +212,11 @@ def training_batches(
     hosts: int = 1,
     host: int = 0,
 ) -> grain.DatasetIterator:
-    """This host's rows of batches without end, in which each epoch has every record once.
+    """An endless iterator over this host's rows of each batch; an epoch has every record once.
 
-    `get_state()` returns a dict that JSON can hold, of each of this host's shards by its number;
-    the states of all hosts together are the run's. `set_state(state)` on a new iterator over the
-    same data goes on after the batch that was last returned, with any number of hosts.
+    `get_state()` returns a JSON dict that maps the number of each of this host's shards to its
+    state; the run's state is the union over all hosts. `set_state(state)` of a new iterator over
+    the same data continues after the batch returned last, with any number of hosts.
 
     Args:
       data: what to train on, and S, the number of its virtual shards.
@@ -295,10 +296,10 @@ def check_shards(num_shards: int, *, batch_size: int, hosts: int) -> None:
 def input_metrics(
     data: Data, states: Mapping[str, Any], *, sequence_length: int
 ) -> dict[str, float]:
-    """What some shards have given so far, from their states.
+    """Counts of what some shards have yielded so far, from their states.
 
-    Of each part NAME: NAME/epoch (how often its records were read), NAME/records and NAME/tokens.
-    In all: packing_efficiency, the share of positions that hold a token; skipped_records,
+    For each part NAME: NAME/epoch (how often its records were read), NAME/records and NAME/tokens.
+    Over all parts: packing_efficiency, the share of positions that hold a token; skipped_records,
     truncated_records and skipped_files.
     """
     counts = [state["counts"] for state in states.values()]
@@ -323,8 +324,8 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches in which every token of the held-out records, EOS included, is a target exactly once.
 
-    The last row, and the last batch by whole rows, are filled up with padding. Also with
-    `data.packing="best_fit"` a document longer than a row is cut, not left out.
+    The last row is filled up with padding, the last batch with rows of padding. A document longer
+    than a row is cut, never left out, with `data.packing="best_fit"` too.
     """
     rows = _evaluation_rows(data, sequence_length)
     while batch := list(itertools.islice(rows, batch_size)):

@@ -1,16 +1,18 @@
-"""A virtual shard: a fixed share of the records, which it shuffles, repeats and packs alone.
+"""A virtual shard: a fixed share of the records, shuffled, repeated and packed independently.
 
-A run has a fixed number of them, whatever the number of hosts, and each fills fixed rows of a
-batch, so the batch at a step depends on the config and the step only. A shard has every S-th record
-of each source, in an order that each epoch draws anew. It takes documents until they fill a window
-of rows, packs these, and gives the rows in a shuffled order, as a long document fills many rows
-in succession. While it gives a window's rows it reads the next window's documents, as many for each
-row, so that no row takes long.
+A run has a fixed number S of shards, whatever the number of hosts, and each shard fills fixed rows
+of every batch, so a batch depends only on the config and the step. A shard owns every S-th record
+of each source and draws a new order for them in each epoch.
 
-Its state is where the window began and how many of its rows were given: a restored shard reads the
-window again. With one source an epoch ends with a row that is padded, and so the next one begins
-with a row of its own. Of several sources, the next document is from the one that is furthest behind
-its share of the tokens.
+It works window by window: it reads documents until they fill `window_rows` rows, packs them, and
+yields the rows in a shuffled order (otherwise the rows of one long document would follow one
+another). While it yields the rows of one window it reads the documents of the next, a few for each
+row, so that no single row takes long.
+
+Its state is where the window began and how many of its rows were yielded; a restored shard reads
+that window again. With one source, an epoch ends with a padded row and the next epoch begins in a
+new row. With several, the next document comes from the source that is furthest behind its share of
+the tokens.
 """
 
 import copy
@@ -66,11 +68,11 @@ class Packing:
 
 
 class _Skipped:
-    """Stands for a record that cannot be used."""
+    """Placeholder for a record that cannot be used."""
 
 
 class _Reader:
-    """Documents of one part of one shard, by their place in the shard's endless course."""
+    """The documents of one part of one shard, indexed by their place in its endless sequence."""
 
     def __init__(
         self, part: TrainingPart, tokenizer: Tokenizer, packing: Packing,
@@ -95,7 +97,8 @@ class _Reader:
         """The document, and whether it was truncated."""
         found, truncated = self._documents[place]
         self._failures = self._failures + 1 if isinstance(found, _Skipped) else 0
-        # Between the first record of one epoch and the last of the next lie all others twice.
+        # The only usable record may come first in one epoch and last in the next: between them all
+        # the others fail twice. More failures in a row mean that no record can be used.
         if self._failures > 2 * (self.size - 1):
             raise ValueError(f"None of a shard's records of {self._part.name!r} can be used")
         return found, truncated
@@ -123,10 +126,11 @@ class _Reader:
 
 
 class _Window:
-    """Documents from a place on, enough for some rows.
+    """The documents that fill one window of rows.
 
-    `start` is that place: documents read of each part, their tokens, and how many tokens of the
-    first document belong to earlier rows. `first` is that document, where it is at hand.
+    `start` says where the window begins: how many documents were read before it ("read") and how
+    many tokens they had ("taken"), for each part, and how many tokens of its first document belong
+    to the window before ("offset"). `first` is that document, if it was read already.
     """
 
     def __init__(
@@ -145,7 +149,7 @@ class _Window:
         self._complete = False
 
     def read(self, share: float = 1.0) -> None:
-        """Reads until this share of the window's tokens is there, or the epoch ends."""
+        """Reads documents until it has this share of the window's tokens, or the epoch ends."""
         rows = self._packing.window_rows
         wanted = share * rows * self._packing.sequence_length
         while not self._complete and self._tokens < wanted:
@@ -191,7 +195,7 @@ class _Window:
 
 
 class Shard:
-    """The rows of one virtual shard, without end."""
+    """An endless iterator over the rows of one virtual shard."""
 
     def __init__(
         self, parts: Sequence[TrainingPart], tokenizer: Tokenizer, packing: Packing,
@@ -225,11 +229,11 @@ class Shard:
         return fill_row(pieces, self._window.documents, self._packing.sequence_length)
 
     def get_state(self) -> dict[str, Any]:
-        """Where it is, in numbers and lists of them."""
+        """The shard's position, as JSON."""
         return copy.deepcopy({**self._window.start, "row": self._row, "counts": self._counts})
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a state."""
+        """Continues from a position that `get_state` returned."""
         start = copy.deepcopy(state)
         self._counts, self._row = start.pop("counts"), start.pop("row")
         self._window, self._plan = self._window_from(start), None
