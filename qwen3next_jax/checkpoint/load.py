@@ -1,7 +1,7 @@
-"""A model, or what a run begins with, from whatever kind of checkpoint a path leads to.
+"""Loads a model, or the initial parameters of a run, from any kind of checkpoint.
 
-There are three: a Hugging Face directory, a work directory of ours (a run's, or one that `convert`
-made) and one of the latter's step folders. Their `config.json` tells them apart.
+A path may lead to a Hugging Face directory, to a work directory of ours (of a run, or made by
+`convert`), or to one step folder of a work directory. `config.json` tells which it is.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 
 
 class OurCheckpoint(NamedTuple):
-    """A work directory, and the step in it that is meant."""
+    """A work directory of ours, and which of its steps to use."""
 
     workdir: pathlib.Path
     step: int | None  # None: the newest good one
@@ -62,7 +62,7 @@ def load_checkpoint(
     mesh: Mesh | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
 ) -> Qwen3Next:
-    """Loads a model to use it, not to go on with its training.
+    """Loads a model for inference or evaluation; `CheckpointStore` resumes training.
 
     Args:
       path: a Hugging Face directory, a work directory of ours, whose newest good checkpoint is
@@ -74,9 +74,9 @@ def load_checkpoint(
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: the path is none of these, or what is there does not fit together; names all
-        that does not.
-      DamagedCheckpointError: what could be meant is damaged.
+      ValueError: the path is none of these, or its files do not fit together; names everything
+        that does not fit.
+      DamagedCheckpointError: the step, or every step of the work directory, is damaged.
     """
     ours = find_checkpoint(pathlib.Path(path))
     if ours is None:
@@ -101,16 +101,16 @@ def load_checkpoint(
 def load_parameters(
     path: str | os.PathLike[str], config: ModelConfig, wanted: nnx.State
 ) -> nnx.State:
-    """Reads the parameters that a training run shall begin with.
+    """Reads the initial parameters of a training run.
 
-    Each is read where it belongs and in the dtype it shall have, one after another: no device and
-    no process holds more than its part of the model.
+    They are read one after another, each straight to its devices and in its final dtype, so that no
+    device and no process holds more than its part of the model.
 
     Args:
       path: see `load_checkpoint`.
-      config: the run's model. It may differ from the checkpoint's in what is no part of the
-        function that the weights compute: the context's length and its YaRN, the coefficient of the
-        balance loss, the number of MTP steps, and how weights are drawn.
+      config: the run's model. It may differ from the checkpoint's only in what does not change the
+        meaning of the weights: length of the context and YaRN, coefficient of the balance loss,
+        number of MTP steps, and initialisation.
       wanted: the parameters as jax.ShapeDtypeStructs, with shardings.
 
     Raises:
@@ -209,14 +209,17 @@ def find_checkpoint(path: pathlib.Path) -> OurCheckpoint | None:
 
 
 def as_trained(ours: OurCheckpoint | None) -> contextlib.AbstractContextManager[Any]:
-    """In it products have the precision of the run's own; none is set for another checkpoint."""
+    """A context in which matrix products have the precision that the run trained with.
+
+    It does nothing for a checkpoint that does not say, such as a Hugging Face directory (None).
+    """
     if ours is None or ours.matmul is None:
         return contextlib.nullcontext()
     return jax.default_matmul_precision(ours.matmul)
 
 
 def from_step(ours: OurCheckpoint, make: Callable[[CheckpointStore, int], Result]) -> Result:
-    """What `make` makes of the step that is meant, or of the newest that is not damaged."""
+    """Calls `make(store, step)` with the step of `ours`, or the newest that is not damaged."""
     with closing(CheckpointStore(ours.workdir / "checkpoints")) as store:
         if ours.step is not None:
             return make(store, ours.step)
@@ -244,12 +247,12 @@ def stored_parameters(
     return {path: found[path] for path in wanted}
 
 
-# What a run may set otherwise than the checkpoint it begins with.
+# Keys in which a run may differ from the checkpoint it begins with.
 _FREE = {
     "max_position_embeddings", "rope_scaling", "router_aux_loss_coef", "initializer_range",
     "router_init", "mtp_steps", "extra",
 }  # fmt: skip
-# What says which layers there are, in more than one way.
+# Keys that describe the pattern of layers, which can be written in more than one way.
 _LAYERS = {"full_attention_interval", "layer_types", "mlp_only_layers", "decoder_sparse_step"}
 
 

@@ -1,18 +1,18 @@
-"""A run's checkpoints: whole or not there, the newest good one found, bit for bit what was saved.
+"""A run's checkpoints, written atomically and verified by checksums when they are read.
 
 Orbax writes each step beside its final place and renames it once complete, so a killed run leaves
-no half step. What a rename cannot catch is damage afterwards: files that are missing or cut short
-are noticed, yet flipped bits are read as numbers. So each step also holds an index, sealed by its
-SHA-256, of each array's shape, dtype and checksum. It tells a damaged checkpoint from one of
-another model, and names what differs.
+no incomplete step. Renaming does not protect from later damage: missing or truncated files are
+noticed when they are read, but flipped bits are not. So each step also holds an index with the
+shape, dtype and checksum of each array, and the index's own SHA-256. The index also tells a damaged
+checkpoint from one of another model, and what differs.
 
-Arrays are stored flat, under the names `leaf_name` gives them, so the files depend neither on the
-classes that hold the state (optax's NamedTuples, Flax's variables) nor on how it was sharded. Large
-ones lie in chunks of at most 16 MiB, each of one layer and one expert where such axes come first,
-so that a checkpoint that no memory holds is written and read chunk by chunk.
+Arrays are stored in a flat dict, named by `leaf_name`, so that the files depend neither on the
+classes that hold the state (optax's NamedTuples, Flax's variables) nor on its sharding. Large ones
+are stored in chunks of at most 16 MiB, cut along layers and experts first, so that a checkpoint
+larger than memory can be written and read chunk by chunk.
 
-With several processes all of them make the same calls. Each writes and reads what its devices hold,
-of one shared directory; which steps there are, and whether one is damaged, they agree on first.
+All processes of a run make the same calls. Each writes and reads what its own devices hold, in one
+shared directory, and all agree first on which steps there are and whether a step is damaged.
 """
 
 import contextlib
@@ -43,7 +43,8 @@ logging.getLogger("absl").addFilter(
 
 _CHUNK_BYTES = 2**24
 _COMMIT_BYTES = 2**25
-# At most so many on their way from a process's memory to the disk, or two parts of an array.
+# The most bytes in flight from a process's memory to the disk; raised to two parts of the largest
+# array where those are more.
 _WRITE_BYTES = 2**28
 
 Block = tuple[slice, ...]
@@ -56,7 +57,7 @@ class DamagedCheckpointError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """An array that is made block by block while it is saved."""
+    """An array that is computed block by block while it is saved, by `read`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -100,8 +101,8 @@ class CheckpointStore:
     ) -> None:
         """Starts to save; returns once the state is copied, so that its buffers may be donated.
 
-        Steps at or past `step` are deleted: they belong to a course that the run has left by going
-        on from an earlier checkpoint.
+        Deletes the steps from `step` on, if any: they are left from before the run was resumed from
+        an earlier checkpoint.
 
         Args:
           step: names the checkpoint.
@@ -247,7 +248,7 @@ class CheckpointStore:
         )
 
     def newest_good(self, make: Callable[[int], Result]) -> Result:
-        """What `make` makes of the newest step of which it finds nothing damaged.
+        """Calls `make` with the newest step; with the next older one where it finds damage.
 
         Raises:
           FileNotFoundError: there is no checkpoint.
@@ -291,7 +292,10 @@ class CheckpointStore:
         )
 
     def _let_through(self, arrays: Iterable[jax.Array]) -> None:
-        """Lets two of the largest parts be on their way: Orbax refuses one over the limit."""
+        """Raises the limit of bytes in flight to two of the largest parts of these arrays.
+
+        Orbax refuses to write a part that is larger than the limit.
+        """
         largest = max(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
         if 2 * largest >= self._in_flight:
             self._in_flight = 2 * largest + 1
@@ -333,7 +337,7 @@ class CheckpointStore:
         return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=cache).result()
 
     def _agreed(self, step: int, read: Callable[[], Result]) -> Result:
-        """What `read` returns, provided that it can read in all processes."""
+        """Returns `read()`; raises in all processes if it fails in one of them."""
         harm = None
         try:
             result = read()
@@ -372,10 +376,10 @@ def save_streamed(
     arrays: Mapping[str, Streamed],
     extras: Mapping[str, Any],
 ) -> None:
-    """Saves arrays that memory need not hold, as `CheckpointStore.save` does; returns when done.
+    """Saves arrays that may be larger than memory, as `CheckpointStore.save` would.
 
-    The index is sealed last. A checkpoint that was cut off before that counts as damaged, so the
-    caller keeps it out of sight until then.
+    The index is written last: until this returns the checkpoint counts as damaged, so the caller
+    should write to a hidden directory and rename it.
 
     Args:
       directory: new, or holds nothing but checkpoints.
@@ -451,7 +455,7 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
 
 
 class _Batch:
-    """Blocks that are committed together: each commit writes the tree of all chunks' names anew."""
+    """Blocks that are committed together, as each commit rewrites the index of all chunks."""
 
     def __init__(self):
         self._transaction, self._bytes = ts.Transaction(), 0
@@ -469,7 +473,7 @@ class _Batch:
         self._transaction.commit_async().result()
 
     def settle(self) -> None:
-        """Gives up what is not committed, so that nothing is written from here on."""
+        """Aborts what is not committed; nothing is written after this returns."""
         self._transaction.abort()
         self._transaction.future.exception()
 

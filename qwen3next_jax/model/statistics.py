@@ -1,9 +1,9 @@
-"""What layers tell of themselves where somebody asks: means and extremes over a batch's tokens.
+"""Optional statistics of layers: means and maxima over the tokens of a batch.
 
-A module is handed a dict, `observed`, and puts its statistics in under their names; without one it
-computes none. They are kept so that parts can be put together without error: a mean as its sum and
-its count, so that micro-batches and unrolled steps weigh by their tokens. Padding is left out, no
-gradient flows, and on a mesh the arrays are the global ones, so the statistics are too.
+A module that is given a dict, `observed`, adds its statistics to it under their names; without one
+it computes none. A mean is kept as its sum and its count, so that parts (micro-batches, unrolled
+MTP steps) can be combined exactly, each weighted by its tokens. Padding is left out and no gradient
+flows. On a mesh the modules see global arrays, so the statistics are global as well.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _SINK_QUERIES = 16  # of each row; all of them would cost a second attention
 
 
 class Mean(NamedTuple):
-    """A mean in two parts."""
+    """A mean as `total / tokens`; the count has the leading axes of the total."""
 
     total: Array
     tokens: Float[Array, "*L"]
@@ -82,7 +82,7 @@ def sink_share(
 
 
 def over_first_axis(observed: Observed) -> Observed:
-    """Puts together what is stacked along the first axis."""
+    """Combines the parts of statistics that are stacked along the first axis."""
     return {
         name: Mean(x.total.sum(0), x.tokens.sum(0))
         if isinstance(x, Mean)
@@ -92,7 +92,10 @@ def over_first_axis(observed: Observed) -> Observed:
 
 
 def one_after_another(parts: Sequence[Observed]) -> Observed:
-    """Joins layers, stacked along the first axis; each name has the layers that know it."""
+    """Concatenates statistics of layers along the first axis.
+
+    A name that only some of the layers have gets the values of those, in order.
+    """
     names = dict.fromkeys(name for part in parts for name in part)
     return {
         name: jax.tree.map(

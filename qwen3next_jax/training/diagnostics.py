@@ -8,7 +8,7 @@
     activation_max             does the residual stream grow outliers?
     update_ratio               is each part of the model learning at a sensible rate?
 
-Modules tell of themselves in `model/statistics.py`; here their sums become metrics.
+The modules collect sums and maxima (`model/statistics.py`), from which the metrics are made here.
 """
 
 import re
@@ -43,7 +43,7 @@ _EVERY = ("activation_max",)
 def layer_metrics(
     observed: Observed, assignments: Float[Array, "L E"] | None
 ) -> dict[str, Float[Array, "_"]]:
-    """A number for each layer that has the thing, as `layers/NAME`.
+    """Metrics `layers/NAME`, each an array with a number for each layer that NAME applies to.
 
     Args:
       observed: of the whole step, its arrays [layers that have it, ...].
@@ -68,7 +68,11 @@ def layer_metrics(
 
 
 def for_all_layers(config: ModelConfig, name: str, values: list[float]) -> list[float | None]:
-    """The numbers of `layers/NAME` at their places: all layers, then the MTP module; else None."""
+    """Spreads the numbers of `layers/NAME` over all layers, the MTP module last.
+
+    Returns:
+      A number for each layer, None where NAME does not apply to it.
+    """
     name, found = name.removeprefix("layers/"), iter(values)
     return [next(found) if _has(name, *layer) else None for layer in config.all_layers]
 

@@ -1,11 +1,11 @@
-"""A training run, from its config to its last checkpoint; killed anywhere, it goes on from there.
+"""A training run, from its config to its last checkpoint; it can be killed and resumed anywhere.
 
-All that a step depends on is the parameters, the optimizer's state and the batch, and the batch is
-the data iterator's next. A checkpoint holds these, so a run that goes on computes what the run
-that was never killed does, bit for bit on the same devices. No random number is drawn in between.
+A step depends only on the parameters, the optimizer's state and the next batch of the data
+iterator. A checkpoint holds all three, so a resumed run computes what an uninterrupted run would,
+bit for bit on the same devices. A step draws no random numbers.
 
-With several processes, each runs this loop, on its own rows of the same batches. Whatever decides
-what comes next is the same in all of them; process 0 alone writes the config and the metrics.
+With several processes, each runs this loop on its own rows of the same batches. Everything that
+decides what happens next is the same in all of them. Process 0 alone writes config and metrics.
 """
 
 import contextlib
@@ -94,7 +94,8 @@ def train(
         the end. None: no samples.
       suites: from the model to more metrics; called every `evaluation.every` steps and at the end.
       report: called in process 0 after each evaluation and each checkpoint, the last ones included.
-      should_stop: of the step just taken, whether to save and leave; see `processes.joined`.
+      should_stop: called with each step after it was taken; true means to save and leave. See
+        `processes.joined`.
 
     Returns:
       The trained model, and how many steps this call took: 0 for a run that was finished.
@@ -129,7 +130,7 @@ def _train(
 ) -> tuple[Qwen3Next, int]:
     t = config.train
     require_same(config.to_dict())
-    # What may be refused comes before the directory is this run's.
+    # Refuse what can be refused before the config is written to the directory.
     if t.initial_checkpoint and not has_steps(workdir):
         check_same_model(t.initial_checkpoint, config.model)
     if (last := _last_step(workdir)) > t.num_steps:
@@ -168,8 +169,9 @@ def _train(
     writer, progress = reporters(workdir, t.num_steps, start_step=start)
     train_step = compiled_together(program.step)
     unsettled: deque[tuple[int, dict[str, jax.Array], Any, Any]] = deque()
-    # A step is looked at when the next one is under way, so that the devices never wait. Virtual
-    # devices of a CPU share its threads: two steps with collectives could wait for each other.
+    # The metrics of a step are read once the next step was dispatched, so that the devices never
+    # wait for the host. Not so on virtual devices of a CPU, which share its threads: two steps with
+    # collectives could wait for each other.
     ahead = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 1
     clock, profile = _Clock(tokens), _Profile(workdir / "profile", t.profile_steps, t.num_steps)
 
@@ -180,11 +182,11 @@ def _train(
         clock.spent_on("checkpoint")
 
     def settle(done: int, metrics: dict[str, jax.Array], batch: Any, read: Any) -> None:
-        """Looks at a step that was taken: counts it and logs it, or ends the run."""
+        """Reads the metrics of a step that was dispatched: logs them, or ends the run."""
         nonlocal tokens
         if np.asarray(metrics.pop("halted")):
             values = _on_host(metrics)
-            # What is not finite all goes to the same experts: then no place is the lesser evil.
+            # NaN activations all go to the same experts and overflow them: report the NaN instead.
             finite = np.isfinite([values["loss"], values["grad_norm"]]).all()
             if finite and values.get("dropped_assignments"):
                 raise _overflow(done, values["dropped_assignments"], config)
@@ -266,9 +268,9 @@ def _of_all_processes(shards: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def alone_in(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds a work directory: of two runs in it each would delete what the other writes.
+    """Locks a work directory, since two runs in one would delete each other's files.
 
-    The directory is made where needed. The lock goes with the process, however that ends.
+    Makes the directory if needed. The lock ends with the process, even if that is killed.
 
     Raises:
       ValueError: in all processes, if another run holds the directory, or what it holds is no run.
@@ -318,9 +320,9 @@ def _no_run(workdir: pathlib.Path) -> str | None:
 
 
 def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Removes the tokenizer of a run that never saved anything, if its texts were others.
+    """Removes the tokenizer of a run that has no checkpoint, if its data or vocabulary differ.
 
-    Process 0 calls it, before the data is loaded.
+    Call it before the data is loaded; it does nothing but in process 0.
     """
     path = workdir / "config.json"
     if jax.process_index() or not path.exists() or has_steps(workdir):
@@ -355,7 +357,7 @@ def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def _first_state(config: RunConfig, program: Program) -> TrainState:
-    """Draws the parameters where they belong: no device ever holds the whole model."""
+    """Draws the parameters straight to their devices: none ever holds the whole model."""
 
     def create() -> TrainState:
         return initial_state(nnx.state(new_model(config)), program.optimizer)
@@ -367,7 +369,7 @@ def _first_state(config: RunConfig, program: Program) -> TrainState:
 
 
 def _given_state(config: RunConfig, program: Program) -> TrainState:
-    """Reads the parameters where they belong; the optimizer has seen nothing yet."""
+    """Reads the parameters straight to their devices, beside a new optimizer state."""
     logging.info("Beginning with the weights of %s", config.train.initial_checkpoint)
     params = load_parameters(config.train.initial_checkpoint, config.model, program.state.params)
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
@@ -428,14 +430,14 @@ def _non_finite(
 
 
 class _Profile:
-    """The trace of the steps from `steps[0]` to `steps[1]`, of those that this process takes."""
+    """A profiler trace of steps `steps[0]` to `steps[1]`, as far as this call takes them."""
 
     def __init__(self, directory: pathlib.Path, steps: tuple[int, ...], last: int):
         self._directory, self._tracing = directory, False
         self._first, self._last = (steps[0], min(steps[1], last)) if steps else (0, -1)
 
     def before(self, step: int) -> None:
-        """Begins where a step is the first to be traced."""
+        """Starts the trace before its first step."""
         if not self._tracing and self._first <= step <= self._last:
             jax.profiler.start_trace(str(self._directory))
             self._tracing = True
@@ -445,33 +447,33 @@ class _Profile:
         return self._tracing and step == self._last
 
     def close(self) -> None:
-        """Writes what was traced, if there is any and it has not been done."""
+        """Ends the trace and writes it, if it is running."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()
 
 
 class _Clock:
-    """Where the time went since the last reading: every second is spent on one thing."""
+    """Accounts the time since the last reading: every second belongs to one activity."""
 
     def __init__(self, tokens: int):
         self._last, self._tokens = time.monotonic(), tokens
         self._spent: dict[str, float] = {}
 
     def spent_on(self, what: str) -> None:
-        """Says what was done since the last call."""
+        """Books the time since the last call on an activity."""
         now = time.monotonic()
         self._spent[what] = self._spent.get(what, 0.0) + now - self._last
         self._last = now
 
     def compiled(self, tokens: int) -> None:
-        """Says that all so far was the first step, which tells nothing of the speed."""
+        """Books all time so far as the first step's, which compiles and is no measure of speed."""
         self.spent_on("step")
         self._spent = {"compile": self._spent["step"] + self._spent.get("data", 0.0)}
         self._tokens = tokens
 
     def taken(self, what: str) -> dict[str, float]:
-        """What was done since the last call, as a metric that no reading will have again."""
+        """Books the time since the last call; returns it as a metric, which `read` leaves out."""
         self.spent_on(what)
         return {f"seconds/{what}": self._spent.pop(what)}
 
@@ -490,5 +492,5 @@ class _Clock:
 
 
 def _on_host(metrics: dict[str, jax.Array]) -> dict[str, Any]:
-    """Numbers, and lists of what has one value a layer."""
+    """Metrics as floats; those with a value for each layer as lists."""
     return {name: np.asarray(x).tolist() for name, x in metrics.items()}

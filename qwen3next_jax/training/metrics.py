@@ -1,10 +1,10 @@
 """What a run reports: files of lines, TensorBoard's event files, and a line on the terminal.
 
-`metrics.jsonl` and `samples.jsonl` hold one JSON object a line, the first key `step`. They tell one
-course: a run that goes on from a checkpoint cuts off what came after it. Most metrics are numbers;
-one with a value for each layer is a list, with null for the layers that have no such thing. JSON
-has no word for non-finite numbers; they are written as the strings "nan", "inf" and "-inf", which
-`float` reads.
+`metrics.jsonl` and `samples.jsonl` hold one JSON object a line, whose first key is `step`. When a
+run is resumed from a checkpoint, the lines of later steps are removed. Most metrics are numbers; a
+metric with a value for each layer is a list, with null for layers to which it does not apply. JSON
+has no non-finite numbers; they are written as the strings "nan", "inf" and "-inf", which `float`
+reads.
 """
 
 import json

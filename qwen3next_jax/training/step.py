@@ -5,9 +5,9 @@ any number of micro-batches gives the update of the one big batch. The balance l
 over tokens: with scope "global" each micro-batch is balanced against the loads of the step so far,
 its own included, and the terms are averaged.
 
-A step whose loss or gradient is not finite, or in which tokens found no place at their experts and
-`mesh.on_overflow` is "error", changes nothing, and neither does any step after it:
-the host sees it a step later, and finds the state from before.
+A step changes nothing if its loss or gradient is not finite, or if tokens found no place at their
+experts and `mesh.on_overflow` is "error". From then on no step changes anything, because the host
+notices only after it has dispatched the next step, and must still find the state from before.
 """
 
 from collections.abc import Callable
