@@ -1,4 +1,4 @@
-"""What the command lines have in common: how errors are told, and where and how files are kept."""
+"""What the commands share: error messages without tracebacks, caches, and atomic writing."""
 
 import contextlib
 import os
@@ -13,18 +13,19 @@ _PACKAGE = pathlib.Path(__file__).parent
 
 @contextlib.contextmanager
 def told_errors(after: str = "") -> Iterator[None]:
-    """Ends with an error's message alone where our own code, or the machine, raised it on purpose.
+    """Exits with an expected error's message alone, and lets any other error keep its traceback.
 
-    Such a message says what was given and a way out, or what the disk lacks, which a traceback
-    would bury. Of any other error the traceback is what helps.
+    Expected are an OSError (the disk is full, say) and what a `raise` statement in our own code
+    raised: their messages say what is wrong and what to do, which a traceback would bury.
 
     Args:
-      after: what to say behind it, of what was or was not done.
+      after: a line to print behind the message, such as what was or was not done.
     """
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        # One of ours may come from another process, with the traceback of that left behind.
+        # Classes of ours are told by their name too: from a worker process they come without the
+        # traceback that would show where they were raised.
         told = isinstance(error, OSError) or type(error).__module__.startswith(_PACKAGE.name)
         if not told and not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
@@ -32,20 +33,20 @@ def told_errors(after: str = "") -> Iterator[None]:
 
 
 def is_ours(frame: traceback.FrameSummary) -> bool:
-    """Whether this is a `raise` in the package, a command's file or a config beside it."""
+    """Whether a frame is a `raise` statement in the package, train.py, eval.py or configs/."""
     file, root = pathlib.Path(frame.filename), _PACKAGE.parent
     places = (_PACKAGE, root / "train.py", root / "eval.py", root / "configs")
     return any(map(file.is_relative_to, places)) and (frame.line or "").startswith("raise ")
 
 
 def cache_folder() -> pathlib.Path:
-    """Where what can be made again is kept: `$XDG_CACHE_HOME/qwen3next_jax`, or in `~/.cache`."""
+    """The folder of caches: `$XDG_CACHE_HOME/qwen3next_jax`, by default in `~/.cache`."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return pathlib.Path(cache, "qwen3next_jax")
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiles for the next time, where the environment names no folder."""
+    """Turns on JAX's cache of compiled programs, unless the environment has set its folder."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

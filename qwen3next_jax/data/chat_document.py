@@ -1,16 +1,16 @@
 """A chat as a document to learn from: all of it is read, only the assistant's turns are learnt.
 
-Which characters those are follows from the template, in one of two ways.
+Which characters are the assistant's is found in one of two ways.
 
-- A template that marks them, by `{% generation %}...{% endgeneration %}`, is believed.
-- Any other is asked. It renders the messages before an answer, with the prompt for one, and those
-  through the answer. Where both are beginnings of the whole text, the answer is what lies between:
-  without its header, which the prompt has, and with its end-of-turn token. White space behind that
-  token is the template's and not learnt.
+- If the template marks them, by `{% generation %}...{% endgeneration %}`, the marks are used.
+- Otherwise the template renders two parts of the chat: the messages before an answer, with the
+  generation prompt, and the messages through the answer. If the text of the whole chat begins with
+  both, the answer is what lies between their ends: without its header, which belongs to the prompt,
+  and with its end-of-turn token. White space behind that token is not learnt.
 
-Some templates show an answer otherwise once more messages follow: models that think drop old
-thoughts. Then there is no text in which each answer stands as the model would have written it, and
-a mask would teach something that never happens. Such a chat is refused, with what can be done.
+Some templates render an answer differently once more messages follow, as those of reasoning models
+that drop earlier thoughts. Then no single text shows every answer as the model would have written
+it, and learning from it would teach what never happens. Such a chat is refused, with what to do.
 
 The tokens are those of the whole text. A token with characters on both sides of a boundary belongs
 to the side of its first one: where a header's line end and an answer's first are one token, the

@@ -1,16 +1,16 @@
 """Text to token ids and back: SentencePiece for models trained here, `tokenizer.json` for others.
 
-`load_tokenizer` finds either in a directory. Both kinds have the same few members, and text is
-text: "<|im_end|>" in a document stands for its characters, not for the token of that name, unless
-the caller asks for tokens, as one does who encodes a rendered chat.
+`load_tokenizer` finds either in a directory. Both classes have the same interface. Special tokens
+are not parsed by default: "<|im_end|>" in a document stands for its ten characters. Rendered chats
+are encoded with `parse_special=True`, which makes it the token of that name.
 
-What a model's bits per byte mean depends on every byte being predicted, so the tokenizers trained
-here change nothing: no Unicode normalisation, no space put before the text, no run of spaces
-shortened, and bytes for whatever has no piece. Pieces stay between the spaces, but may span letters
-and punctuation (`self.`, `):` with its line end), and a run of spaces, an indentation, can be one.
+Bits per byte are meaningful only if every byte is predicted, so the tokenizers trained here are
+lossless: no Unicode normalisation, no space put before the text, no run of spaces shortened, and
+bytes for whatever has no piece. Pieces end at spaces, but may span letters and punctuation
+(`self.`, or `):` with its line end), and a run of spaces, such as an indentation, can be a piece.
 
-One trap is left in these. SentencePiece writes a space as "▁" (U+2581) and turns every such piece
-back into a space, so `encode` hands over a "▁" of the text itself as its three bytes.
+One trap remains: SentencePiece writes a space as "▁" (U+2581) and decodes every "▁" to a space, so
+`encode` passes a "▁" of the text itself as its three bytes.
 """
 
 import bisect

@@ -1,4 +1,4 @@
-"""The suites by name, for `eval.py` and for training: what they are given, and how they are told.
+"""Runs suites by name, for `eval.py` and for training, and formats their results.
 
 - `perplexity`: cross-entropy and bits per byte, by document length and position.
 - `lm_eval`: tasks of lm-evaluation-harness.
@@ -26,11 +26,11 @@ SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
 
 
 def check_suites(names: Iterable[str], options: EvaluationConfig) -> None:
-    """Refuses what can be seen to be wrong before anything is computed.
+    """Checks the arguments of suites before anything is computed.
 
     Raises:
-      ValueError: a suite or a task is unknown, lm_eval has no tasks, or what
-        generates text is to run in several processes.
+      ValueError: a suite or a task is unknown, lm_eval has no tasks, or a suite that generates text
+        would run in several processes.
       ModuleNotFoundError: lm-evaluation-harness is wanted and not installed.
     """
     names = tuple(names)

@@ -1,19 +1,19 @@
 """Brings tokens to their experts and back: which row goes where, and no matrix product.
 
-Each token has A experts, so M tokens make M · A assignments. Sorted by expert they become the rows
-of a grouped matrix product; each expert's rows start at a multiple of `alignment`, the gaps are
-zero rows. Every row knows its token and every assignment its row, so spreading tokens out,
-gathering them in and the gradients of both are gathers: scatters are slow everywhere and serial on
-CPUs. Nothing is dropped. The experts weigh their rows themselves, so that what they return need
-only be added up: spreading and gathering are each other's transposes, and where a layer is computed
-again for its gradients, nothing has to be returned a second time.
+Each token has A experts, so M tokens make M · A assignments. Sorted by expert, these are the rows
+of a grouped matrix product. Each expert's rows start at a multiple of `alignment`, with zero rows
+in the gaps. The plan holds the token of every row and the row of every assignment, so that dispatch
+(`_spread`), combine (`_gather_in`) and the gradients of both are gathers: scatters are slow
+everywhere and serial on CPUs. Nothing is dropped. The experts multiply their rows by the router's
+weights themselves, so that combining is a plain sum: then dispatch and combine are each other's
+transposes, and a layer that is rematerialised need not return its rows a second time.
 
-Where the experts are split over a mesh axis, the sorted rows travel to their experts' devices and
-back (`apply_split_experts`). All devices of the axis first tell each other how many rows they have
-for which expert, a few integers; from then on every device can compute where each row lies on each
-other one, sorted by expert there too. What a device receives must fit a buffer of fixed size. With
-one for the worst case nothing is dropped; in a smaller one, rows for which no place is left are not
-sent, count as zeros, and are counted.
+Where experts are split over a mesh axis, the sorted rows travel to their experts' devices and back
+(`apply_split_experts`). First the devices of the axis exchange how many rows each has for each
+expert, a few integers, from which every device computes where every row lies on every device; there
+rows are sorted by expert as well. The received rows must fit a buffer of fixed size. With a buffer
+for the worst case nothing is dropped. With a smaller one, rows that do not fit are not sent: they
+contribute zeros and are counted.
 """
 
 import functools
@@ -220,7 +220,7 @@ def _take(x, index):
 
 
 class _Given(NamedTuple):
-    """What the exchange knows before any token is routed."""
+    """The static arguments of the exchange: sizes that do not depend on the routing."""
 
     axis: str
     exchange: str

@@ -1,14 +1,14 @@
-"""Many processes that run one program: they meet, agree, read their share, and leave together.
+"""Several processes that run one program: how they join, agree, share batches and leave.
 
-Each process runs the same commands on its own devices, and a collective waits for all. So what one
-does alone is what the others wait for in vain, and three things need care:
+Each process runs the same program on its own devices, and a collective operation waits for all of
+them. If one process takes another branch, the others hang. So three things need care:
 
-- *They must be the same.* A process with another config, file of code or version of JAX would
-  compute another program, and hang or, worse, not hang. `require_same` finds it at the start.
-- *They must agree.* What a process reads by itself (is that checkpoint damaged?) is exchanged
-  before anyone acts on it. `exchange` goes through the coordinator's key-value store, not through
-  the devices, so that it compiles nothing and waits behind no computation.
-- *One may die.* See `watch.py`.
+- *The processes must be the same.* With another config, code or version of JAX a process would run
+  another program, and hang or, worse, compute something else. `require_same` checks at the start.
+- *They must agree.* What one process finds out alone (is this checkpoint damaged?) is exchanged
+  before any process acts on it. `exchange` uses the coordinator's key-value store, not the devices,
+  so it compiles nothing and does not wait for computations in progress.
+- *A process may die.* See `watch.py`.
 
 In one process all of this does nothing, and costs nothing.
 """
@@ -37,9 +37,9 @@ from jax.experimental import multihost_utils
 
 from qwen3next_jax.parallel.watch import Watch
 
-_DAY_MS = 86_400_000  # while processes wait for each other, the watch sees to it that all live
+_DAY_MS = 86_400_000  # no timeout is needed: the watch ends a wait for a process that is dead
 
-# Of these versions the compiled program depends.
+# The compiled program depends on their versions.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 _rounds = itertools.count()
@@ -157,10 +157,15 @@ def _leave() -> None:
 
 
 def exchange(value: Any) -> list[Any]:
-    """What each process gives, in their order. All call it, in the same order, from one thread.
+    """Gathers a value from every process; a barrier, too.
+
+    All processes must make the same sequence of calls, each from one thread.
 
     Args:
       value: anything that JSON can hold.
+
+    Returns:
+      The values of all processes, in their order.
     """
     client = distributed.global_state.client
     if client is None:
@@ -170,7 +175,7 @@ def exchange(value: Any) -> list[Any]:
     client.key_value_set(f"{folder}{me}", json.dumps(value))
     client.wait_at_barrier(folder, _DAY_MS)
     found = {int(key.rpartition("/")[2]): x for key, x in client.key_value_dir_get(folder)}
-    # Whoever is here has read the round before.
+    # All have passed the barrier, hence have read the previous round's values.
     client.key_value_delete(f"qwen3next_jax/exchange/{number - 1}/{me}")
     return [json.loads(found[i]) for i in range(len(found))]
 
@@ -192,7 +197,7 @@ def require_shared(path: pathlib.Path) -> None:
       ValueError: in all processes; names those that do not see it.
     """
     exchange(None)
-    for _ in range(60):  # network file systems may remember for so long that a file was not there
+    for _ in range(60):  # network file systems may cache for so long that a file did not exist
         if path.exists():
             break
         time.sleep(1)
