@@ -1,13 +1,13 @@
-"""What a layer remembers between calls while text is generated.
+"""The state of a layer between calls while text is generated.
 
-Each row of a batch is one sequence whose tokens occupy slots 0, 1, 2, ... without gaps. A call adds
-the tokens whose segment id is not 0; padding behind them is ignored, so that prompts of unequal
-lengths share a batch.
+Each row of a batch is one sequence, whose tokens occupy slots 0, 1, 2, ... without gaps. A call
+adds the tokens whose segment id is not 0; padding behind them is ignored, so that prompts of
+unequal lengths can share a batch.
 
-Tokens can be taken back, which speculative decoding needs. An attention layer needs nothing for
-that: slots beyond the sequence are never looked at and are written again. A delta layer's state
-cannot be undone, so it is asked to hand out a `DeltaDraft`: the cache from before the call, beside
-what the call's tokens would do to it.
+Speculative decoding must be able to take tokens back. In an attention layer that is free: slots
+beyond the sequence are never read, and are overwritten. The state of a delta layer cannot be rolled
+back, so with `draft=True` the layer returns a `DeltaDraft`: the cache from before the call, and all
+that is needed to apply the first few of the call's tokens to it.
 """
 
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ class DeltaDraft(NamedTuple):
 
 
 def keep(cache: Any, lengths: Int[Array, "B"]) -> Any:
-    """Resolves all drafts in a cache: of each row, the first `lengths` tokens are kept."""
+    """Replaces all drafts in a cache by the caches after the first `lengths` tokens of each row."""
 
     def is_draft(x):
         return isinstance(x, DeltaDraft)

@@ -122,8 +122,9 @@ class Qwen3Next(nnx.Module):
         """Applies the head to final hidden states; float32."""
         head = self.head().astype(hidden.dtype)
         if platform() == "cpu":
-            # XLA would compute the end of the last layer anew for each tile of the vocabulary. It
-            # drops barriers before it looks; it cannot know that an entry of the head is a number.
+            # XLA would fuse the end of the last layer into this product and compute it for each
+            # tile of the vocabulary. It removes optimization barriers before that, so this is a
+            # select that it cannot remove, as it cannot know that no entry of the head is NaN.
             entry = jax.lax.stop_gradient(head[0, 0])
             hidden = jnp.where(jnp.isnan(entry), entry, hidden)
         return project(hidden, head, into=jnp.float32)
@@ -147,13 +148,13 @@ class Qwen3Next(nnx.Module):
         """
         if positions is None:
             positions = default_positions(tokens, segment_ids)
-        # By their graphs, in which a module that someone has put in place of another differs.
+        # Grouped by graph definition, by which a module that a user has replaced differs.
         alike = [list(same) for _, same in itertools.groupby(self.groups.layers, nnx.graphdef)]
         graphs = [nnx.graphdef(layers[0]) for layers in alike]
         params: list[Any] = [[nnx.state(layer) for layer in layers] for layers in alike]
         if self.remat != "none":
-            # For a scan over them. Stacked inside of the one over groups, they would be kept for
-            # the backward pass beside what they were stacked from.
+            # `_run_alike` scans over them. Stacked inside the scan over groups, they would be kept
+            # for the backward pass a second time.
             params = [
                 jax.tree.map(lambda *p: jnp.stack(p, axis=1), *of_layers) for of_layers in params
             ]
@@ -170,7 +171,7 @@ class Qwen3Next(nnx.Module):
             joined = jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
             return x, (joined, one_after_another(seen))
 
-        # On a CPU a loop copies all that one group keeps for its backward pass among that of all.
+        # On a CPU, a loop copies each group's residuals into an array of all groups' residuals.
         unroll = _MOST_UNROLLED if platform() == "cpu" else 1
         x, told = jax.lax.scan(group, self.embed(tokens), params, unroll=unroll)
         # [groups, layers that tell it in a group, ...] → [layers that tell it, ...]
@@ -240,9 +241,17 @@ class Qwen3Next(nnx.Module):
         return model
 
     def _run_alike(self, graph, params, x, segment_ids, positions, observing):
-        """Runs neighbouring layers of one kind; what they tell is stacked, or None and {}.
+        """Runs neighbouring layers that have the same graph definition.
 
-        Their parameters are a list, or with rematerialisation stacked.
+        Args:
+          graph: that of each layer.
+          params: of the layers, a list; with rematerialisation one state, stacked.
+          x, segment_ids, positions: as the layers take them.
+          observing: whether to collect statistics.
+
+        Returns:
+          x behind the last layer; the router's statistics and the observed ones of all layers,
+          stacked, None without experts and {} unless `observing`.
         """
 
         def run(x, params):

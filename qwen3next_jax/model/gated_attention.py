@@ -102,10 +102,10 @@ class GatedAttention(nnx.Module):
 
 
 def _after(lengths, out):
-    """The lengths, unchanged, in a form that can only be computed once `out` is there.
+    """The lengths, unchanged, but dependent on `out`, so that they are computed after it.
 
-    Unless the write to the cache must wait for all reads, XLA's CPU backend copies the whole cache
-    at each token. It drops optimization barriers before it looks; it cannot know that a number is
-    one. (Where one is not, the sequence is lost anyway.)
+    Unless the write to the cache depends on all reads, XLA's CPU backend copies the whole cache at
+    each token. It removes optimization barriers before it decides that, so this is a select that it
+    cannot remove. (If `out` is NaN the lengths are wrong, but then the sequence is lost anyway.)
     """
     return jnp.where(jnp.isnan(out[:, 0, 0, 0]), 0, lengths)
