@@ -129,18 +129,12 @@ def _train(
     should_stop: ShouldStop,
 ) -> tuple[Qwen3Next, int]:
     t = config.train
-    require_same(config.to_dict())
     # Refuse what can be refused before the config is written to the directory.
-    if t.initial_checkpoint and not has_steps(workdir):
-        check_same_model(t.initial_checkpoint, config.model)
-    if (last := _last_step(workdir)) > t.num_steps:
-        raise ValueError(
-            f"train.num_steps={t.num_steps} lies before the checkpoint of step {last} in "
-            f"{workdir}; give at least that, or begin another run in another --workdir"
-        )
+    require_same(config.to_dict())
+    _check_beginning(config, workdir)
     program = make_program(config, mesh)
     _keep_config(config, workdir)
-    _report(config, mesh, program.state)
+    _log_program(config, mesh, program.state)
     share = BatchShare(NamedSharding(mesh, BATCH), (t.global_batch_size, t.sequence_length))
     batches = training_batches(
         data,
@@ -153,17 +147,7 @@ def _train(
     # Now, and not at each checkpoint: the tokenizer's file may be gone by then.
     began_with = data.fingerprint()
     store = CheckpointStore(workdir / "checkpoints", keep=t.keep_checkpoints, keep_best=t.keep_best)
-    if store.latest_step() is None:
-        start, tokens = 0, 0
-        first_state = _given_state if t.initial_checkpoint else _first_state
-        state = first_state(config, program)
-    else:
-        start, state, extras = store.restore_latest(program.state)
-        tokens = extras["tokens"]
-        if start < t.num_steps:
-            check_same_data(data, extras)
-            batches.set_state(extras["data"])
-            logging.info("Going on from the checkpoint of step %d", start)
+    start, tokens, state = _beginning(config, program, store, data, batches)
 
     keep_environment(workdir, mesh, start_step=start)
     writer, progress = reporters(workdir, t.num_steps, start_step=start)
@@ -259,6 +243,37 @@ def _train(
             if stopping:
                 raise Stopped(f"step {step} is saved in {workdir}")
     return nnx.merge(program.graph, state.params), max(t.num_steps - start, 0)
+
+
+def _check_beginning(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Checks that the run can begin with what it is given, or be resumed from what is there."""
+    t = config.train
+    if t.initial_checkpoint and not has_steps(workdir):
+        check_same_model(t.initial_checkpoint, config.model)
+    if (last := _last_step(workdir)) > t.num_steps:
+        raise ValueError(
+            f"train.num_steps={t.num_steps} lies before the checkpoint of step {last} in "
+            f"{workdir}; give at least that, or begin another run in another --workdir"
+        )
+
+
+def _beginning(
+    config: RunConfig, program: Program, store: CheckpointStore, data: Data, batches: Any
+) -> tuple[int, int, TrainState]:
+    """The step after which this call begins, the tokens so far, and the state.
+
+    They are those of the newest good checkpoint, and `batches` is set to its place in the data. A
+    run without checkpoints begins with the weights that it is given, or with random ones.
+    """
+    if store.latest_step() is None:
+        first_state = _given_state if config.train.initial_checkpoint else _first_state
+        return 0, 0, first_state(config, program)
+    start, state, extras = store.restore_latest(program.state)
+    if start < config.train.num_steps:
+        check_same_data(data, extras)
+        batches.set_state(extras["data"])
+        logging.info("Going on from the checkpoint of step %d", start)
+    return start, extras["tokens"], state
 
 
 def _of_all_processes(shards: dict[str, Any]) -> dict[str, Any]:
@@ -379,7 +394,8 @@ def _given_state(config: RunConfig, program: Program) -> TrainState:
     return create(params)
 
 
-def _report(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
+def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
+    """Logs sizes, where the state lies, and the implementations in use."""
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     logging.info(
         "%s parameters, %s of training state, on %d %s devices, mesh %s",
