@@ -1,5 +1,7 @@
 """The experts' feed-forward, kernels interpreted, against one dense feed-forward an expert."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +51,9 @@ def make(sizes, rows, dtype):
         ("blocked", [128, 256], 384, "bfloat16", 128),
         ("blocked", [0, 64, 128, 0], 256, "float32", 64),
         ("blocked", [4, 0, 2], 8, "float32", 2),
+        ("blocked", [128, 0, 1024], 9 * 128, "float32", 128),  # a visit of one block and spare ones
         ("products", [0, 64, 128, 0], 256, "float32", 64),
+        ("products", [0, 64, 128, 0], 256, "bfloat16", 64),
     ],
 )
 def test_values_and_gradients_are_those_of_each_experts_own_mlp(
@@ -91,12 +95,32 @@ def test_a_sparse_layer_by_them_is_the_one_by_grouped_products(monkeypatch):
         return y, vjp(jnp.cos(y))
 
     want = quick_jit(run)(params, x)
-    for module in (moe, op):
-        monkeypatch.setattr(module, "default_implementation", lambda *_: "pallas")
+    monkeypatch.setattr(moe, "row_alignment", lambda **_: 1)
+    monkeypatch.setattr(op, "default_implementation", lambda *_: "pallas")
     monkeypatch.setattr(op, "grouped_matmul", None)  # not called
     got = quick_jit(lambda *args: run(*args))(params, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # Sums of up to 256 float32 products in another order.
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("tokens", [3, 50, 700])  # a visit of few blocks, of 32, and several
+def test_a_sparse_layer_on_a_gpu_is_the_one_on_a_cpu(tokens, monkeypatch):
+    config = small_config()
+    graph, params = nnx.split(moe.SparseMoE(config, rngs=nnx.Rngs(0)))
+    shape = (2, tokens, config.hidden_size)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+
+    def run(params, x):
+        y, vjp = jax.vjp(lambda params, x: nnx.merge(graph, params)(x), params, x)
+        return y, vjp(jnp.cos(y))
+
+    want = quick_jit(run)(params, x)
+    for module in ("model.moe", "ops.expert_mlp", "ops.grouped_matmul", "parallel.expert"):
+        monkeypatch.setattr(sys.modules[f"qwen3next_jax.{module}"], "platform", lambda: "gpu")
+    got = quick_jit(lambda *args: run(*args))(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # A weight's gradient sums float32 products of up to 1400 tokens, in another order.
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, float(jnp.abs(b).max())))
 
 

@@ -22,7 +22,7 @@ from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.layers import MLP, normal, project, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.ops.expert_mlp import expert_mlp
-from qwen3next_jax.ops.grouped_matmul import default_implementation, row_alignment
+from qwen3next_jax.ops.grouped_matmul import row_alignment
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
 from qwen3next_jax.parallel.mesh import (
@@ -131,7 +131,7 @@ class SparseMoE(nnx.Module):
 
     def _alignment(self, tokens):
         E, A = self.config.num_experts, self.config.num_experts_per_tok
-        return row_alignment(default_implementation(), mean=tokens * A / E, most=tokens)
+        return row_alignment(mean=tokens * A / E, most=tokens)
 
     def _on_mesh(self, mesh, x, segment_ids, *params):
         def spec(*axes, of):

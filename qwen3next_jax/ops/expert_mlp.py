@@ -4,30 +4,27 @@
 
 Implementations:
 - "pallas": kernels for TPUs (`pallas/expert_mlp.py`), for experts that fit them.
-- "blocked": for CPUs. Experts' rows are padded to whole blocks, of which a loop visits as many as
-  hold any: several at a time, as products with one matrix each, which two cores share better than
-  the halves of one product. What lies between the products never leaves the cache, and a block's
-  results take the place of its rows.
-- "products": `grouped_matmul` twice.
+- "products": `grouped_matmul` twice, for experts that do not.
+- "blocked": for CPUs and GPUs. Experts' rows are padded to whole blocks, of which a loop visits as
+  many as hold any: several at a time, as products with one matrix each, which cores share better
+  than the parts of one product. On a CPU what lies between the products never leaves the cache. A
+  block's results take the place of its rows.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.grouped_matmul import (
-    MOST_ROWS,
-    grouped_matmul,
-    groups_of_blocks,
-)
+from qwen3next_jax.ops.grouped_matmul import MOST_ROWS, grouped_matmul, groups_of_blocks
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp as by_kernel
 from qwen3next_jax.ops.platform import platform
 
-_AT_ONCE = 8  # blocks
+# How many blocks a loop visits at a time. A GPU needs many to be full, and learns after each visit
+# from the host whether there is another; each block's matrices are copied together before.
+_AT_ONCE = {"cpu": 8, "gpu": 32}
 
 
 def default_implementation(size: int, width: int, dtype: jnp.dtype) -> str:
@@ -38,9 +35,9 @@ def default_implementation(size: int, width: int, dtype: jnp.dtype) -> str:
       width: of an expert between its products.
       dtype: of rows and matrices.
     """
-    if platform() == "cpu":
+    if platform() != "tpu":
         return "blocked"
-    return "pallas" if platform() == "tpu" and can_compile(size, width, dtype) else "products"
+    return "pallas" if can_compile(size, width, dtype) else "products"
 
 
 def expert_mlp(
@@ -61,9 +58,9 @@ def expert_mlp(
         anything.
       weights: of each row, float32.
       gate_up, down: each expert's matrices, in rows' dtype; GU is 2 F, G beside U.
-      group_sizes: rows of each expert; on a CPU multiples of block.
+      group_sizes: rows of each expert; multiples of block, but for "pallas" any.
       implementation: "pallas", "blocked" or "products"; None: the platform's default.
-      block: rows of a block on a CPU, as `row_alignment` gives them; "pallas" doesn't read it.
+      block: rows of a block, as `row_alignment` gives them; "pallas" doesn't read it.
       expected_rows: how many rows are likely to come, of all experts together, for the costs that
         "pallas" states; None: all.
 
@@ -83,7 +80,9 @@ def expert_mlp(
             raise ValueError(
                 f"{implementation=} needs a multiple of {block=} rows, got {len(rows)}"
             )
-        return _blocked(rows, weights, gate_up, down, group_sizes, block)
+        spare = -(len(rows) // block) % _at_once(len(rows), block) * block
+        padded = jnp.pad(rows, ((0, spare), (0, 0))), jnp.pad(weights, (0, spare))
+        return _blocked(*padded, gate_up, down, group_sizes, block)[: len(rows)]
     if implementation != "products":
         raise ValueError(
             f"{implementation=} is unknown; expected 'pallas', 'blocked' or 'products'"
@@ -92,6 +91,14 @@ def expert_mlp(
     # Weighed before the second product, where rows are narrowest, in the weights' float32.
     hidden = _between(hidden, weights).astype(rows.dtype)
     return grouped_matmul(hidden, down, group_sizes, block=block)
+
+
+def _at_once(rows, block):
+    # Few rows a block are few rows in all: to read matrices for blocks without rows would cost a
+    # CPU more than the products.
+    if platform() == "cpu" and block < MOST_ROWS:
+        return 1
+    return max(1, min(_AT_ONCE.get(platform(), 1), rows // block))
 
 
 def _between(hidden, weights):
@@ -163,8 +170,7 @@ class _Visits:
     def __init__(self, rows, group_sizes, block):
         self.block = block
         self.group, used = groups_of_blocks(group_sizes, len(rows), block)
-        # Few rows a block: few rows in all. Then blocks beyond the last would cost matrices read.
-        self.count = math.gcd(len(self.group), _AT_ONCE) if block == MOST_ROWS else 1
+        self.count = _at_once(len(rows), block)
         self.used = -(-used // self.count)
 
     def take(self, x, i):

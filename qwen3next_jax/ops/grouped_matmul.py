@@ -5,12 +5,13 @@
 Implementations differ in what the platform is good at:
 - "pallas": the kernels of `megablox`, which come with JAX, for TPUs. On a CPU they are interpreted,
   which is for tests only.
-- "ragged": `jax.lax.ragged_dot`, for GPUs. On a CPU it multiplies every row by every group's
-  matrix, and on a TPU its gradient by the weights does.
 - "blocked": groups are padded to whole blocks of rows and each block is one plain product in a
-  loop, which is what CPU matrix libraries are fast at. Blocks without rows are not visited, so that
+  loop, which is what matrix libraries are fast at. Blocks without rows are not visited, so that
   matrices nobody asks for are not read: that is what decoding waits for.
 - "reference": a sum over groups of masked products.
+
+Not `jax.lax.ragged_dot`: XLA multiplies every row by every group's matrix on a CPU and on an NVIDIA
+GPU (jaxlib 0.10), and on a TPU in its gradient by the weights.
 """
 
 import functools
@@ -30,21 +31,20 @@ _TILE_ROWS, _TILE = 512, 1024  # of a kernel: three bfloat16 tiles, twice, fit a
 
 def default_implementation() -> str:
     """The implementation that suits the platform; see `ops.platform`."""
-    return {"cpu": "blocked", "tpu": "pallas"}.get(platform(), "ragged")
+    return "pallas" if platform() == "tpu" else "blocked"
 
 
-def row_alignment(implementation: str, *, mean: float, most: int) -> int:
-    """Of what each group's number of rows must be a multiple: for "blocked", the rows of a block.
+def row_alignment(*, mean: float, most: int) -> int:
+    """Of what each group's number of rows should be a multiple, on this platform.
 
-    The next power of two to the mean, but from 2 to 128: below, a matrix would be read once more
-    for each row; above, too many rows would be padding.
+    On a TPU 1. Elsewhere the rows of a block: the next power of two to the mean, but from 2 to 128.
+    Below, a matrix would be read once more for each row; above, too many rows would be padding.
 
     Args:
-      implementation: of `grouped_matmul`.
       mean: rows of a group, on average.
       most: rows that a group can have; a block has no more.
     """
-    if implementation != "blocked":
+    if platform() == "tpu":
         return 1
     return min(max(1 << (math.ceil(mean) - 1).bit_length(), 2), most, MOST_ROWS)
 
@@ -64,7 +64,7 @@ def grouped_matmul(
         as gradient, may be anything.
       weights: one matrix a group.
       group_sizes: rows of each group.
-      implementation: "pallas", "ragged", "blocked" or "reference"; None: the platform's default.
+      implementation: "pallas", "blocked" or "reference"; None: the platform's default.
       block: for "blocked", of what all group sizes are multiples, as `row_alignment` gives it;
         others don't read it. None: sizes are any; rows are moved to where blocks begin, and back.
 
@@ -76,7 +76,6 @@ def grouped_matmul(
     """
     implementations: dict[str, Callable[..., Array]] = {
         "pallas": _pallas,
-        "ragged": _ragged,
         "blocked": _realigned if block is None else lambda *args: _blocked(*args, block),
         "reference": _reference,
     }
@@ -98,10 +97,6 @@ def _reference(rows, weights, group_sizes):
     rows = jnp.where(member.any(1, keepdims=True), rows, 0)
     out = jnp.einsum("rd,edf,re->rf", rows, weights, member.astype(rows.dtype))
     return jnp.where(member.any(1, keepdims=True), out, 0)
-
-
-def _ragged(rows, weights, group_sizes):
-    return jax.lax.ragged_dot(rows, weights, group_sizes.astype(jnp.int32)).astype(rows.dtype)
 
 
 @jax.custom_vjp
