@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import sys
-import traceback
 from typing import TYPE_CHECKING
 
 from absl import app, flags, logging
@@ -29,15 +28,14 @@ _ROOT = os.path.dirname(os.path.abspath(__file__))
 
 @contextlib.contextmanager
 def _known_keys():
-    """Tells a --config.KEY that no config has without the traceback of ml_collections."""
+    """`command.known_keys`, imported only where there is something to tell: it takes seconds."""
     try:
         yield
-    except AttributeError as error:  # it names the nearest key
-        frames = traceback.extract_tb(error.__traceback__)
-        if "ml_collections" not in frames[-1].filename or "get_config" in [f.name for f in frames]:
-            raise  # a mistake in a config file
-        named = str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'")
-        sys.exit(f"error: The config has no key {named}\nconfigs/tiny.py shows all of them")
+    except AttributeError:
+        from qwen3next_jax.command import known_keys
+
+        with known_keys():
+            raise
 
 
 with _known_keys():  # keys of the default config are looked up here, those of another at the start

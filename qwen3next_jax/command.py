@@ -32,6 +32,19 @@ def told_errors(after: str = "") -> Iterator[None]:
         sys.exit(f"error: {error}" + (f"\n{after}" if after else ""))
 
 
+@contextlib.contextmanager
+def known_keys() -> Iterator[None]:
+    """Tells a --config.KEY that no config has without the traceback of ml_collections."""
+    try:
+        yield
+    except AttributeError as error:  # it names the nearest key
+        frames = traceback.extract_tb(error.__traceback__)
+        if "ml_collections" not in frames[-1].filename or "get_config" in [f.name for f in frames]:
+            raise  # a mistake in a config file
+        named = str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'")
+        sys.exit(f"error: The config has no key {named}\nconfigs/tiny.py shows all of them")
+
+
 def is_ours(frame: traceback.FrameSummary) -> bool:
     """Whether a frame is a `raise` statement in the package, train.py, eval.py or configs/."""
     file, root = pathlib.Path(frame.filename), _PACKAGE.parent

@@ -45,6 +45,13 @@ def test_command_says_what_is_wrong_with_a_topology():
     assert "Traceback" not in done.stderr
 
 
+def test_command_says_which_key_no_config_has():
+    done = plan("--config=configs/tiny.py", "--config.train.num_stepz=3")
+    assert done.returncode == 1
+    assert "error: The config has no key 'num_stepz' Did you mean \"num_steps\"" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # In the compiler's place: the first layout is too large, the third is faster than the second.
 ANSWERS = """
 import itertools, runpy

@@ -18,7 +18,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from qwen3next_jax.command import told_errors
+from qwen3next_jax.command import known_keys, told_errors
 from qwen3next_jax.config import ModelConfig, RunConfig
 from qwen3next_jax.parallel.mesh import axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
@@ -226,4 +226,4 @@ def _table(rows: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=known_keys()(app.parse_flags_with_usage))
