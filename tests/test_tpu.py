@@ -91,6 +91,20 @@ def test_search_compiles_as_many_as_told_and_names_the_fastest_of_them():
     )
 
 
+def test_the_compiled_text_goes_to_a_folder_that_is_not_there_yet(tmp_path):
+    # What the stand-in is asked second fits.
+    program = ANSWERS.replace("itertools.count()", "itertools.count(1)")
+    file = tmp_path / "plans" / "step.txt"
+    options = ["--config=configs/tiny.py", "--topology=v5p:2x2x1", "--compile", f"--hlo={file}"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options, "--json"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["source"] == "compiler"
+    assert file.exists()
+
+
 def test_a_missing_compiler_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'qwen3next_jax\[tpu\]'"):

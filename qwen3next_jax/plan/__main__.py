@@ -18,7 +18,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from qwen3next_jax.command import known_keys, told_errors
+from qwen3next_jax.command import known_keys, told_errors, write_whole
 from qwen3next_jax.config import ModelConfig, RunConfig
 from qwen3next_jax.parallel.mesh import axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
@@ -143,7 +143,7 @@ def _compiled(config: RunConfig, chip: tpu.Chip) -> dict[str, Any]:
         unknown = dict.fromkeys(("memory_bytes", "step_seconds", "step_seconds_bounds"))
         return {**unknown, "fits": False, "source": "compiler", "error": str(error)}
     if _HLO.value:
-        pathlib.Path(_HLO.value).write_text(compiled.text)
+        write_whole(pathlib.Path(_HLO.value), compiled.text)
     used = sum(compiled.memory.values())
     e, t = compiled.estimate, config.train
     low, high = e.step_seconds
