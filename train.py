@@ -4,8 +4,9 @@
     python train.py --config=configs/80b_a3b.py --workdir=DIR
     python train.py --config.train.num_steps=1200     any value of the config can be given
 
-Run again with the same --workdir, it goes on from the last checkpoint. SIGTERM or Ctrl-C saves the
-step under way and leaves. `docs/launch.md` tells how one run goes over many machines.
+Run again with the same --workdir, it goes on from the last checkpoint. SIGTERM, and in one process
+Ctrl-C, saves the step under way and leaves. `docs/launch.md` tells how one run goes over many
+machines.
 """
 
 import contextlib
