@@ -280,16 +280,16 @@ def _to_released_dialect(given: dict[str, Any]) -> None:
 
     `layer_types` stays only where `full_attention_interval` cannot say the same.
     """
-    rope = dict(given.pop("rope_parameters", {}))
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in rope:
-            given[key] = rope.pop(key)
-    if rope.get("rope_type", "default") != "default":
+    # Two names of one thing. Where a file has both, transformers takes the older one's.
+    rope: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        part = dict(given.pop(name, None) or {})  # a copy: the caller may change theirs
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in part:
+                given[key] = part.pop(key)
+        rope = part or rope
+    if rope and _rope_type(rope) != "default":
         given["rope_scaling"] = rope
-    if given.get("rope_scaling"):
-        given["rope_scaling"] = dict(given["rope_scaling"])  # the caller may change theirs
-        if given["rope_scaling"].get("rope_type") == "default":
-            del given["rope_scaling"]
 
     layer_types = tuple(given.pop("layer_types", None) or ())
     if layer_types:
@@ -309,6 +309,11 @@ def _fill_in_implied(given: dict[str, Any]) -> None:
     all_sparse = given.get("num_experts") and given.get("decoder_sparse_step", 1) == 1
     if all_sparse and not given.get("mlp_only_layers"):
         given.setdefault("intermediate_size", 0)
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str | None:
+    """Its type, which older files call "type"."""
+    return rope.get("rope_type", rope.get("type"))
 
 
 def _interval_pattern(layers: int, interval: int) -> tuple[str, ...]:
@@ -337,8 +342,7 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
             f"{c.rotary_dim} entries; expected an even number of at most {c.head_dim}"
         )
     if c.rope_scaling is not None:
-        kind = c.rope_scaling.get("rope_type", c.rope_scaling.get("type"))
-        if kind != "yarn" or "factor" not in c.rope_scaling:
+        if _rope_type(c.rope_scaling) != "yarn" or "factor" not in c.rope_scaling:
             yield (
                 f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and "
                 "a factor"

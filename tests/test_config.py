@@ -49,6 +49,22 @@ def test_yarn_is_read_from_both_dialects():
         assert (config.rope_theta, config.partial_rotary_factor) == (1e7, 0.25)
 
 
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_rotary_keys_mean_what_transformers_takes_them_for_wherever_they_stand(name, key):
+    rope = {key: "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+    inside = {"rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    for given in ({**RELEASED, name: rope}, {**RELEASED, name: {**rope, **inside}}):
+        theirs = Qwen3NextConfig(**json.loads(json.dumps(given))).rope_parameters
+        ours = ModelConfig.from_hf(given)
+        assert ours.rope_scaling is not None
+        ours = {"rope_theta": ours.rope_theta, **ours.rope_scaling,
+                "partial_rotary_factor": ours.partial_rotary_factor}  # fmt: skip
+        assert {"rope_type": "yarn", **ours} == theirs
+    for given in ({**RELEASED, name: {key: "default"}}, {**RELEASED, name: {}}):
+        assert ModelConfig.from_hf(given) == ModelConfig.from_hf(RELEASED)
+
+
 def test_the_context_is_what_was_trained_or_what_yarn_makes_of_it():
     def context(**changes):
         return ModelConfig.from_hf({**RELEASED, **changes}).context_length
