@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(suite: str) -> None:
     from qwen3next_jax.checkpoint.load import as_trained, load_checkpoint, open_checkpoint
-    from qwen3next_jax.command import write_whole
+    from qwen3next_jax.command import check_writable, write_whole
     from qwen3next_jax.evaluation.evaluator import Evaluator
     from qwen3next_jax.evaluation.suites import check_suites, run_suite, table
     from qwen3next_jax.parallel.mesh import fsdp_mesh
@@ -105,6 +105,9 @@ def _evaluate(suite: str) -> None:
     domains: Mapping[str, Records] = {}
     if suite in ("perplexity", "speculation"):
         domains = _domains(run, workdir, config.vocab_size)
+    output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+    if output:
+        check_writable(output)
     model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh)
 
     start = time.monotonic()
@@ -117,7 +120,7 @@ def _evaluate(suite: str) -> None:
             on_error="raise" if _DATA.value else run.get("data", {}).get("on_error", "raise"),
         )
     print(table(suite, results))
-    if _OUTPUT.value:
+    if output:
         packages = ("qwen3next_jax", "jax", "jaxlib", "flax", "numpy", "lm_eval", "datasets")
         report = {
             "suite": suite,
@@ -136,7 +139,7 @@ def _evaluate(suite: str) -> None:
             **({"cells": results["cells"]} if "cells" in results else {}),
         }
         text = json.dumps(report, indent=1, default=str) + "\n"
-        write_whole(pathlib.Path(_OUTPUT.value), text)
+        write_whole(output, text)
 
 
 def _options() -> "EvaluationConfig":

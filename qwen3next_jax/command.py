@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -64,6 +65,15 @@ def keep_compiled_programs() -> None:
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """Raises the OSError that `write_whole` would, while there is nothing to lose yet."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file inside it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def write_whole(path: Any, content: str | bytes) -> None:

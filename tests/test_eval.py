@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from hf_directory import released
+from hf_tokenizer import make_tokenizer_json
 from small_run import run, small_config, write_corpus
 
 from qwen3next_jax.config import EvaluationConfig
@@ -120,6 +122,16 @@ def test_the_command_says_what_it_lacks(trained, tmp_path):
         result = evaluate(*arguments)
         assert result.returncode != 0
         assert message in result.stderr + result.stdout
+
+
+def test_a_place_that_results_cannot_be_written_to_is_refused_before_the_model_is_read(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    released(checkpoint, name="chat", shards=1)
+    make_tokenizer_json(checkpoint)
+    os.truncate(checkpoint / "model.safetensors", 99)  # reading it is another error
+    result = evaluate(f"--checkpoint={checkpoint}", "--suite=long_context", f"--output={tmp_path}")
+    assert result.returncode == 1
+    assert f"error: {tmp_path} is a directory; name a file inside it" in result.stderr
 
 
 def test_held_out_records_are_told_by_the_part_of_the_mixture(tmp_path):
