@@ -285,6 +285,18 @@ def test_a_model_keeps_its_tokenizer_whatever_another_is_jitted_with(tmp_path):
     assert (tmp_path / "c" / "tokenizer.json").read_text() == "b"
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobody_s_way(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if killed
+        patch.setattr("time.sleep", lambda _: None)
+        with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "new"):
+            raise KeyboardInterrupt
+    assert len(list(tmp_path.iterdir())) == 1
+    with written_whole(tmp_path / "new") as beside:
+        (beside / "config.json").touch()
+    assert (tmp_path / "new" / "config.json").exists()
+
+
 def test_a_link_is_followed_and_a_mount_point_refused_before_anything_is_written(tmp_path):
     model = random_model(small_config())
     (tmp_path / "elsewhere").mkdir()

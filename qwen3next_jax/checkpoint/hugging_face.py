@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -390,7 +391,8 @@ def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         raise FileExistsError(
             f"{directory} exists; nothing is overwritten, name another or empty it"
         )
-    beside = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    # Not the process's number: in containers it is the same each time, also after one was killed.
+    beside = directory.parent / f".{directory.name}.partial-{secrets.token_hex(4)}"
     beside.mkdir(parents=True)
     try:
         yield beside
