@@ -91,6 +91,14 @@ def test_a_converted_checkpoint_is_restored_as_a_training_checkpoint_is(tmp_path
     assert_same_parameters(loaded, model)
 
 
+def test_a_work_directory_s_model_is_saved_with_the_tokenizer_that_lies_there(tmp_path):
+    hf_directory.released(tmp_path / "given")
+    from_hf(tmp_path / "given", tmp_path / "ours")
+    q3n.save_hf(load_checkpoint(tmp_path / "ours"), tmp_path / "saved")
+    for name in ("given", "saved"):
+        assert (tmp_path / name / "tokenizer.json").read_text() == '{"a tokenizer": true}'
+
+
 @pytest.fixture
 def run(tmp_path):
     """A training run's work directory, with two checkpoints, and the model of the later one."""

@@ -95,7 +95,9 @@ def load_checkpoint(
 
         return build_model(config, value, dtype=jnp.dtype(compute), mesh=mesh)
 
-    return from_step(ours, build)
+    model = from_step(ours, build)
+    model.source = str(ours.workdir)  # type: ignore[attr-defined]  # as `load_hf` does
+    return model
 
 
 def load_parameters(
