@@ -14,6 +14,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 LINEAR, FULL = "linear_attention", "full_attention"
 
 # What the backward pass computes again: nothing, each layer from its input, or each layer but
@@ -613,12 +615,14 @@ def _section_problems(name: str, kind: type, given: Mapping[str, Any]) -> Iterab
 
 
 def _frozen(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values in the types that stand for them: tuples for lists, floats for round numbers."""
+    """Values in their fields' types: tuples for lists, Python's numbers, floats for round ones."""
     types = {field.name: field.type for field in dataclasses.fields(kind)}
 
     def freeze(key: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return tuple(value)
+            return tuple(freeze("", item) for item in value)
+        if isinstance(value, np.generic):  # of a sweep's np.geomspace, say
+            value = value.item()
         whole = isinstance(value, int) and not isinstance(value, bool)
         return float(value) if whole and types.get(key) is float else value
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from oracles import RELEASED, SMALL, small_config
 from transformers import Qwen3Config, Qwen3NextConfig
@@ -93,6 +94,17 @@ def test_yarn_lengthens_the_rows_that_a_run_may_have():
     given["train"]["sequence_length"] = 20_000
     with pytest.raises(ValueError, match=r"of 12288 tokens; .*or raise model.rope_scaling.factor"):
         RunConfig.from_dict(given)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons():
+    swept = ModelConfig.from_hf({**SMALL, "num_experts": np.int64(8), "rope_theta": np.float32(2)})
+    assert type(swept.num_experts) is int
+    assert type(swept.rope_theta) is float
+    for rate in np.geomspace(1e-4, 1e-2, 2):
+        run = RunConfig.from_dict(run_dict(optimizer__learning_rate=rate))
+        assert run.optimizer.learning_rate == rate
+    lengths = RunConfig.from_dict(run_dict(evaluation__lengths=[np.int64(64)])).to_dict()
+    assert lengths["evaluation"]["lengths"] == [64]
 
 
 def test_layer_types_that_no_interval_describes_are_kept():
