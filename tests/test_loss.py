@@ -9,11 +9,14 @@ import pytest
 import torch
 from flax import nnx
 from oracles import quick_jit, random_model, random_module, relative_error, small_config
+from small_run import small_config as small_run_config
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
 import qwen3next_jax as q3n
 from qwen3next_jax.model.moe import SparseMoE
 from qwen3next_jax.training.loss import complete_batch, count_labels, next_token_losses
+from qwen3next_jax.training.program import abstract_model
+from qwen3next_jax.training.step import make_gradients
 
 E, A = 7, 3  # experts, experts a token
 
@@ -81,6 +84,16 @@ def test_four_micro_batches_give_the_gradients_of_one_batch():
     floor = 1e-3 * np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(whole)))
     errors = jax.tree.map(lambda a, b: relative_error(a, b, floor), summed, whole)
     assert max(jax.tree.leaves(errors)) < 1e-5
+
+
+def test_a_step_counts_its_labels_however_little_each_weighs():
+    config = small_run_config("nowhere", train__global_batch_size=4, train__sequence_length=20)
+    graph, shapes = abstract_model(config)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    batch = make_batch()
+    batch = {**batch, "loss_weights": 0.001 * batch["loss_weights"]}
+    gradients = make_gradients(graph, config)
+    assert quick_jit(lambda p, b: gradients(p, b)[1]["tokens"])(params, batch) == LABELS
 
 
 def test_mtp_steps_beyond_the_row_predict_nothing():

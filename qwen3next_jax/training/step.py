@@ -105,7 +105,7 @@ def make_gradients(
                 k: v.mean() if k in ("balance_loss", "router_z_loss") else v.sum()
                 for k, v in metrics.items()
             }
-        metrics["tokens"] = batch["loss_weights"].sum()
+        metrics["tokens"] = (batch["loss_weights"] > 0).sum()
         if assignments is not None:
             mean = assignments.mean(-1)
             metrics["expert_load_max"] = (assignments.max(-1) / jnp.maximum(mean, 1)).max()
