@@ -46,7 +46,8 @@ from qwen3next_jax.ops.platform import check_kernels_run, platform, require_toke
 
 _BLOCK = 16  # diagonal blocks of L inverted row by row; larger ones by products
 # Products inside a chunk feed exponentials' gradients and the inverse: one bfloat16 pass on a TPU
-# or GPU is not enough for them. Products with the state follow the caller's default.
+# is not enough for them. Products with the state follow the caller's default. On a GPU both are
+# TensorFloat-32.
 _HIGH = jax.lax.Precision.HIGH
 _HIGHEST = jax.lax.Precision.HIGHEST
 
