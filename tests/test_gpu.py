@@ -1,0 +1,82 @@
+"""What a GPU would run, as far as it can be told without one: everything lowers for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from small_run import small_config
+
+from qwen3next_jax.config import FULL
+from qwen3next_jax.inference import decode
+from qwen3next_jax.inference.sampling import Sampling
+from qwen3next_jax.model.cache import empty_cache
+from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.parallel.mesh import AXES
+from qwen3next_jax.training.program import make_program, new_model
+
+BFLOAT16 = dict(precision__compute="bfloat16", precision__optimizer="bfloat16")
+
+
+def gpus(sizes, names):
+    """A mesh of devices that are not here; under it operations are traced for them."""
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    types = (AxisType.Auto,) * len(names)
+    return AbstractMesh(tuple(sizes), names, axis_types=types, abstract_device=device)
+
+
+def lowered(mesh, function, *args):
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert platform() == "gpu"
+        return function.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [
+        ({}, {}),
+        (
+            dict(fsdp=2, expert=2, context=2),
+            dict(train__sequence_length=128, train__remat="layer_but_attention", **BFLOAT16),
+        ),
+    ],
+)
+def test_train_step_lowers_for_cuda(mesh, changes):
+    sizes = {**dict.fromkeys(AXES, 1), **mesh}
+    config = small_config("unread", **{f"mesh__{axis}": n for axis, n in sizes.items()}, **changes)
+    mesh = gpus(sizes.values(), AXES)
+    program = make_program(config, mesh)
+    text = lowered(mesh, program.step, program.state, program.batch)
+    assert ("ragged_all_to_all" in text) == (sizes["expert"] > 1)
+    # Which XLA expands there to all rows times all experts.
+    assert "chlo.ragged_dot" not in text
+
+
+def test_speculative_generation_lowers_for_cuda():
+    config = small_config("unread", **BFLOAT16)
+    model = nnx.eval_shape(lambda: new_model(config).unstacked())
+    graph, params = nnx.split(model)
+    structure = decode._Structure(graph)
+    rules = decode._Rules(Sampling(temperature=0.7, top_p=0.9), drafts=2, stop_tokens=(3,))
+    mesh, B = gpus([1], ("chip",)), 2
+
+    def caches():
+        own = empty_cache(model.config, FULL, batch=B, slots=128, dtype=model.dtype)
+        return model.empty_cache(batch=B, slots=128), own
+
+    cache, mtp_cache = jax.eval_shape(caches)
+    hidden = jax.ShapeDtypeStruct((B, model.config.hidden_size), model.dtype)
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    tokens, lengths = ints((B, 16)), ints((B,))
+    lowered(
+        mesh, decode._prefill,
+        structure, params, tokens, tokens, lengths, lengths, cache, mtp_cache, hidden,
+    )  # fmt: skip
+    first = (params, cache, mtp_cache, hidden, lengths, None, lengths, jax.random.key(0))
+    lowered(mesh, decode._first, structure, rules, *first)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(functools.partial(decode._first, structure, rules), *first)[0]
+    text = lowered(mesh, decode._run, structure, rules, params, state, ints(()))
+    assert "chlo.ragged_dot" not in text
