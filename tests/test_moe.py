@@ -1,5 +1,6 @@
 """The mixture of experts against a plain loop over tokens, in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,6 +84,23 @@ def test_statistics_count_each_row_without_its_padding():
     # Padding is routed like any token: it is only not counted.
     unpadded = with_stats(jnp.asarray(x, jnp.float32), jnp.ones((2, 11), jnp.int32))
     np.testing.assert_array_equal(out, unpadded[0])
+
+
+def test_the_routers_and_the_gates_products_are_float32_whatever_others_are():
+    layer = SparseMoE(small_config(), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    x = jnp.zeros((1, 4, layer.config.hidden_size), jnp.bfloat16)
+
+    def loss(params, x):
+        y, stats = nnx.merge(graph, params).with_stats(x)
+        return y.astype(jnp.float32).sum() + stats.squared_log_norms.sum()
+
+    with jax.default_matmul_precision("default"):
+        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    exact = [line for line in products if line.split(" : ")[-1].count("bf16") == 0]
+    assert len(exact) == 6  # router and gate, forward, and for both their factors' gradients
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in exact)
 
 
 def test_router_rows_start_with_equal_norms_unless_told_otherwise():

@@ -51,7 +51,14 @@ def constant(value: float) -> Init:
     return lambda key, shape: jnp.full(shape, value, jnp.float32)
 
 
-def project(x: Array, w: Array, *, over: int = 1, into: Any = None) -> Array:
+def project(
+    x: Array,
+    w: Array,
+    *,
+    over: int = 1,
+    into: Any = None,
+    precision: jax.lax.Precision | None = None,
+) -> Array:
     """Multiplies each token by a matrix whose rows or columns may have several axes.
 
     Args:
@@ -59,16 +66,18 @@ def project(x: Array, w: Array, *, over: int = 1, into: Any = None) -> Array:
       w: [C..., F...], in x's dtype.
       over: how many axes C are.
       into: dtype of the products; None: x's.
+      precision: of the products; None: `precision.matmul` says.
 
     Returns:
       [B, T, F...].
     """
     if platform() != "cpu" or active_mesh() is not None:
-        return jnp.tensordot(x, w, axes=over, preferred_element_type=into)
+        return jnp.tensordot(x, w, axes=over, preferred_element_type=into, precision=precision)
     # As two plain matrices. Where the gradient of w sums over two axes of x, XLA turns x or its
     # gradient around for a CPU, which takes longer than the product. On a mesh x stays as it lies.
     rows = x.reshape(-1, math.prod(w.shape[:over]))
-    y = jnp.matmul(rows, w.reshape(rows.shape[1], -1), preferred_element_type=into)
+    w_matrix = w.reshape(rows.shape[1], -1)
+    y = jnp.matmul(rows, w_matrix, preferred_element_type=into, precision=precision)
     return y.reshape(*x.shape[:2], *w.shape[over:])
 
 

@@ -34,6 +34,9 @@ from qwen3next_jax.parallel.mesh import (
     sum_columns,
 )
 
+# Unless told, products of float32 numbers are of bfloat16 ones on a TPU, of TF32 ones on a GPU.
+_FLOAT32 = jax.lax.Precision.HIGHEST
+
 
 class RouterStats(NamedTuple):
     """What the router did, by row of the batch, padding not counted; the loss makes more of it."""
@@ -105,8 +108,8 @@ class SparseMoE(nnx.Module):
         else:
             y, stats = self._on_mesh(mesh, x, segment_ids, *params)
         if self.config.shared_expert_intermediate_size:
-            logits = x.astype(jnp.float32) @ gathered(self.shared_expert_gate, jnp.float32)
-            gate = jax.nn.sigmoid(logits)
+            gate_row = gathered(self.shared_expert_gate, jnp.float32)
+            gate = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), gate_row, precision=_FLOAT32))
             y += (gate[..., None] * self.shared_expert(x)).astype(x.dtype)
             if observed is not None:
                 observed["shared_gate"] = token_mean(gate, segment_ids)
@@ -179,7 +182,8 @@ class SparseMoE(nnx.Module):
 
     def _route(self, x, segment_ids, router):
         E, A = self.config.num_experts, self.config.num_experts_per_tok
-        logits = project(x.astype(jnp.float32), router.astype(jnp.float32))
+        x, router = x.astype(jnp.float32), router.astype(jnp.float32)
+        logits = project(x, router, precision=_FLOAT32)
         probabilities = jax.nn.softmax(logits)
         experts = jax.lax.top_k(jax.lax.stop_gradient(probabilities), A)[1]
         # Selecting by a mask keeps scatters out of the gradient.
