@@ -17,9 +17,8 @@ from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs
-from qwen3next_jax.plan.chips import CHIPS
+from qwen3next_jax.plan.chips import CHIPS, parse_topology
 from qwen3next_jax.plan.search import abstract_mesh, rank
-from qwen3next_jax.plan.tpu import parse_topology
 from qwen3next_jax.training.program import make_program
 from qwen3next_jax.training.step import make_gradients
 

@@ -1,8 +1,7 @@
 import pytest
 
-from qwen3next_jax.plan.chips import CHIPS, Chip
+from qwen3next_jax.plan.chips import Chip
 from qwen3next_jax.plan.hlo import estimate
-from qwen3next_jax.plan.tpu import parse_topology
 
 CHIP = Chip(
     flops=1e9, hbm=1e9, hbm_bandwidth=1e9, ici_bandwidth=1e6, clock=1e6, dimensions=2
@@ -58,12 +57,3 @@ def test_loops_kernels_and_collectives_add_up():
         "silent_kernel",
         "layer_#/gather: 0.0 GB written, 0.002 s of memory traffic",
     ]
-
-
-def test_topologies_are_read_and_unknown_ones_name_the_nearest():
-    assert parse_topology("v5p:4x4x4") == (CHIPS["v5p"], 64)
-    assert parse_topology("v6e:16x16") == (CHIPS["v6e"], 256)
-    with pytest.raises(ValueError, match="the plan is of TPUs, such as v5p:4x4x4"):
-        parse_topology("v5q:4x4x4")
-    with pytest.raises(ValueError, match="should have 2 sizes; known are v6e:2x2"):
-        parse_topology("v6e:4x4x4")

@@ -41,7 +41,7 @@ def test_command_prints_one_object_as_its_last_line():
 def test_command_says_what_is_wrong_with_a_topology():
     done = plan("--config=configs/tiny.py", "--topology=v5q:4x4x4")
     assert done.returncode != 0
-    assert "the plan is of TPUs, such as v5p:4x4x4" in done.stderr
+    assert "give one such as v5p:4x4x4" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -50,6 +50,19 @@ def test_command_says_which_key_no_config_has():
     assert done.returncode == 1
     assert "error: The config has no key 'num_stepz' Did you mean \"num_steps\"" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_plan_for_gpus_is_by_arithmetic_alone():
+    shape = ["--config=configs/80b_a3b.py", "--topology=h200:64"]
+    done = plan(*shape, "--search", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["topology"] == "h200:64"
+    assert result["source"] == "arithmetic"
+    assert not any("compiled" in row for row in result["search"])
+    done = plan(*shape, "--compile")
+    assert done.returncode == 1
+    assert "error: --compile asks the TPU compiler, which knows no h200:64" in done.stderr
 
 
 # In the compiler's place: the first layout is too large, the third is faster than the second.

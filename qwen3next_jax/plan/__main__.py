@@ -22,10 +22,13 @@ from qwen3next_jax.command import known_keys, told_errors, write_whole
 from qwen3next_jax.config import ModelConfig, RunConfig
 from qwen3next_jax.parallel.mesh import axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
+from qwen3next_jax.plan.chips import Chip, is_gpu, parse_topology
 from qwen3next_jax.training.program import Program, make_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:4x4x4", "The machine: chip and torus.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "v5p:4x4x4", "The machine: chip and torus, or GPU and number (h200:64)."
+)
 _COMPILE = flags.DEFINE_bool("compile", False, "Compile the step with the TPU compiler.")
 _HLO = flags.DEFINE_string("hlo", None, "With --compile: a file for the compiled text.")
 _SEARCH = flags.DEFINE_bool("search", False, "Rank meshes and remat choices.")
@@ -51,7 +54,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--hlo needs --compile")
     jax.config.update("jax_platforms", "cpu")  # no device is used, here or elsewhere
     config = RunConfig.from_dict(_CONFIG.value.to_dict())
-    chip, places = tpu.parse_topology(_TOPOLOGY.value)
+    chip, places = parse_topology(_TOPOLOGY.value)
+    if _COMPILE.value and is_gpu(_TOPOLOGY.value):
+        raise ValueError(
+            f"--compile asks the TPU compiler, which knows no {_TOPOLOGY.value}; leave it out for "
+            "the plan by arithmetic"
+        )
     mesh = axis_sizes(config.mesh, places)
     program = make_program(config, search.abstract_mesh(mesh))
     result = _arithmetic(config, program, mesh, chip)
@@ -64,7 +72,7 @@ def main(argv: list[str]) -> None:
 
 
 def _arithmetic(
-    config: RunConfig, program: Program, mesh: dict[str, int], chip: tpu.Chip
+    config: RunConfig, program: Program, mesh: dict[str, int], chip: Chip
 ) -> dict[str, Any]:
     c, t = config.model, config.train
     s = t.sequence_length
@@ -108,12 +116,13 @@ def _arithmetic(
     used = sum(memory.values())
     sent = costs.communication(config, laid_out, mesh)
     low, high = costs.step_seconds(config, laid_out, mesh, chip)
+    more = "" if is_gpu(_TOPOLOGY.value) else "; --compile knows more"
     print(f"\nOn {_TOPOLOGY.value}, mesh {mesh}: training state {state / 1e9:,.2f} GB in all")
     print(f"  memory a device: {used / 1e9:.2f} GB of {chip.hbm / 1e9:.1f} GB")
     _table({part: f"{n / 1e9:.2f} GB" for part, n in memory.items()})
     print(f"  communication a device and step: {sum(sent.values()) / 1e9:.2f} GB")
     _table({part: f"{n / 1e9:.2f} GB" for part, n in sent.items()})
-    print(f"  a step takes about {low:.2f} to {high:.2f} s (by arithmetic; --compile knows more)")
+    print(f"  a step takes about {low:.2f} to {high:.2f} s (by arithmetic{more})")
     return {
         "parameters": total,
         "parameters_by_part": parts,
@@ -134,7 +143,7 @@ def _arithmetic(
     }
 
 
-def _compiled(config: RunConfig, chip: tpu.Chip) -> dict[str, Any]:
+def _compiled(config: RunConfig, chip: Chip) -> dict[str, Any]:
     print(f"\nCompiling the step for {_TOPOLOGY.value}; this takes minutes ...", flush=True)
     try:
         compiled = tpu.compile_step(config, _TOPOLOGY.value)
@@ -147,7 +156,7 @@ def _compiled(config: RunConfig, chip: tpu.Chip) -> dict[str, Any]:
     used = sum(compiled.memory.values())
     e, t = compiled.estimate, config.train
     low, high = e.step_seconds
-    _, places = tpu.parse_topology(_TOPOLOGY.value)
+    _, places = parse_topology(_TOPOLOGY.value)
     tokens = t.global_batch_size * t.sequence_length / places
     mfu = tokens * costs.train_flops(config.model, t.sequence_length) / high / chip.flops
     print(f"  compiled in {compiled.seconds:.0f} s")
@@ -179,9 +188,7 @@ def _compiled(config: RunConfig, chip: tpu.Chip) -> dict[str, Any]:
     }
 
 
-def _search(
-    config: RunConfig, program: Program, chip: tpu.Chip, places: int
-) -> list[dict[str, Any]]:
+def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> list[dict[str, Any]]:
     opt = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.opt_state))
     count = sum(x.size for x in jax.tree.leaves(program.state.params))
     found = search.rank(config, program.state.params, chip, places, optimizer_width=opt / count)
@@ -199,7 +206,7 @@ def _search(
                    step_seconds=high)  # fmt: skip
         print(f"  {low:7.2f} to {high:6.2f} s  {memory / 1e9:6.1f} GB  "
               f"remat={remat:19}  {used}", flush=True)  # fmt: skip
-        if i < _BEST.value:
+        if i < _BEST.value and not is_gpu(_TOPOLOGY.value):
             try:
                 compiled = tpu.compile_step(candidate.config, _TOPOLOGY.value)
             except (tpu.OutOfMemoryError, jax.errors.JaxRuntimeError, ValueError) as error:

@@ -5,7 +5,6 @@ compiles for them is what they would run, so the memory it reports is what a dev
 """
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -15,41 +14,9 @@ import jax
 
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.parallel.mesh import make_mesh
-from qwen3next_jax.plan.chips import CHIPS, Chip
+from qwen3next_jax.plan.chips import known_topologies, parse_topology
 from qwen3next_jax.plan.hlo import Estimate, estimate
 from qwen3next_jax.training.program import make_program
-
-
-def parse_topology(name: str) -> tuple[Chip, int]:
-    """From "v5p:4x4x4" the chip and how many there are.
-
-    Raises:
-      ValueError: names the nearest topologies that there are.
-    """
-    kind, _, sizes = name.partition(":")
-    if kind not in CHIPS:
-        raise ValueError(
-            f"The topology {name!r} is of no known chip; the plan is of TPUs, such as "
-            f"{' or '.join(_example(k) for k in CHIPS)}"
-        )
-    chip = CHIPS[kind]
-    parts = sizes.split("x")
-    if len(parts) != chip.dimensions or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise ValueError(
-            f"The topology {name!r} should have {chip.dimensions} sizes; known are "
-            f"{', '.join(f'{kind}:{s}' for s in _SIZES[chip.dimensions])}"
-        )
-    return chip, math.prod(map(int, parts))
-
-
-_SIZES = {
-    2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
-}
-
-
-def _example(kind: str) -> str:
-    return f"{kind}:{_SIZES[CHIPS[kind].dimensions][4]}"
 
 
 def devices(topology: str) -> Sequence[jax.Device]:
@@ -77,10 +44,9 @@ def devices(topology: str) -> Sequence[jax.Device]:
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except (RuntimeError, ValueError) as error:
-        kind = topology.partition(":")[0]
-        sizes = ", ".join(f"{kind}:{s}" for s in _SIZES[CHIPS[kind].dimensions])
+        known = known_topologies(topology.partition(":")[0])
         raise ValueError(
-            f"The compiler refuses the topology {topology!r} ({error}); known are {sizes}"
+            f"The compiler refuses the topology {topology!r} ({error}); known are {known}"
         ) from error
     return list(description.devices)
 
