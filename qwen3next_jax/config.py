@@ -9,6 +9,7 @@ as transformers 5 writes it (`rope_parameters`, `layer_types`).
 import dataclasses
 import difflib
 import json
+import math
 import pathlib
 import typing
 from collections.abc import Iterable, Mapping
@@ -285,7 +286,10 @@ def _to_released_dialect(given: dict[str, Any]) -> None:
     # Two names of one thing. Where a file has both, transformers takes the older one's.
     rope: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
-        part = dict(given.pop(name, None) or {})  # a copy: the caller may change theirs
+        part = given.pop(name, None) or {}
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{name}={part!r} must be a mapping, with rope_type and factor")
+        part = dict(part)  # the caller may change theirs
         for key in ("rope_theta", "partial_rotary_factor"):
             if key in part:
                 given[key] = part.pop(key)
@@ -335,6 +339,8 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
             f"{LINEAR!r} or {FULL!r}"
         )
         return
+    if not 0 < c.rope_theta < math.inf:
+        yield f"rope_theta={c.rope_theta} must be a positive number"
     if c.num_attention_heads % c.num_key_value_heads:
         yield _not_divisible("num_attention_heads", c.num_attention_heads,
                              "num_key_value_heads", c.num_key_value_heads)  # fmt: skip
@@ -344,10 +350,12 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
             f"{c.rotary_dim} entries; expected an even number of at most {c.head_dim}"
         )
     if c.rope_scaling is not None:
-        if _rope_type(c.rope_scaling) != "yarn" or "factor" not in c.rope_scaling:
+        factor = c.rope_scaling.get("factor")
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if _rope_type(c.rope_scaling) != "yarn" or not number or not 1 <= factor < math.inf:
             yield (
                 f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and "
-                "a factor"
+                "a factor, a number of at least 1"
             )
         for key in sorted({"mscale", "mscale_all_dim", "truncate"} & c.rope_scaling.keys()):
             yield f"rope_scaling.{key} is not supported; released Qwen3-Next files have none"

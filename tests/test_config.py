@@ -96,6 +96,21 @@ def test_yarn_lengthens_the_rows_that_a_run_may_have():
         RunConfig.from_dict(given)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": None}}, "a factor, a number of at least 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "a factor, a number of at least 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, "a factor, a number of at least 1"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be a mapping"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0 must be a positive number"),
+    ],
+)
+def test_rotary_keys_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf({**SMALL, **changes})
+
+
 def test_numbers_of_numpy_are_taken_as_pythons():
     swept = ModelConfig.from_hf({**SMALL, "num_experts": np.int64(8), "rope_theta": np.float32(2)})
     assert type(swept.num_experts) is int

@@ -230,6 +230,8 @@ def test_parameters_can_be_split_over_all_devices(hf_directory, run):
     script = Script([])
     run(script, f"--checkpoint={hf_directory}", "--mesh_fsdp=-1")
     assert script.asked["mesh"].shape["fsdp"] == len(script.asked["mesh"].devices.flat)
+    with pytest.raises(SystemExit, match=r"error: --mesh_fsdp=99: there are \d+ devices; give"):
+        run(script, f"--checkpoint={hf_directory}", "--mesh_fsdp=99")
 
 
 @pytest.mark.parametrize(

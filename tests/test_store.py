@@ -191,6 +191,19 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_any_others(tmp_path):
     read_here(tmp_path, 5)
 
 
+def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
+    # As tensorstore tells of it, from a save that was let go.
+    def full():
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing file: No space left on device [28]")
+
+    store = CheckpointStore(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(store._manager, "wait_until_finished", full)
+        with pytest.raises(OSError, match="The disk is full; the checkpoints before are whole"):
+            store.wait()
+    store.close()
+
+
 def test_a_directory_without_checkpoints_says_so(tmp_path):
     store = CheckpointStore(tmp_path, keep=1)
     with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path}"):

@@ -17,11 +17,13 @@ shared directory, and all agree first on which steps there are and whether a ste
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import logging
 import math
+import os
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -132,7 +134,8 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Returns when all saves are complete; raises what they failed with."""
-        self._manager.wait_until_finished()
+        with self._full_disk_told():
+            self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         """All complete steps, damaged or not, the newest first."""
@@ -265,7 +268,20 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Waits for saves and frees what the store holds."""
-        self._manager.close()
+        with self._full_disk_told():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _full_disk_told(self):
+        # What writes in the background tells of a full disk by an error of another kind.
+        try:
+            yield
+        except Exception as error:
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            raise OSError(
+                errno.ENOSPC, "The disk is full; the checkpoints before are whole", self.directory
+            ) from error
 
     def _make_manager(self) -> ocp.CheckpointManager:
         together = ocp.options.MultiprocessingOptions(

@@ -86,8 +86,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def fsdp_mesh(ways: int | None) -> Mesh | None:
-    """A mesh over which a model is only sliced, `ways` times (-1: all devices); None for None."""
-    return None if ways is None else make_mesh(MeshConfig(data=1, fsdp=ways))
+    """A mesh over which a model is only sliced, `ways` times (-1: all devices); None for None.
+
+    Raises:
+      ValueError: there are not so many devices.
+    """
+    if ways is None:
+        return None
+    if ways not in (-1, jax.device_count()):
+        raise ValueError(
+            f"--mesh_fsdp={ways}: there are {jax.device_count()} devices; give their number, or -1"
+        )
+    return make_mesh(MeshConfig(data=1, fsdp=ways))
 
 
 def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
