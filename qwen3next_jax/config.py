@@ -306,11 +306,9 @@ def _to_released_dialect(given: dict[str, Any]) -> None:
 
 
 def _fill_in_implied(given: dict[str, Any]) -> None:
-    """Adds, in place, the sizes that other keys imply and some writers leave out."""
+    """Adds, in place, what other keys imply and some writers leave out."""
     if "mlp_only_layers" in given:
         given["mlp_only_layers"] = tuple(given["mlp_only_layers"])
-    if all(k in given for k in ("hidden_size", "num_attention_heads")):
-        given.setdefault("head_dim", given["hidden_size"] // given["num_attention_heads"])
     # Released files give it although no layer uses it where all have experts.
     all_sparse = given.get("num_experts") and given.get("decoder_sparse_step", 1) == 1
     if all_sparse and not given.get("mlp_only_layers"):
@@ -351,8 +349,8 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         )
     if c.rope_scaling is not None:
         factor = c.rope_scaling.get("factor")
-        number = isinstance(factor, int | float) and not isinstance(factor, bool)
-        if _rope_type(c.rope_scaling) != "yarn" or not number or not 1 <= factor < math.inf:
+        longer = isinstance(factor, int | float) and factor is not True and 1 <= factor < math.inf
+        if _rope_type(c.rope_scaling) != "yarn" or not longer:
             yield (
                 f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and "
                 "a factor, a number of at least 1"

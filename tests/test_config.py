@@ -194,6 +194,8 @@ def test_transformers_builds_the_same_model_from_what_we_write():
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported; expected 0.0"),
         ({"hidden_size": None}, "lacks hidden_size; sizes have no defaults"),
+        # transformers would take 256 in its place.
+        ({"head_dim": None}, "lacks head_dim; sizes have no defaults"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by .*=3; choose"),
         ({"linear_num_key_heads": 3}, "linear_num_value_heads=4 is not divisible by"),
         ({"num_experts_per_tok": 8}, "num_experts_per_tok=8 must lie between 1 and num_experts=7"),
