@@ -34,9 +34,6 @@ from qwen3next_jax.parallel.mesh import (
     sum_columns,
 )
 
-# Unless told, products of float32 numbers are of bfloat16 ones on a TPU, of TF32 ones on a GPU.
-_FLOAT32 = jax.lax.Precision.HIGHEST
-
 
 class RouterStats(NamedTuple):
     """What the router did, by row of the batch, padding not counted; the loss makes more of it."""
@@ -109,7 +106,7 @@ class SparseMoE(nnx.Module):
             y, stats = self._on_mesh(mesh, x, segment_ids, *params)
         if self.config.shared_expert_intermediate_size:
             gate_row = gathered(self.shared_expert_gate, jnp.float32)
-            gate = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), gate_row, precision=_FLOAT32))
+            gate = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), gate_row, precision=_float32()))
             y += (gate[..., None] * self.shared_expert(x)).astype(x.dtype)
             if observed is not None:
                 observed["shared_gate"] = token_mean(gate, segment_ids)
@@ -183,7 +180,7 @@ class SparseMoE(nnx.Module):
     def _route(self, x, segment_ids, router):
         E, A = self.config.num_experts, self.config.num_experts_per_tok
         x, router = x.astype(jnp.float32), router.astype(jnp.float32)
-        logits = project(x, router, precision=_FLOAT32)
+        logits = project(x, router, precision=_float32())
         probabilities = jax.nn.softmax(logits)
         experts = jax.lax.top_k(jax.lax.stop_gradient(probabilities), A)[1]
         # Selecting by a mask keeps scatters out of the gradient.
@@ -204,6 +201,13 @@ class SparseMoE(nnx.Module):
             dropped=jnp.zeros((1, 1)),
         )
         return experts, weights, stats
+
+
+def _float32() -> jax.lax.Precision:
+    """Of products with float32 weights, which are of bfloat16 or TF32 numbers unless told."""
+    # HIGH is TF32 on a GPU. On a TPU it is three passes, which take all of a bfloat16 token and 16
+    # bits of the weights; HIGHEST would be six.
+    return jax.lax.Precision.HIGH if platform() == "tpu" else jax.lax.Precision.HIGHEST
 
 
 def _experts(rows, weights, group_sizes, *, gate_up, down, block, expected_rows):
