@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import sys
 import tempfile
 import traceback
@@ -84,6 +85,15 @@ def write_whole(path: Any, content: str | bytes) -> None:
       content: text is written as UTF-8.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".{path.name}.{os.getpid()}"
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    unfinished.replace(path)
+    beside = unfinished(path)
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    beside.replace(path)
+
+
+def unfinished(path: Any) -> Any:
+    """A hidden name beside a path, of its type, for what takes its place once it is whole.
+
+    Nobody else has it. The process's number would not do: processes in containers have the same,
+    those of other machines on one disk and those that were killed.
+    """
+    return path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"

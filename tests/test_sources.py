@@ -186,6 +186,22 @@ def test_what_is_packed_is_unpacked_once_and_again_when_it_changes(tmp_path, cac
     assert texts_of(open_source(**given)) == TEXTS[:7]
 
 
+def test_processes_of_one_number_unpack_a_file_at_one_time(tmp_path, cache, monkeypatch):
+    given = corpora.write("gzip", tmp_path / "corpus", TEXTS, files=1)
+    copy_all = shutil.copyfileobj
+
+    def copy_while_another_does(file, target, length):
+        target.write(file.read(10))
+        monkeypatch.setattr(shutil, "copyfileobj", copy_all)
+        assert texts_of(open_source(**given)) == TEXTS
+        copy_all(file, target, length)
+
+    monkeypatch.setattr(shutil, "copyfileobj", copy_while_another_does)
+    assert texts_of(open_source(**given)) == TEXTS
+    (copy,) = cache.iterdir()
+    assert copy.read_text() == corpora.json_lines(TEXTS)
+
+
 def test_synthetic_documents_are_a_function_of_their_number():
     first, second = open_source("synthetic", ""), open_source("synthetic", "")
     assert len(first) == 100_000

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from jax.sharding import Mesh
 
 from qwen3next_jax.checkpoint import safetensors_files
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
+from qwen3next_jax.command import unfinished
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -391,8 +391,7 @@ def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         raise FileExistsError(
             f"{directory} exists; nothing is overwritten, name another or empty it"
         )
-    # Not the process's number: in containers it is the same each time, also after one was killed.
-    beside = directory.parent / f".{directory.name}.partial-{secrets.token_hex(4)}"
+    beside = unfinished(directory)
     beside.mkdir(parents=True)
     try:
         yield beside

@@ -31,7 +31,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from qwen3next_jax.command import cache_folder
+from qwen3next_jax.command import cache_folder, unfinished
 from qwen3next_jax.data.hashing import mix64
 
 _SCANNED = 1 << 24  # bytes at a time
@@ -396,13 +396,13 @@ def _unpacked(
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)
         logging.info("Unpacking %s to %s", path, copy)
-        unfinished = copy.with_name(f".{copy.name}.{os.getpid()}")
+        beside = unfinished(copy)
         try:
-            with unfinished.open("wb") as target:
+            with beside.open("wb") as target:
                 unpack(target)
-            unfinished.replace(copy)
+            beside.replace(copy)
         finally:
-            unfinished.unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
     return copy
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from qwen3next_jax.command import unfinished
 from qwen3next_jax.data.files import (
     BadFileError,
     BadValueError,
@@ -179,9 +180,9 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> tuple[int, str]:
     Returns:
       Its size in bytes and its SHA-256.
     """
-    unfinished = path.parent / f".{path.name}.{os.getpid()}"
+    beside = unfinished(path)
     with tempfile.TemporaryDirectory() as folder:
-        local = pathlib.Path(unfinished if is_local(path) else os.path.join(folder, path.name))
+        local = pathlib.Path(beside if is_local(path) else os.path.join(folder, path.name))
         writer = ArrayRecordWriter(os.fspath(local), _OPTIONS)
         try:
             for record in records:
@@ -194,8 +195,8 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> tuple[int, str]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = local.stat().st_size
         if not is_local(path):
-            epath.Path(local).copy(unfinished)
-    unfinished.replace(path)
+            epath.Path(local).copy(beside)
+    beside.replace(path)
     return size, digest
 
 
