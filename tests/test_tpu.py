@@ -118,6 +118,13 @@ def test_the_compiled_text_goes_to_a_folder_that_is_not_there_yet(tmp_path):
     assert file.exists()
 
 
+def test_a_place_that_the_text_cannot_be_written_to_is_refused_before_anything(tmp_path):
+    done = plan("--config=configs/tiny.py", "--compile", f"--hlo={tmp_path}")
+    assert done.returncode == 1
+    assert f"error: {tmp_path} is a directory; name a file inside it" in done.stderr
+    assert not done.stdout
+
+
 def test_a_missing_compiler_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'qwen3next_jax\[tpu\]'"):

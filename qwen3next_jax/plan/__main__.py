@@ -18,7 +18,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from qwen3next_jax.command import known_keys, told_errors, write_whole
+from qwen3next_jax.command import check_writable, known_keys, told_errors, write_whole
 from qwen3next_jax.config import ModelConfig, RunConfig
 from qwen3next_jax.parallel.mesh import axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--config=FILE is needed, such as --config=configs/80b_a3b.py")
     if _HLO.value and not _COMPILE.value:
         raise app.UsageError("--hlo needs --compile")
+    if _HLO.value:  # compilation takes minutes
+        check_writable(pathlib.Path(_HLO.value))
     jax.config.update("jax_platforms", "cpu")  # no device is used, here or elsewhere
     config = RunConfig.from_dict(_CONFIG.value.to_dict())
     chip, places = parse_topology(_TOPOLOGY.value)
