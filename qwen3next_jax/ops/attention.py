@@ -2,13 +2,17 @@
 
     o_t = Σ_s softmax_s(scale · q_t · k_s) v_s      over s ≤ t in t's document
 
-"reference" holds all T · S scores. "pallas" is JAX's splash attention, for TPUs
-(`pallas/attention.py`). "chunked" holds one block of them: it walks the lower triangle
-of block pairs with a running maximum and sum (Rabe & Staats, arXiv:2112.05682; Dao et al.,
-arXiv:2205.14135), so memory grows with T alone and the upper triangle costs nothing, nor do pairs
-of blocks without a common document. Its backward pass walks the same pairs with the scores
-recomputed. Softmax is float32 throughout. The walk takes any keys' blocks, for rows of which each
-device holds a part (`parallel/context.py`).
+Implementations:
+- "reference" holds all T · S scores.
+- "chunked" holds the scores of one pair of blocks, of queries and of keys. It visits the pairs of
+  the lower triangle with a running maximum and sum (Rabe & Staats, arXiv:2112.05682; Dao et al.,
+  arXiv:2205.14135), so memory grows linearly with T. Pairs above the diagonal cost nothing, nor do
+  pairs of blocks without a common document. The backward pass visits the same pairs and recomputes
+  their scores. Queries can also visit blocks of keys from other devices, for rows of which each
+  device holds a part (`parallel/context.py`).
+- "pallas" is JAX's splash attention, for TPUs (`pallas/attention.py`).
+
+Softmax is float32 throughout.
 """
 
 import functools
@@ -28,9 +32,9 @@ _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
 # 2048, which holds four times the scores.
 _ACCELERATOR_BLOCK = 1024
 _SLOTS = 512  # of a cache at a time
-_FEW = 16  # queries whose scores with all slots are no burden
-# Large and finite: a row whose block is masked as a whole then gets weights of exp(0) that the
-# first real score multiplies by zero, where −inf would give NaN. Every token sees itself at last.
+_FEW = 16  # queries whose scores with all slots fit memory easily
+# Finite, because −inf would give NaN: a query for which a whole block is masked gets weights exp(0)
+# there, which its first real score multiplies by zero. There is one, as every token sees itself.
 _MASKED = -1e30
 
 

@@ -1,9 +1,9 @@
 """Cross-entropy that never holds the logits of a whole batch.
 
-At a vocabulary of 151936 the logits of a few thousand tokens are what runs out of memory first.
-Here they exist for `chunk` positions of each row at a time. Because the weights are known in the
-forward pass, so are the gradients with respect to the hidden states and the head, up to one factor:
-they are summed up on the way, and the backward pass only scales them.
+With a vocabulary of 151936 the logits of a few thousand tokens would not fit memory, so they exist
+for `chunk` positions of each row at a time. The weights are known in the forward pass, so that it
+can compute the gradients with respect to the hidden states and the head as well, up to one factor,
+while it has the logits; the backward pass only multiplies by the factor.
 """
 
 import functools

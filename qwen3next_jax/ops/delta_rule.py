@@ -18,17 +18,17 @@ Hazards, all in float32 here whatever the inputs are:
   also exact on paper, but loses everything when keys are correlated.
 - Documents packed in a row end anywhere in a chunk: Γ, γ, d and γ_C are zero across a boundary.
 
-A row may be cut in stretches that lie on different devices (`gated_delta_rule_stretch`). Whatever
-state S comes in, a stretch hands on M S + B, with M the product of its tokens' exp(g)(I − β k kᵀ).
-[M | B] is what the chunks make of the columns [I | 0], without queries, so each device learns what
-comes in before it computes outputs; maps are composed across devices by whoever calls, through a
-scan that this file is given. Backward, gradients of states flow through Mᵀ the same way. It costs
-one pass more over the chunks' writes, with H + P columns instead of P, and one more over their
-gradients: the other way, to carry H more columns through the pass proper and read outputs off them,
-costs as many products and twice the memory for states.
+A row may be cut into stretches on different devices (`gated_delta_rule_stretch`). A stretch maps
+its incoming state S to M S + B, with M the product of its tokens' exp(g)(I − β k kᵀ). The chunks
+map the columns [I | 0] to [M | B], without queries. So each device first computes its M and B, then
+receives its incoming state, then computes outputs. The maps are composed across devices by a scan
+that the caller passes in. In the backward pass the gradients of states flow through Mᵀ in the same
+way. All this costs an additional pass over the chunks' writes, with H + P columns instead of P, and
+one over their gradients. The alternative is to carry H more columns through the usual pass and
+compute the outputs from them, which costs as many products and twice the memory for states.
 
-"chunked" is written in XLA's operations, for all platforms; "pallas" is the same by kernels that
-keep the states on a TPU's chip (`pallas/delta_rule.py`); "reference" is the loop over tokens.
+"chunked" is written in XLA's operations, for all platforms. "pallas" computes the same in kernels
+that keep the states on a TPU's chip (`pallas/delta_rule.py`). "reference" is the loop over tokens.
 """
 
 import functools
@@ -44,10 +44,10 @@ from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
 from qwen3next_jax.ops.platform import check_kernels_run, platform, require_tokens
 
-_BLOCK = 16  # diagonal blocks of L inverted row by row; larger ones by products
-# Products inside a chunk feed exponentials' gradients and the inverse: one bfloat16 pass on a TPU
-# is not enough for them. Products with the state follow the caller's default. On a GPU both are
-# TensorFloat-32.
+_BLOCK = 16  # rows of a diagonal block of L that is inverted row by row; larger ones by products
+# Gradients of exponents and the inverse depend on products inside a chunk, for which one bfloat16
+# pass on a TPU is not accurate enough. Products with the state have the caller's precision. On a
+# GPU both are TensorFloat-32.
 _HIGH = jax.lax.Precision.HIGH
 _HIGHEST = jax.lax.Precision.HIGHEST
 

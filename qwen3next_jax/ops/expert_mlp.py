@@ -5,10 +5,10 @@
 Implementations:
 - "pallas": kernels for TPUs (`pallas/expert_mlp.py`), for experts that fit them.
 - "products": `grouped_matmul` twice, for experts that do not.
-- "blocked": for CPUs and GPUs. Experts' rows are padded to whole blocks, of which a loop visits as
-  many as hold any: several at a time, as products with one matrix each, which cores share better
-  than the parts of one product. On a CPU what lies between the products never leaves the cache. A
-  block's results take the place of its rows.
+- "blocked": for CPUs and GPUs. Each expert's rows fill whole blocks, and a loop visits the blocks
+  that hold rows, several at a time. Each of these is a product with its own matrix, which cores
+  share better than the parts of one product. On a CPU what lies between the two products never
+  leaves the cache. A block's results overwrite its rows.
 """
 
 import functools
@@ -22,8 +22,8 @@ from qwen3next_jax.ops.pallas.expert_mlp import can_compile
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp as by_kernel
 from qwen3next_jax.ops.platform import platform
 
-# How many blocks a loop visits at a time. A GPU needs many to be full, and learns after each visit
-# from the host whether there is another; each block's matrices are copied together before.
+# How many blocks a loop visits at a time. A GPU needs many to be busy, and must hear from the host
+# after each visit whether there is another; the matrices of a visit are copied together first.
 _AT_ONCE = {"cpu": 8, "gpu": 32}
 
 

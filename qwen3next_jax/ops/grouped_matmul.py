@@ -6,8 +6,8 @@ Implementations differ in what the platform is good at:
 - "pallas": the kernels of `megablox`, which come with JAX, for TPUs. On a CPU they are interpreted,
   which is for tests only.
 - "blocked": groups are padded to whole blocks of rows and each block is one plain product in a
-  loop, which is what matrix libraries are fast at. Blocks without rows are not visited, so that
-  matrices nobody asks for are not read: that is what decoding waits for.
+  loop, which is what matrix libraries are fast at. Blocks without rows are not visited, so that the
+  matrices of groups without rows are not read, and reading matrices is what decoding waits for.
 - "reference": a sum over groups of masked products.
 
 Not `jax.lax.ragged_dot`: XLA multiplies every row by every group's matrix on a CPU and on an NVIDIA
@@ -35,7 +35,7 @@ def default_implementation() -> str:
 
 
 def row_alignment(*, mean: float, most: int) -> int:
-    """Of what each group's number of rows should be a multiple, on this platform.
+    """The number of which each group's rows should be a multiple, on this platform.
 
     On a TPU 1. Elsewhere the rows of a block: the next power of two to the mean, but from 2 to 128.
     Below, a matrix would be read once more for each row; above, too many rows would be padding.

@@ -1,4 +1,4 @@
-"""For which platform operations are traced, which need not be the one that traces them."""
+"""The platform that operations are traced for, which need not be the one that JAX runs on."""
 
 import jax
 
@@ -6,7 +6,7 @@ import jax
 def platform() -> str:
     """The platform of the mesh in use ("cpu", "gpu" or "tpu"), else the default backend's.
 
-    A mesh may be of devices that are not here: a step for a TPU can be compiled without one.
+    The mesh may describe devices that the machine lacks: a step for a TPU can be compiled without.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform

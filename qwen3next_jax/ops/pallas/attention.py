@@ -1,14 +1,14 @@
 """Causal attention by the splash attention kernels that come with JAX, for TPUs.
 
-They walk the blocks of a causal mask's lower triangle with scores that never leave the chip, take
-segment ids and grouped heads, and save the logarithm of each query's norm for a backward pass that
-computes the scores again. The library states no costs; skipped blocks are known from the mask, so
-it is done here (`kernel_costs.py`). Documents are masks inside of blocks: the kernels skip nothing
-for them.
+They visit the blocks of a causal mask's lower triangle, and the scores never leave the chip. They
+take segment ids and grouped heads, and save the logarithm of each query's norm, with which the
+backward pass recomputes the scores. Documents are only masked: no block is skipped for them. The
+library states no costs, so it is done here (`kernel_costs.py`); the mask tells which blocks are
+skipped.
 
-Backward there is one kernel for queries and one for keys and values, seven products a pair of
-blocks. The library's fused one takes five, but writes a gradient of the queries for each block of
-keys; to sum these takes longer than the two products, by the TPU compiler's estimate.
+The backward pass is one kernel for queries and one for keys and values, together seven products a
+pair of blocks. The library's fused kernel takes five, but writes a gradient of the queries for each
+block of keys; summing these takes longer than two products, by the TPU compiler's estimate.
 """
 
 import dataclasses

@@ -1,24 +1,24 @@
 """The chunked gated delta rule as two TPU kernels, forward and backward.
 
-`ops/delta_rule.py` has the equations, the letters and the hazards. Here a program walks chunks of
-`heads` key heads and the R value heads of each, in order: the grid's last axis is sequential, and
-the states stay in the chip's vector memory from one program to the next. The forward kernel saves
-each chunk's incoming state and L⁻¹; the backward one walks from the last chunk to the first and
-computes the rest again.
+`ops/delta_rule.py` has the equations, the letters and the hazards. Here a program takes a few
+chunks of `heads` key heads and of the R value heads of each, one chunk after another. The grid's
+last axis is sequential, and the states stay in the chip's vector memory from one program to the
+next. The forward kernel saves each chunk's incoming state and L⁻¹; the backward kernel visits the
+chunks from last to first and recomputes the rest.
 
 *Precision.* Matrix units multiply bfloat16. If v is bfloat16, so are q, k, states as they are saved
 and read, and L⁻¹; gates, exponentials, the inversion, running states and sums are float32. Products
-with a state round their other factor too: one pass. Inside a chunk, where products feed the
-gradients of exponents, a float32 factor is split in a high and a low bfloat16 part, so that a
-product costs one pass if both factors are bfloat16, two if one is, three if none is (`_dot`). With
-float32 values all products are float32 ones.
+with a state round their other factor too, and take one pass. Inside a chunk the gradients of
+exponents depend on the products, so a float32 factor is split into a high and a low bfloat16 part:
+a product takes one pass if both factors are bfloat16, two if one is, three if none is (`_dot`).
+With float32 values all products are float32 ones.
 
-*The inverse.* Diagonal blocks D of 16 rows are inverted by substitution on the vector unit, applied
-to [I | off-diagonal blocks] at once, which fills its lanes. What is left, L⁻¹ = D⁻¹ − (D⁻¹ off)
-L⁻¹, is three small products. No powers are formed.
+*The inverse.* Diagonal blocks D of 16 rows are inverted by substitution on the vector unit. It is
+applied to [I | off-diagonal blocks] at once, which fills the unit's lanes. What remains, L⁻¹ = D⁻¹
+− (D⁻¹ off) L⁻¹, takes three small products. No powers are formed.
 
-*Gates* arrive as rows of lanes, as [.., C] lies densely in memory; a row becomes a column by a
-masked sum over lanes, which is exact.
+*Gates* are given as rows of lanes, because [.., C] is dense in memory so; a masked sum over lanes,
+which is exact, turns a row into a column.
 """
 
 import functools

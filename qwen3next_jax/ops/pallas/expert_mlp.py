@@ -3,18 +3,18 @@
     y_r = w_r (silu(x_r G_e) · (x_r U_e)) D_e     rows r sorted by expert e(r)
 
 A program takes a tile of rows and one expert's matrices, which stay in the chip's vector memory
-until the next expert's come; a tile in which experts meet is visited once for each of them, tiles
-behind the last expert never. Between its products nothing leaves the chip: the backward kernel
-reads rows, the gradients of what they gave and the matrices, multiplies by the first matrix again,
-and writes the gradients of all of them. Those of an expert's matrices are summed in float32 while
-its tiles pass by.
+until those of the next expert are needed. A tile with rows of several experts is visited once for
+each of them, tiles behind the last expert's rows never. Nothing between the products leaves the
+chip. The backward kernel reads the rows, the gradients of their results and the matrices,
+multiplies by the first matrix again, and writes the gradients of rows, weights and matrices. Those
+of an expert's matrices are summed in float32 over its tiles.
 
-*Layout.* In memory a matrix is cut into tiles of 8 rows by 128 columns, so that a row of it is a
-strip of many tiles. Rows that are gathered and sent one by one lie as whole tiles, [R, D / 128,
-128], instead, and are laid out as a matrix on the chip, which costs no memory traffic.
+*Layout.* In memory a matrix is cut into tiles of 8 rows by 128 columns, so that one row is spread
+over many tiles. Rows that are gathered and sent one by one are stored as whole tiles instead, [R,
+D / 128, 128], and are rearranged to a matrix on the chip, which costs no memory traffic.
 
-*Costs* are stated for the rows expected, every expert's first and last tile met by another's: what
-is executed depends on the router.
+*Costs* are stated for the expected number of rows, as if every expert's first and last tile were
+shared with another expert; what is executed depends on the router.
 """
 
 import functools

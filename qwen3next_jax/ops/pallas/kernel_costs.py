@@ -1,9 +1,8 @@
-"""Lets kernels that come from libraries say what they execute.
+"""Adds cost estimates to kernels of libraries that have none.
 
-A compiled program carries no times for kernels, only what their authors state
-(`pallas_call(cost_estimate=...)`), and a compiler that is told nothing schedules, and a plan that
-is told nothing adds up, as if they were free. Where a library leaves that out, the statement is put
-into the traced program.
+A compiled program knows no times of kernels, only the costs that their authors state
+(`pallas_call(cost_estimate=...)`). Without a statement the compiler schedules as if the kernel were
+free, and the plan adds it up so. Where a library leaves it out, it is put into the traced program.
 """
 
 from collections.abc import Callable, Iterator, Sequence
