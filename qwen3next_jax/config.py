@@ -283,7 +283,8 @@ def _to_released_dialect(given: dict[str, Any]) -> None:
 
     `layer_types` stays only where `full_attention_interval` cannot say the same.
     """
-    # Two names of one thing. Where a file has both, transformers takes the older one's.
+    # Two names of one thing. Where both say something the older one counts, as in transformers,
+    # which then ignores the rest of the newer one; its base and share are not lost here.
     rope: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
         part = given.pop(name, None) or {}
