@@ -87,6 +87,17 @@ def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
         axis_sizes(MeshConfig(data=-1, fsdp=2), 1)
 
 
+def test_slices_that_do_not_divide_data_are_refused_without_devices():
+    assert axis_sizes(MeshConfig(data=4, fsdp=1, num_slices=2), 4)["data"] == 4
+    assert axis_sizes(MeshConfig(data=1, fsdp=4, num_slices=-1), 4)["data"] == 1
+    with pytest.raises(ValueError, match=r"mesh\.data=1 .*num_slices=2; .*: make it 2 or a multi"):
+        axis_sizes(MeshConfig(data=1, fsdp=4, num_slices=2), 4)
+    with pytest.raises(ValueError, match=r"mesh\.data=4 .*=3; .*: 4 devices make 2 or 4 of one"):
+        axis_sizes(MeshConfig(data=4, fsdp=1, num_slices=3), 4)
+    with pytest.raises(ValueError, match=r"mesh\.data=1 is not divisible by mesh\.num_slices=2"):
+        make_mesh(MeshConfig(data=1, fsdp=-1, num_slices=2), [gpu(number) for number in range(16)])
+
+
 def gpu(number):
     """One of eight on each host, as JAX numbers them."""
     return mock.Mock(

@@ -73,13 +73,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         not a whole block of their torus.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = axis_sizes(config, len(devices))
     slices = _slices(config, devices)
-    if sizes["data"] % len(slices):
-        raise ValueError(
-            f"mesh.data={sizes['data']} is not divisible by mesh.num_slices={len(slices)}; slices "
-            f"lie along data: make it {len(slices)} or a multiple"
-        )
+    sizes = axis_sizes(config, len(devices), len(slices))
     shape = (sizes["data"] // len(slices), *(sizes[axis] for axis in AXES[1:]))
     blocks = [_on_the_torus(shape, part) for part in slices]
     return Mesh(np.concatenate(blocks), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
@@ -100,11 +95,20 @@ def fsdp_mesh(ways: int | None) -> Mesh | None:
     return make_mesh(MeshConfig(data=1, fsdp=ways))
 
 
-def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+def axis_sizes(
+    config: MeshConfig, num_devices: int, num_slices: int | None = None
+) -> dict[str, int]:
     """The size of each mesh axis on so many devices.
 
+    Args:
+      config: the sizes, of which -1 takes what the others leave.
+      num_devices: of all slices.
+      num_slices: in which the devices lie; None: as many as the config says, 1 where it leaves that
+        to the devices.
+
     Raises:
-      ValueError: if they do not multiply to it, or one is neither positive nor -1.
+      ValueError: if they do not multiply to the devices, one is neither positive nor -1, or slices
+        do not divide `data`.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     for axis, size in sizes.items():
@@ -126,6 +130,18 @@ def axis_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
         raise ValueError(
             f"The mesh {sizes} has {fixed} places for {num_devices} devices; set one of "
             f"{', '.join('mesh.' + axis for axis in AXES)} to -1"
+        )
+    num_slices = max(config.num_slices, 1) if num_slices is None else num_slices
+    if sizes["data"] % num_slices:
+        works = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+        raise ValueError(
+            f"mesh.data={sizes['data']} is not divisible by mesh.num_slices={num_slices}; slices "
+            "lie along data: "
+            + (
+                f"make it {num_slices} or a multiple"
+                if num_slices in works
+                else f"{num_devices} devices make {nearest(works, num_slices)} of one size"
+            )
         )
     return sizes
 

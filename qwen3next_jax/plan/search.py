@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from qwen3next_jax.config import REMAT, RunConfig
 from qwen3next_jax.parallel.layout import check_fits
-from qwen3next_jax.parallel.mesh import AXES
+from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs
 from qwen3next_jax.plan.chips import Chip
 
@@ -52,13 +52,13 @@ def rank(
             mesh=dataclasses.replace(config.mesh, **mesh),
         )
         try:
-            check_fits(changed, mesh)
+            check_fits(changed, axis_sizes(changed.mesh, places))
             laid_out = costs.weights(params, abstract_mesh(mesh))
         except ValueError:
             continue  # training would refuse it too
         memory = costs.memory(changed, laid_out, mesh, optimizer_width=optimizer_width)
         total = sum(memory.values())
-        if total <= chip.hbm and mesh["data"] % max(config.mesh.num_slices, 1) == 0:
+        if total <= chip.hbm:
             seconds = costs.step_seconds(changed, laid_out, mesh, chip)
             found.append(Candidate(changed, mesh, total, seconds))
     return sorted(found, key=lambda candidate: sum(candidate.step_seconds))
