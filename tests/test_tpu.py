@@ -104,6 +104,21 @@ def test_search_compiles_as_many_as_told_and_names_the_fastest_of_them():
     )
 
 
+def test_search_needs_no_mesh_that_the_config_itself_could_use():
+    options = ["--config=configs/tiny.py", "--topology=v5p:2x2x1", "--config.mesh.fsdp=3"]
+    refusal = "4 devices are not divisible by mesh.fsdp=3; 2 or 4 in all would work"
+    done = plan(*options)
+    assert done.returncode == 1
+    assert refusal in done.stderr
+    last = planned(*options, "--search", "--best=0")
+    assert last["error"] == refusal
+    assert last["fits"] is False
+    assert last["memory_bytes"] is last["step_seconds"] is last["mesh"] is None
+    assert last["parameters"] == sum(last["parameters_by_part"].values())
+    assert all(row["memory_bytes"] > 0 and row["step_seconds"] > 0 for row in last["search"])
+    assert len(last["search"]) == 10
+
+
 def test_the_compiled_text_goes_to_a_folder_that_is_not_there_yet(tmp_path):
     # What the stand-in is asked second fits.
     program = ANSWERS.replace("itertools.count()", "itertools.count(1)")

@@ -20,7 +20,8 @@ from ml_collections import config_flags
 
 from qwen3next_jax.command import check_writable, known_keys, told_errors, write_whole
 from qwen3next_jax.config import ModelConfig, RunConfig
-from qwen3next_jax.parallel.mesh import axis_sizes
+from qwen3next_jax.parallel.layout import check_fits
+from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
 from qwen3next_jax.plan.chips import Chip, is_gpu, parse_topology
 from qwen3next_jax.training.program import Program, make_program
@@ -62,9 +63,23 @@ def main(argv: list[str]) -> None:
             f"--compile asks the TPU compiler, which knows no {_TOPOLOGY.value}; leave it out for "
             "the plan by arithmetic"
         )
-    mesh = axis_sizes(config.mesh, places)
-    program = make_program(config, search.abstract_mesh(mesh))
-    result = _arithmetic(config, program, mesh, chip)
+    refusal = None
+    try:
+        mesh = axis_sizes(config.mesh, places)
+        check_fits(config, mesh)
+    except ValueError as error:
+        if not _SEARCH.value or _COMPILE.value:
+            raise
+        refusal = error  # what another mesh may mend
+    # Shapes are the same on every mesh.
+    program = make_program(config, search.abstract_mesh(dict.fromkeys(AXES, 1)))
+    result = _model(config, program)
+    if refusal is None:
+        result.update(_layout(config, program, mesh, chip))
+    else:
+        print(f"\nThe config's own mesh will not do: {refusal}")
+        unknown = dict.fromkeys(("memory_bytes", "step_seconds", "step_seconds_bounds", "mesh"))
+        result.update(unknown, fits=False, error=str(refusal))
     if _SEARCH.value:
         result["search"] = _search(config, program, chip, places)
     if _COMPILE.value:
@@ -73,9 +88,8 @@ def main(argv: list[str]) -> None:
         print(json.dumps(result))
 
 
-def _arithmetic(
-    config: RunConfig, program: Program, mesh: dict[str, int], chip: Chip
-) -> dict[str, Any]:
+def _model(config: RunConfig, program: Program) -> dict[str, Any]:
+    """What no layout changes."""
     c, t = config.model, config.train
     s = t.sequence_length
     params = program.state.params
@@ -111,20 +125,7 @@ def _arithmetic(
         )
     print("  The makers claim a training cost under a tenth and over ten times the throughput")
     print("  beyond 32K tokens. Compute alone is not a tenth at 4K.")
-
-    laid_out = costs.weights(params, search.abstract_mesh(mesh))
-    opt = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.opt_state))
-    memory = costs.memory(config, laid_out, mesh, optimizer_width=opt / total)
-    used = sum(memory.values())
-    sent = costs.communication(config, laid_out, mesh)
-    low, high = costs.step_seconds(config, laid_out, mesh, chip)
-    more = "" if is_gpu(_TOPOLOGY.value) else "; --compile knows more"
-    print(f"\nOn {_TOPOLOGY.value}, mesh {mesh}: training state {state / 1e9:,.2f} GB in all")
-    print(f"  memory a device: {used / 1e9:.2f} GB of {chip.hbm / 1e9:.1f} GB")
-    _table({part: f"{n / 1e9:.2f} GB" for part, n in memory.items()})
-    print(f"  communication a device and step: {sum(sent.values()) / 1e9:.2f} GB")
-    _table({part: f"{n / 1e9:.2f} GB" for part, n in sent.items()})
-    print(f"  a step takes about {low:.2f} to {high:.2f} s (by arithmetic{more})")
+    print(f"\nTraining state {state / 1e9:,.2f} GB in all")
     return {
         "parameters": total,
         "parameters_by_part": parts,
@@ -133,16 +134,43 @@ def _arithmetic(
         "flops_by_part": forward,
         "executed_flops_per_token": executed,
         "training_state_bytes": state,
+        "topology": _TOPOLOGY.value,
+        "source": "arithmetic",
+    }
+
+
+def _layout(
+    config: RunConfig, program: Program, mesh: dict[str, int], chip: Chip
+) -> dict[str, Any]:
+    """What the config's own mesh costs."""
+    laid_out = costs.weights(program.state.params, search.abstract_mesh(mesh))
+    width = _optimizer_width(program)
+    memory = costs.memory(config, laid_out, mesh, optimizer_width=width)
+    used = sum(memory.values())
+    sent = costs.communication(config, laid_out, mesh)
+    low, high = costs.step_seconds(config, laid_out, mesh, chip)
+    more = "" if is_gpu(_TOPOLOGY.value) else "; --compile knows more"
+    print(f"\nOn {_TOPOLOGY.value}, mesh {mesh}:")
+    print(f"  memory a device: {used / 1e9:.2f} GB of {chip.hbm / 1e9:.1f} GB")
+    _table({part: f"{n / 1e9:.2f} GB" for part, n in memory.items()})
+    print(f"  communication a device and step: {sum(sent.values()) / 1e9:.2f} GB")
+    _table({part: f"{n / 1e9:.2f} GB" for part, n in sent.items()})
+    print(f"  a step takes about {low:.2f} to {high:.2f} s (by arithmetic{more})")
+    return {
         "memory_bytes": used,
         "memory_by_part": memory,
         "communication_bytes": sent,
         "fits": used <= chip.hbm,
         "step_seconds": high,
         "step_seconds_bounds": [low, high],
-        "topology": _TOPOLOGY.value,
         "mesh": mesh,
-        "source": "arithmetic",
     }
+
+
+def _optimizer_width(program: Program) -> float:
+    """Bytes of optimizer state a parameter."""
+    state, params = (jax.tree.leaves(x) for x in (program.state.opt_state, program.state.params))
+    return sum(x.size * x.dtype.itemsize for x in state) / sum(x.size for x in params)
 
 
 def _compiled(config: RunConfig, chip: Chip) -> dict[str, Any]:
@@ -191,9 +219,8 @@ def _compiled(config: RunConfig, chip: Chip) -> dict[str, Any]:
 
 
 def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> list[dict[str, Any]]:
-    opt = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.opt_state))
-    count = sum(x.size for x in jax.tree.leaves(program.state.params))
-    found = search.rank(config, program.state.params, chip, places, optimizer_width=opt / count)
+    width = _optimizer_width(program)
+    found = search.rank(config, program.state.params, chip, places, optimizer_width=width)
     if not found:
         print("\nBy arithmetic, no mesh holds this run: take more chips, or fewer tokens a step.")
         return []
