@@ -154,6 +154,26 @@ def checkpoints(directory):
     damaged_for_one(directory)
 
 
+def stop(when, directory):
+    """SIGTERM to process 1, before its first step or behind a save; tells the step to stop at."""
+    first = 41  # of a run that goes on
+    if when == "after_a_save":
+        first = 4
+        for step in range(1, first):
+            assert not should_stop(step)
+        save(directory, 1)  # as if its files had taken two steps to write
+    processes.exchange(None)
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)  # until the processes have picked a step
+    for step in range(first, first + 60):
+        processes.exchange(None)  # a step
+        if should_stop(step):
+            return tell(step)
+        time.sleep(0.1)
+    tell("never")
+
+
 def work(how):
     """Collectives without end; process `how` names dies, fails or stands still on the way."""
     what, victim = re.fullmatch(r"(\w+?)_(\d)", how).groups()
@@ -175,5 +195,5 @@ if __name__ == "__main__":
         num_processes=int(flags["num_processes"]) if flags else None,
         process_id=int(flags["process_id"]) if flags else None,
         peer_timeout=PEER_TIMEOUT,
-    ):
+    ) as should_stop:
         globals()[check](*arguments)

@@ -290,7 +290,7 @@ class CheckpointStore:
         )
         keep = self._keep
         retention = None if keep is None else _Retention(keep, self._keep_best, self.metric)
-        return ocp.CheckpointManager(
+        return _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 create=False,
@@ -369,6 +369,18 @@ class CheckpointStore:
         return DamagedCheckpointError(
             f"the checkpoint {self.directory / str(step)} is damaged: {why}"
         )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which tells JAX nothing of preemption; `processes.joined` does.
+
+    It would name the step that is saved, in process 0 once more when the files are written. By then
+    the run may be steps ahead, and what JAX picks for all to stop at would be behind some.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Saves at no step but those it is told to."""
+        return False
 
 
 class _Retention(ocp.checkpoint_managers.PreservationPolicy):
