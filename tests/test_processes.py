@@ -47,7 +47,7 @@ def test_rows_go_to_the_processes_whose_devices_hold_them(told):
     assert told["share"] == [["share 0 of 2", "share 0 of 1"], ["share 1 of 2", "share 0 of 1"]]
 
 
-@pytest.mark.parametrize(("when", "step"), [("after_a_save", "4")])
+@pytest.mark.parametrize(("when", "step"), [("before_the_first_step", "41"), ("after_a_save", "4")])
 def test_a_signal_to_one_stops_all_at_the_next_step(when, step, tmp_path):
     assert run("stop", when, tmp_path / "checkpoints") == [[step]] * 2
 

@@ -97,8 +97,11 @@ def joined(
             yield stop
         return
     with _watched(peer_timeout):
-        # The coordinator carries SIGTERM from any process to all, and picks the step.
-        yield multihost_utils.reached_preemption_sync_point
+        # The coordinator carries SIGTERM from any process to all, and picks the number after the
+        # highest that was called with. Not with steps: where SIGTERM comes before any call it picks
+        # 1, which the steps of a run that goes on have behind them.
+        calls = itertools.count(1)
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
 
 
 @contextlib.contextmanager
