@@ -71,7 +71,9 @@ class Sampling:
             logits = jnp.where(jnp.asarray(seen), penalized, logits)
         if self.temperature == 0:
             return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
-        logits = logits / self.temperature
+        # A small temperature makes logits so large that their last bit is worth many nats, which
+        # the softmax's own subtraction, fused with the division, would raise to infinity.
+        logits = (logits - logits.max(-1, keepdims=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits >= least, logits, -jnp.inf)
