@@ -3,10 +3,12 @@
     python -m qwen3next_jax.sample --checkpoint=DIR --prompt="Once upon a time"
     python -m qwen3next_jax.sample --checkpoint=DIR --chat --prompt="Who are you?" --temperature=0.7
 
-The text goes to stdout and nothing else does; what is said about it goes to stderr.
+The text goes to stdout and nothing else does; what is said about it goes to stderr. A reader that
+has had enough, such as `head`, ends the text.
 """
 
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -97,7 +99,13 @@ def main(argv: list[str]) -> None:
             seed=_SEED.value,
             speculative=_DRAFTS.value or _SPECULATIVE.value,
         )
-        speed = _write(generation, [TextStream(tokenizer, stop) for _ in prompts])
+        try:
+            speed = _write(generation, [TextStream(tokenizer, stop) for _ in prompts])
+            sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads on
+            # What is still in the buffer must go somewhere when Python flushes it at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
     print(_report(speed, generation), file=sys.stderr)
 
 

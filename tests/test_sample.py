@@ -171,6 +171,18 @@ def test_what_only_began_like_a_stop_string_is_shown_at_the_end(hf_directory, ru
     assert script.stopped == []
 
 
+@pytest.mark.parametrize("prompts", [["--prompt=x"], ["--prompt=x", "--prompt=y"]])
+def test_a_reader_that_has_had_enough_ends_the_text_quietly(
+    hf_directory, run, monkeypatch, prompts
+):
+    read, write = os.pipe()
+    os.close(read)
+    row = HuggingFaceTokenizer(hf_directory / "tokenizer.json").encode("some text")
+    with os.fdopen(write, "w") as pipe:  # which is flushed when it closes, as stdout is at exit
+        monkeypatch.setattr(sys, "stdout", pipe)
+        run(Script([[row] * len(prompts)]), f"--checkpoint={hf_directory}", *prompts)
+
+
 def test_several_prompts_are_rows_of_a_batch_and_come_one_after_the_other(hf_directory, run):
     encode = HuggingFaceTokenizer(hf_directory / "tokenizer.json").encode
     script = Script([[encode("A"), encode("B")], [encode("a stop"), encode("b")]])
