@@ -192,14 +192,17 @@ class ModelConfig:
         }
 
     @classmethod
-    def from_hf(cls, source: str | pathlib.Path | Mapping[str, Any]) -> "ModelConfig":
+    def from_hf(cls, source: Any) -> "ModelConfig":
         """Reads a `config.json`: a mapping, the file, or the directory that holds it.
+
+        What gives a mapping by `to_dict` will do for one: a `ConfigDict`, a config of transformers.
 
         Raises:
           FileNotFoundError: there is no such file.
           ValueError: for another model type or a switch that is not supported; else names all the
             keys that are missing, or all the sizes that do not fit together.
         """
+        source = _as_mapping(source)
         if isinstance(source, Mapping):
             given = dict(source)
         else:
@@ -276,6 +279,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """`to_hf` and all that it has no word for; what `from_hf` reads back."""
         return {**self.to_hf(), **{name: getattr(self, name) for name in self.NOT_IN_HF}}
+
+
+def _as_mapping(given: Any) -> Any:
+    """A `ConfigDict` is no `Mapping`, but has `to_dict`, as configs of transformers have."""
+    return given.to_dict() if hasattr(given, "to_dict") else given
 
 
 def _to_released_dialect(given: dict[str, Any]) -> None:
@@ -544,12 +552,13 @@ class RunConfig:
     )  # fmt: skip
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> "RunConfig":
-        """Checks and freezes a nested mapping, an `ml_collections.ConfigDict.to_dict()` say.
+    def from_dict(cls, given: Any) -> "RunConfig":
+        """Checks and freezes a nested mapping, or a `ConfigDict` of `ml_collections`.
 
         Raises:
           ValueError: names every unknown or missing key, impossible size and contradiction.
         """
+        given = _as_mapping(given)
         names = ("model", *_SECTIONS)
         problems = list(_unknown("config", set(given) - set(names), names))
         sections: dict[str, Any] = {}

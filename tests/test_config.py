@@ -122,6 +122,13 @@ def test_numbers_of_numpy_are_taken_as_pythons():
     assert lengths["evaluation"]["lengths"] == [64]
 
 
+def test_what_has_to_dict_is_taken_as_the_mapping_it_gives():
+    run = RunConfig.from_dict(tiny.get_config().to_dict())
+    assert RunConfig.from_dict(tiny.get_config()) == run
+    assert ModelConfig.from_hf(tiny.get_config().model) == run.model
+    assert ModelConfig.from_hf(Qwen3NextConfig(**RELEASED)) == ModelConfig.from_hf(RELEASED)
+
+
 def test_layer_types_that_no_interval_describes_are_kept():
     pattern = ["full_attention", "linear_attention"]
     config = small_config(layer_types=pattern, full_attention_interval=None)
