@@ -3,11 +3,13 @@
 import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -174,6 +176,55 @@ def test_a_module_in_place_of_another_is_the_one_that_runs(changed, remat):
         out[...] = out[...] / 2
     tokens = jnp.arange(12)[None]
     np.testing.assert_allclose(model(tokens), want(tokens), atol=1e-5)
+
+
+@pytest.fixture
+def _untyped():
+    """What users meet: array types are checked in tests alone."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("_untyped")
+@pytest.mark.parametrize("kind", [q3n.GatedDeltaNet, q3n.GatedAttention, q3n.SparseMoE])
+@pytest.mark.parametrize("shape", [(5, 32), (1, 5, 16), (1, 1, 5, 32)])
+def test_a_module_names_the_shape_it_was_given_and_the_one_it_takes(kind, shape):
+    module = nnx.eval_shape(lambda: kind(small_config(), rngs=nnx.Rngs(0)))
+    message = f"x is of shape {list(shape)}; expected an array [B, T, 32]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module(jnp.zeros(shape))
+
+
+@pytest.mark.usefixtures("_untyped")
+def test_mtp_names_the_shape_it_was_given_and_the_one_it_takes():
+    mtp = nnx.eval_shape(lambda: q3n.MTP(small_config(), rngs=nnx.Rngs(0)))
+    hidden = jnp.zeros((1, 5, 32))
+    with pytest.raises(ValueError, match=r"hidden is of shape \[5, 32\]; .* \[B, T, 32\]"):
+        mtp(hidden[0], hidden)
+    with pytest.raises(ValueError, match=r"embeddings is of shape \[1, 4, 32\]; .* \[1, 5, 32\]"):
+        mtp(hidden, hidden[:, 1:])
+
+
+@pytest.mark.usefixtures("_untyped")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((jnp.ones(5, int),), "tokens is of shape [5]; expected an array [B, T]"),
+        (([[1, 2, 3]],), "tokens is a list; expected an array [B, T]"),
+        (
+            (jnp.ones((2, 5), int), jnp.ones((1, 5), int)),
+            "segment_ids is of shape [1, 5]; expected an array [2, 5]",
+        ),
+        (
+            (jnp.ones((2, 5), int), None, jnp.arange(5)),
+            "positions is of shape [5]; expected an array [2, 5]",
+        ),
+    ],
+)
+def test_a_model_names_what_it_was_given_and_the_shape_it_takes(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        abstract_model(small_config())(*given)
 
 
 def test_a_model_runs_where_double_precision_is_allowed():

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.config import REMAT, ModelConfig
 from qwen3next_jax.model.cache import empty_cache
 from qwen3next_jax.model.decoder_layer import DecoderLayer
-from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
+from qwen3next_jax.model.layers import RMSNorm, check_shape, normal, project, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP
 from qwen3next_jax.model.statistics import Observed, one_after_another
@@ -107,6 +107,9 @@ class Qwen3Next(nnx.Module):
 
         Returns:
           Logits, float32.
+
+        Raises:
+          ValueError: one of them is no array [B, T].
         """
         return self.logits(self.hidden_states(tokens, segment_ids, positions)[0])
 
@@ -145,7 +148,14 @@ class Qwen3Next(nnx.Module):
         Returns:
           Hidden states after the final norm; router statistics of the L layers with experts, their
           fields [L, B, ...], None where no layer has any.
+
+        Raises:
+          ValueError: tokens, segment_ids or positions are no array [B, T].
         """
+        check_shape("tokens", tokens, "B", "T")
+        for name, rows in (("segment_ids", segment_ids), ("positions", positions)):
+            if rows is not None:
+                check_shape(name, rows, *tokens.shape)
         if positions is None:
             positions = default_positions(tokens, segment_ids)
         # Grouped by graph definition, by which a module that a user has replaced differs.

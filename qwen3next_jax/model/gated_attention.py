@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import AttentionCache, add_to_slots
-from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
+from qwen3next_jax.model.layers import RMSNorm, check_shape, normal, project, weight
 from qwen3next_jax.model.rope import apply_rope
 from qwen3next_jax.model.statistics import Observed, sink_share, token_mean
 from qwen3next_jax.ops.attention import cached_attention
@@ -70,7 +70,11 @@ class GatedAttention(nnx.Module):
 
         Returns:
           y [B, T, D] in x's dtype, or with a cache (y, cache).
+
+        Raises:
+          ValueError: x is not [B, T, D].
         """
+        check_shape("x", x, "B", "T", self.config.hidden_size)
         B, T, _ = x.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))

@@ -21,7 +21,14 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax import ops
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import DeltaCache, DeltaDraft, next_tail
-from qwen3next_jax.model.layers import constant, normal, project, rms_normalize, weight
+from qwen3next_jax.model.layers import (
+    check_shape,
+    constant,
+    normal,
+    project,
+    rms_normalize,
+    weight,
+)
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import gathered
@@ -85,8 +92,12 @@ class GatedDeltaNet(nnx.Module):
 
         Returns:
           y [B, T, D] in x's dtype, or with a cache (y, cache).
+
+        Raises:
+          ValueError: x is not [B, T, D].
         """
         del positions
+        check_shape("x", x, "B", "T", self.q_proj.shape[0])
         B, T, _ = x.shape
 
         def projected(w, into=None):

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.model.layers import MLP, normal, project, weight
+from qwen3next_jax.model.layers import MLP, check_shape, normal, project, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.ops.expert_mlp import expert_mlp
 from qwen3next_jax.ops.grouped_matmul import row_alignment
@@ -95,7 +95,11 @@ class SparseMoE(nnx.Module):
         """Like a call, with the router's statistics over all tokens but padding (segment id 0).
 
         `observed`, where given, gets the statistic `shared_gate`.
+
+        Raises:
+          ValueError: x is not [B, T, D].
         """
+        check_shape("x", x, "B", "T", self.config.hidden_size)
         mesh = active_mesh()
         params = (self.router[...], self.gate_up_proj[...], self.down_proj[...])
         if segment_ids is None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.decoder_layer import DecoderLayer
-from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
+from qwen3next_jax.model.layers import RMSNorm, check_shape, normal, project, weight
 from qwen3next_jax.model.statistics import Observed
 from qwen3next_jax.parallel.mesh import gathered
 
@@ -65,7 +65,12 @@ class MTP(nnx.Module):
         Returns:
           The next hidden states, for the shared head and for a further step; the router's
           statistics, None without experts; the next cache, None without one.
+
+        Raises:
+          ValueError: hidden or next_embeddings is not [B, T, D].
         """
+        check_shape("hidden", hidden, "B", "T", self.fc.shape[1])
+        check_shape("next_embeddings", next_embeddings, *hidden.shape)
         fc = gathered(self.fc, hidden.dtype)
         x = project(self.pre_fc_norm_embedding(next_embeddings), fc[0])
         x += project(self.pre_fc_norm_hidden(hidden), fc[1])
