@@ -110,6 +110,12 @@ def save_hf(
             "python -m qwen3next_jax.convert to-hf"
         )
     arrays = {path: p[...] for path, p in params.items()}
+    wanted = {path: p.shape for path, p in abstract_parameters(model.config).items()}
+    if problems := misfits(wanted, {path: x.shape for path, x in arrays.items()}):
+        raise ValueError(
+            "Hugging Face has no model with these parameters (merge adapters into the weights that "
+            "they change):\n  " + "\n  ".join(problems)
+        )
 
     def blocks(path: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         for shard in arrays[path].addressable_shards:
