@@ -64,6 +64,12 @@ def test_a_prompt_for_the_answer_is_the_default():
     assert render_chat([USER], CHATML).endswith("<|im_start|>assistant\n")
 
 
+def test_a_template_may_ask_for_documents_which_are_none_unless_given():
+    template = "{{ documents is none }}"
+    assert render_chat([], template) == "True"
+    assert render_chat([], template, documents=[]) == "False"
+
+
 def test_a_template_can_ask_for_the_date():
     year = render_chat([], "{{ strftime_now('%Y') }}")
     assert year.isdigit()
@@ -78,6 +84,8 @@ def test_a_template_can_ask_for_the_date():
         (CHATML, [USER, {"role": "system", "content": "x"}], "The system message must come first"),
         (CHATML, [{"role": "user"}], "cannot render these messages: .*content"),
         (CHATML, [{"role": "user", "content": None}], "cannot render these messages: .*None"),
+        ("{{ 'text'.split('') }}", [USER], "cannot render these messages: empty separator"),
+        ("{{ 1 / 0 }}", [USER], "cannot render these messages: division by zero"),
         ("{{ messages.append(1) }}", [USER], "'append' of 'list' object is unsafe"),
         ("{{ messages.__class__.__mro__ }}", [USER], "'__class__' of 'list' object is unsafe"),
     ],

@@ -90,8 +90,22 @@ def test_what_does_not_fit_is_refused(model):
         generate(model, [[3, 61]])
     with pytest.raises(ValueError, match="max_new_tokens=-1 must"):
         generate(model, [[3]], max_new_tokens=-1)
-    with pytest.raises(ValueError, match="top_k=0 must"):
+    with pytest.raises(ValueError, match="top_k=0 must be an integer of at least 1"):
         generate(model, [[3]], top_k=0)
+    with pytest.raises(ValueError, match=r"max_new_tokens=2\.5 must be an integer"):
+        decode._require_integers(max_new_tokens=2.5)
+
+
+@pytest.mark.parametrize("tokens", [1, "ab", [1.5, 2], [[1], [2]], {"a": 1}, np.ones(2), None])
+def test_what_is_no_list_of_tokens_is_refused_as_such(tokens):
+    # Not by `generate`, whose types are checked in tests.
+    with pytest.raises(ValueError, match=r"Prompt 1 must be a list of tokens, \[1, 2, 3\] say"):
+        decode._tokens("Prompt 1", tokens)
+
+
+def test_lists_of_tokens_may_be_arrays_and_sets():
+    assert decode._tokens("stop_tokens", np.array([3, 4])) == [3, 4]
+    assert decode._tokens("stop_tokens", {5}) == [5]
 
 
 ON_A_MESH = """

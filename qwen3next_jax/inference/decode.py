@@ -68,8 +68,9 @@ def generate(
       The new tokens of each prompt.
 
     Raises:
-      ValueError: for an empty prompt, one that leaves the model's context, an unknown token, a
-        sampling option out of range, or speculation without an MTP module.
+      ValueError: for tokens or numbers that are no integers, an empty prompt, one that leaves the
+        model's context, an unknown token, a sampling option out of range, or speculation without an
+        MTP module.
     """
     generation = Generation(
         model,
@@ -123,10 +124,11 @@ class Generation:
         self._rules = _Rules(
             sampling=Sampling(**sampling),
             drafts=_number_of_drafts(model, speculative),
-            stop_tokens=tuple(sorted(set(stop_tokens))),
+            stop_tokens=tuple(sorted(set(_tokens("stop_tokens", stop_tokens)))),
         )
-        self._prompts = [list(prompt) for prompt in prompts]
+        self._prompts = [_tokens(f"Prompt {row}", prompt) for row, prompt in enumerate(prompts)]
         self._max_new_tokens, self._seed, self._slots = max_new_tokens, seed, slots
+        _require_integers(max_new_tokens=max_new_tokens, seed=seed)
         _check(model, self._prompts, max_new_tokens)
         self._model = model
         self._ended: set[int] = set()
@@ -437,6 +439,7 @@ def _number_of_drafts(model: Qwen3Next, speculative: bool | int | None) -> int:
     if speculative is None or speculative is True:
         drafts = DRAFTS if has_mtp or speculative else 0
     else:
+        _require_integers(speculative=speculative)
         drafts = int(speculative)
     if drafts < 0:
         raise ValueError(f"{speculative=} must be a number of drafts, at least 0")
@@ -446,6 +449,23 @@ def _number_of_drafts(model: Qwen3Next, speculative: bool | int | None) -> int:
             "speculative=False"
         )
     return drafts
+
+
+def _tokens(name: str, given: Any) -> list[int]:
+    """A list of integers; refuses all else."""
+    try:
+        tokens = np.asarray(given if hasattr(given, "shape") else list(given))
+    except (TypeError, ValueError):
+        tokens = np.empty(())
+    if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        raise ValueError(f"{name} must be a list of tokens, [1, 2, 3] say, got {given!r}")
+    return [int(token) for token in tokens]
+
+
+def _require_integers(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | np.integer):
+            raise ValueError(f"{name}={value!r} must be an integer")
 
 
 def _check(model: Qwen3Next, prompts: list[list[int]], max_new_tokens: int) -> None:

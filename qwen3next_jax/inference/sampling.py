@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 
@@ -40,8 +41,11 @@ class Sampling:
     def __post_init__(self):
         if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature} must be at least 0 (0: greedy)")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or None to keep all tokens")
+        whole = isinstance(self.top_k, int | np.integer)
+        if self.top_k is not None and not (whole and self.top_k >= 1):
+            raise ValueError(
+                f"top_k={self.top_k} must be an integer of at least 1, or None to keep all tokens"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or be None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
