@@ -1,6 +1,6 @@
 import pytest
 
-from qwen3next_jax.plan.chips import CHIPS, is_gpu, parse_topology
+from qwen3next_jax.plan.chips import CHIPS, parse_topology
 
 
 def test_topologies_are_read_and_unknown_ones_name_known_ones():
@@ -19,5 +19,5 @@ def test_collectives_over_several_hosts_of_gpus_are_as_fast_as_the_network():
     chip, count = parse_topology("h200:64")
     assert count == 64
     assert chip.ici_bandwidth == CHIPS["h200"].network_bandwidth < CHIPS["h200"].ici_bandwidth
-    assert is_gpu("h200:64")
-    assert not is_gpu("v5p:4x4x4")
+    assert chip.is_gpu
+    assert not parse_topology("v5p:4x4x4")[0].is_gpu

@@ -11,7 +11,7 @@ Implementations differ in what the platform is good at:
 - "reference": a sum over groups of masked products.
 
 Not `jax.lax.ragged_dot`: XLA multiplies every row by every group's matrix on a CPU and on an NVIDIA
-GPU (jaxlib 0.10), and on a TPU in its gradient by the weights.
+GPU (jaxlib 0.10 to 0.12), and on a TPU in its gradient by the weights.
 """
 
 import functools

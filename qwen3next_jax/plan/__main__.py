@@ -23,7 +23,7 @@ from qwen3next_jax.config import ModelConfig, RunConfig
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
-from qwen3next_jax.plan.chips import Chip, is_gpu, parse_topology
+from qwen3next_jax.plan.chips import Chip, parse_topology
 from qwen3next_jax.training.program import Program, make_program
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.")
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # no device is used, here or elsewhere
     config = RunConfig.from_dict(_CONFIG.value.to_dict())
     chip, places = parse_topology(_TOPOLOGY.value)
-    if _COMPILE.value and is_gpu(_TOPOLOGY.value):
+    if _COMPILE.value and chip.is_gpu:
         raise ValueError(
             f"--compile asks the TPU compiler, which knows no {_TOPOLOGY.value}; leave it out for "
             "the plan by arithmetic"
@@ -149,7 +149,7 @@ def _layout(
     used = sum(memory.values())
     sent = costs.communication(config, laid_out, mesh)
     low, high = costs.step_seconds(config, laid_out, mesh, chip)
-    more = "" if is_gpu(_TOPOLOGY.value) else "; --compile knows more"
+    more = "" if chip.is_gpu else "; --compile knows more"
     print(f"\nOn {_TOPOLOGY.value}, mesh {mesh}:")
     print(f"  memory a device: {used / 1e9:.2f} GB of {chip.hbm / 1e9:.1f} GB")
     _table({part: f"{n / 1e9:.2f} GB" for part, n in memory.items()})
@@ -235,7 +235,7 @@ def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> lis
                    step_seconds=high)  # fmt: skip
         print(f"  {low:7.2f} to {high:6.2f} s  {memory / 1e9:6.1f} GB  "
               f"remat={remat:19}  {used}", flush=True)  # fmt: skip
-        if i < _BEST.value and not is_gpu(_TOPOLOGY.value):
+        if i < _BEST.value and not chip.is_gpu:
             try:
                 compiled = tpu.compile_step(candidate.config, _TOPOLOGY.value)
             except (tpu.OutOfMemoryError, jax.errors.JaxRuntimeError, ValueError) as error:

@@ -16,6 +16,11 @@ class Chip:
     dimensions: int  # of its torus; a GPU has none, and machines of them one size, their number
     network_bandwidth: float = 0.0  # bytes a second from a GPU to those of other hosts
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is a GPU, which the TPU compiler does not know."""
+        return self.dimensions == 1
+
 
 _GIB = 2**30
 _BY_DEFAULT = 0.75  # of a GPU's memory: what JAX takes
@@ -33,11 +38,6 @@ _SIZES = {
     2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16"),
 }
-
-
-def is_gpu(topology: str) -> bool:
-    """Whether a topology that `parse_topology` takes is of GPUs."""
-    return CHIPS[topology.partition(":")[0]].dimensions == 1
 
 
 def known_topologies(kind: str) -> str:
@@ -60,12 +60,12 @@ def parse_topology(name: str) -> tuple[Chip, int]:
     chip = CHIPS[kind]
     parts = sizes.split("x")
     if len(parts) != chip.dimensions or not all(p.isdigit() and int(p) > 0 for p in parts):
-        counted = "one size" if chip.dimensions == 1 else f"{chip.dimensions} sizes"
+        counted = "one size" if chip.is_gpu else f"{chip.dimensions} sizes"
         raise ValueError(
             f"The topology {name!r} should have {counted}; known are {known_topologies(kind)}"
         )
     count = math.prod(map(int, parts))
-    if chip.network_bandwidth and count > _GPUS_OF_A_HOST:
+    if chip.is_gpu and count > _GPUS_OF_A_HOST:
         # A collective over hosts is as fast as its slowest part.
         chip = dataclasses.replace(chip, ici_bandwidth=chip.network_bandwidth)
     return chip, count
