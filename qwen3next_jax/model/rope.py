@@ -24,9 +24,13 @@ def apply_rope(
     frequencies, magnitude = _frequencies(config)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
-    half = config.rotary_dim // 2
-    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+    whole, half = x.astype(jnp.float32), config.rotary_dim // 2
+    a, b = whole[..., :half], whole[..., half : 2 * half]
+    # A TPU would copy all heads to cut off the entries that stay as they are, and to join them
+    # again. So these are multiplied by 1, and get 0 added.
+    rest = [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] - 2 * half)]
+    cos = jnp.pad(jnp.concatenate([cos, cos], -1), rest, constant_values=1)
+    return (whole * cos + jnp.pad(jnp.concatenate([-b * sin, a * sin], -1), rest)).astype(x.dtype)
 
 
 def describe_positions(config: ModelConfig) -> str:
