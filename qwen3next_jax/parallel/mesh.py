@@ -24,9 +24,11 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwen3next_jax.config import MeshConfig, nearest
+from qwen3next_jax.ops.platform import platform
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 ROWS = ("data", "fsdp", "expert")  # over these the rows of a batch are split
@@ -209,7 +211,14 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if mesh is None:
         return x
     spec = partition("An activation", axes, x.shape, mesh.shape)
-    return jax.lax.with_sharding_constraint(x, spec)
+    x = jax.lax.with_sharding_constraint(x, spec)
+    if platform() != "tpu":
+        return x
+    # Left to itself the compiler keeps tokens innermost between layers, and turns all of them
+    # around for the experts and back, in each layer. It would gather what it is told outside of
+    # `shard_map` from all devices.
+    here = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
+    return jax.shard_map(here, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def gathered(param: nnx.Param, dtype: Any) -> jax.Array:
