@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from oracles import quick_jit, relative_error
 
 from qwen3next_jax.ops.delta_rule import default_implementation, gated_delta_rule
@@ -275,6 +276,30 @@ def test_a_decay_of_minus_infinity_forgets_everything(implementation):
         return run(given, segments, implementation)[0].sum()
 
     assert np.isfinite(np.asarray(jax.grad(total)(jnp.asarray(arrays[3], jnp.float32)))).all()
+
+
+def test_a_scan_over_layers_keeps_no_mask_as_large_as_values():
+    q, k, v, g, beta, _, segments = (jnp.asarray(x) for x in make("padding"))
+
+    def loss(v):
+        def layer(v, _):
+            given = dict(log_decay=g, beta=beta, segment_ids=segments)
+            return gated_delta_rule(q, k, v, **given, implementation="pallas")[0], None
+
+        return jax.lax.scan(layer, v, length=3)[0].sum()
+
+    def outer_scans(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "scan" and eqn.params["length"] == 3:
+                yield eqn
+            else:
+                for inner in jaxprs_in_params(eqn.params):
+                    yield from outer_scans(inner)
+
+    scans = list(outer_scans(jax.make_jaxpr(jax.grad(loss))(v).jaxpr))
+    assert len(scans) == 2  # forward and back
+    masks = [x.aval for scan in scans for x in scan.invars if x.aval.dtype == bool]
+    assert all(mask.size <= 3 * segments.size for mask in masks), masks
 
 
 def test_bad_input_is_refused_with_the_values():

@@ -170,8 +170,21 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
     g = jnp.maximum(g, -1e30)  # spans are products with 0 and 1, and 0 · −∞ is no number
     out, state = compute(q, k, values, g, beta, segments, before, state)
     if real is not None:
-        out = jnp.where(real[..., None, None], out, 0)
+        out = _where_real(out, real)
     return out.astype(v.dtype), state
+
+
+@jax.custom_vjp
+def _where_real(x, real):
+    """x [B, T, N, P], and 0 at padding."""
+    # As large as x, the mask would be taken out of a scan over layers, or kept for each of them.
+    x, real = jax.lax.optimization_barrier((x, real))
+    return jnp.where(real[..., None, None], x, 0)
+
+
+_where_real.defvjp(
+    lambda x, real: (_where_real(x, real), real), lambda real, d_x: (_where_real(d_x, real), None)
+)
 
 
 def _spread_over_padding(
