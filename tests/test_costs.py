@@ -79,8 +79,8 @@ def test_forward_operations_are_the_published_arithmetic():
 
 def even_loads(rows, weights, gate_up, down, group_sizes, **options):
     """The products of even loads and no more, where all of a compiler's ways on a CPU do more."""
-    E, D, _ = gate_up.shape
-    gate, up = jnp.split(jnp.einsum("erd,edf->erf", rows.reshape(E, -1, D), gate_up), 2, axis=-1)
+    E, _, D, _ = gate_up.shape
+    gate, up = jnp.einsum("erd,epdf->perf", rows.reshape(E, -1, D), gate_up)
     hidden = jax.nn.silu(gate) * up * weights.reshape(E, -1, 1)
     return jnp.einsum("erf,efd->erd", hidden, down).reshape(-1, D)
 

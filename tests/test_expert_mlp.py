@@ -23,8 +23,8 @@ def reference(rows, weights, gate_up, down, sizes):
     outs, start = [], 0
     for e, size in enumerate(sizes):
         x, w = rows[start : start + size], weights[start : start + size]
-        both = x @ gate_up[e]
-        outs.append((jax.nn.silu(both[:, :F]) * both[:, F:] * w[:, None]) @ down[e])
+        gate, up = x @ gate_up[e, 0], x @ gate_up[e, 1]
+        outs.append((jax.nn.silu(gate) * up * w[:, None]) @ down[e])
         start += size
     return jnp.concatenate(outs)
 
@@ -36,7 +36,7 @@ def make(sizes, rows, dtype):
         return jnp.asarray(scale * rng.standard_normal(shape), dtype)
 
     weights = jnp.asarray(rng.uniform(0.1, 1, rows), jnp.float32)
-    matrices = draw(len(sizes), D, 2 * F, scale=D**-0.5), draw(len(sizes), F, D, scale=F**-0.5)
+    matrices = draw(len(sizes), 2, D, F, scale=D**-0.5), draw(len(sizes), F, D, scale=F**-0.5)
     return draw(rows, D), weights, *matrices, draw(rows, D)
 
 

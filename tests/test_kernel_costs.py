@@ -180,7 +180,7 @@ def test_experts(dtype):
         return y.sum().astype(jnp.float32)
 
     E = len(sizes)
-    matrices = array(E, D, 2 * F, dtype=dtype), array(E, F, D, dtype=dtype)
+    matrices = array(E, 2, D, F, dtype=dtype), array(E, F, D, dtype=dtype)
     given = array(R, D, dtype=dtype), array(R, dtype=jnp.float32), *matrices
     found = kernels_of(jax.grad(loss, argnums=range(4)), *given)
     assert len(found) == 2

@@ -38,7 +38,7 @@ def specs(config):
 def test_matrices_are_split_along_the_model_dimension_and_vectors_are_not():
     found = specs(small_config(mtp_steps=1))
     assert found["embed_tokens"] == P(None, "fsdp")
-    assert found["groups/layers/0/mlp/gate_up_proj"] == P(None, None, "fsdp", None, None)
+    assert found["groups/layers/0/mlp/gate_up_proj"] == P(None, None, None, "fsdp", None)
     assert found["groups/layers/1/self_attn/o_proj"] == P(None, None, None, "fsdp")
     assert found["mtp/fc"] == P(None, "fsdp", None)  # square: along its first dimension only
     assert found["norm/weight"] == P(None)

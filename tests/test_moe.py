@@ -31,7 +31,7 @@ def token_by_token(x, w, config):
         share = p[best] / (p[best].sum() if config.norm_topk_prob else 1)
         y = 0
         for e, weight in zip(best, share, strict=True):
-            gate, up = token @ w["gate_up_proj"][e, :, 0], token @ w["gate_up_proj"][e, :, 1]
+            gate, up = token @ w["gate_up_proj"][e, 0], token @ w["gate_up_proj"][e, 1]
             y = y + weight * (silu(gate) * up) @ w["down_proj"][e]
         if config.shared_expert_intermediate_size:
             shared = {k.split("/")[1]: v for k, v in w.items() if k.startswith("shared_expert/")}

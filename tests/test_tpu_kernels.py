@@ -94,7 +94,7 @@ def test_experts_compile_for_a_tpu_and_hold_nothing_between_their_products(topol
     program = compiled(
         expert_gradients, topology,
         ((R, D), dtype), ((R,), jnp.float32),
-        ((E, D, 2 * F), dtype), ((E, F, D), dtype), ((E,), jnp.int32),
+        ((E, 2, D, F), dtype), ((E, F, D), dtype), ((E,), jnp.int32),
     )  # fmt: skip
     costs = estimate(program.as_text(), CHIPS["v5p"])
     assert costs.kernel_seconds > 0

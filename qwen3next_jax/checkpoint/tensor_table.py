@@ -202,15 +202,15 @@ def _experts(c: ModelConfig, fused: bool) -> Iterator[Entry]:
     yield _linear("mlp.gate.weight", "mlp/router", (D,), (E,))
     if fused:
         yield _whole(there + "gate_up_proj", gate_up, (E, 2 * F, D),
-                     lambda t: t.reshape(E, 2, F, D).transpose(0, 3, 1, 2))  # fmt: skip
+                     lambda t: t.reshape(E, 2, F, D).swapaxes(2, 3))  # fmt: skip
         yield _whole(there + "down_proj", down, (E, D, F), lambda t: t.swapaxes(1, 2))
     else:
         full = slice(None)
         for e in range(E):
             one = slice(e, e + 1)
             for i, name in enumerate(("gate", "up")):
-                place = (one, full, slice(i, i + 1), full)
-                part = Part(gate_up, place, lambda t: t.T[None, :, None])
+                place = (one, slice(i, i + 1), full, full)
+                part = Part(gate_up, place, lambda t: t.T[None, None])
                 yield Entry(f"{there}{e}.{name}_proj.weight", (F, D), (part,))
             part = Part(down, (one, full, full), lambda t: t.T[None])
             yield Entry(f"{there}{e}.down_proj.weight", (D, F), (part,))

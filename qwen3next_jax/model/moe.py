@@ -74,7 +74,7 @@ class SparseMoE(nnx.Module):
         )
         self.router = weight(rngs, router, param_dtype, embed=D, router=E)
         self.gate_up_proj = weight(
-            rngs, init, param_dtype, experts=E, embed=D, pair=2, expert_mlp=F
+            rngs, init, param_dtype, experts=E, pair=2, embed=D, expert_mlp=F
         )
         self.down_proj = weight(rngs, init, param_dtype, experts=E, expert_mlp=F, embed=D)
         if width := config.shared_expert_intermediate_size:
@@ -215,8 +215,7 @@ def _float32() -> jax.lax.Precision:
 
 
 def _experts(rows, weights, group_sizes, *, gate_up, down, block, expected_rows):
-    E, D, _, F = gate_up.shape
-    gate_up, down = gate_up.astype(rows.dtype).reshape(E, D, 2 * F), down.astype(rows.dtype)
+    gate_up, down = gate_up.astype(rows.dtype), down.astype(rows.dtype)
     return expert_mlp(
         rows, weights, gate_up, down, group_sizes, block=block, expected_rows=expected_rows
     )

@@ -43,7 +43,7 @@ def default_implementation(size: int, width: int, dtype: jnp.dtype) -> str:
 def expert_mlp(
     rows: Float[Array, "R D"],
     weights: Float[Array, "R"],
-    gate_up: Float[Array, "E D GU"],
+    gate_up: Float[Array, "E 2 D F"],
     down: Float[Array, "E F D"],
     group_sizes: Int[Array, "E"],
     *,
@@ -57,7 +57,7 @@ def expert_mlp(
       rows: sorted by expert; what rows behind the last expert's give, or get as gradient, may be
         anything.
       weights: of each row, float32.
-      gate_up, down: each expert's matrices, in rows' dtype; GU is 2 F, G beside U.
+      gate_up, down: each expert's matrices, in rows' dtype; G before U.
       group_sizes: rows of each expert; multiples of block, but for "pallas" any.
       implementation: "pallas", "blocked" or "products"; None: the platform's default.
       block: rows of a block, as `row_alignment` gives them; "pallas" doesn't read it.
@@ -87,9 +87,9 @@ def expert_mlp(
         raise ValueError(
             f"{implementation=} is unknown; expected 'pallas', 'blocked' or 'products'"
         )
-    hidden = grouped_matmul(rows, gate_up, group_sizes, block=block)
+    gate, up = (grouped_matmul(rows, gate_up[:, half], group_sizes, block=block) for half in (0, 1))
     # Weighed before the second product, where rows are narrowest, in the weights' float32.
-    hidden = _between(hidden, weights).astype(rows.dtype)
+    hidden = _between(gate, up, weights).astype(rows.dtype)
     return grouped_matmul(hidden, down, group_sizes, block=block)
 
 
@@ -101,9 +101,13 @@ def _at_once(rows, block):
     return max(1, min(_AT_ONCE.get(platform(), 1), rows // block))
 
 
-def _between(hidden, weights):
-    gate, up = jnp.split(hidden, 2, axis=-1)
+def _between(gate, up, weights):
     return jax.nn.silu(gate) * up * weights[..., None]
+
+
+def _side_by_side(gate_up):
+    """[Z, 2, D, F] → [Z, D, 2 F], for one product with both."""
+    return gate_up.swapaxes(1, 2).reshape(len(gate_up), gate_up.shape[2], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -112,8 +116,9 @@ def _blocked(rows, weights, gate_up, down, group_sizes, block):
 
     def visit(i, out):
         expert = visits.take(visits.group, i)
-        hidden = _product("zrd,zdf->zrf", visits.blocks(out, i), gate_up[expert])
-        hidden = _between(hidden, visits.blocks(weights, i)).astype(rows.dtype)
+        both = _product("zrd,zdf->zrf", visits.blocks(out, i), _side_by_side(gate_up[expert]))
+        hidden = _between(*jnp.split(both, 2, axis=-1), visits.blocks(weights, i))
+        hidden = hidden.astype(rows.dtype)
         return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert]))
 
     return jax.lax.fori_loop(0, visits.used, visit, rows)
@@ -125,12 +130,13 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
     def visit(i, carry):
         out, kept = carry
         expert = visits.take(visits.group, i)
-        hidden = _product("zrd,zdf->zrf", visits.blocks(out, i), gate_up[expert])
-        kept = visits.put(kept, i, hidden)
-        hidden = _between(hidden, visits.blocks(weights, i)).astype(rows.dtype)
+        both = _product("zrd,zdf->zrf", visits.blocks(out, i), _side_by_side(gate_up[expert]))
+        kept = visits.put(kept, i, both)
+        hidden = _between(*jnp.split(both, 2, axis=-1), visits.blocks(weights, i))
+        hidden = hidden.astype(rows.dtype)
         return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert])), kept
 
-    kept = jnp.zeros((len(rows), gate_up.shape[2]), rows.dtype)
+    kept = jnp.zeros((len(rows), 2 * gate_up.shape[3]), rows.dtype)
     out, kept = jax.lax.fori_loop(0, visits.used, visit, (rows, kept))
     return out, (rows, weights, gate_up, down, group_sizes, kept)
 
@@ -144,21 +150,24 @@ def _blocked_backward(block, residuals, d_out):
         expert = visits.take(visits.group, i)
         x, d_y = visits.blocks(rows, i), visits.blocks(d_rows, i)
         before = visits.blocks(kept, i).astype(jnp.float32)
-        hidden, pull = jax.vjp(_between, before, visits.blocks(weights, i))
-        d_before, d_w = pull(_product("zrd,zfd->zrf", d_y, down[expert]))
-        d_before = d_before.astype(dtype)
+        hidden, pull = jax.vjp(_between, *jnp.split(before, 2, axis=-1), visits.blocks(weights, i))
+        *d_before, d_w = pull(_product("zrd,zfd->zrf", d_y, down[expert]))
+        d_before = jnp.concatenate(d_before, axis=-1).astype(dtype)
         # Blocks without an expert are taken along with the last ones, but add to no gradient.
         d_down = d_down.at[expert].add(_product("zrf,zrd->zfd", hidden.astype(dtype), d_y))
         d_gate_up = d_gate_up.at[expert].add(_product("zrd,zrf->zdf", x, d_before))
-        d_rows = visits.put(d_rows, i, _product("zrf,zdf->zrd", d_before, gate_up[expert]))
+        matrices = _side_by_side(gate_up[expert])
+        d_rows = visits.put(d_rows, i, _product("zrf,zdf->zrd", d_before, matrices))
         return d_rows, visits.put(d_weights, i, d_w), d_gate_up, d_down
 
+    E, F, D = down.shape
     start = (
         d_out, jnp.zeros_like(weights),
-        jnp.zeros(gate_up.shape, jnp.float32), jnp.zeros(down.shape, jnp.float32),
+        jnp.zeros((E, D, 2 * F), jnp.float32), jnp.zeros((E, F, D), jnp.float32),
     )  # fmt: skip
     d_rows, d_weights, d_gate_up, d_down = jax.lax.fori_loop(0, visits.used, visit, start)
-    return d_rows, d_weights, d_gate_up.astype(dtype), d_down.astype(dtype), None
+    d_gate_up = d_gate_up.astype(dtype).reshape(E, D, 2, F).swapaxes(1, 2)
+    return d_rows, d_weights, d_gate_up, d_down.astype(dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -118,7 +118,6 @@ class Rule(NamedTuple):
 _MATRIX = Matrix((-2,), (-1,))  # [D, F]
 _TO_HEADS = Matrix((-3,), (-2, -1))  # [D, N, H]
 _FROM_HEADS = Matrix((-3, -2), (-1,))  # [N, P, D]
-_PAIR_TO_PAIR = Matrix((-3,), (-1,))  # [D, 2, F]: two matrices [D, F]
 
 _NORM = r"norm\w*/weight$"
 
@@ -140,8 +139,7 @@ _RULES = (
     Rule(r"mlp/router", True, None),
     Rule(r"linear_attn/[qkvz]_proj|self_attn/(q|k|v|gate)_proj", True, _TO_HEADS),
     Rule(r"linear_attn/out_proj|self_attn/o_proj", True, _FROM_HEADS),
-    Rule(r"mlp/gate_up_proj", True, _PAIR_TO_PAIR),
-    Rule(r"mlp/(shared_expert/)?(gate|up|down)_proj", True, _MATRIX),
+    Rule(r"mlp/(shared_expert/)?(gate|up|gate_up|down)_proj", True, _MATRIX),
     # [2, D, D]: two vectors side by side go in.
     Rule(r"mtp/fc", True, _FROM_HEADS),
 )

@@ -57,7 +57,7 @@ def can_compile(size: int, width: int, dtype: jnp.dtype) -> bool:
 def expert_mlp(
     rows: Float[Array, "R D"],
     weights: Float[Array, "R"],
-    gate_up: Float[Array, "E D 2*F"],
+    gate_up: Float[Array, "E 2 D F"],
     down: Float[Array, "E F D"],
     group_sizes: Int[Array, "E"],
     expected_rows: int,
@@ -68,7 +68,7 @@ def expert_mlp(
       rows: sorted by expert; rows behind the last expert's may be anything, there, in what they
         give, and in their gradients.
       weights: of each row, float32.
-      gate_up, down: each expert's matrices, in rows' dtype; G beside U.
+      gate_up, down: each expert's matrices, in rows' dtype; G before U.
       group_sizes: rows of each expert.
       expected_rows: how many rows are likely to come, of all experts together; for the costs.
     """
@@ -164,7 +164,7 @@ class _Tiles:
         shape = {
             "rows": (self.R, self.D // lanes, lanes),
             "lanes": (self.tiles, 1, self.tile),
-            "gate_up": (self.E, self.D, 2 * self.F),
+            "gate_up": (self.E, 2, self.D, self.F),
             "down": (self.E, self.F, self.D),
         }[name]
         return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "lanes" else self.dtype)
@@ -172,8 +172,9 @@ class _Tiles:
     def spec(self, name):
         first = self.tile if name == "rows" else None
         which = 0 if name in ("gate_up", "down") else 1  # an expert's, or a tile's
+        rest = self.shape(name).shape[1:]
         return pl.BlockSpec(
-            (first, *self.shape(name).shape[1:]), lambda i, *scalars: (scalars[which][i], 0, 0)
+            (first, *rest), lambda i, *scalars: (scalars[which][i], *[0] * len(rest))
         )
 
     def grid(self, given, results, *scratch):
@@ -208,9 +209,8 @@ def _forward_kernel(
 ):
     expert, tile = (x[pl.program_id(0)] for x in (experts, tiles))
     x = _matrix(rows_ref)
-    F = down_ref.shape[0]
-    both = _dot(x, gate_up_ref[...])
-    hidden = jax.nn.silu(both[:, :F]) * both[:, F:] * _column(weights_ref[...])
+    gate, up = _dot(x, gate_up_ref[0]), _dot(x, gate_up_ref[1])
+    hidden = jax.nn.silu(gate) * up * _column(weights_ref[...])
     out[...] = _dot(hidden.astype(x.dtype), down_ref[...]).astype(out.dtype)
     _store(out_ref, out, starts[expert] - tile * x.shape[0])
 
@@ -221,7 +221,7 @@ def _backward_kernel(
 ):  # fmt: skip
     step, last = pl.program_id(0), pl.num_programs(0) - 1
     expert, tile = experts[step], tiles[step]
-    x, d_out, F = _matrix(rows_ref), _matrix(d_out_ref), down_ref.shape[0]
+    x, d_out = _matrix(rows_ref), _matrix(d_out_ref)
     start, end = (s[expert] - tile * len(x) for s in (starts, ends))
 
     @pl.when((step == 0) | (experts[jnp.maximum(step - 1, 0)] != expert))
@@ -234,23 +234,23 @@ def _backward_kernel(
     own = (row >= start) & (row < end)
     x, d_out = (jnp.where(own, a.astype(jnp.float32), 0).astype(a.dtype) for a in (x, d_out))
     weights = jnp.where(own, _column(weights_ref[...]), 0)
-    gate_up = gate_up_ref[...]
-    both = _dot(x, gate_up)
-    gate, up = both[:, :F], both[:, F:]
+    gate, up = _dot(x, gate_up_ref[0]), _dot(x, gate_up_ref[1])
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     product = silu * up
     d_weighted = _dot(d_out, down_ref[...], contract=(1, 1))
     d_product = d_weighted * weights
-    d_gate = d_product * up * (sigmoid + silu * (1 - sigmoid))
-    d_both = jnp.concatenate([d_gate, d_product * silu], axis=1).astype(x.dtype)
-    d_rows[...] = _dot(d_both, gate_up, contract=(1, 1)).astype(x.dtype)
+    d_gate = (d_product * up * (sigmoid + silu * (1 - sigmoid))).astype(x.dtype)
+    d_up = (d_product * silu).astype(x.dtype)
+    through = _dot(d_gate, gate_up_ref[0], contract=(1, 1))
+    d_rows[...] = (through + _dot(d_up, gate_up_ref[1], contract=(1, 1))).astype(x.dtype)
     _store(d_rows_ref, d_rows, start)
     lane = jax.lax.broadcasted_iota(jnp.int32, d_weights_ref.shape, 1)
     d_weights = _lanes((d_weighted * product).sum(1, keepdims=True))
     d_weights_ref[...] = jnp.where(lane >= start, d_weights, d_weights_ref[...])
     weighted = (product * weights).astype(x.dtype)
-    d_gate_up_sum[...] += _dot(x, d_both, contract=(0, 0))
+    d_gate_up_sum[0] += _dot(x, d_gate, contract=(0, 0))
+    d_gate_up_sum[1] += _dot(x, d_up, contract=(0, 0))
     d_down_sum[...] += _dot(weighted, d_out, contract=(0, 0))
 
     @pl.when((step == last) | (experts[jnp.minimum(step + 1, last)] != expert))
