@@ -143,7 +143,11 @@ def causal_conv(args):
     N, P, W = c.linear_num_value_heads, c.linear_value_head_dim, c.linear_conv_kernel_dim
     kernel = np.random.default_rng(1).standard_normal((W, N, P)).astype(jnp.dtype(args.dtype))
     flops = 2 * W * N * P * args.batch * args.tokens
-    return {"shifted": ops.causal_conv}, flops, [random(N, P), kernel], 2
+
+    def of(name):
+        return lambda x, w: ops.causal_conv(x, w, activation="silu", implementation=name)
+
+    return {n: of(n) for n in ["shifted", *_kernels()]}, flops, [random(N, P), kernel], 2
 
 
 def cross_entropy(args):

@@ -143,7 +143,7 @@ class AblatedDeltaNet(q3n.GatedDeltaNet):
             return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
 
         q, k, v = (
-            jax.nn.silu(q3n.ops.causal_conv(project(w), conv[...]))
+            q3n.ops.causal_conv(project(w), conv[...], activation="silu")
             for w, conv in (
                 (self.q_proj, self.q_conv),
                 (self.k_proj, self.k_conv),

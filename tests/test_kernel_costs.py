@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from oracles import abstract_model, small_config
 
 from qwen3next_jax.model import gated_attention
-from qwen3next_jax.ops import attention, gated_delta_rule, grouped_matmul
+from qwen3next_jax.ops import attention, causal_conv, gated_delta_rule, grouped_matmul
 from qwen3next_jax.ops.pallas.expert_mlp import TILE, expert_mlp
 from qwen3next_jax.ops.pallas.kernel_costs import stating
 
@@ -123,6 +123,24 @@ def test_delta_rule(tokens, dtype):
         arrays = kernel.invars + kernel.outvars
         moved = sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
         assert kernel.params["cost_estimate"].bytes_accessed == moved
+
+
+def test_causal_conv():
+    B, T, N, H, W = 2, 4096, 32, 128, 4
+
+    def loss(x, kernel):
+        y = causal_conv(x, kernel, activation="silu", implementation="pallas")
+        return y.sum().astype(jnp.float32)
+
+    found = kernels_of(
+        jax.grad(loss, argnums=(0, 1)), array(B, T, N, H), array(W, N, H, dtype=jnp.float32)
+    )
+    # A multiply and an add for each tap; backward again, and for both gradients.
+    assert [stated(kernel) for kernel in found] == [2 * W * B * T * N * H * n for n in (1, 3)]
+    for kernel, passes in zip(found, (2, 3), strict=True):
+        own = B * T * 128 * 4
+        moved = kernel.params["cost_estimate"].bytes_accessed
+        assert moved == passes * B * T * N * H * 2 + own
 
 
 @pytest.mark.parametrize("tokens", [4096, 700])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from tpu_program import compiled
 
-from qwen3next_jax.ops import attention, gated_delta_rule
+from qwen3next_jax.ops import attention, causal_conv, gated_delta_rule
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile, expert_mlp
 from qwen3next_jax.plan.chips import CHIPS
 from qwen3next_jax.plan.hlo import estimate
@@ -24,6 +24,16 @@ def attention_gradients(q, k, v, segments):
         return attention(q, k, v, segment_ids=segments).astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=range(3))(q, k, v)
+
+
+def conv_gradients(x, kernel, segments, d_out):
+    def conv(x, kernel):
+        # As the layer has it between its projections and the delta rule, head by head.
+        y = causal_conv(x.swapaxes(1, 2), kernel, activation="silu", segment_ids=segments)
+        return y.swapaxes(1, 2)
+
+    out, vjp = jax.vjp(conv, x, kernel)
+    return out, *vjp(d_out)
 
 
 def expert_gradients(rows, weights, gate_up, down, sizes):
@@ -60,6 +70,26 @@ def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chun
     inputs = tokens * (2 * 16 + 2 * 32) * 128 * size
     # Beside the states, inverses of a quarter of their size, and gates, copies of inputs.
     assert program.memory_analysis().temp_size_in_bytes < 2 * states + 4 * inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "tokens", "dtype"),
+    [("v5p:2x2x1", 4096, "bfloat16"), ("v6e:2x2", 1000, "bfloat16"), ("v5e:2x2", 512, "float32")],
+)
+def test_the_convolution_compiles_for_a_tpu_and_holds_nothing(topology, tokens, dtype):
+    heads = (1, 32, tokens, 128), dtype
+    program = compiled(
+        conv_gradients, topology,
+        heads, ((4, 32, 128), jnp.float32), ((1, tokens), jnp.int32), heads,
+    )  # fmt: skip
+    costs = estimate(program.as_text(), CHIPS["v5p"])
+    assert costs.kernel_seconds > 0
+    assert not costs.uncosted
+    if tokens % 512 == 0:  # else inputs are padded to whole blocks
+        # Which taps are a token's own, spread over the lanes, and gradients of taps by block.
+        lanes, taps = tokens * 128 * 4, tokens // 512 * 32 * 8 * 128 * 4
+        assert program.memory_analysis().temp_size_in_bytes < 2 * (lanes + taps)
 
 
 @pytest.mark.slow

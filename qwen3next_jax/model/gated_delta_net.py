@@ -109,7 +109,7 @@ class GatedDeltaNet(nnx.Module):
         # Tokens behind a cache are too few to be split over devices.
         mixing = context if cache is None else ops
         q, k, v = (
-            jax.nn.silu(mixing.causal_conv(x, w, segment_ids=segment_ids, tail=tail))
+            mixing.causal_conv(x, w, activation="silu", segment_ids=segment_ids, tail=tail)
             for x, w, tail in zip(inputs, kernels, tails, strict=True)
         )
         beta = jax.nn.sigmoid(projected(self.b_proj, into=jnp.float32))

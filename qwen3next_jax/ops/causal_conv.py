@@ -2,40 +2,70 @@
 
     y_t = Σ_w kernel[w] x_{t − (W − 1) + w},   over taps in t's own document
 
-Written as W shifted multiply-adds, which compilers fuse into one pass over the activations; a
-convolution primitive would be slower for depthwise filters of four taps.
+"shifted" is W shifted multiply-adds, which compilers fuse into one pass over the activations; a
+convolution primitive would be slower for depthwise filters of four taps. "pallas" are kernels for
+TPUs, for which several passes over the activations become one (`pallas/causal_conv.py`).
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from qwen3next_jax.ops.pallas import causal_conv as kernels
+from qwen3next_jax.ops.platform import check_kernels_run, platform
+
+
+def default_implementation(taps: int, channels: tuple[int, ...]) -> str:
+    """The implementation that suits the platform, the filters and the channels' axes."""
+    fits = len(channels) == 2 and kernels.can_compile(taps, channels[-1])
+    return "pallas" if platform() == "tpu" and fits else "shifted"
 
 
 def causal_conv(
     x: Float[Array, "B T *C"],
     kernel: Float[Array, "W *C"],
     *,
+    activation: str | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     tail: Float[Array, "B L *C"] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "B T *C"]:
     """Convolves along T.
 
     Args:
       x: inputs, with any channel axes after T.
       kernel: taps, oldest first.
+      activation: "silu" or None, of the sums.
       segment_ids: documents packed in a row; no tap reaches into another one.
       tail: the L = W − 1 inputs before x, of the same document as x's first token; zeros when None.
+      implementation: "shifted", or "pallas" for channels [N, H] without a tail. None: the
+        platform's default.
 
     Returns:
-      Outputs in x's dtype; sums are in float32.
+      Outputs in x's dtype; sums and what is done to them are in float32.
 
     Raises:
-      ValueError: the tail is of another length.
+      ValueError: the tail is of another length, the activation is unknown, or the implementation
+        is unknown or not for this platform or these arrays.
     """
     W, T = kernel.shape[0], x.shape[1]
+    if activation not in (None, "silu"):
+        raise ValueError(f"{activation=} is unknown; expected 'silu' or None")
     if tail is not None and tail.shape[1] != W - 1:
         raise ValueError(
             f"The tail holds {tail.shape[1]} inputs; a kernel of {W} taps needs {W - 1}"
         )
+    if implementation is None:
+        implementation = default_implementation(W, kernel.shape[1:]) if tail is None else "shifted"
+    if implementation == "pallas":
+        check_kernels_run()
+        if tail is not None or kernel.ndim != 3:
+            raise ValueError("implementation='pallas' takes x [B, T, N, H] and no tail")
+        if segment_ids is None:
+            segment_ids = jnp.ones(x.shape[:2], jnp.int32)
+        return kernels.causal_conv(x, kernel, segment_ids, activation == "silu")
+    if implementation != "shifted":
+        raise ValueError(f"{implementation=} is unknown; expected 'shifted' or 'pallas'")
     padding = [(0, 0)] * (x.ndim - 2)
     if tail is None:
         padded = jnp.pad(x, [(0, 0), (W - 1, 0), *padding])
@@ -51,4 +81,4 @@ def causal_conv(
             same = (earlier == segment_ids).reshape(*segment_ids.shape, *[1] * (x.ndim - 2))
             tap = jnp.where(same, tap, 0)
         total += tap
-    return total.astype(x.dtype)
+    return (total if activation is None else jax.nn.silu(total)).astype(x.dtype)

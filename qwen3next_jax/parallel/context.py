@@ -68,19 +68,20 @@ def causal_conv(
     x: Float[Array, "B T N H"],
     kernel: Float[Array, "W N H"],
     *,
+    activation: str | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     tail: Float[Array, "B L N H"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`ops.causal_conv` of heads' channels, on the mesh."""
-    mesh = active_mesh()
+    mesh, conv = active_mesh(), functools.partial(ops.causal_conv, activation=activation)
     if mesh is None:
-        return ops.causal_conv(x, kernel, segment_ids=segment_ids, tail=tail)
+        return conv(x, kernel, segment_ids=segment_ids, tail=tail)
     _check_rows(x, mesh.shape)
     _check_tokens(x.shape[1], mesh.shape[_AXIS], at_least=kernel.shape[0] - 1)
 
     def local(x, kernel, segments, tail):
         if mesh.shape[_AXIS] == 1:
-            return ops.causal_conv(x, kernel, segment_ids=segments, tail=tail)
+            return conv(x, kernel, segment_ids=segments, tail=tail)
         L = kernel.shape[0] - 1
         before = _from_before(x[:, x.shape[1] - L :])
         if tail is not None:
@@ -91,7 +92,7 @@ def causal_conv(
             ids = jnp.where(_rank() == 0, segments[:, :1], ids)
             segments = jnp.concatenate([ids, segments], axis=1)
         x = jnp.concatenate([before, x], axis=1)
-        return ops.causal_conv(x, kernel, segment_ids=segments)[:, L:]
+        return conv(x, kernel, segment_ids=segments)[:, L:]
 
     tail_spec = P(ROWS, None, "tensor")
     specs = (_HEADS, P(None, "tensor"), _TOKENS, tail_spec)
