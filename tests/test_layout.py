@@ -30,6 +30,8 @@ def problems(sizes, **changes):
                              r"1 or 2 would work"),
         (dict(tensor=2), {"model__num_key_value_heads": 3, "model__num_attention_heads": 6},
          r"num_key_value_heads=3 and mesh.tensor=2 do not divide one another; 1 or 3 would"),
+        (dict(tensor=6), {"model__num_key_value_heads": 4, "model__num_attention_heads": 12},
+         r"num_key_value_heads=4 and mesh.tensor=6 do not divide one another; 2 or 4 would"),
         (dict(context=8), {"train__sequence_length": 640},
          r"sequence_length=640 is not divisible by mesh.context=8 times 64 tokens.*; a length of "
          r"512 or 1024 would work, or mesh.context=5 or 10"),

@@ -50,7 +50,8 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
 
     yield from _indivisible(sizes, ("tensor",), columns)
     if not kv_heads_work(sizes["tensor"]):
-        works = [w for w in range(1, m.num_attention_heads + 1) if kv_heads_work(w)]
+        heads = m.num_attention_heads
+        works = [w for w in range(1, heads + 1) if heads % w == 0 and kv_heads_work(w)]
         yield (
             f"model.num_key_value_heads={kv_heads} and mesh.tensor={sizes['tensor']} do not divide "
             f"one another; {nearest(works, sizes['tensor'])} would work"
