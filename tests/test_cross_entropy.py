@@ -1,5 +1,7 @@
 """Chunked cross-entropy against PyTorch's in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,3 +87,14 @@ def test_bfloat16_hidden_states_get_float32_losses():
     # The products are exact in float32: only the gradients are rounded, to 8 bits.
     np.testing.assert_allclose(got, total, rtol=2e-6)
     np.testing.assert_allclose(np.asarray(gradient, np.float32), d_hidden, atol=0.05)
+
+
+def test_all_is_float32_where_double_precision_is_allowed():
+    with jax.enable_x64(True):
+        hidden, head, targets, weights = (jnp.asarray(x) for x in make())
+
+        def total(hidden, head):
+            return cross_entropy(hidden, head, targets, weights, chunk=5)[0]
+
+        text = str(jax.make_jaxpr(jax.value_and_grad(total, argnums=(0, 1)))(hidden, head))
+    assert not re.search(r"f64\[\d", text)  # numbers may be

@@ -1,6 +1,7 @@
 """The delta rule against a token-by-token recurrence in float64, forward and backward."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -300,6 +301,20 @@ def test_a_scan_over_layers_keeps_no_mask_as_large_as_values():
     assert len(scans) == 2  # forward and back
     masks = [x.aval for scan in scans for x in scan.invars if x.aval.dtype == bool]
     assert all(mask.size <= 3 * segments.size for mask in masks), masks
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_all_is_float32_where_double_precision_is_allowed(implementation):
+    *arrays, segments = make("plain")
+
+    def total(arrays):
+        out, final = run(arrays, segments, implementation)
+        return out.sum() + final.sum()
+
+    with jax.enable_x64(True):
+        given = [jnp.asarray(x, jnp.float32) for x in arrays]
+        text = str(jax.make_jaxpr(jax.grad(total))(given))
+    assert not re.search(r"f64\[\d", text)  # numbers may be
 
 
 def test_bad_input_is_refused_with_the_values():

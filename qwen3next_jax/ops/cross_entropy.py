@@ -58,7 +58,7 @@ def summed_losses(hidden, head, targets, weights, *, chunk, vocab_axis=None):
         return total + (losses * w).sum(), losses
 
     pieces = _pieces(chunk, hidden, targets, weights)
-    total, losses = jax.lax.scan(visit, jnp.zeros(()), pieces)
+    total, losses = jax.lax.scan(visit, jnp.zeros((), jnp.float32), pieces)
     return total, _join(losses, hidden.shape[1])
 
 
@@ -101,7 +101,7 @@ def losses_and_gradients(hidden, head, targets, weights, *, chunk, vocab_axis=No
         d_head += jnp.einsum("rd,rv->dv", rows, d_rows, preferred_element_type=jnp.float32)
         return (total + (losses * w).sum(), d_head), (losses, d_x)
 
-    start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
     pieces = _pieces(chunk, hidden, targets, weights)
     (total, d_head), (losses, d_hidden) = jax.lax.scan(visit, start, pieces)
     T = hidden.shape[1]
@@ -134,7 +134,7 @@ def _losses(hidden, targets, head, vocab_axis):
         peaks = jax.lax.pmax(peaks, vocab_axis)
         targets = targets - head.shape[1] * jax.lax.axis_index(vocab_axis)
     exps = jnp.exp(logits - peaks[..., None])
-    chosen = jax.nn.one_hot(targets, head.shape[1])
+    chosen = jax.nn.one_hot(targets, head.shape[1], dtype=jnp.float32)
     norms, picked = exps.sum(-1), (logits * chosen).sum(-1)
     if vocab_axis is not None:
         norms, picked = jax.lax.psum((norms, picked), vocab_axis)

@@ -299,7 +299,7 @@ def _write(state, k, v, beta, inverse, start, end, whole):
 def _as_map(k, v, beta, inverse, decay, state):
     """What the chunks do to a state that comes in beside `state`: S → M S + B, as (M, B)."""
     H = k.shape[-1]
-    identity = jnp.broadcast_to(jnp.eye(H), (*state.shape[:-1], H))
+    identity = jnp.broadcast_to(jnp.eye(H, dtype=jnp.float32), (*state.shape[:-1], H))
 
     def step(columns, chunk):
         k, v, *rest = chunk
@@ -432,7 +432,7 @@ def _unit_lower_inverse(lower):
 
     def fill(i, inverse):
         above = sum(across[i, j] * inverse[j] for j in range(size))
-        return inverse.at[i].set(jnp.eye(size)[i][:, None] - above)
+        return inverse.at[i].set(jnp.eye(size, dtype=jnp.float32)[i][:, None] - above)
 
     inverse = jax.lax.fori_loop(0, size, fill, jnp.zeros_like(across))
     inverse = inverse.transpose(2, 0, 1).reshape(blocks.shape)
