@@ -88,6 +88,15 @@ def test_bfloat16_products_keep_their_dtype(implementation):
     np.testing.assert_allclose(np.asarray(out, np.float32)[:USED], expected[0][:USED], atol=0.05)
 
 
+@pytest.mark.usefixtures("untyped")
+def test_numpys_arrays_will_do():
+    rows, weights, d_out = make()
+    got = grouped_matmul(rows, weights, np.asarray(SIZES), implementation="blocked", block=64)
+    np.testing.assert_allclose(
+        got[:USED], group_by_group(rows, weights, d_out)[0][:USED], atol=5e-5
+    )
+
+
 def test_bad_input_is_refused_with_the_values():
     rows, weights, _ = (jnp.asarray(x) for x in make())
     with pytest.raises(ValueError, match="'dense' is unknown; expected one of"):

@@ -9,7 +9,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -178,15 +177,7 @@ def test_a_module_in_place_of_another_is_the_one_that_runs(changed, remat):
     np.testing.assert_allclose(model(tokens), want(tokens), atol=1e-5)
 
 
-@pytest.fixture
-def _untyped():
-    """What users meet: array types are checked in tests alone."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("_untyped")
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("kind", [q3n.GatedDeltaNet, q3n.GatedAttention, q3n.SparseMoE])
 @pytest.mark.parametrize("shape", [(5, 32), (1, 5, 16), (1, 1, 5, 32)])
 def test_a_module_names_the_shape_it_was_given_and_the_one_it_takes(kind, shape):
@@ -196,7 +187,7 @@ def test_a_module_names_the_shape_it_was_given_and_the_one_it_takes(kind, shape)
         module(jnp.zeros(shape))
 
 
-@pytest.mark.usefixtures("_untyped")
+@pytest.mark.usefixtures("untyped")
 def test_mtp_names_the_shape_it_was_given_and_the_one_it_takes():
     mtp = nnx.eval_shape(lambda: q3n.MTP(small_config(), rngs=nnx.Rngs(0)))
     hidden = jnp.zeros((1, 5, 32))
@@ -206,7 +197,7 @@ def test_mtp_names_the_shape_it_was_given_and_the_one_it_takes():
         mtp(hidden, hidden[:, 1:])
 
 
-@pytest.mark.usefixtures("_untyped")
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("given", "message"),
     [

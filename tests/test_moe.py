@@ -113,3 +113,13 @@ def test_router_rows_start_with_equal_norms_unless_told_otherwise():
     np.testing.assert_allclose(norms(), 0.02 * 32**0.5, rtol=1e-5)
     # Norms of 32 normal numbers scatter by about 1 / √64.
     assert np.ptp(norms(router_init="normal")) > 0.2 * 0.02 * 32**0.5
+
+
+@pytest.mark.usefixtures("untyped")
+def test_numpys_arrays_will_do():
+    config = small_config()
+    layer, weights = build(config)
+    x = np.random.default_rng(0).standard_normal((1, 5, 32)).astype(np.float32)
+    want = token_by_token(np.float64(x), weights, config)[0]
+    # Not in `jit`, which makes them JAX's. The tolerance is that above.
+    np.testing.assert_allclose(layer(x), want, atol=1e-5 * np.abs(want).max())

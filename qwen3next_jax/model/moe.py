@@ -100,6 +100,7 @@ class SparseMoE(nnx.Module):
           ValueError: x is not [B, T, D].
         """
         check_shape("x", x, "B", "T", self.config.hidden_size)
+        x = jnp.asarray(x)  # numpy's arrays have no `at`
         mesh = active_mesh()
         params = (self.router[...], self.gate_up_proj[...], self.down_proj[...])
         if segment_ids is None:

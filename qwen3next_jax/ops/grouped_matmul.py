@@ -86,7 +86,8 @@ def grouped_matmul(
         raise ValueError(
             f"implementation='blocked' needs a multiple of {block=} rows, got {len(rows)}"
         )
-    return implementations[implementation](rows, weights, group_sizes)
+    # Numpy's arrays take no index that is traced.
+    return implementations[implementation](*map(jnp.asarray, (rows, weights, group_sizes)))
 
 
 def _reference(rows, weights, group_sizes):
