@@ -123,3 +123,9 @@ def test_numpys_arrays_will_do():
     want = token_by_token(np.float64(x), weights, config)[0]
     # Not in `jit`, which makes them JAX's. The tolerance is that above.
     np.testing.assert_allclose(layer(x), want, atol=1e-5 * np.abs(want).max())
+
+
+def test_rows_without_tokens_are_refused():
+    layer = nnx.eval_shape(lambda: SparseMoE(small_config(), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="The rows hold no token"):
+        layer(jnp.zeros((2, 0, 32)))

@@ -23,7 +23,7 @@ from qwen3next_jax.model.layers import MLP, check_shape, normal, project, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.ops.expert_mlp import expert_mlp
 from qwen3next_jax.ops.grouped_matmul import row_alignment
-from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.platform import platform, require_tokens
 from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
 from qwen3next_jax.parallel.mesh import (
     BATCH,
@@ -97,9 +97,10 @@ class SparseMoE(nnx.Module):
         `observed`, where given, gets the statistic `shared_gate`.
 
         Raises:
-          ValueError: x is not [B, T, D].
+          ValueError: x is not [B, T, D], or its rows hold no token.
         """
         check_shape("x", x, "B", "T", self.config.hidden_size)
+        require_tokens(x.shape[1])
         x = jnp.asarray(x)  # numpy's arrays have no `at`
         mesh = active_mesh()
         params = (self.router[...], self.gate_up_proj[...], self.down_proj[...])
