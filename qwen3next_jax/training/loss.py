@@ -156,7 +156,8 @@ def next_token_losses(
     """What evaluation sums up.
 
     Returns:
-      Cross-entropy of each position in nats, 0 where its weight is 0; and how many assignments of
+      Cross-entropy of each position in nats, 0 where its weight is 0, without gradient (to train on
+      a function of them see docs/training.md, "A loss of your own"); and how many assignments of
       tokens to experts found no place (`mesh.moe_buffer_factor`).
     """
     hidden, stats = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
