@@ -4,8 +4,9 @@
 
 `flax.nnx.bridge.ToLinen(Module, args=..., kwargs=...)` makes a Linen module of an NNX one. Linen
 hands it its own random keys, hence no `rngs` here, and the parameters appear in
-`variables["params"]` like any other's: init, apply, optax and checkpoints stay as they were. The
-task is that of modules_in_nnx.py, letters tagged by a table.
+`variables["params"]`, boxed with their axes' names as by `nn.with_partitioning`: init, apply and
+optax stay as they were, and `nn.meta.unbox` gives plain arrays. The task is that of
+modules_in_nnx.py, letters tagged by a table.
 """
 
 import flax.linen as nn
