@@ -341,6 +341,9 @@ def test_an_empty_glob_is_refused(tmp_path):
     for on_error in ("raise", "skip"):
         with pytest.raises(ValueError, match=r"data\.path='.*\*\.txt' matches no file"):
             open_source("text", f"{tmp_path}/*.txt", on_error=on_error)
+    for nothing in ("", "."):
+        with pytest.raises(ValueError, match=rf"data\.path='{nothing}' matches no file"):
+            open_source("text", nothing)
 
 
 def test_files_without_a_record_are_refused(tmp_path):

@@ -24,7 +24,8 @@ def matching_files(pattern: str, problems: list[str]) -> list[epath.Path]:
     """
     root = fixed_folder(pattern)
     parts = epath.Path(pattern).parts[len(root.parts) :]
-    found = dict.fromkeys(_match(root, parts, problems))  # `**/**` meets a file twice
+    # `**/**` meets a file twice; "" and "." have no part that could match.
+    found = dict.fromkeys(_match(root, parts, problems) if parts else ())
     if not found and not problems:
         raise ValueError(
             f"data.path={pattern!r} matches no file; give a glob such as '/corpus/**/*.txt'"
