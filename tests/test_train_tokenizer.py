@@ -27,3 +27,12 @@ def test_what_cannot_be_trained_on_is_said(tmp_path):
     with pytest.raises(SystemExit, match=r"matches no file"):
         main([*given, f"--path={tmp_path}/*.md", "--vocab_size=300"])
     assert not (tmp_path / "x").exists()
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    given = ["--source=text", "--path=/nowhere/*.txt", "--vocab_size=300"]
+    with pytest.raises(SystemExit, match=r"is a directory; name a file inside it"):
+        main([*given, f"--output={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"/file"):
+        main([*given, f"--output={tmp_path}/file/x"])

@@ -9,9 +9,13 @@ by `--holdout_fraction`, as a run's config has it, are not looked at.
 """
 
 import argparse
+import pathlib
 
-from qwen3next_jax.command import told_errors
+from etils import epath
+
+from qwen3next_jax.command import check_writable, told_errors
 from qwen3next_jax.data.documents import RecordTexts
+from qwen3next_jax.data.files import is_local
 from qwen3next_jax.data.holdout import split_source
 from qwen3next_jax.data.sources import add_source_arguments, open_source
 from qwen3next_jax.data.tokenizer import train_tokenizer
@@ -27,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="a file")
     args = parser.parse_args(argv)
     with told_errors():
+        if is_local(epath.Path(args.output)):  # training takes long, and would be lost
+            check_writable(pathlib.Path(args.output))
         records = open_source(
             args.source, args.path, field=args.field, split=args.split, on_error=args.on_error
         )
