@@ -628,6 +628,10 @@ def _section_problems(name: str, kind: type, given: Mapping[str, Any]) -> Iterab
         expected = dict if expected is Mapping else expected
         if type(value) is not expected:
             yield f"{name}.{key}={value!r} must be of type {expected.__name__}"
+        elif expected is tuple and key in types:
+            item, _ = typing.get_args(types[key])
+            if any(type(entry) is not item for entry in value):
+                yield f"{name}.{key}={value!r} must hold values of type {item.__name__}"
 
 
 def _frozen(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -755,10 +759,17 @@ def _data_problems(c: DataConfig) -> Iterable[str]:
     keys = ("weight", "source", "path", "field", "split")
     for name, part in c.mixture.items() if c.mixture else [("", {"weight": 1.0})]:
         where = f"data.mixture.{name}" if name else "data"
+        if not isinstance(part, Mapping):
+            yield f"{where}={part!r} must be a mapping, with a weight and what differs"
+            continue
         if unknown := sorted(part.keys() - set(keys)):
             yield f"{where} has unknown keys {unknown}; expected {_either(keys)}"
-        if not part.get("weight", 0) > 0:
-            yield f"{where}.weight={part.get('weight')} must be given and above 0"
+        weight = part.get("weight")
+        if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+            yield f"{where}.weight={weight!r} must be given, a number above 0"
+        if wrong := [key for key in keys[1:] if not isinstance(part.get(key, ""), str)]:
+            yield from (f"{where}.{key}={part[key]!r} must be of type str" for key in wrong)
+            continue
         source, path = (part.get(key, given[key]) for key in ("source", "path"))
         if source not in SOURCES:
             if name:

@@ -271,6 +271,21 @@ def test_a_run_s_config_survives_json():
         ({"data__source": "text"}, "data.source='text' needs a path, such as"),
         ({"data__source": "web"}, "data.source='web' is unknown; expected 'stdlib' or"),
         ({"data__source": "mixture"}, "with 0 parts in data.mixture"),
+        (
+            {
+                "data__source": "mixture",
+                "data__mixture": {
+                    "a": {"source": "stdlib"},
+                    "b": 0.5,
+                    "c": {"weight": "0.3", "source": "jsonl", "path": ("/x", "/y")},
+                },
+            },
+            r"(?s)mixture\.a\.weight=None must be given.*mixture\.b=0\.5 must be a mapping.*"
+            r"mixture\.c\.weight='0\.3' must be .*a number.*"
+            r"mixture\.c\.path=\('/x', '/y'\) must be of type str",
+        ),
+        ({"train__sample_prompts": ("a", 1)}, r"\('a', 1\) must hold values of type str"),
+        ({"train__profile_steps": (3, 4.5)}, r"\(3, 4\.5\) must hold values of type int"),
         ({"data__num_shards": 3}, "global_batch_size=8 is not divisible by data.num_shards=3"),
         ({"data__packing": "tight"}, "data.packing='tight' is unknown"),
         ({"data__path": "/x"}, "data.path='/x' is not used by source='stdlib'"),
