@@ -21,7 +21,8 @@ from qwen3next_jax.command import keep_compiled_programs, told_errors
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.text_stream import TextStream
 from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt, split_stops
-from qwen3next_jax.inference.decode import Generation
+from qwen3next_jax.inference.decode import Generation, check_prompts
+from qwen3next_jax.inference.sampling import Sampling
 from qwen3next_jax.model.rope import describe_positions
 from qwen3next_jax.parallel.mesh import fsdp_mesh
 
@@ -77,12 +78,24 @@ def main(argv: list[str]) -> None:
     if _DRAFTS.value is not None and _SPECULATIVE.value is False:
         raise app.UsageError(f"--nospeculative contradicts --drafts={_DRAFTS.value}")
     keep_compiled_programs()
+    # What is quick to be found wrong comes before the model is read.
+    sampling = Sampling(
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+        repetition_penalty=_REPETITION_PENALTY.value,
+    )
     path = pathlib.Path(_CHECKPOINT.value)
     ours, config, tokenizer = open_checkpoint(path, _TOKENIZER.value)
     stop, stop_tokens = split_stops(tokenizer, _STOP.value)
     prompts = [_prompt_tokens(text, tokenizer) for text in _PROMPT.value]
+    streams = [TextStream(tokenizer, stop) for _ in prompts]
     mesh = fsdp_mesh(_MESH_FSDP.value)
     yarn = None if _YARN_FACTOR.value is None else config.yarn(_YARN_FACTOR.value)
+    if yarn is not None:
+        config = dataclasses.replace(config, rope_scaling=yarn)
+    check_prompts(config, prompts, _MAX_NEW_TOKENS.value)
     model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh, rope_scaling=yarn)
     logging.info("%s", describe_positions(model.config))
     with as_trained(ours):
@@ -90,17 +103,13 @@ def main(argv: list[str]) -> None:
             model,
             prompts,
             max_new_tokens=_MAX_NEW_TOKENS.value,
-            temperature=_TEMPERATURE.value,
-            top_k=_TOP_K.value,
-            top_p=_TOP_P.value,
-            min_p=_MIN_P.value,
-            repetition_penalty=_REPETITION_PENALTY.value,
+            **dataclasses.asdict(sampling),
             stop_tokens=(*tokenizer.stop_ids, *stop_tokens),
             seed=_SEED.value,
             speculative=_DRAFTS.value or _SPECULATIVE.value,
         )
         try:
-            speed = _write(generation, [TextStream(tokenizer, stop) for _ in prompts])
+            speed = _write(generation, streams)
             sys.stdout.flush()
         except BrokenPipeError:  # nobody reads on
             # What is still in the buffer must go somewhere when Python flushes it at exit.

@@ -268,6 +268,25 @@ def test_a_tokenizer_of_another_model_is_refused_before_the_model_is_read(hf_dir
     assert not script.asked
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt=" + "x" * SMALL["max_position_embeddings"],), r"Prompt 0 of \d+ tokens and 64"),
+        (("--max_new_tokens=1000", "--yarn_factor=1.5"), r"exceed the model's context of"),
+        (("--top_p=0", "--temperature=1"), r"top_p=0\.0 must lie in \(0, 1\]"),
+        (("--repetition_penalty=0",), r"repetition_penalty=0\.0 must be above 0"),
+        (("--stop=",), "A stop string is empty"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_model_is_read(
+    hf_directory, run, arguments, message
+):
+    script = Script([])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        run(script, f"--checkpoint={hf_directory}", *arguments)
+    assert not script.asked
+
+
 def test_the_command_writes_what_generate_does(hf_directory):
     import qwen3next_jax as q3n
     from qwen3next_jax.checkpoint.hugging_face import save_hf

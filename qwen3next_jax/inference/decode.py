@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from qwen3next_jax.config import FULL
+from qwen3next_jax.config import FULL, ModelConfig
 from qwen3next_jax.inference.sampling import Sampling
 from qwen3next_jax.inference.speculative import draft, verify
 from qwen3next_jax.model.cache import empty_cache, keep
@@ -129,7 +129,7 @@ class Generation:
         self._prompts = [_tokens(f"Prompt {row}", prompt) for row, prompt in enumerate(prompts)]
         self._max_new_tokens, self._seed, self._slots = max_new_tokens, seed, slots
         _require_integers(max_new_tokens=max_new_tokens, seed=seed)
-        _check(model, self._prompts, max_new_tokens)
+        check_prompts(model.config, self._prompts, max_new_tokens)
         self._model = model
         self._ended: set[int] = set()
         self.passes = 0
@@ -468,10 +468,13 @@ def _require_integers(**values: Any) -> None:
             raise ValueError(f"{name}={value!r} must be an integer")
 
 
-def _check(model: Qwen3Next, prompts: list[list[int]], max_new_tokens: int) -> None:
+def check_prompts(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """Refuses, by a ValueError that names the first, prompts that a model cannot go on from."""
     if max_new_tokens < 0:
         raise ValueError(f"{max_new_tokens=} must be at least 0")
-    vocabulary, context = model.config.vocab_size, model.config.context_length
+    vocabulary, context = config.vocab_size, config.context_length
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"Prompt {row} is empty; begin it with the tokenizer's BOS token")
