@@ -169,8 +169,9 @@ def _domains(
     domains: dict[str, Any] = {}
     for given in _DATA.value:
         source, _, rest = given.partition(":")
-        path, _, field = rest.partition("#")
-        domains[given] = open_source(source, path, field=field or "text", split=_SPLIT.value)
+        path, named, field = rest.partition("#")
+        field = field if named else "text"  # an empty one: records that are texts themselves
+        domains[given] = open_source(source, path, field=field, split=_SPLIT.value)
     if domains:
         return domains
     if workdir is None or "data" not in run:

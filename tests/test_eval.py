@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import corpora
 import pytest
 from hf_directory import released
 from hf_tokenizer import make_tokenizer_json
@@ -132,6 +133,23 @@ def test_a_place_that_results_cannot_be_written_to_is_refused_before_the_model_i
     result = evaluate(f"--checkpoint={checkpoint}", "--suite=long_context", f"--output={tmp_path}")
     assert result.returncode == 1
     assert f"error: {tmp_path} is a directory; name a file inside it" in result.stderr
+
+
+def test_texts_are_named_with_their_field_which_may_be_none(tmp_path):
+    corpora.write("array_record", tmp_path, ["a text", "another"])
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "code": "two"}\n')
+    given = [f"array_record:{tmp_path}/*.array_record#", f"jsonl:{tmp_path}/a.jsonl",
+             f"jsonl:{tmp_path}/a.jsonl#code"]  # fmt: skip
+    # In a process of its own: the flags of two commands do not go together.
+    read = (
+        "import sys, eval; eval.flags.FLAGS(sys.argv)\n"
+        "print([x[0].text for x in eval._domains({}, None, 300).values()])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", read, *(f"--data={x}" for x in given)],
+        cwd=ROOT, text=True, capture_output=True,
+    )  # fmt: skip
+    assert found.stdout == "['a text', 'one', 'two']\n", found.stderr
 
 
 def test_held_out_records_are_told_by_the_part_of_the_mixture(tmp_path):
