@@ -32,7 +32,7 @@ def _known_keys():
     """`command.known_keys`, imported only where there is something to tell: it takes seconds."""
     try:
         yield
-    except AttributeError:
+    except (AttributeError, KeyError):
         from qwen3next_jax.command import known_keys
 
         with known_keys():

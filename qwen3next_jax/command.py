@@ -39,7 +39,7 @@ def known_keys() -> Iterator[None]:
     """Tells a --config.KEY that no config has without the traceback of ml_collections."""
     try:
         yield
-    except AttributeError as error:  # it names the nearest key
+    except (AttributeError, KeyError) as error:  # it names the nearest key
         frames = traceback.extract_tb(error.__traceback__)
         if "ml_collections" not in frames[-1].filename or "get_config" in [f.name for f in frames]:
             raise  # a mistake in a config file

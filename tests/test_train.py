@@ -38,6 +38,9 @@ def test_a_mistyped_key_is_refused_before_anything_else(tmp_path):
     assert 'Did you mean "num_steps" instead of "num_stepz"?' in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+    result = train("--config.data.mixture.web.weight=3", workdir=tmp_path / "run")  # two missing
+    assert "error: The config has no key web" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_bucket_is_no_work_directory(tmp_path, monkeypatch):
