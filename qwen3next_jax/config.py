@@ -394,11 +394,15 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
 
 
 def _not_divisible(name: str, value: int, divisor_name: str, divisor: int) -> str:
-    choices = [d for d in range(1, value + 1) if value % d == 0]
     return (
         f"{name}={value} is not divisible by {divisor_name}={divisor}; choose a divisor, such as "
-        + nearest(choices, divisor)
+        + nearest(divisors(value), divisor)
     )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, in rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def nearest(choices: Iterable[int], wanted: int) -> str:

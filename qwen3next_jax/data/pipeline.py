@@ -24,6 +24,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from qwen3next_jax.config import divisors
 from qwen3next_jax.data.documents import Document, RecordTexts, learnt_text, readable
 from qwen3next_jax.data.hashing import hash64
 from qwen3next_jax.data.holdout import split_source
@@ -286,10 +287,9 @@ def check_shards(num_shards: int, *, batch_size: int, hosts: int) -> None:
         ("data.num_shards", num_shards, "the number of hosts", hosts),
     ):
         if value % divisor:
-            choices = [str(d) for d in range(1, value + 1) if value % d == 0]
             raise ValueError(
                 f"{name}={value} is not divisible by {divisor_name}, {divisor}; choose one of "
-                + ", ".join(choices)
+                + ", ".join(map(str, divisors(value)))
             )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from qwen3next_jax.config import LINEAR, RunConfig, nearest
+from qwen3next_jax.config import LINEAR, RunConfig, divisors, nearest
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, SLICES
 
@@ -71,7 +71,7 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
             works = [step * max(t.sequence_length // step, 1)]
             works.append(works[0] + step)
             chunks, rest = divmod(t.sequence_length, least)
-            ways = [w for w in range(1, chunks + 1) if chunks % w == 0 and not rest]
+            ways = [] if rest else divisors(chunks)
             yield (
                 f"train.sequence_length={t.sequence_length} is not divisible by mesh.context="
                 f"{sizes['context']} times {least} tokens, {piece}; a length of "
@@ -94,7 +94,7 @@ def _indivisible(
     wrong = [name for name, size in given.items() if size and size % ways]
     if wrong:
         common = math.gcd(*(int(size) for size in given.values()))
-        works = [w for w in range(1, common + 1) if common % w == 0]
+        works = divisors(common)
         devices = math.prod(sizes.values())
         fitting = [w for w in works if devices % w == 0]
         works = fitting if len(fitting) > 1 else works  # else other devices are wanted, too

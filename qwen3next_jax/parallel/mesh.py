@@ -27,7 +27,7 @@ from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from qwen3next_jax.config import MeshConfig, nearest
+from qwen3next_jax.config import MeshConfig, divisors, nearest
 from qwen3next_jax.ops.platform import platform
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -119,10 +119,9 @@ def axis_sizes(
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if -1 in sizes.values() and num_devices % fixed:
         given = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
-        works = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+        works = nearest(divisors(num_devices), fixed)
         raise ValueError(
-            f"{num_devices} devices are not divisible by {given}; {nearest(works, fixed)} in all "
-            "would work"
+            f"{num_devices} devices are not divisible by {given}; {works} in all would work"
         )
     for axis, size in sizes.items():
         if size == -1:
@@ -135,14 +134,14 @@ def axis_sizes(
         )
     num_slices = max(config.num_slices, 1) if num_slices is None else num_slices
     if sizes["data"] % num_slices:
-        works = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+        works = nearest(divisors(num_devices), num_slices)
         raise ValueError(
             f"mesh.data={sizes['data']} is not divisible by mesh.num_slices={num_slices}; slices "
             "lie along data: "
             + (
                 f"make it {num_slices} or a multiple"
-                if num_slices in works
-                else f"{num_devices} devices make {nearest(works, num_slices)} of one size"
+                if num_devices % num_slices == 0
+                else f"{num_devices} devices make {works} of one size"
             )
         )
     return sizes
@@ -334,11 +333,11 @@ def partition(
         if axis in _WHOLE_IF_FEWER and ways % size == 0 and ways > size:
             over = ()
         elif size % ways:
-            choices = [d for d in range(1, size + 1) if size % d == 0 and d <= 2 * ways]
+            fitting = max(d for d in divisors(size) if d <= 2 * ways)
             raise ValueError(
                 f"{name}: {axis}={size} is not divisible by the mesh's "
                 f"{' x '.join(f'{m}={sizes[m]}' for m in over)}; make it a multiple of {ways}, or "
-                f"those a divisor of it, such as {choices[-1]}"
+                f"those a divisor of it, such as {fitting}"
             )
         taken.update(over)
         entries.append(over[0] if len(over) == 1 else over or None)

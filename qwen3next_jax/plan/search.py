@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from qwen3next_jax.config import REMAT, RunConfig
+from qwen3next_jax.config import REMAT, RunConfig, divisors
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs
@@ -66,7 +66,6 @@ def rank(
 
 def _meshes(places: int) -> Iterator[dict[str, Any]]:
     """All sizes of the axes that multiply to `places`."""
-    divisors = [d for d in range(1, places + 1) if places % d == 0]
-    for sizes in itertools.product(divisors, repeat=len(AXES) - 1):
+    for sizes in itertools.product(divisors(places), repeat=len(AXES) - 1):
         if places % math.prod(sizes) == 0:
             yield dict(zip(AXES, (places // math.prod(sizes), *sizes), strict=True))
