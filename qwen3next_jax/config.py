@@ -597,7 +597,7 @@ class RunConfig:
 
     def check_resumable_from(self, old: Mapping[str, Any]) -> None:
         """Raises a ValueError naming the keys in which the run's old config may not differ."""
-        now, before = _flatten(self.to_dict()), _flatten(old)
+        now, before = flatten(self.to_dict()), flatten(old)
         changed = [
             f"{key}: was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(now.keys() | before.keys())
@@ -688,7 +688,7 @@ _BELOW_ONE = ("optimizer.b1", "optimizer.b2")
 
 
 def _run_problems(c: RunConfig) -> Iterable[str]:
-    flat = _flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})
+    flat = flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
             yield f"{key}={flat[key]!r} is unknown; expected {_either(allowed)}"
@@ -797,11 +797,12 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(repr(name) for name in names)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested mapping by their dotted keys; an empty mapping has none."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and key != "rope_scaling":
-            flat.update(_flatten(value, f"{prefix}{key}."))
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

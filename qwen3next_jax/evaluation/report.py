@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwen3next_jax.command import write_whole
-from qwen3next_jax.config import FULL, LINEAR, ModelConfig
+from qwen3next_jax.config import FULL, LINEAR, ModelConfig, flatten
 
 _CURVE_SPANS = 400  # at least, once there are as many; twice as many at most
 _MAP_SPANS = 64
@@ -271,7 +271,7 @@ def _page(runs: list[Run], title: str) -> dict[str, Any]:
             sections["Throughput"].append({"kind": "time", "run": runs.index(run)})
         sections["Samples"] += _samples(run, several=len(runs) > 1)
     sections["Config"] += _compared(
-        "Config", runs, [_flatten(run.config) for run in runs], folded=len(runs) == 1
+        "Config", runs, [flatten(run.config) for run in runs], folded=len(runs) == 1
     )
     starts = [{**run.starts[-1], "starts": len(run.starts)} if run.starts else {} for run in runs]
     sections["Environment"] += _compared("Environment", runs, starts, folded=False)
@@ -454,16 +454,6 @@ def _lines_of(path: pathlib.Path) -> list[dict[str, Any]]:
     """The whole lines of a file that may be under way."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _short(value: float | None) -> float | None:

@@ -35,6 +35,7 @@ from absl import logging
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from qwen3next_jax.config import flatten
 from qwen3next_jax.parallel.watch import Watch
 
 _DAY_MS = 86_400_000  # no timeout is needed: the watch ends a wait for a process that is dead
@@ -239,7 +240,8 @@ def require_same(config: Mapping[str, Any]) -> None:
     Raises:
       ValueError: in all processes; says which of them differ, in what.
     """
-    mine = _flat("config", config) | _program()
+    mine = _program()
+    mine |= {key: json.dumps(value) for key, value in flatten({"config": config}).items()}
     text = json.dumps(mine)
     theirs = json.loads(exchange(text if jax.process_index() == 0 else None)[0])
     differences = [
@@ -257,12 +259,6 @@ def require_same(config: Mapping[str, Any]) -> None:
                 for line in lines
             )
         )
-
-
-def _flat(name: str, value: Any) -> dict[str, str]:
-    if isinstance(value, Mapping):
-        return {k: v for key in value for k, v in _flat(f"{name}.{key}", value[key]).items()}
-    return {name: json.dumps(value)}
 
 
 def _program() -> dict[str, str]:
