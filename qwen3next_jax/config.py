@@ -247,7 +247,7 @@ class ModelConfig:
             if (kind := fields[key].type) in (bool, int, float, str) and type(value) is not kind
         ]
         if refuse_unknown:
-            problems += _unknown("model", unknown, fields)
+            problems += _unknown("keys in model", unknown, fields)
         if problems:
             raise ValueError("\n".join(problems))
         missing = [
@@ -564,7 +564,7 @@ class RunConfig:
         """
         given = _as_mapping(given)
         names = ("model", *_SECTIONS)
-        problems = list(_unknown("config", set(given) - set(names), names))
+        problems = list(_unknown("keys in config", given, names))
         sections: dict[str, Any] = {}
         if "model" in given:
             try:
@@ -623,7 +623,7 @@ _SECTIONS = {
 def _section_problems(name: str, kind: type, given: Mapping[str, Any]) -> Iterable[str]:
     fields = dataclasses.fields(kind)
     types = {field.name: field.type for field in fields}
-    yield from _unknown(name, set(given) - set(types), types)
+    yield from _unknown(f"keys in {name}", given, types)
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
     if missing:
         yield f"The config lacks {', '.join(f'{name}.{key}' for key in missing)}"
@@ -784,13 +784,27 @@ def _data_problems(c: DataConfig) -> Iterable[str]:
             yield f"{where}.source={source!r} needs a path, such as {SOURCES[source]!r}"
 
 
-def _unknown(where: str, unknown: Iterable[str], known: Iterable[str]) -> Iterable[str]:
-    complaints = []
-    for key in sorted(unknown):
-        near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.5)
-        complaints.append(f"{key!r}" + (f" (did you mean {_either(near)}?)" if near else ""))
+def require_known(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises a ValueError that lists the unknown names, each with the nearest known ones."""
+    for problem in _unknown(what, given, known):
+        raise ValueError(problem)
+
+
+def _unknown(what: str, given: Iterable[str], known: Iterable[str]) -> Iterable[str]:
+    """One complaint about all the unknown names, if there are any."""
+    known, complaints = list(known), []
+    for name in given:
+        if name in known:
+            continue
+        if near := difflib.get_close_matches(name, known, n=3, cutoff=0.5):
+            hint = f"did you mean {_either(near)}?"
+        elif len(known) <= 10:
+            hint = "expected one of " + ", ".join(known)
+        else:
+            hint = f"nothing like it among {len(known)} known ones"
+        complaints.append(f"{name!r} ({hint})")
     if complaints:
-        yield f"Unknown keys in {where}: {', '.join(complaints)}"
+        yield f"Unknown {what}: {', '.join(complaints)}"
 
 
 def _either(names: Iterable[str]) -> str:

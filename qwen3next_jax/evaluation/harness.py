@@ -30,9 +30,9 @@ except ModuleNotFoundError as error:
         "pip install 'qwen3next_jax[eval]'"
     ) from error
 
+from qwen3next_jax.config import require_known
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.evaluation.evaluator import Evaluator
-from qwen3next_jax.evaluation.names import require_known
 
 _MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own number
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -29,10 +29,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from qwen3next_jax.config import require_known
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt
 from qwen3next_jax.evaluation.evaluator import Evaluator
-from qwen3next_jax.evaluation.names import require_known
 from qwen3next_jax.model.decoder import Qwen3Next
 
 KEYS = (

@@ -12,12 +12,11 @@ from typing import Any
 import jax
 from absl import logging
 
-from qwen3next_jax.config import EvaluationConfig
+from qwen3next_jax.config import EvaluationConfig, require_known
 from qwen3next_jax.data.pipeline import Data
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.evaluation.long_context import TASKS, long_context
-from qwen3next_jax.evaluation.names import require_known
 from qwen3next_jax.evaluation.perplexity import document_perplexity
 from qwen3next_jax.evaluation.speculation import speculation
 from qwen3next_jax.model.decoder import Qwen3Next
