@@ -11,6 +11,7 @@ from oracles import quick_jit, random_model, small_config
 
 from qwen3next_jax.inference import decode
 from qwen3next_jax.inference.decode import Generation, generate
+from qwen3next_jax.inference.sampling import require_integers
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 30, 12, 4] * 6]
 
@@ -93,7 +94,7 @@ def test_what_does_not_fit_is_refused(model):
     with pytest.raises(ValueError, match="top_k=0 must be an integer of at least 1"):
         generate(model, [[3]], top_k=0)
     with pytest.raises(ValueError, match=r"max_new_tokens=2\.5 must be an integer"):
-        decode._require_integers(max_new_tokens=2.5)
+        require_integers(max_new_tokens=2.5)
 
 
 @pytest.mark.parametrize("tokens", [1, "ab", [1.5, 2], [[1], [2]], {"a": 1}, np.ones(2), None])

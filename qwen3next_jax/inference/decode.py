@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from qwen3next_jax.config import FULL, ModelConfig
-from qwen3next_jax.inference.sampling import Sampling
+from qwen3next_jax.inference.sampling import Sampling, require_integers
 from qwen3next_jax.inference.speculative import draft, verify
 from qwen3next_jax.model.cache import empty_cache, keep
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -128,7 +128,7 @@ class Generation:
         )
         self._prompts = [_tokens(f"Prompt {row}", prompt) for row, prompt in enumerate(prompts)]
         self._max_new_tokens, self._seed, self._slots = max_new_tokens, seed, slots
-        _require_integers(max_new_tokens=max_new_tokens, seed=seed)
+        require_integers(max_new_tokens=max_new_tokens, seed=seed)
         check_prompts(model.config, self._prompts, max_new_tokens)
         self._model = model
         self._ended: set[int] = set()
@@ -439,7 +439,7 @@ def _number_of_drafts(model: Qwen3Next, speculative: bool | int | None) -> int:
     if speculative is None or speculative is True:
         drafts = DRAFTS if has_mtp or speculative else 0
     else:
-        _require_integers(speculative=speculative)
+        require_integers(speculative=speculative)
         drafts = int(speculative)
     if drafts < 0:
         raise ValueError(f"{speculative=} must be a number of drafts, at least 0")
@@ -460,12 +460,6 @@ def _tokens(name: str, given: Any) -> list[int]:
     if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
         raise ValueError(f"{name} must be a list of tokens, [1, 2, 3] say, got {given!r}")
     return [int(token) for token in tokens]
-
-
-def _require_integers(**values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int | np.integer):
-            raise ValueError(f"{name}={value!r} must be an integer")
 
 
 def check_prompts(

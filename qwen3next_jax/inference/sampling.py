@@ -6,6 +6,7 @@ likeliest token, so whatever compares or draws from distributions needs no secon
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,13 @@ class Sampling:
     def __post_init__(self):
         if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature} must be at least 0 (0: greedy)")
-        whole = isinstance(self.top_k, int | np.integer)
-        if self.top_k is not None and not (whole and self.top_k >= 1):
-            raise ValueError(
-                f"top_k={self.top_k} must be an integer of at least 1, or None to keep all tokens"
-            )
+        if self.top_k is not None:
+            require_integers(top_k=self.top_k)
+            if self.top_k < 1:
+                raise ValueError(
+                    f"top_k={self.top_k} must be an integer of at least 1, or None to keep all "
+                    "tokens"
+                )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or be None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -94,6 +97,13 @@ class Sampling:
         if self.temperature == 0:
             return weights.argmax(-1).astype(jnp.int32)
         return jax.random.categorical(key, jnp.log(weights)).astype(jnp.int32)
+
+
+def require_integers(**values: Any) -> None:
+    """Raises a ValueError for the first argument that is no integer, Python's or numpy's."""
+    for name, value in values.items():
+        if not isinstance(value, int | np.integer):
+            raise ValueError(f"{name}={value!r} must be an integer")
 
 
 def _at_least(probabilities, least):
