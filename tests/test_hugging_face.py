@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint.hugging_face import (
     abstract_parameters,
+    dump_tensors,
     hf_config,
+    load_tensors,
     open_hf,
     written_whole,
 )
@@ -370,6 +372,10 @@ def test_a_model_with_adapters_is_refused_naming_them(tmp_path):
     with pytest.raises(ValueError, match=r"merge adapters .*\n  unexpected: .*/mlp/lora \[1, 4\]"):
         q3n.save_hf(model, tmp_path / "written")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"unexpected: .*/mlp/lora \[1, 4\]"):
+        dump_tensors(nnx.state(model), model.config)
+    with pytest.raises(ValueError, match=r"unexpected: .*/mlp/lora \[1, 4\]"):
+        load_tensors(model, {})
 
 
 def test_a_model_is_loaded_and_saved_split_over_a_mesh(tmp_path):

@@ -110,12 +110,6 @@ def save_hf(
             "python -m qwen3next_jax.convert to-hf"
         )
     arrays = {path: p[...] for path, p in params.items()}
-    wanted = {path: p.shape for path, p in abstract_parameters(model.config).items()}
-    if problems := misfits(wanted, {path: x.shape for path, x in arrays.items()}):
-        raise ValueError(
-            "Hugging Face has no model with these parameters (merge adapters into the weights that "
-            "they change):\n  " + "\n  ".join(problems)
-        )
 
     def blocks(path: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         for shard in arrays[path].addressable_shards:
@@ -143,7 +137,8 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
       tensors: by their names in a Hugging Face checkpoint; experts one by one or fused.
 
     Raises:
-      ValueError: names every missing, unexpected and misshapen tensor; the model is unchanged.
+      ValueError: names every missing, unexpected and misshapen tensor, or parameter that is not of
+        the config; the model is unchanged.
     """
     params = parameters_by_path(nnx.state(model, nnx.Param))
     table = _table(model.config, FileLayout.of(tensors, model.config), params)
@@ -160,7 +155,11 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
 def dump_tensors(
     params: Any, config: ModelConfig, *, fused_experts: bool = False
 ) -> dict[str, np.ndarray]:
-    """Parameters, or anything of their structure such as gradients, under Hugging Face's names."""
+    """Parameters, or anything of their structure such as gradients, under Hugging Face's names.
+
+    Raises:
+      ValueError: names every missing, unexpected and misshapen parameter.
+    """
     flat = {path: np.asarray(p[...]) for path, p in parameters_by_path(params).items()}
     layout = FileLayout(fused=expert_layouts("fused" if fused_experts else "per_expert"))
     table = _table(config, layout, flat)
@@ -190,7 +189,7 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
     except (ValueError, OSError) as error:
         raise _refused(directory, [f"config.json: {error}", *problems]) from None
     layout = FileLayout.of([*stored, *lost], config)
-    table = _table(config, layout, abstract_parameters(config))
+    table = _table(config, layout)
     if stored or not problems:
         problems += misfits(table.shapes, {name: s.shape for name, s in stored.items()}, lost)
     dtypes = {}
@@ -426,8 +425,18 @@ def copy_companions(source: pathlib.Path | None, directory: pathlib.Path) -> Non
 _EMBED = "embed_tokens"
 
 
-def _table(config: ModelConfig, layout: FileLayout, parameters: Mapping[str, Any]) -> TensorTable:
-    return TensorTable(config, layout, {path: tuple(p.shape) for path, p in parameters.items()})
+def _table(
+    config: ModelConfig, layout: FileLayout, parameters: Mapping[str, Any] | None = None
+) -> TensorTable:
+    """The table of a config's parameters, which those given must be."""
+    wanted = {path: tuple(p.shape) for path, p in abstract_parameters(config).items()}
+    given = wanted if parameters is None else {path: p.shape for path, p in parameters.items()}
+    if problems := misfits(wanted, given):
+        raise ValueError(
+            "Hugging Face has no model with these parameters (merge adapters into the weights that "
+            "they change):\n  " + "\n  ".join(problems)
+        )
+    return TensorTable(config, layout, wanted)
 
 
 def misfits(
