@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -114,135 +114,188 @@ def train(
     # Evaluations and samples compute as the steps do.
     precision = jax.default_matmul_precision(config.precision.matmul)
     with jax.set_mesh(mesh), precision:
-        return _train(config, workdir, data, mesh, evaluate, sample, suites, report, should_stop)
+        run = _Run(config, workdir, data, mesh, _Hooks(evaluate, sample, suites, report))
+        return run.take_steps(should_stop)
 
 
-def _train(
-    config: RunConfig,
-    workdir: pathlib.Path,
-    data: Data,
-    mesh: Mesh,
-    evaluate: Evaluate,
-    sample: Sample | None,
-    suites: Suites | None,
-    report: Callable[[], None],
-    should_stop: ShouldStop,
-) -> tuple[Qwen3Next, int]:
-    t = config.train
-    # Refuse what can be refused before the config is written to the directory.
-    require_same(config.to_dict())
-    _check_beginning(config, workdir)
-    program = make_program(config, mesh)
-    _keep_config(config, workdir)
-    _log_program(config, mesh, program.state)
-    share = BatchShare(NamedSharding(mesh, BATCH), (t.global_batch_size, t.sequence_length))
-    batches = training_batches(
-        data,
-        batch_size=t.global_batch_size,
-        sequence_length=t.sequence_length,
-        seed=t.seed,
-        hosts=share.hosts,
-        host=share.host,
-    )
-    # Now, and not at each checkpoint: the tokenizer's file may be gone by then.
-    began_with = data.fingerprint()
-    store = CheckpointStore(workdir / "checkpoints", keep=t.keep_checkpoints, keep_best=t.keep_best)
-    start, tokens, state = _beginning(config, program, store, data, batches)
+class _Hooks(NamedTuple):
+    evaluate: Evaluate
+    sample: Sample | None
+    suites: Suites | None
+    report: Callable[[], None]
 
-    keep_environment(workdir, mesh, start_step=start)
-    writer, progress = reporters(workdir, t.num_steps, start_step=start)
-    train_step = compiled_together(program.step)
-    unsettled: deque[tuple[int, dict[str, jax.Array], Any, Any]] = deque()
-    # The metrics of a step are read once the next step was dispatched, so that the devices never
-    # wait for the host. Not so on virtual devices of a CPU, which share its threads: two steps with
-    # collectives could wait for each other.
-    ahead = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 1
-    clock, profile = _Clock(tokens), _Profile(workdir / "profile", t.profile_steps, t.num_steps)
 
-    def save(step: int, state: TrainState, metric: float | None) -> None:
-        read = _of_all_processes(batches.get_state())
-        extras = {"tokens": tokens, "data": read, **began_with}
-        store.save(step, state, extras, metric=metric)
-        clock.spent_on("checkpoint")
+class _Due(NamedTuple):
+    """Which hooks are called after a step, and whether it is saved."""
 
-    def settle(done: int, metrics: dict[str, jax.Array], batch: Any, read: Any) -> None:
+    evaluate: bool
+    save: bool
+    suites: bool
+    sample: bool
+
+
+class _Run:
+    """A run under way: its state, and the steps whose metrics the host has not read yet."""
+
+    def __init__(
+        self, config: RunConfig, workdir: pathlib.Path, data: Data, mesh: Mesh, hooks: _Hooks
+    ):
+        t = config.train
+        self._config, self._workdir, self._data, self._hooks = config, workdir, data, hooks
+        # Refuse what can be refused before the config is written to the directory.
+        require_same(config.to_dict())
+        _check_beginning(config, workdir)
+        self._program = make_program(config, mesh)
+        _keep_config(config, workdir)
+        _log_program(config, mesh, self._program.state)
+        shape = (t.global_batch_size, t.sequence_length)
+        self._share = BatchShare(NamedSharding(mesh, BATCH), shape)
+        self._batches = training_batches(
+            data,
+            batch_size=t.global_batch_size,
+            sequence_length=t.sequence_length,
+            seed=t.seed,
+            hosts=self._share.hosts,
+            host=self._share.host,
+        )
+        # Now, and not at each checkpoint: the tokenizer's file may be gone by then.
+        self._began_with = data.fingerprint()
+        self._store = CheckpointStore(
+            workdir / "checkpoints", keep=t.keep_checkpoints, keep_best=t.keep_best
+        )
+        self._start, self._tokens, self._state = _beginning(
+            config, self._program, self._store, data, self._batches
+        )
+        keep_environment(workdir, mesh, start_step=self._start)
+        self._writer, self._progress = reporters(workdir, t.num_steps, start_step=self._start)
+        self._train_step = compiled_together(self._program.step)
+        self._unsettled: deque[tuple[int, dict[str, jax.Array], Any, Any]] = deque()
+        # The metrics of a step are read once the next step was dispatched, so that the devices
+        # never wait for the host. Not so on virtual devices of a CPU, which share its threads: two
+        # steps with collectives could wait for each other.
+        self._ahead = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 1
+        self._clock = _Clock(self._tokens)
+        self._profile = _Profile(workdir / "profile", t.profile_steps, t.num_steps)
+
+    def take_steps(self, should_stop: ShouldStop) -> tuple[Qwen3Next, int]:
+        """Takes all steps that are left; see `train`."""
+        last = self._config.train.num_steps
+        # However the loop ends, a save under way is completed and the metrics are on disk.
+        with (
+            closing(self._store),
+            closing(self._writer),
+            closing(self._progress),
+            closing(self._batches),
+            closing(self._profile),
+        ):
+            for step in range(self._start + 1, last + 1):
+                self._dispatch(step)
+                stopping = should_stop(step) and step < last
+                due, profiled = self._due(step, stopping), self._profile.ends_at(step)
+                while len(self._unsettled) > (0 if any(due) or profiled else self._ahead):
+                    self._settle(*self._unsettled.popleft())
+                if profiled:
+                    self._profile.close()
+                self._clock.spent_on("step")
+                self._evaluate_and_save(step, due)
+                if stopping:
+                    raise Stopped(f"step {step} is saved in {self._workdir}")
+        return self._model(), max(last - self._start, 0)
+
+    def _dispatch(self, step: int) -> None:
+        """Reads a batch and starts a step on it."""
+        self._profile.before(step)
+        self._clock.spent_on("step")
+        rows = next(self._batches)
+        self._clock.spent_on("data")
+        batch = self._share.assemble(rows)
+        self._state, metrics = self._train_step(self._state, batch)
+        self._unsettled.append((step, metrics, batch, self._batches.get_state()))
+
+    def _settle(self, step: int, metrics: dict[str, jax.Array], batch: Any, read: Any) -> None:
         """Reads the metrics of a step that was dispatched: logs them, or ends the run."""
-        nonlocal tokens
+        t = self._config.train
         if np.asarray(metrics.pop("halted")):
-            values = _on_host(metrics)
-            # NaN activations all go to the same experts and overflow them: report the NaN instead.
-            finite = np.isfinite([values["loss"], values["grad_norm"]]).all()
-            if finite and values.get("dropped_assignments"):
-                raise _overflow(done, values["dropped_assignments"], config)
-            bad = first_bad_parameter(program.graph, config, state.params, batch)
-            store.wait()
-            raise _non_finite(done, values, bad, store.latest_step(), workdir)
-        tokens += int(metrics.pop("tokens"))
-        if done == start + 1:
-            clock.compiled(tokens)
-        if done % t.log_every == 0 or done in (1, t.num_steps):
-            values = {
-                name: for_all_layers(config.model, name, x) if isinstance(x, list) else x
+            self._halt(step, _on_host(metrics), batch)
+        self._tokens += int(metrics.pop("tokens"))
+        if step == self._start + 1:
+            self._clock.compiled(self._tokens)
+        if step % t.log_every == 0 or step in (1, t.num_steps):
+            values: dict[str, Any] = {
+                name: for_all_layers(self._config.model, name, x) if isinstance(x, list) else x
                 for name, x in _on_host(metrics).items()
             }
-            values["learning_rate"] = float(program.schedule(done - 1))
+            values["learning_rate"] = float(self._program.schedule(step - 1))
             read = _of_all_processes(read)
-            values |= input_metrics(data, read, sequence_length=t.sequence_length)
-            values |= {"tokens": tokens, **clock.read(tokens)}
-            writer.write(done, values)
+            values |= input_metrics(self._data, read, sequence_length=t.sequence_length)
+            values |= {"tokens": self._tokens, **self._clock.read(self._tokens)}
+            self._writer.write(step, values)
             speed = values["tokens_per_second"]
-            progress.update(done, loss=values["loss"], tokens_per_second=speed)
+            self._progress.update(step, loss=values["loss"], tokens_per_second=speed)
 
-    # However the loop ends, a save under way is completed and the metrics are on disk.
-    with closing(store), closing(writer), closing(progress), closing(batches), closing(profile):
-        for step in range(start + 1, t.num_steps + 1):
-            profile.before(step)
-            clock.spent_on("step")
-            rows = next(batches)
-            clock.spent_on("data")
-            batch = share.assemble(rows)
-            state, metrics = train_step(state, batch)
-            unsettled.append((step, metrics, batch, batches.get_state()))
-            stopping = should_stop(step) and step < t.num_steps
-            evaluating = _due(step, t.eval_every, t.num_steps) and not stopping
-            saving = _due(step, t.checkpoint_every, t.num_steps) or stopping
-            sampling = sample and _due(step, t.sample_every, t.num_steps) and not stopping
-            testing = suites and _due(step, config.evaluation.every, t.num_steps) and not stopping
-            profiled = profile.ends_at(step)
-            looking = evaluating or saving or sampling or testing or profiled
-            while len(unsettled) > (0 if looking else ahead):
-                settle(*unsettled.popleft())
-            if profiled:
-                profile.close()
-            clock.spent_on("step")
-            saved = False
-            try:
-                scores = evaluate(program.graph, state.params) if evaluating else {}
-                if scores:
-                    writer.write(step, scores | clock.taken("evaluation"))
-                if saving:
-                    saved = True
-                    save(step, state, scores.get("eval_ce"))
-                if suites and testing:
-                    with no_mesh():  # as below; what divides over the mesh sets it itself
-                        tested = suites(nnx.merge(program.graph, state.params))
-                    writer.write(step, tested | clock.taken("suites"))
-                if sample and sampling:
-                    with no_mesh():  # a few rows of text do not divide over the mesh
-                        writer.write_samples(step, sample(nnx.merge(program.graph, state.params)))
-                    clock.spent_on("samples")
-            except Exception:
-                # What the step has learnt stays, unless other processes might not have failed.
-                if not saved and jax.process_count() == 1:
-                    save(step, state, None)
-                raise
-            if evaluating or saving or testing:
-                if jax.process_index() == 0:
-                    report()
-                clock.spent_on("report")
-            if stopping:
-                raise Stopped(f"step {step} is saved in {workdir}")
-    return nnx.merge(program.graph, state.params), max(t.num_steps - start, 0)
+    def _halt(self, step: int, values: dict[str, Any], batch: Any) -> NoReturn:
+        """Ends the run at a step that was halted."""
+        # NaN activations all go to the same experts and overflow them: report the NaN instead.
+        finite = np.isfinite([values["loss"], values["grad_norm"]]).all()
+        if finite and values.get("dropped_assignments"):
+            raise _overflow(step, values["dropped_assignments"], self._config)
+        bad = first_bad_parameter(self._program.graph, self._config, self._state.params, batch)
+        self._store.wait()
+        raise _non_finite(step, values, bad, self._store.latest_step(), self._workdir)
+
+    def _due(self, step: int, stopping: bool) -> _Due:
+        t, hooks = self._config.train, self._hooks
+        if stopping:
+            return _Due(evaluate=False, save=True, suites=False, sample=False)
+
+        def due(every: int) -> bool:
+            return step == t.num_steps or (every > 0 and step % every == 0)
+
+        return _Due(
+            evaluate=due(t.eval_every),
+            save=due(t.checkpoint_every),
+            suites=hooks.suites is not None and due(self._config.evaluation.every),
+            sample=hooks.sample is not None and due(t.sample_every),
+        )
+
+    def _evaluate_and_save(self, step: int, due: _Due) -> None:
+        """Calls the hooks that are due, and saves if that is; `step` must be settled then."""
+        hooks, saved = self._hooks, False
+        try:
+            scores = {}
+            if due.evaluate:
+                scores = hooks.evaluate(self._program.graph, self._state.params)
+            if scores:
+                self._writer.write(step, scores | self._clock.taken("evaluation"))
+            if due.save:
+                saved = True
+                self._save(step, scores.get("eval_ce"))
+            if hooks.suites and due.suites:
+                with no_mesh():  # as below; what divides over the mesh sets it itself
+                    tested = hooks.suites(self._model())
+                self._writer.write(step, tested | self._clock.taken("suites"))
+            if hooks.sample and due.sample:
+                with no_mesh():  # a few rows of text do not divide over the mesh
+                    self._writer.write_samples(step, hooks.sample(self._model()))
+                self._clock.spent_on("samples")
+        except Exception:
+            # What the step has learnt stays, unless other processes might not have failed.
+            if not saved and jax.process_count() == 1:
+                self._save(step, None)
+            raise
+        if due.evaluate or due.save or due.suites:
+            if jax.process_index() == 0:
+                hooks.report()
+            self._clock.spent_on("report")
+
+    def _save(self, step: int, metric: float | None) -> None:
+        read = _of_all_processes(self._batches.get_state())
+        extras = {"tokens": self._tokens, "data": read, **self._began_with}
+        self._store.save(step, self._state, extras, metric=metric)
+        self._clock.spent_on("checkpoint")
+
+    def _model(self) -> Qwen3Next:
+        return nnx.merge(self._program.graph, self._state.params)
 
 
 def _check_beginning(config: RunConfig, workdir: pathlib.Path) -> None:
@@ -413,10 +466,6 @@ def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
     compute = config.precision.compute
     used = {**implementations(config.model, mesh, jnp.dtype(compute)), "compute": compute}
     logging.info("Implementations: %s", "; ".join(f"{of}: {name}" for of, name in used.items()))
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
 
 
 def _overflow(step: int, dropped: float, config: RunConfig) -> ExpertOverflowError:
