@@ -170,22 +170,22 @@ class Qwen3Next(nnx.Module):
             ]
 
         def group(x, params):
-            stats, seen = [], []
-            for graph, theirs in zip(graphs, params, strict=True):
-                x, their_stats, they_saw = self._run_alike(
-                    graph, theirs, x, segment_ids, positions, observed is not None
+            all_stats, all_seen = [], []
+            for graph, layers in zip(graphs, params, strict=True):
+                x, stats, seen = self._run_alike(
+                    graph, layers, x, segment_ids, positions, observed is not None
                 )
-                seen.append(they_saw)
-                if their_stats is not None:
-                    stats.append(their_stats)
-            joined = jax.tree.map(lambda *s: jnp.concatenate(s), *stats) if stats else None
-            return x, (joined, one_after_another(seen))
+                all_seen.append(seen)
+                if stats is not None:
+                    all_stats.append(stats)
+            joined = jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats) if all_stats else None
+            return x, (joined, one_after_another(all_seen))
 
         # On a CPU, a loop copies each group's residuals into an array of all groups' residuals.
         unroll = _MOST_UNROLLED if platform() == "cpu" else 1
-        x, told = jax.lax.scan(group, self.embed(tokens), params, unroll=unroll)
-        # [groups, layers that tell it in a group, ...] → [layers that tell it, ...]
-        stats, seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), told)
+        x, by_group = jax.lax.scan(group, self.embed(tokens), params, unroll=unroll)
+        # [groups, layers of a group that have it, ...] → [layers that have it, ...]
+        stats, seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), by_group)
         if observed is not None:
             observed.update(seen)
         return self.norm(x), stats
@@ -271,18 +271,18 @@ class Qwen3Next(nnx.Module):
             return x, (stats, seen or {})
 
         if self.remat == "none":
-            told = []
-            for one in params:
-                x, layer_told = run(x, one)
-                told.append(layer_told)
-            return x, *jax.tree.map(lambda *s: jnp.stack(s), *told)
+            by_layer = []
+            for layer_params in params:
+                x, of_layer = run(x, layer_params)
+                by_layer.append(of_layer)
+            return x, *jax.tree.map(lambda *s: jnp.stack(s), *by_layer)
         # Compiled once for all of them. The barriers that `checkpoint` sets make a layer wait for
         # its turn in the backward pass: left to itself, a TPU's scheduler computes a whole group
         # again before it uses any of it.
         kept = (KEPT,) if self.remat == "layer_but_attention" else ()
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
-        x, told = jax.lax.scan(jax.checkpoint(run, policy=policy), x, params)
-        return x, *told
+        x, (stats, seen) = jax.lax.scan(jax.checkpoint(run, policy=policy), x, params)
+        return x, stats, seen
 
 
 def _apart(stacked: Group) -> list[Group]:

@@ -183,7 +183,7 @@ def attention(
         q = q.reshape(B, T, k.shape[2], -1, H)
         q, k, v, segments = (_split_halves(_deal(x, ways)) for x in (q, k, v, segments))
         out = _ring(ways, q, k, v, segments)
-        out = _gather_in(_join_halves(out, T // 2), ways)
+        out = _collect(_join_halves(out, T // 2), ways)
         return out.reshape(B, T, N, -1)
 
     kv = P(ROWS, _AXIS) if whole else _HEADS
@@ -276,7 +276,7 @@ def _deal(x, ways):
     return jnp.where(even, first, second), jnp.where(even, second, first)
 
 
-def _gather_in(pieces, ways):
+def _collect(pieces, ways):
     """The reverse of `_deal`."""
     early, late = pieces
     even = _rank() % 2 == 0

@@ -2,11 +2,11 @@
 
 Each token has A experts, so M tokens make M · A assignments. Sorted by expert, these are the rows
 of a grouped matrix product. Each expert's rows start at a multiple of `alignment`, with zero rows
-in the gaps. The plan holds the token of every row and the row of every assignment, so that dispatch
-(`_spread`), combine (`_gather_in`) and the gradients of both are gathers: scatters are slow
-everywhere and serial on CPUs. Nothing is dropped. The experts multiply their rows by the router's
-weights themselves, so that combining is a plain sum: then dispatch and combine are each other's
-transposes, and a layer that is rematerialised need not return its rows a second time.
+in the gaps. The plan holds the token of every row and the row of every assignment, so that
+dispatch, combine and the gradients of both are gathers: scatters are slow everywhere and serial on
+CPUs. Nothing is dropped. The experts multiply their rows by the router's weights themselves, so
+that combining is a plain sum: then dispatch and combine are each other's transposes, and a layer
+that is rematerialised need not return its rows a second time.
 
 Where experts are split over a mesh axis, the sorted rows travel to their experts' devices and back
 (`apply_split_experts`). First the devices of the axis exchange how many rows each has for each
@@ -53,8 +53,8 @@ def apply_experts(
       alignment: of what each expert's number of rows is made a multiple.
     """
     plan = _plan(experts, num_experts, alignment)
-    rows = compute(_spread(x, plan), _spread_weights(weights, plan), plan.group_sizes)
-    return _gather_in(rows, plan)
+    rows = compute(_dispatch(x, plan), _dispatch_weights(weights, plan), plan.group_sizes)
+    return _combine(rows, plan)
 
 
 def apply_split_experts(
@@ -108,9 +108,9 @@ def apply_split_experts(
     if D % _LANES == 0:
         # On a TPU a row is then whole tiles of memory; among others it would be a strip of many.
         x = x.reshape(M, -1, _LANES)
-    rows = _send(_spread(x, plan), route, given).reshape(-1, D)
-    rows = compute(rows, _send_weights(_spread_weights(weights, plan), route, given), route.sizes)
-    return _gather_in(_return(rows.reshape(-1, *x.shape[1:]), route, given), plan).reshape(
+    rows = _send(_dispatch(x, plan), route, given).reshape(-1, D)
+    rows = compute(rows, _send_weights(_dispatch_weights(weights, plan), route, given), route.sizes)
+    return _combine(_return(rows.reshape(-1, *x.shape[1:]), route, given), plan).reshape(
         M, D
     ), route.dropped
 
@@ -168,7 +168,7 @@ def _scatter(values, places, size, *, empty=0):
 
 
 @jax.custom_vjp
-def _spread(x, plan):
+def _dispatch(x, plan):
     """The token of each row; zeros in gaps."""
     token = plan.assignment // plan.row.shape[1]
     if plan.kept is not None:
@@ -178,8 +178,8 @@ def _spread(x, plan):
 
 
 @jax.custom_vjp
-def _gather_in(rows, plan):
-    """The sum of each token's rows; the transpose of `_spread`."""
+def _combine(rows, plan):
+    """The sum of each token's rows; the transpose of `_dispatch`."""
     row = plan.row if plan.kept is None else jnp.where(plan.kept, plan.row, len(rows) - 1)
     gathered = rows.at[row.T].get(mode="clip")
     # Written out, a TPU adds them up as fast as it reads them; a reduction takes five times longer.
@@ -189,24 +189,24 @@ def _gather_in(rows, plan):
     return total.astype(rows.dtype)
 
 
-_spread.defvjp(
-    lambda x, plan: (_spread(x, plan), plan),
-    lambda plan, d_rows: (_gather_in(d_rows, plan), None),
+_dispatch.defvjp(
+    lambda x, plan: (_dispatch(x, plan), plan),
+    lambda plan, d_rows: (_combine(d_rows, plan), None),
 )
-_gather_in.defvjp(
-    lambda rows, plan: (_gather_in(rows, plan), plan),
-    lambda plan, d_x: (_spread(d_x, plan), None),
+_combine.defvjp(
+    lambda rows, plan: (_combine(rows, plan), plan),
+    lambda plan, d_x: (_dispatch(d_x, plan), None),
 )
 
 
 @jax.custom_vjp
-def _spread_weights(weights, plan):
+def _dispatch_weights(weights, plan):
     """The weight of each row; zeros in gaps."""
     return _take(weights.reshape(-1), plan.assignment)
 
 
-_spread_weights.defvjp(
-    lambda weights, plan: (_spread_weights(weights, plan), plan),
+_dispatch_weights.defvjp(
+    lambda weights, plan: (_dispatch_weights(weights, plan), plan),
     lambda plan, d_rows: (d_rows[plan.row], None),
 )
 
