@@ -36,7 +36,7 @@ SOURCES = {
     "prepared": "/corpus/prepared",
 }
 
-# Keys that a sparse hybrid has and the dense `qwen3` has not, with what stands for "none of it".
+# Keys that the dense `qwen3` lacks, with the values that switch off what they describe.
 _QWEN3 = {
     "full_attention_interval": 1,
     "partial_rotary_factor": 1.0,
@@ -53,7 +53,7 @@ _QWEN3 = {
     "attention_output_gate": False,
 }
 
-# Keys that are read in order to refuse any other value.
+# Keys of which no other value is supported.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 
 
@@ -62,8 +62,8 @@ class ModelConfig:
     """The shape of a Qwen3-Next (or dense Qwen3) model; fields are named as in `config.json`.
 
     Build it with `from_hf`. Sizes have no defaults, because the class defaults of other libraries
-    differ from the released files. `layer_types` is None where `full_attention_interval` says it
-    all: every such layer, counted from one, is full attention.
+    differ from the released files. `layer_types` is None where `full_attention_interval` = n is
+    enough: each n-th layer, counted from one, is full attention, the others are linear.
     """
 
     model_type: str
@@ -111,10 +111,10 @@ class ModelConfig:
     attention_output_gate: bool = True
     router_init: str = "normalized"  # or "normal"
 
-    # Keys of `config.json` that the model has no use for, kept to be written back.
+    # Keys of `config.json` that the model does not read, kept to be written back.
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False, compare=False)
 
-    # What `config.json` has no word for.
+    # Fields that a Hugging Face `config.json` cannot hold.
     NOT_IN_HF: ClassVar[tuple[str, ...]] = (
         "mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init"
     )  # fmt: skip
@@ -195,7 +195,7 @@ class ModelConfig:
     def from_hf(cls, source: Any) -> "ModelConfig":
         """Reads a `config.json`: a mapping, the file, or the directory that holds it.
 
-        What gives a mapping by `to_dict` will do for one: a `ConfigDict`, a config of transformers.
+        An object with `to_dict` counts as a mapping: a `ConfigDict`, or a config of transformers.
 
         Raises:
           FileNotFoundError: there is no such file.
@@ -222,7 +222,7 @@ class ModelConfig:
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         kept = dict(given.get("extra") or {})  # a run's config keeps them apart
-        # A null counts as absent, but for keys that are only kept.
+        # A null counts as absent, except in keys that are only kept.
         read = fields.keys() | {"rope_parameters"}
         given = {
             k: v for k, v in given.items() if k != "extra" and (v is not None or k not in read)
@@ -277,7 +277,7 @@ class ModelConfig:
         return {**self.extra, **{k: v for k, v in given.items() if v is not None}}
 
     def to_dict(self) -> dict[str, Any]:
-        """`to_hf` and all that it has no word for; what `from_hf` reads back."""
+        """`to_hf` with the fields of `NOT_IN_HF` added; `from_hf` reads it back."""
         return {**self.to_hf(), **{name: getattr(self, name) for name in self.NOT_IN_HF}}
 
 
@@ -287,12 +287,12 @@ def _as_mapping(given: Any) -> Any:
 
 
 def _to_released_dialect(given: dict[str, Any]) -> None:
-    """Rewrites, in place, what transformers 5 says by `rope_parameters` and `layer_types`.
+    """Replaces, in place, the keys `rope_parameters` and `layer_types` of transformers 5.
 
     `layer_types` stays only where `full_attention_interval` cannot say the same.
     """
-    # Two names of one thing. Where both say something the older one counts, as in transformers,
-    # which then ignores the rest of the newer one; its base and share are not lost here.
+    # Both names mean the same thing. Where both are given, `rope_scaling` counts, as in
+    # transformers; `rope_theta` and `partial_rotary_factor` are read from either.
     rope: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
         part = given.pop(name, None) or {}
@@ -591,7 +591,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The nested mapping that `from_dict` reads; it holds only what JSON can."""
-        extra = self.model.extra  # apart, so that it stays apart from what is misspelt
+        extra = self.model.extra  # under a key of its own: `from_dict` refuses unknown keys
         model = {**dataclasses.replace(self.model, extra={}).to_dict(), "extra": extra}
         return json.loads(json.dumps({**dataclasses.asdict(self), "model": model}))
 
@@ -653,7 +653,7 @@ def _frozen(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: freeze(key, value) for key, value in given.items()}
 
 
-# Of each key with a few choices, these.
+# Keys that take one of a few values.
 _CHOICES = {
     "data.source": (*SOURCES, "mixture"),
     "data.on_error": ("raise", "skip"),
@@ -669,6 +669,7 @@ _CHOICES = {
     "precision.optimizer": ("float32", "bfloat16"),
     "precision.matmul": ("default", "high", "highest"),
 }
+# The smallest value of each of these keys.
 _LEAST = {
     "train.num_steps": 1, "train.global_batch_size": 1, "train.sequence_length": 2,
     "train.gradient_accumulation_steps": 1, "train.loss_chunk": 1, "train.log_every": 1,
@@ -746,7 +747,7 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
 
 
 def _longer(model: ModelConfig, train: TrainConfig) -> str:
-    """What makes a model's context as long as the rows."""
+    """How to make a model's context as long as the rows, for a message."""
     if model.rope_scaling is not None:
         return "raise model.rope_scaling.factor"
     yarn = model.yarn(float(-(-train.sequence_length // model.original_context)))

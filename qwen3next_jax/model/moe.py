@@ -210,7 +210,7 @@ class SparseMoE(nnx.Module):
 
 
 def _float32() -> jax.lax.Precision:
-    """Of products with float32 weights, which are of bfloat16 or TF32 numbers unless told."""
+    """The precision at which products keep float32 weights; the default rounds them."""
     # HIGH is TF32 on a GPU. On a TPU it is three passes, which take all of a bfloat16 token and 16
     # bits of the weights; HIGHEST would be six.
     return jax.lax.Precision.HIGH if platform() == "tpu" else jax.lax.Precision.HIGHEST

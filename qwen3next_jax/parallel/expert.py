@@ -50,7 +50,7 @@ def apply_experts(
       compute: maps rows sorted by expert, their weights, and the number of rows of each expert, to
         weighted rows. Rows between two experts' are zero and must stay finite.
       num_experts: E.
-      alignment: of what each expert's number of rows is made a multiple.
+      alignment: each expert's number of rows is rounded up to a multiple of it.
     """
     plan = _plan(experts, num_experts, alignment)
     rows = compute(_dispatch(x, plan), _dispatch_weights(weights, plan), plan.group_sizes)
@@ -119,8 +119,9 @@ class _Plan(NamedTuple):
     assignment: Int[Array, "R"]  # of each row, the index into [M · A]; M · A where there is none
     row: Int[Array, "M A"]  # of each assignment, its row
     group_sizes: Int[Array, "E"]  # rows of each expert, gaps included
-    # Assignments that found a place, where some may not have; rows then end with one of no token,
-    # which the others read zeros from: to select by them would cost more than to add up the rows.
+    # Which assignments found a place; None: all did. If not None, there is one more row, which
+    # belongs to no token. Coming back it is zero, and the assignments without a place read it:
+    # selecting by a mask would cost more than adding up the rows.
     kept: Bool[Array, "M A"] | None = None
 
 
@@ -277,7 +278,10 @@ def _route(
 
 
 def _follow(starts, sizes, there, *, size, none):
-    """Of so many places, where pieces that start here (ascending) lie elsewhere; or `none`."""
+    """Of each of `size` places here, its place elsewhere; `none` where no piece lies.
+
+    A piece of `sizes` places begins at `starts` here, in ascending order, and at `there` elsewhere.
+    """
     starts, sizes, there = (x.reshape(-1) for x in (starts, sizes, there))
     piece = _run_of(starts, size)
     offset = jnp.arange(size) - starts[piece]

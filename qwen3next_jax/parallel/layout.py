@@ -10,7 +10,7 @@ from qwen3next_jax.config import LINEAR, RunConfig, divisors, nearest
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, SLICES
 
-# So many expert places make a receive buffer for the worst case many times as large as what comes.
+# On more ways, a receive buffer for the worst case is many times as large as what arrives.
 _EXACT_EXPERT_WAYS = 8
 _LARGE = 1 << 20  # bytes; smaller arrays may be whole everywhere
 
@@ -89,7 +89,7 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
 def _indivisible(
     sizes: Mapping[str, int], axes: tuple[str, ...], given: Mapping[str, int | bool]
 ) -> Iterable[str]:
-    """Complains about what the axes together do not divide; 0 stands for what a run has not."""
+    """Complains about the sizes that the axes together do not divide; 0: the run has no such."""
     ways = math.prod(sizes[axis] for axis in axes)
     wrong = [name for name, size in given.items() if size and size % ways]
     if wrong:
@@ -97,7 +97,7 @@ def _indivisible(
         works = divisors(common)
         devices = math.prod(sizes.values())
         fitting = [w for w in works if devices % w == 0]
-        works = fitting if len(fitting) > 1 else works  # else other devices are wanted, too
+        works = fitting if len(fitting) > 1 else works  # only 1 fits: change the devices, too
         split = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
         yield (
             f"{', '.join(f'{name}={given[name]}' for name in wrong)} "
@@ -115,7 +115,7 @@ def describe_layout(
       arrays: by name, with shape, dtype and sharding; nothing needs to be allocated.
       sizes: of the mesh axes.
       max_replicated: the largest share of a device's bytes that may be copies of what other devices
-        than those along `data` hold. Arrays below a mebibyte are not counted.
+        hold. The copies along `data` and arrays below a mebibyte do not count.
 
     Raises:
       ValueError: if it is more, naming the arrays.

@@ -35,7 +35,7 @@ ROWS = ("data", "fsdp", "expert")  # over these the rows of a batch are split
 SLICES = ("fsdp", "context", "expert")  # and over these the parameters, until they are used
 BATCH = PartitionSpec(ROWS, "context")  # of arrays [B, T, ...]
 
-# The axes that split a dimension, but for those that an earlier dimension of the array has taken:
+# The axes that split a dimension, except those that split an earlier dimension of the same array:
 # the model dimension of an expert's matrix is split over fsdp and context only.
 TABLE: dict[str, tuple[str, ...]] = {
     # Parameters.
@@ -83,10 +83,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def fsdp_mesh(ways: int | None) -> Mesh | None:
-    """A mesh over which a model is only sliced, `ways` times (-1: all devices); None for None.
+    """A mesh with an `fsdp` axis of size `ways` alone (-1: all devices); None for None.
 
     Raises:
-      ValueError: there are not so many devices.
+      ValueError: `ways` is not the number of devices.
     """
     if ways is None:
         return None

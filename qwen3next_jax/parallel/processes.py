@@ -154,7 +154,7 @@ def _leave() -> None:
     if (me := distributed.global_state.process_id) == 0:
         for process in range(1, jax.process_count()):
             client.blocking_key_value_get(f"qwen3next_jax/left/{process}", _DAY_MS)
-        time.sleep(2)  # they have no way to tell that they are off the line
+        time.sleep(2)  # to disconnect, of which they cannot tell us
     else:
         client.key_value_set(f"qwen3next_jax/left/{me}", "")
     jax.distributed.shutdown()

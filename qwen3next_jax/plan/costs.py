@@ -113,7 +113,7 @@ def executed_flops(config: ModelConfig, s: int, *, remat: str, seen: float = 0.5
         flops += sum(layers.values()) - layers["head"]
         if remat == "layer_but_attention":
             flops -= layers.get("attention scores", 0)
-        # A feed-forward's last product is not, nor the experts': the backward pass needs neither.
+        # The last product of a feed-forward or expert is not repeated: backward does not need it.
         dense = sum(not sparse for _, sparse in config.layers)
         hidden = dense * config.intermediate_size
         hidden += (len(config.layers) - dense) * (
@@ -247,7 +247,7 @@ def memory(
 def _activations(
     config: RunConfig, mixer: str, sparse: bool, t: int, mesh: Mapping[str, int]
 ) -> float:
-    """What a layer's backward pass finds of its forward pass, for t tokens, on a TPU."""
+    """Bytes that a layer's forward pass keeps for its backward pass, for t tokens, on a TPU."""
     c, width = config.model, jnp.dtype(config.precision.compute).itemsize
     mixed: float
     if mixer == LINEAR:
@@ -268,7 +268,7 @@ def _activations(
 
 
 def _dispatched(config: RunConfig, sparse: bool, t: int, mesh: Mapping[str, int]) -> float:
-    """The rows of t tokens' experts: as they leave, and three times in buffers where they come."""
+    """Bytes of the rows sent to t tokens' experts: once as sent, three times in receive buffers."""
     if not sparse:
         return 0.0
     c, width = config.model, jnp.dtype(config.precision.compute).itemsize
