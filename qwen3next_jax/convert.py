@@ -108,8 +108,8 @@ def to_hf(
     Raises:
       FileExistsError: `dst` holds something.
       FileNotFoundError: there is no checkpoint.
-      ValueError: `src` is no checkpoint of ours, or of a model that Hugging Face has not.
-      DamagedCheckpointError: what could be meant is damaged.
+      ValueError: `src` is no checkpoint of ours, or of a model that Hugging Face lacks.
+      DamagedCheckpointError: the step, or every step of the work directory, is damaged.
     """
     ours = find_checkpoint(src)
     if ours is None:

@@ -1,9 +1,9 @@
 """Hugging Face directories: opened with all their faults in one report, loaded, and written whole.
 
-What their tensors have to do with our parameters is said in `tensor_table.py` alone. Here a
-directory is checked against it before anything is read, so that a missing shard, a truncated one,
-an extra tensor and a wrong shape come in one error and not in four attempts; and one that is
-written stands beside its place and is renamed at the end.
+How their tensors make up our parameters is said in `tensor_table.py` alone. Here a directory is
+checked against it before anything is read, so that a missing shard, a truncated one, an extra
+tensor and a wrong shape come in one error and not in four attempts. A new directory is written
+under another name and renamed at the end.
 """
 
 import contextlib
@@ -196,8 +196,8 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
     for path in table.parameters:
         found = {stored[name].dtype for name in table.tensors_of(path) if name in stored}
         found &= set(safetensors_files.DTYPES.values())
-        dtypes[path] = cast(path, next(iter(found), np.dtype(np.float32)), dtype)
-        if len(found) > 1 and cast(path, None, dtype) is None:  # none was chosen
+        dtypes[path] = final_dtype(path, next(iter(found), np.dtype(np.float32)), dtype)
+        if len(found) > 1 and final_dtype(path, None, dtype) is None:  # none was chosen
             names = table.tensors_of(path)
             problems.append(
                 f"mixed dtypes: {names[0]} to {names[-1]}, one parameter of ours, are "
@@ -264,7 +264,7 @@ def write_hf(
       ValueError: Hugging Face has no such model.
       OSError: the disk is full.
     """
-    dtypes = {path: cast(path, x.dtype, dtype) for path, x in parameters.items()}
+    dtypes = {path: final_dtype(path, x.dtype, dtype) for path, x in parameters.items()}
     table = _table(config, layout, parameters)
     described = hf_config(config, dtypes[_EMBED])
     tensor_dtypes = {name: dtypes[path] for path in dtypes for name in table.tensors_of(path)}
@@ -321,11 +321,11 @@ def build_model(
     dtype: Any,
     mesh: Mesh | None,
 ) -> Qwen3Next:
-    """A model whose parameters are what `value` makes of their paths and shardings.
+    """Builds a model from parameters that are made one by one.
 
     Args:
       config: its shape.
-      value: from path and sharding to the parameter.
+      value: makes a parameter, given its path and sharding.
       dtype: of activations.
       mesh: over which parameters are split; None: one device.
     """
@@ -342,7 +342,7 @@ def build_model(
 
 
 def filled(params: nnx.State, value: Callable[[str, Any], jax.Array]) -> nnx.State:
-    """The state whose parameters are what `value` makes of their paths and descriptions."""
+    """The state with each parameter replaced by `value(path, parameter)`."""
     found = []
     for path, param in nnx.to_flat_state(params):
         found.append((path, param.replace(value("/".join(map(str, path)), param.get_value()))))
@@ -356,12 +356,12 @@ def abstract_parameters(config: ModelConfig) -> dict[str, nnx.Param]:
 
 
 def parameters_by_path(params: Any) -> dict[str, Any]:
-    """The parameters of a model's state, `groups/layers/0/mlp/router` say."""
+    """The parameters of a model's state by path, such as `groups/layers/0/mlp/router`."""
     return {"/".join(map(str, path)): p for path, p in nnx.to_flat_state(params)}
 
 
-def cast(path: str, stored: Any, dtype: Any) -> Any:
-    """The dtype of a parameter that is stored in one and wanted in another, or None."""
+def final_dtype(path: str, stored: Any, dtype: Any) -> Any:
+    """The dtype asked for; `stored` if that is None, or for `A_log` and `dt_bias`."""
     kept = path.endswith(("/A_log", "/dt_bias"))
     return stored if dtype is None or kept else np.dtype(dtype)
 
@@ -381,7 +381,7 @@ def expert_layouts(name: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Lends a directory beside this one, which takes its place at the end, or leaves no trace.
+    """Yields a directory beside this one; it takes its place at the end, or is removed on errors.
 
     Raises:
       FileExistsError: the directory holds something, or it cannot be replaced.
@@ -444,7 +444,13 @@ def misfits(
     shapes: Mapping[str, tuple[int, ...]],
     lost: Collection[str] = (),
 ) -> list[str]:
-    """What differs between the arrays there are and those that are wanted, but for lost ones."""
+    """Names the arrays that are missing, unexpected or of another shape than wanted.
+
+    Args:
+      wanted: shapes by name.
+      shapes: of the arrays there are.
+      lost: names that are missing for a reason already reported.
+    """
     known = {*shapes, *lost}
     problems = [f"missing: {name} {list(s)}" for name, s in wanted.items() if name not in known]
     for name, shape in shapes.items():

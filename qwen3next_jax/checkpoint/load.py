@@ -21,9 +21,9 @@ from jax.sharding import Mesh
 from qwen3next_jax.checkpoint.hugging_face import (
     abstract_parameters,
     build_model,
-    cast,
     describe_hf,
     filled,
+    final_dtype,
     load_hf,
     misfits,
     open_hf,
@@ -91,7 +91,7 @@ def load_checkpoint(
 
         def value(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
             x = jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=sharding)
-            return _restore_parameter(store, step, name, x, cast(name, x.dtype, dtype))
+            return _restore_parameter(store, step, name, x, final_dtype(name, x.dtype, dtype))
 
         return build_model(config, value, dtype=jnp.dtype(compute), mesh=mesh)
 
@@ -118,7 +118,7 @@ def load_parameters(
     Raises:
       FileNotFoundError: there is no checkpoint.
       ValueError: it is of another model; names all keys that differ. Or see `load_checkpoint`.
-      DamagedCheckpointError: what could be meant is damaged.
+      DamagedCheckpointError: the step, or every step of the work directory, is damaged.
     """
     ours = find_checkpoint(pathlib.Path(path))
     if ours is None:
@@ -167,7 +167,7 @@ def open_checkpoint(
 
 
 def checkpoint_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The model of a checkpoint, by its config.json and the names of its tensors alone.
+    """The model of a checkpoint, read from its config.json and the names of its tensors alone.
 
     Raises:
       FileNotFoundError: there is no checkpoint.

@@ -1,4 +1,4 @@
-"""Safetensors files: all checked before any is read, and tensors held no longer than looked at.
+"""Safetensors files: all checked before any is read; tensors are in memory only while in use.
 
 A file is the length of its header (8 bytes, little-endian), the header in JSON, which gives each
 tensor's dtype, shape and place, and the tensors. The format is read and written here, because the
@@ -60,8 +60,8 @@ def read_directory(directory: pathlib.Path) -> tuple[TensorFiles, list[str], set
     """Reads the headers of a checkpoint in one file or several.
 
     Returns:
-      The tensors; all that is wrong with the files; the names of tensors that are lost with them,
-      so that nobody need complain of these again.
+      The tensors; all that is wrong with the files; the names of the tensors that are missing
+      because of that, and need not be reported again.
     """
     stored: dict[str, Stored] = {}
     problems: list[str] = []
@@ -101,7 +101,7 @@ def create(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     max_shard_size: int | str,
 ) -> TensorFiles:
-    """Makes the files of a checkpoint, their room on disk taken, for the tensors to be filled in.
+    """Makes the files of a checkpoint in their full size; the tensors are to be filled in.
 
     Args:
       directory: exists.

@@ -122,7 +122,7 @@ class CheckpointStore:
         for later in [s for s in self.steps() if s >= step]:
             self._manager.delete(later)
         arrays = {name: jnp.asarray(x) for name, x in named_leaves(state)}
-        self._let_through(arrays.values())
+        self._raise_limit(arrays.values())
         sums = _checksums(arrays)
         entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
         index = {"arrays": entries, "extras": dict(extras), "metric": metric}
@@ -273,7 +273,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _full_disk_told(self):
-        # What writes in the background tells of a full disk by an error of another kind.
+        # A write in the background reports a full disk by another kind of error than OSError.
         try:
             yield
         except Exception as error:
@@ -307,8 +307,8 @@ class CheckpointStore:
             },
         )
 
-    def _let_through(self, arrays: Iterable[jax.Array]) -> None:
-        """Raises the limit of bytes in flight to two of the largest parts of these arrays.
+    def _raise_limit(self, arrays: Iterable[jax.Array]) -> None:
+        """Raises the limit of bytes in flight to twice the largest part of these arrays.
 
         Orbax refuses to write a part that is larger than the limit.
         """
@@ -372,14 +372,15 @@ class CheckpointStore:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which tells JAX nothing of preemption; `processes.joined` does.
+    """Orbax's manager without its part in preemption, which is left to `processes.joined`.
 
-    It would name the step that is saved, in process 0 once more when the files are written. By then
-    the run may be steps ahead, and what JAX picks for all to stop at would be behind some.
+    At each save Orbax would report the step to JAX, and process 0 once more when the files are
+    written. By then the run may be steps ahead, and the step that JAX picks for all processes to
+    stop at may lie behind some of them.
     """
 
     def reached_preemption(self, step: int) -> bool:
-        """Saves at no step but those it is told to."""
+        """Never: only the steps that `save` is called with are saved."""
         return False
 
 
@@ -454,7 +455,7 @@ def save_streamed(
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-    """Lets Orbax save a `Streamed` array, which is read back as any other."""
+    """Lets Orbax save a `Streamed` array; it is read back like any other."""
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
         """Writes all blocks of all arrays."""
@@ -538,7 +539,7 @@ def _save_args(arrays: Mapping[str, Any]) -> dict[str, ocp.SaveArgs]:
 
 
 def _blocks(shape: tuple[int, ...], chunk: Any) -> Iterator[Block]:
-    """The parts of an array that are a chunk each, or what of one is left at the ends."""
+    """Cuts an array into chunks; those at the ends may be smaller."""
     ranges = [
         [slice(i, min(i + step, size)) for i in range(0, size, step)]
         for size, step in zip(shape, chunk or (), strict=True)  # None for a scalar
@@ -567,7 +568,7 @@ def _differences(
 
 
 def _best_first(steps: Iterable[int], metric: Callable[[int], float | None]) -> list[int]:
-    """The steps that have a finite metric."""
+    """The steps that have a finite metric, the lowest first."""
     metrics = ((metric(step), step) for step in steps)
     return [
         step for x, step in sorted((x, s) for x, s in metrics if x is not None and math.isfinite(x))

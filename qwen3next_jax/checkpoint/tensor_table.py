@@ -1,10 +1,11 @@
 """Hugging Face tensors and our parameters, as one table of names, shapes and rearrangements.
 
-Each `Entry` is a tensor of theirs and the places in our parameters where its numbers stand. A place
-is met by a *view* of the tensor: `ours[place] = view(theirs)` reads and `view(theirs)[...] =
-ours[place]` writes, so that one line of the table serves both ways, moves numbers and changes none.
-Because a view costs nothing, any block of a parameter is put together from the tensors that meet
-it, and nothing else is touched. What the two sides do differently:
+Each `Entry` is a tensor of theirs and the places in our parameters where its numbers stand. For
+each place there is a *view* of the tensor, with the same numbers in the same order: `ours[place] =
+view(theirs)` reads and `view(theirs)[...] = ours[place]` writes. So one line of the table serves
+both ways, and numbers are moved, not changed. Because a view costs nothing, any block of a
+parameter is put together from the tensors that overlap it, and nothing else is touched. What the
+two sides do differently:
 - a Linear's matrix is [out, in] there, and [in, heads..., ...] here;
 - `in_proj_qkvz` holds, key head by key head, [q | k | its value heads' v | their z];
   `in_proj_ba` likewise [b | a]; `conv1d` holds all q channels, then all k, then all v;
@@ -49,7 +50,7 @@ class FileLayout:
 
 
 class Part(NamedTuple):
-    """Where some of a tensor's numbers stand in a parameter of ours, and the view that meets it."""
+    """Where some of a tensor's numbers stand in a parameter of ours, and the view of them."""
 
     path: str
     place: Block  # slice(None) for an axis as a whole
@@ -65,7 +66,7 @@ class Entry(NamedTuple):
 
 
 class TensorTable:
-    """All entries of a model, ready to be asked which of them meet a block of a parameter."""
+    """All entries of a model; reads and writes any block of a parameter."""
 
     def __init__(
         self, config: ModelConfig, layout: FileLayout, parameters: Mapping[str, tuple[int, ...]]
@@ -97,10 +98,10 @@ class TensorTable:
     def read(
         self, tensors: Mapping[str, np.ndarray], path: str, block: Block, dtype: np.dtype
     ) -> np.ndarray:
-        """Puts together a block of one of our parameters, asking for the tensors that meet it."""
+        """Puts together a block of one of our parameters from the tensors that overlap it."""
         values = np.empty([stop - start for start, stop in _bounds(block, self.parameters[path])],
                           dtype)  # fmt: skip
-        for ours, theirs in self._meetings(tensors, path, block):
+        for ours, theirs in self._overlaps(tensors, path, block):
             values[ours] = theirs
         return values
 
@@ -108,13 +109,13 @@ class TensorTable:
         self, tensors: Mapping[str, np.ndarray], path: str, block: Block, values: np.ndarray
     ) -> None:
         """Puts a block of one of our parameters where it belongs in their tensors."""
-        for ours, theirs in self._meetings(tensors, path, block):
+        for ours, theirs in self._overlaps(tensors, path, block):
             theirs[...] = values[ours]
 
-    def _meetings(
+    def _overlaps(
         self, tensors: Mapping[str, np.ndarray], path: str, block: Block
     ) -> Iterator[tuple[Block, np.ndarray]]:
-        """Of each tensor that meets the block: where inside the block, and the view that does."""
+        """For each tensor that overlaps the block: where in the block, and that part's view."""
         bounds = _bounds(block, self.parameters[path])
         starts = np.maximum(self._bounds[path][..., 0], bounds[:, 0])
         stops = np.minimum(self._bounds[path][..., 1], bounds[:, 1])
@@ -272,7 +273,7 @@ def _rows(t: np.ndarray, *, rows: slice, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _placed(entry: Entry, there: str, here: str, repeat: int | None) -> Entry:
-    """The same in a layer, whose parameters may be stacked."""
+    """A layer's entry as one of the model: full names, and the layer's place if it is stacked."""
 
     def placed(part: Part) -> Part:
         if repeat is None:
@@ -289,5 +290,5 @@ def _bounds(block: Block, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    """Of a shape, but no memory."""
+    """An array of a shape that takes no memory."""
     return np.broadcast_to(np.uint8(0), shape)
