@@ -173,7 +173,7 @@ def _span(
     through = render_chat(messages[: i + 1], template, add_generation_prompt=False, **asked)
     for what, part in (("before it, with the prompt for it,", prompt), ("through it", through)):
         if not text.startswith(part):
-            same = _common_length(part, text)
+            same = _common_prefix(part, text)
             raise ValueError(
                 f"message {i}: the template does not show this answer as the model would write "
                 f"it. Rendered {what} the chat has {part[same : same + 40]!r} where the whole has "
@@ -199,7 +199,7 @@ _REMEDY = (
 
 
 def _header(before: Sequence[Message], template: str, asked: Mapping[str, Any]) -> str:
-    """What the template writes through these messages and up to an answer, whatever it be."""
+    """What the template writes before the content of an answer that follows these messages."""
     a, b = (
         render_chat(
             [*before, {"role": "assistant", "content": content}], template,
@@ -207,11 +207,11 @@ def _header(before: Sequence[Message], template: str, asked: Mapping[str, Any]) 
         )
         for content in ("yes", "no")
     )  # fmt: skip
-    return a[: _common_length(a, b)]
+    return a[: _common_prefix(a, b)]
 
 
-def _common_length(a: str, b: str) -> int:
-    """How many first characters of both are the same."""
+def _common_prefix(a: str, b: str) -> int:
+    """The length of the beginning that two texts share."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((k for k, (x, y) in pairs if x != y), min(len(a), len(b)))
 
@@ -224,7 +224,7 @@ def _end_of_turn(
     last: int,
     special: frozenset[int],
 ) -> int:
-    """`last` without the white space that follows a special token at the end of `text`."""
+    """`last`, moved back before white space that follows a special token at the end of `text`."""
     ends = [*starts[first + 1 : last], len(text)]
     end = last
     while end > first and text[starts[end - 1] : ends[end - 1 - first]].isspace():

@@ -20,7 +20,7 @@ Document = Mapping[str, Int32[np.ndarray, " _"] | Float32[np.ndarray, " _"]]
 
 
 def tokenized(record: Record, tokenizer: Tokenizer) -> Document:
-    """The document of a record; a BadRecordError where there is nothing in it."""
+    """The document of a record; raises BadRecordError if it is empty or cannot be tokenised."""
     if record.tokens is not None:
         return record.tokens
     if record.messages is not None:

@@ -37,7 +37,7 @@ from qwen3next_jax.data.hashing import mix64
 _SCANNED = 1 << 24  # bytes at a time
 
 
-# Of objects, the fields that a chat needs besides its messages, where there are such.
+# Fields of an object that are read besides the messages of a chat, where it has them.
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 
 
@@ -161,7 +161,7 @@ def open_parquet(name: str, path: epath.Path, *, field: str) -> JsonLinesFile:
         except (arrow.ArrowException, OSError) as error:
             raise BadFileError(f"is truncated or no Parquet: {error}") from error
 
-    # 2: keys that a row lacks are left out.
+    # 2 is the version of the unpacked form, in which keys that a row lacks are left out.
     return JsonLinesFile(name, _unpacked(path, unpack, extra=f"{field}\x002"))
 
 
@@ -209,9 +209,9 @@ def open_array_record(path: epath.Path) -> grain.sources.ArrayRecordDataSource:
 def riegeli_errors(
     what: str, *, as_error: type[BadFileError | BadValueError] = BadValueError
 ) -> Iterator[None]:
-    """Turns what the library of ArrayRecord reports of damage into an error of ours.
+    """Turns errors of ArrayRecord's library (Riegeli) into ours.
 
-    That too many files are open says nothing of this one, and is an OSError.
+    Too many open files are no damage of this one; that becomes an OSError.
     """
     try:
         yield
@@ -264,8 +264,8 @@ class TfdsSplit:
                 f"data.path={path!r}, data.split={split!r} cannot be opened as a dataset of TFDS: "
                 f"{error}"
             ) from error
-        # Of the dataset and not of where it lies, so that a copy has the same records held out; and
-        # so that a slice from the beginning has those of the whole.
+        # The name holds the dataset and not its folder, so that a copy has the same records held
+        # out, and no slice from the beginning, so that it has those of the whole split.
         from_start = re.fullmatch(r"(\w+)\[:[^\]]*\]", split)
         self.name = f"{self._rows.dataset_info.full_name}/{from_start[1] if from_start else split}"
 
@@ -318,7 +318,7 @@ def decode_utf8(content: bytes) -> str:
 
 
 def import_extra(module: str, *, extra: str = "data") -> Any:
-    """Imports what not every installation has."""
+    """Imports a module that only installations with this extra have."""
     import importlib
 
     try:
@@ -372,9 +372,9 @@ def _json_line(batch: Any, row: int) -> bytes:
 
 
 def _given(value: Any) -> Any:
-    """Without what a row's structs do not have: Arrow fills in None for the keys of all rows'.
+    """Removes the None values that Arrow fills in for keys that only other rows have.
 
-    A message's content may be None and be given.
+    A message's content stays, which may be None by itself.
     """
     if isinstance(value, dict):
         return {k: _given(v) for k, v in value.items() if v is not None or k == "content"}

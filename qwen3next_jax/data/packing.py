@@ -8,9 +8,10 @@
 Both are plans, made of lengths alone: a row is a list of pieces of documents. `fill_row` makes the
 arrays. Segments count from 1 in each row and 0 is padding; positions count from 0 in each segment.
 
-Grain has packers too, and its best-fit fills rows as well (`benchmarks/input.py`). Plans serve
-both ways with one small state, end with an epoch, and tell which documents a row begins, so that
-what was read can be counted. The state of Grain's concatenation does not survive JSON.
+Grain has packers too, and its best fit fills rows as well as ours (`benchmarks/input.py`). But
+plans have the same small state for both ways, end where an epoch ends, and tell which documents
+begin in a row, so that what was read can be counted. And the state of Grain's concatenation does
+not survive JSON.
 """
 
 import bisect

@@ -74,11 +74,11 @@ class Data:
         )  # fmt: skip
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run must find again when it goes on, as JSON; see `check_same_data`.
+        """What must be the same when a run goes on, as JSON; see `check_same_data`.
 
         Returns:
           "records": for each part, by name, its `TrainingPart.fingerprint`; "tokenizer": the
-          tokenizer's. Its file is read, so ask while it is there.
+          tokenizer's, for which its file is read.
         """
         records = {part.name: list(part.fingerprint) for part in self.train}
         return {"records": records, "tokenizer": fingerprint(self.tokenizer)}
@@ -281,7 +281,7 @@ def check_same_data(data: Data, began_with: Mapping[str, Any]) -> None:
 
 
 def check_shards(num_shards: int, *, batch_size: int, hosts: int) -> None:
-    """Refuses sizes that would give a host or a shard a part of a row, or of a shard."""
+    """Refuses shards that do not divide a batch's rows, and hosts that do not divide the shards."""
     for name, value, divisor_name, divisor in (
         ("train.global_batch_size", batch_size, "data.num_shards", num_shards),
         ("data.num_shards", num_shards, "the number of hosts", hosts),

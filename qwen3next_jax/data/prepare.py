@@ -58,7 +58,7 @@ from qwen3next_jax.data.sources import (
 from qwen3next_jax.data.tokenizer import Tokenizer, fingerprint, keep_tokenizer, load_tokenizer
 
 _PLAN = "plan.json"
-_EXAMPLES = 5  # of a shard's records that were skipped, those in its note; of all, those logged
+_EXAMPLES = 5  # skipped records that a shard's note names, and that are logged at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

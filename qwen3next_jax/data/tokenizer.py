@@ -34,7 +34,7 @@ from qwen3next_jax.data.chat import load_chat_template
 _SPACE = "▁"
 _RESERVED = "▅"  # SentencePiece skips training text that holds its mark for unknown pieces
 _TRAINING_CHARACTERS = 50_000_000  # enough for any vocabulary; takes about 15 seconds
-_SAMPLE = 1000  # documents that tell how long all are
+_SAMPLE = 1000  # documents from which the length of all is estimated
 
 
 def load_tokenizer(
@@ -130,7 +130,7 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def chat_template(self) -> str:
-        """Jinja, as `load_chat_template` finds it beside the file, or raises."""
+        """Jinja; `load_chat_template` finds it beside the file, or raises."""
         return load_chat_template(self.path.parent)
 
     @property
@@ -391,10 +391,10 @@ def fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def keep_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
-    """Copies a tokenizer to where what depends on it is kept, so that it travels along.
+    """Copies a tokenizer, its chat template and the files beside it that describe its tokens.
 
-    With it go its chat template and the files beside it that say what its tokens are for. Each file
-    appears whole or not at all.
+    The directory holds what depends on it, a run or prepared data. Each file appears whole or not
+    at all.
 
     Raises:
       ValueError: the directory holds another tokenizer or another chat template.
