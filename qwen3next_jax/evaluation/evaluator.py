@@ -31,10 +31,10 @@ _TOKENS = 8192  # of a batch on each device, where no batch size is given
 
 
 class RowScores(NamedTuple):
-    """Of a row of n tokens, the n − 1 that have one before them."""
+    """Scores of a row's tokens but the first, which has none before it."""
 
     losses: Float32[np.ndarray, " _"]  # −log p in nats
-    margins: Float32[np.ndarray, " _"]  # how far the logit lies below the largest; 0: it is that
+    margins: Float32[np.ndarray, " _"]  # the largest logit minus the token's; 0: it is the largest
 
 
 class Evaluator:
@@ -164,10 +164,10 @@ class Evaluator:
     def count_drafts(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, drafts: int
     ) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, " K"]]:
-        """Continues prompts greedily with K = `drafts` guesses at a time by the MTP module.
+        """Continues prompts greedily, the MTP module drafting K = `drafts` tokens at a time.
 
         Returns:
-          Of each place in a draft, how many tokens were drafted there and how many were kept.
+          For each place in a draft, how many tokens were drafted there and how many were kept.
 
         Raises:
           ValueError: as `Generation`.
@@ -190,7 +190,7 @@ class Evaluator:
         stop_tokens: Sequence[int] = (),
         **options: Any,
     ) -> Iterator[tuple[list[int], Generation]]:
-        """Numbers of prompts, and what continues them in its first rows."""
+        """Yields numbers of prompts, and the generation whose first rows continue them."""
         spare = 1 + (options["speculative"] or 0)
         lengths = [len(prompt) + max_new_tokens + spare for prompt in prompts]
         for slots, batch, numbers in self._batches(lengths):
@@ -205,7 +205,7 @@ class Evaluator:
             yield numbers, generation
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
-        """Width and height of batches, and the numbers of the rows in each; the longest first."""
+        """Yields the width and height of each batch and the numbers of its rows, longest first."""
         by_width: dict[int, list[int]] = {}
         for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             by_width.setdefault(bucket(lengths[number]), []).append(number)

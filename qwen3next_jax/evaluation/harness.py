@@ -120,7 +120,7 @@ def _known_tasks(include_path: str) -> tuple[str, ...]:
 
 
 class _Tasks(TaskManager):
-    """Loads tasks, but none that we cannot run, and none that runs code unless it may."""
+    """Loads tasks; refuses those that cannot run here, and those that run code unless allowed."""
 
     may_run_code = False
 
@@ -169,7 +169,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context stands behind: a BOS that the tokenizer names, or EOS."""
+        """The token before a text without context: the BOS that the tokenizer names, else EOS."""
         named = "bos_token" in self.tokenizer.special_tokens
         return self.tokenizer.bos_id if named else self.tokenizer.eos_id
 
@@ -212,7 +212,7 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Iterable[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Of each (text, context, continuation): ln p of the continuation, and is it greedy?"""
+        """For each (text, context, continuation) ln p of the continuation, and if it is greedy."""
         rows, counts = [], []
         for text, context, continuation in requests:
             if not continuation:
@@ -239,7 +239,7 @@ class HarnessLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of each text ln p of all of it, behind BOS; what does not fit goes on in more windows."""
+        """For each text ln p of all of it after BOS; a text too long is cut into windows."""
         windows, counts = [], []
         for request in requests:
             pairs = get_rolling_token_windows(
@@ -253,7 +253,7 @@ class HarnessLM(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind each context, up to the first of the task's stop strings."""
+        """What the model writes after each context, up to the first of the task's stop strings."""
         by_options: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
@@ -283,7 +283,7 @@ class HarnessLM(TemplateLM):
 def _generation_options(given: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
     """A task's generation_kwargs as the most new tokens, stop strings, and options of ours."""
     options = dict(normalize_gen_kwargs(dict(given), _MAX_NEW_TOKENS))
-    for name, off in (("num_beams", 1), ("top_k", 0)):  # which say that there is no such thing
+    for name, off in (("num_beams", 1), ("top_k", 0)):  # values that switch the option off
         if options.get(name) == off:
             del options[name]
     count, stop = options.pop("max_gen_toks"), [s for s in options.pop("until") if s]

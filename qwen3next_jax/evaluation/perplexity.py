@@ -146,7 +146,7 @@ def _table(
 
 
 def _bits(nats: float, size: float) -> float | None:
-    """Bits per byte; None where what is predicted has no text, as an empty answer."""
+    """Bits per byte; None where the predicted tokens have no text, as an empty answer."""
     return nats / math.log(2) / size if size else None
 
 
@@ -160,14 +160,14 @@ class _Table:
         self.cut = 0
 
     def add_document(self, pieces: list[tuple[Any, Any]], tokens: int, size: int) -> None:
-        """Adds a document of so many tokens and bytes by its pieces' losses and weights."""
+        """Adds a document: its pieces' losses and weights, its number of tokens and of bytes."""
         self.cut += len(pieces) > 1
         row = self.lengths[tokens.bit_length()]
         row[2:] += 1, size
         for losses, weights in pieces:
             nats, counted = losses * weights, weights
             row[:2] += nats.sum(dtype=np.float64), counted.sum(dtype=np.float64)
-            # A predicted token has those up to and with the one at this place before it.
+            # The token predicted at place i (from 0) has i + 1 tokens before it.
             powers = np.frexp(np.arange(1, len(losses) + 1))[1]
             for column, values in enumerate((nats, counted)):
                 self.positions[:, column] += np.bincount(powers, values, minlength=64)

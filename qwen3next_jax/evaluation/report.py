@@ -457,7 +457,7 @@ def _lines_of(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _short(value: float | None) -> float | None:
-    """Five digits, which is more than a screen can show; None for what JSON has no word for."""
+    """Rounds to five digits, more than a screen can show; None for NaN and infinity."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 

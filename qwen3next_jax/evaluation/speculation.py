@@ -1,4 +1,4 @@
-"""How many of the MTP module's guesses stand, by their place in a draft and by kind of text.
+"""How many of the MTP module's drafts are accepted, by their place and by kind of text.
 
 Prompts are the beginnings of documents, and the model goes on greedily from them. What is counted
 belongs to a row and one pass over it, so it does not depend on which rows share a batch.
@@ -37,9 +37,9 @@ def speculation(
       on_error: "raise", or "skip" records that cannot be used.
 
     Returns:
-      `acceptance`, of each place in a draft the share of guesses that stood; `tokens_per_pass`,
-      the drafts that stood and the model's own token; `drafted`, passes in which a row had a draft;
-      `domains`, all of this for each.
+      `acceptance`, for each place in a draft the share of tokens that were accepted;
+      `tokens_per_pass`, the accepted drafts and the model's own token; `drafted`, passes in which a
+      row had a draft; `domains`, all of this for each.
 
     Raises:
       ValueError: the model has no MTP module, or no document is long enough.

@@ -3,7 +3,7 @@
 - `perplexity`: cross-entropy and bits per byte, by document length and position.
 - `lm_eval`: tasks of lm-evaluation-harness.
 - `long_context`: retrieval by length and depth.
-- `speculation`: how many of the MTP module's drafts stand.
+- `speculation`: how many of the MTP module's drafts are accepted.
 """
 
 from collections.abc import Callable, Iterable, Mapping

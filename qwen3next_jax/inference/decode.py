@@ -2,12 +2,12 @@
 
 The state of all sequences is one pytree that stays on the devices; its buffers are reused from pass
 to pass. A pass runs the model over each sequence's newest token and the K tokens that were drafted
-behind it (K = 0 without speculation), keeps what stands, and drafts again. Several passes run
-between two looks of the host, as many as fit into a blink.
+after it (K = 0 without speculation), keeps the drafts that are accepted, and drafts again. Several
+passes run between two looks of the host, as many as fit into a tenth of a second.
 
-What a sequence's tokens are depends on its prompt and the seed, not on how often the host looks.
-Rows of a batch do not see each other, but they do share the random numbers' key: with sampling, the
-same prompt in another batch gives another sample.
+A sequence's tokens depend on its prompt and the seed, not on how often the host looks. Rows of a
+batch do not see each other, but they share the key of the random numbers: with sampling, the same
+prompt in another batch gives another sample.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ DRAFTS = 2  # by default, where the model can draft
 _PREFILL = 512  # tokens of each prompt read at a time
 _SLOTS = 128  # caches grow by so many slots, so that similar requests share a compiled program
 _PASSES = 32  # at most, between two looks of the host
-_BLINK = 0.1  # seconds
+_LOOK_EVERY = 0.1  # seconds
 
 
 def generate(
@@ -93,11 +93,11 @@ def generate(
 
 
 class Generation:
-    """Continuations as they come: iterating gives each row's new tokens since the last time.
+    """Continues prompts step by step: each iteration gives each row's new tokens.
 
     Attributes:
       passes: how often the model was run over new tokens, reading the prompts aside.
-      drafted, accepted: of each place in a draft, how many tokens were drafted there and how many
+      drafted, accepted: for each place in a draft, how many tokens were drafted there and how many
         were kept; empty without speculation.
     """
 
@@ -163,7 +163,7 @@ class Generation:
             self.drafted = np.asarray(state.drafted).tolist()
             self.accepted = np.asarray(state.accepted).tolist()
             # The first time it also compiled, and then one pass is the next guess as well.
-            passes = int(passes * _BLINK / (time.monotonic() - start))
+            passes = int(passes * _LOOK_EVERY / (time.monotonic() - start))
             # Of several processes all take as many: passes are collectives.
             passes = exchange(min(max(passes, 1), _PASSES))[0]
             yield new

@@ -1,11 +1,11 @@
-"""Speculative decoding: the MTP module guesses several tokens, the model checks them in one pass.
+"""Speculative decoding: the MTP module drafts several tokens, the model checks them in one pass.
 
-Guesses cost little, and a pass over a few tokens costs little more than a pass over one, so each
-guess that stands is a token almost for free. Which tokens come out does not change: a drafted token
-x, drawn from the draft's distribution q, is kept with probability min(1, p(x) / q(x)) for the
+Drafts cost little, and a pass over a few tokens costs little more than a pass over one, so each
+draft that is accepted is a token almost for free. Which tokens come out does not change: a drafted
+token x, drawn from the draft's distribution q, is kept with probability min(1, p(x) / q(x)) for the
 model's own p, and the first one refused is replaced by a draw from max(p − q, 0), normalised. The
-token that is written then follows p exactly. With greedy decoding p and q are one token each, and
-the rule says: keep what the model would have said.
+token that is written then follows p exactly. With greedy decoding p and q have one token each, and
+the rule says: keep what the model would have chosen.
 
 Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
 """
@@ -32,7 +32,7 @@ def draft(
     seen: Bool[Array, "B V"] | None,
     key: Key[Array, ""],
 ) -> tuple[Int[Array, "B K"], Float[Array, "B K V"], AttentionCache]:
-    """Guesses K = `count` tokens behind a sequence.
+    """Drafts K = `count` tokens after a sequence.
 
     Args:
       model: one with an MTP module.
@@ -41,14 +41,14 @@ def draft(
       positions: of those tokens.
       last: of each row, the index in T of its last real token.
       cache: the MTP module's, over all earlier tokens.
-      count: tokens to guess.
-      sampling: how the model's own tokens are chosen; the guesses are chosen likewise.
+      count: tokens to draft.
+      sampling: how the model's own tokens are chosen; drafts are chosen likewise.
       seen: see `Sampling.probabilities`.
       key: for drawing.
 
     Returns:
-      The guesses, the distributions they were drawn from, and the next cache. What it holds of
-      guesses will be overwritten once the real tokens are known.
+      The drafts, the distributions they were drawn from, and the next cache. What it holds of
+      drafts will be overwritten once the real tokens are known.
     """
     assert model.mtp is not None
     row = jnp.arange(len(hidden))
@@ -78,27 +78,27 @@ def verify(
     sampling: Sampling,
     key: Key[Array, ""],
 ) -> tuple[Int[Array, "B K+1"], Int[Array, "B"]]:
-    """Keeps the first drafts that stand and adds a token of the model's own.
+    """Accepts drafts up to the first one refused, and adds a token of the model's own.
 
     Args:
       drafts: drafted tokens.
       q: what each was drawn from.
-      p: the model's distribution of the token at each of these places, and of the one behind.
+      p: the model's distribution of the token at each of these places, and at the one after.
       sampling: says how to draw.
       key: for drawing.
 
     Returns:
-      Tokens, and of each row how many drafts were kept: so many drafts, then the model's own token;
-      the rest means nothing.
+      Tokens, and for each row the number of drafts kept: so many of the tokens are drafts, the next
+      is the model's own, the rest mean nothing.
     """
     B, K = drafts.shape
     coin_key, draw_key = jax.random.split(key)
     chosen = drafts[..., None]
     p_draft = jnp.take_along_axis(p[:, :K], chosen, axis=2)[..., 0]
     q_draft = jnp.take_along_axis(q, chosen, axis=2)[..., 0]
-    stands = jax.random.uniform(coin_key, (B, K)) * q_draft < p_draft
-    kept = jnp.cumprod(stands.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
-    # Behind the last draft nothing was drafted, and q is zero.
+    accepted = jax.random.uniform(coin_key, (B, K)) * q_draft < p_draft
+    kept = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
+    # After the last draft nothing was drafted, and q is zero.
     left = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
     own = sampling.draw(left[jnp.arange(B), kept], draw_key)
     tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
