@@ -176,7 +176,7 @@ def _domains(
         return domains
     if workdir is None or "data" not in run:
         raise ValueError(
-            "Which text? Give --data=SOURCE:PATH, --data=jsonl:/corpus/*.jsonl say, or stdlib"
+            "Which text? Give --data=SOURCE:PATH, such as jsonl:/corpus/*.jsonl, or --data=stdlib"
         )
     # The tokenizer that travelled with the run, wherever it came from.
     kept = {**run["data"], "tokenizer": _TOKENIZER.value or str(workdir), "chat_template": ""}

@@ -17,7 +17,7 @@ _PACKAGE = pathlib.Path(__file__).parent
 def told_errors(after: str = "") -> Iterator[None]:
     """Exits with an expected error's message alone, and lets any other error keep its traceback.
 
-    Expected are an OSError (the disk is full, say) and what a `raise` statement in our own code
+    Expected are an OSError (such as a full disk) and what a `raise` statement in our own code
     raised: their messages say what is wrong and what to do, which a traceback would bury.
 
     Args:

@@ -645,7 +645,7 @@ def _frozen(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
     def freeze(key: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return tuple(freeze("", item) for item in value)
-        if isinstance(value, np.generic):  # of a sweep's np.geomspace, say
+        if isinstance(value, np.generic):  # such as one from np.geomspace
             value = value.item()
         whole = isinstance(value, int) and not isinstance(value, bool)
         return float(value) if whole and types.get(key) is float else value

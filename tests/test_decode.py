@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused(model):
 @pytest.mark.parametrize("tokens", [1, "ab", [1.5, 2], [[1], [2]], {"a": 1}, np.ones(2), None])
 def test_what_is_no_list_of_tokens_is_refused_as_such(tokens):
     # Not by `generate`, whose types are checked in tests.
-    with pytest.raises(ValueError, match=r"Prompt 1 must be a list of tokens, \[1, 2, 3\] say"):
+    with pytest.raises(ValueError, match=r"Prompt 1 must be a list of tokens such as \[1, 2, 3\]"):
         decode._tokens("Prompt 1", tokens)
 
 

@@ -298,5 +298,5 @@ def _restore_parameter(
 
 _EXPECTED = (
     "expected a Hugging Face directory (config.json and safetensors), a work directory of a run or "
-    "a conversion (config.json and checkpoints/), or one of its step folders, say checkpoints/300"
+    "a conversion (config.json and checkpoints/), or one of its step folders (checkpoints/300)"
 )

@@ -195,7 +195,7 @@ class CheckpointStore:
           step: one of the saved ones.
           abstract_state: the state's structure with jax.ShapeDtypeStructs for leaves. Arrays get
             their shardings; without one, the first local device.
-          partial: allows the checkpoint to hold more, say an optimizer's state.
+          partial: allows the checkpoint to hold more, such as an optimizer's state.
 
         Returns:
           The state, its arrays bit for bit as saved, and the extras.
@@ -513,7 +513,7 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf, `groups/layers/0/mlp/router` say, given its JAX key path.
+    """The name of a leaf, such as `groups/layers/0/mlp/router`, given its JAX key path.
 
     A Flax variable and the array it holds have one name.
     """

@@ -40,7 +40,7 @@ def render_chat(
       special_tokens: the tokenizer's; templates read `bos_token` and its like by these names.
       add_generation_prompt: end with the head of the assistant's answer, to be written next.
       tools: JSON schemas of functions that the model may call.
-      switches: what else the template reads, `enable_thinking` say.
+      switches: what else the template reads, such as `enable_thinking`.
 
     Raises:
       ValueError: the template is no Jinja, refuses these messages, or fails on them.

@@ -121,7 +121,7 @@ def mark_answers(
 _OURS = {"messages", "template", "special_tokens", "tools", "add_generation_prompt"}
 _NO_CLOCK = jinja2.Undefined(
     hint="the template asks for the date, on which a text to learn from may not depend; give one "
-    "in chat_template_kwargs, as date_string say"
+    "in chat_template_kwargs, under a name such as date_string"
 )
 
 

@@ -302,7 +302,7 @@ class HuggingFaceTokenizer:
         Args:
           text: any.
           parse_special: "<|im_end|>" in the text is the token of that name, not its characters.
-            Tokens that were added but are not special, Qwen's "<think>" say, always are.
+            Tokens that were added but are not special, such as Qwen's "<think>", always are.
 
         Raises:
           ValueError: see `check_text`.
@@ -336,7 +336,7 @@ Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
 
 @runtime_checkable
 class Texts(Protocol):
-    """Texts by number, a list say."""
+    """Texts by number, such as a list."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> str: ...

@@ -72,7 +72,7 @@ def run_tasks(
     """
     if not tasks:
         raise ValueError(
-            "lm_eval needs tasks: --tasks=hellaswag,arc_easy say, or YAML files of your own"
+            "lm_eval needs tasks, such as --tasks=hellaswag,arc_easy, or YAML files of your own"
         )
     check_tasks(tasks, include_path)
     manager = _Tasks(include_path=include_path or None)

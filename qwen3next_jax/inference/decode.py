@@ -458,7 +458,7 @@ def _tokens(name: str, given: Any) -> list[int]:
     except (TypeError, ValueError):
         tokens = np.empty(())
     if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
-        raise ValueError(f"{name} must be a list of tokens, [1, 2, 3] say, got {given!r}")
+        raise ValueError(f"{name} must be a list of tokens such as [1, 2, 3], got {given!r}")
     return [int(token) for token in tokens]
 
 
