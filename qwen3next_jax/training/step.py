@@ -49,7 +49,6 @@ def make_gradients(
     and dropped_share, of the assignments those without place; with `train.diagnostics` those of
     `training/diagnostics.py` by layer.
     """
-    steps = config.model.mtp_steps
     parts = config.train.gradient_accumulation_steps
 
     def micro_loss(params, micro_batch, counts, earlier):
@@ -66,8 +65,16 @@ def make_gradients(
             observe=config.train.diagnostics,
         )
 
-    def gradients(params, batch):
-        counts = count_labels(batch, steps)
+    def micro_gradients(params, micro_batch, counts, earlier):
+        """Gradients, the assignments so far (None without experts), and metrics."""
+        (value, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
+            params, micro_batch, counts, earlier
+        )
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return grads, metrics.pop("assignments", None), {**metrics, "loss": value}
+
+    def accumulated(params, batch, counts):
+        """The same over all micro-batches of a step."""
         # Rows are dealt out in turn, so that each device's rows of every micro-batch are its own.
         micro_batches = jax.tree.map(
             lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
@@ -75,36 +82,27 @@ def make_gradients(
 
         def accumulate(carry, micro_batch):
             total, earlier = carry
-            (value, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
-                params, micro_batch, counts, earlier
-            )
-            total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
-            metrics["loss"] = value
-            return (total, metrics.pop("assignments", earlier)), metrics
+            grads, assignments, metrics = micro_gradients(params, micro_batch, counts, earlier)
+            return (jax.tree.map(jnp.add, total, grads), assignments), metrics
 
-        if parts == 1:
-            (value, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
-                params, batch, counts, None
-            )
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-            metrics["loss"] = value
-            assignments = metrics.pop("assignments", None)
-            observed = metrics.pop("observed", None)
-        else:
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            routed = sum(sparse for _, sparse in config.model.all_layers)
-            no_loads = jnp.zeros((routed, config.model.num_experts)) if routed else None
-            (grads, assignments), metrics = jax.lax.scan(
-                accumulate, (zeros, no_loads), micro_batches
-            )
-            observed = metrics.pop("observed", None)
-            if observed is not None:
-                observed = over_first_axis(observed)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        routed = sum(sparse for _, sparse in config.model.all_layers)
+        no_loads = jnp.zeros((routed, config.model.num_experts)) if routed else None
+        (grads, assignments), metrics = jax.lax.scan(accumulate, (zeros, no_loads), micro_batches)
+        observed = metrics.pop("observed", None)
+        combined = {} if observed is None else {"observed": over_first_axis(observed)}
+        for name, x in metrics.items():
             # Loss terms of one step add up; the router's are means.
-            metrics = {
-                k: v.mean() if k in ("balance_loss", "router_z_loss") else v.sum()
-                for k, v in metrics.items()
-            }
+            combined[name] = x.mean() if name in ("balance_loss", "router_z_loss") else x.sum()
+        return grads, assignments, combined
+
+    def gradients(params, batch):
+        counts = count_labels(batch, config.model.mtp_steps)
+        if parts == 1:
+            grads, assignments, metrics = micro_gradients(params, batch, counts, None)
+        else:
+            grads, assignments, metrics = accumulated(params, batch, counts)
+        observed = metrics.pop("observed", None)
         metrics["tokens"] = (batch["loss_weights"] > 0).sum()
         if assignments is not None:
             mean = assignments.mean(-1)
