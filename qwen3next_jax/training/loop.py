@@ -259,7 +259,7 @@ class _Run:
         )
 
     def _evaluate_and_save(self, step: int, due: _Due) -> None:
-        """Calls the hooks that are due, and saves if that is; `step` must be settled then."""
+        """Calls the hooks that are due and saves if that is due; the step must be settled."""
         hooks, saved = self._hooks, False
         try:
             scores = {}
@@ -271,7 +271,7 @@ class _Run:
                 saved = True
                 self._save(step, scores.get("eval_ce"))
             if hooks.suites and due.suites:
-                with no_mesh():  # as below; what divides over the mesh sets it itself
+                with no_mesh():  # suites set the mesh themselves where they need it
                     tested = hooks.suites(self._model())
                 self._writer.write(step, tested | self._clock.taken("suites"))
             if hooks.sample and due.sample:
@@ -279,7 +279,8 @@ class _Run:
                     self._writer.write_samples(step, hooks.sample(self._model()))
                 self._clock.spent_on("samples")
         except Exception:
-            # What the step has learnt stays, unless other processes might not have failed.
+            # Save the step all the same. Not with several processes: others may not have failed,
+            # and all must take part in a save.
             if not saved and jax.process_count() == 1:
                 self._save(step, None)
             raise
@@ -370,7 +371,7 @@ def alone_in(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _no_run(workdir: pathlib.Path) -> str | None:
-    """Why a directory is neither a run's nor free for one; None if it is."""
+    """Why a run may not use a directory; None if it may."""
     path = workdir / "config.json"
     if not path.exists():
         if not has_steps(workdir):
@@ -495,7 +496,7 @@ def _non_finite(
 
 
 class _Profile:
-    """A profiler trace of steps `steps[0]` to `steps[1]`, as far as this call takes them."""
+    """A profiler trace of the steps from `steps[0]` to `steps[1]`, of those that are taken."""
 
     def __init__(self, directory: pathlib.Path, steps: tuple[int, ...], last: int):
         self._directory, self._tracing = directory, False
@@ -519,7 +520,7 @@ class _Profile:
 
 
 class _Clock:
-    """Accounts the time since the last reading: every second belongs to one activity."""
+    """Measures how the time is spent: every second belongs to one activity."""
 
     def __init__(self, tokens: int):
         self._last, self._tokens = time.monotonic(), tokens
