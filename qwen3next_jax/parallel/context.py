@@ -237,7 +237,7 @@ def _rank() -> Array:
 
 
 def _from_before(x: Any, distance: int = 1, *, reverse: bool = False) -> Any:
-    """What the rank so far before this one has (`reverse`: behind it); zeros if there is none."""
+    """What the rank `distance` before this one has, or after it (`reverse`); zeros without one."""
     ways = jax.lax.axis_size(_AXIS)
     pairs = [(r, r + distance) for r in range(ways - distance)]
     return jax.lax.ppermute(x, _AXIS, [(b, a) for a, b in pairs] if reverse else pairs)

@@ -98,9 +98,9 @@ def joined(
             yield stop
         return
     with _watched(peer_timeout):
-        # The coordinator carries SIGTERM from any process to all, and picks the number after the
-        # highest that was called with. Not with steps: where SIGTERM comes before any call it picks
-        # 1, which the steps of a run that goes on have behind them.
+        # The coordinator carries SIGTERM from any process to all. It lets all stop at one number:
+        # the one after the highest that any has called with, or 1 before any call. So calls are
+        # counted and not steps: a run that goes on begins beyond step 1.
         calls = itertools.count(1)
         yield lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
 

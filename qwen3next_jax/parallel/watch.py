@@ -184,6 +184,7 @@ def _on_abort(explain: Callable[[], None]) -> Any:
 
 
 def _from_runtime(error: BaseException | None) -> bool:
+    """Whether an error may be JAX's reaction to the death of another process."""
     while error is not None:
         # What a failed collective raises depends on who waits for it: ValueError("UNKNOWN: Gloo ...
         status = re.match("([A-Z_]+): ", str(error))

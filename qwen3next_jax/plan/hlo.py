@@ -8,9 +8,9 @@
 - Gathers, sorts and copies to another layout carry no cycles. What they write is listed, with the
   time that the memory needs for it, as left out of the estimate.
 
-Whether collectives hide behind computation the text does not tell: the truth lies between the
-larger of the two times and their sum. It knows nothing of dynamic trip counts: such loops count
-once and are listed too.
+The text does not say whether collectives overlap with computation: the truth lies between the
+larger of the two times and their sum. Nor does it say how often loops of dynamic length run: they
+count once and are listed too.
 """
 
 import dataclasses
