@@ -176,7 +176,7 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
 
 @jax.custom_vjp
 def _where_real(x, real):
-    """x [B, T, N, P], and 0 at padding."""
+    """Puts 0 at padding into x [B, T, N, P]."""
     # As large as x, the mask would be taken out of a scan over layers, or kept for each of them.
     x, real = jax.lax.optimization_barrier((x, real))
     return jnp.where(real[..., None, None], x, 0)
