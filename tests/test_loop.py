@@ -42,6 +42,25 @@ def whole(corpus, tmp_path_factory):
     return workdir, model
 
 
+def short(corpus, steps, **changes):
+    """The config of a run whose rate stays: however long it is, one program is compiled."""
+    return small_config(corpus, train__num_steps=steps, optimizer__schedule="constant", **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A run of two steps."""
+    workdir = tmp_path_factory.mktemp("finished")
+    run(short(corpus, 2), workdir)
+    return workdir
+
+
+@pytest.fixture
+def two_steps(finished, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(finished, tmp_path / "two_steps")
+
+
 def is_time(name):
     return name in ("tokens_per_second", "data_wait") or name.startswith("seconds/")
 
@@ -178,14 +197,12 @@ def test_a_run_stopped_between_checkpoints_ends_with_the_same_losses(
     assert_same_model(model, whole[1])
 
 
-def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(corpus, tmp_path):
-    config = small_config(corpus, train__num_steps=4)
-    run(config, tmp_path)
-    before = course(tmp_path)
-    assert run(config, tmp_path)[1] == 0
-    assert course(tmp_path) == before
-    assert run(small_config(corpus, train__num_steps=6), tmp_path)[1] == 2
-    assert course(tmp_path)[-1]["step"] == 6
+def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(corpus, two_steps):
+    before = course(two_steps)
+    assert run(short(corpus, 2), two_steps)[1] == 0
+    assert course(two_steps) == before
+    assert run(short(corpus, 4), two_steps)[1] == 2
+    assert course(two_steps)[-1]["step"] == 4
 
 
 def test_another_config_is_refused_with_the_keys_that_differ(whole, corpus):
@@ -231,7 +248,7 @@ def test_accumulated_micro_batches_take_nearly_the_same_course(whole, corpus, tm
 
 
 def test_a_second_run_in_a_directory_is_refused_while_the_first_one_lives(corpus, tmp_path):
-    config = small_config(corpus, train__num_steps=2)
+    config = short(corpus, 2)
 
     def another(line):
         with pytest.raises(ValueError, match="Another process is training in"):
@@ -246,9 +263,7 @@ def test_a_second_run_in_a_directory_is_refused_while_the_first_one_lives(corpus
 @pytest.mark.parametrize(("failing", "at"), [("evaluate", 2), ("suites", 2), ("sample", 1)])
 def test_what_was_learnt_is_saved_though_an_evaluation_fails(failing, at, corpus, tmp_path):
     def config(steps):
-        return small_config(
-            corpus, train__num_steps=steps, train__checkpoint_every=0, train__sample_every=1
-        )
+        return short(corpus, steps, train__checkpoint_every=0, train__sample_every=1)
 
     def fail(*_):
         raise RuntimeError("the evaluation fails")
@@ -262,15 +277,15 @@ def test_what_was_learnt_is_saved_though_an_evaluation_fails(failing, at, corpus
 def test_a_run_does_not_go_on_with_other_records(corpus, tmp_path):
     texts = tmp_path / "texts"
     shutil.copytree(corpus, texts)
-    run(small_config(texts, train__num_steps=2), tmp_path / "run")
+    run(short(texts, 2), tmp_path / "run")
     (texts / "new.txt").write_text("one more\n")
     with pytest.raises(ValueError, match=r"not what the run began with.*\n  text: 40 .*, 41 now"):
-        run(small_config(texts, train__num_steps=3), tmp_path / "run")
+        run(short(texts, 3), tmp_path / "run")
     (texts / "0.txt").unlink()
     with pytest.raises(ValueError, match="40 records then, 40 now, in other files"):
-        run(small_config(texts, train__num_steps=3), tmp_path / "run")
+        run(short(texts, 3), tmp_path / "run")
     # A finished run is left alone.
-    assert run(small_config(texts, train__num_steps=2), tmp_path / "run")[1] == 0
+    assert run(short(texts, 2), tmp_path / "run")[1] == 0
 
 
 def test_a_run_that_never_trained_may_begin_otherwise(corpus, tmp_path, monkeypatch):
@@ -313,19 +328,17 @@ def test_a_directory_that_is_no_run_s_is_not_written_over(corpus, tmp_path):
     }  # fmt: skip
 
 
-def test_checkpoints_without_their_config_are_not_gone_on_with(corpus, tmp_path):
-    run(small_config(corpus, train__num_steps=1), tmp_path)
-    (tmp_path / "config.json").unlink()
+def test_checkpoints_without_their_config_are_not_gone_on_with(corpus, two_steps):
+    (two_steps / "config.json").unlink()
     with pytest.raises(ValueError, match=r"holds checkpoints but no config.json"):
-        run(small_config(corpus, train__num_steps=2), tmp_path)
+        run(short(corpus, 3), two_steps)
 
 
-def test_a_run_does_not_go_on_with_another_tokenizer(corpus, tmp_path):
-    run(small_config(corpus, train__num_steps=2), tmp_path)
+def test_a_run_does_not_go_on_with_another_tokenizer(corpus, two_steps):
     texts = [path.read_text() for path in sorted(corpus.iterdir())]
-    train_tokenizer(texts[:3], tmp_path / "tokenizer.model", vocab_size=300)
+    train_tokenizer(texts[:3], two_steps / "tokenizer.model", vocab_size=300)
     with pytest.raises(ValueError, match=r"the tokenizer's sha256: \w+ then, \w+ now"):
-        run(small_config(corpus, train__num_steps=3), tmp_path)
+        run(short(corpus, 3), two_steps)
 
 
 @pytest.mark.parametrize(
@@ -344,24 +357,23 @@ def test_what_is_not_finite_is_no_overflow_though_it_fills_the_buffers(
         run(small_config(corpus), tmp_path)
 
 
-def test_fewer_steps_than_were_taken_are_refused(corpus, tmp_path):
-    run(small_config(corpus, train__num_steps=2), tmp_path)
+def test_fewer_steps_than_were_taken_are_refused(corpus, two_steps):
     with pytest.raises(ValueError, match="num_steps=1 lies before the checkpoint of step 2"):
-        run(small_config(corpus, train__num_steps=1), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["train"]["num_steps"] == 2
+        run(short(corpus, 1), two_steps)
+    assert json.loads((two_steps / "config.json").read_text())["train"]["num_steps"] == 2
 
 
 def test_a_run_stopped_while_it_is_traced_goes_on(corpus, tmp_path, monkeypatch):
     traced = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: traced.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("stop"))
-    config = small_config(corpus, train__num_steps=5, train__profile_steps=(2, 40))
+    config = short(corpus, 5, train__profile_steps=(2, 40))
     with pytest.raises(loop.Stopped):
         run(config, tmp_path, should_stop=lambda step: step == 3)
     assert traced == ["start", "stop"]
     run(config, tmp_path)  # the rest of what is to be traced, to the last step
     assert traced == ["start", "stop"] * 2
-    run(small_config(corpus, train__num_steps=6, train__profile_steps=(2, 4)), tmp_path)
+    run(short(corpus, 6, train__profile_steps=(2, 4)), tmp_path)
     assert traced == ["start", "stop"] * 2
 
 
