@@ -90,6 +90,7 @@ def _evaluate(suite: str) -> None:
     from qwen3next_jax.checkpoint.load import as_trained, load_checkpoint, open_checkpoint
     from qwen3next_jax.command import check_writable, write_whole
     from qwen3next_jax.evaluation.evaluator import Evaluator
+    from qwen3next_jax.evaluation.speculation import check_mtp
     from qwen3next_jax.evaluation.suites import check_suites, run_suite, table
     from qwen3next_jax.parallel.mesh import fsdp_mesh
     from qwen3next_jax.training.environment import versions
@@ -99,6 +100,10 @@ def _evaluate(suite: str) -> None:
     check_suites([suite], options)
     path = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or "")
     ours, config, tokenizer = open_checkpoint(path, _TOKENIZER.value)
+    if suite == "speculation":
+        check_mtp(config)
+    if options.chat:
+        _ = tokenizer.chat_template  # raises where there is none
     mesh = fsdp_mesh(_MESH_FSDP.value)
     workdir = None if ours is None else ours.workdir
     run = {} if workdir is None else json.loads((workdir / "config.json").read_text())

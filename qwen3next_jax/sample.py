@@ -21,7 +21,7 @@ from qwen3next_jax.command import keep_compiled_programs, told_errors
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.text_stream import TextStream
 from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt, split_stops
-from qwen3next_jax.inference.decode import Generation, check_prompts
+from qwen3next_jax.inference.decode import Generation, check_prompts, number_of_drafts
 from qwen3next_jax.inference.sampling import Sampling
 from qwen3next_jax.model.rope import describe_positions
 from qwen3next_jax.parallel.mesh import fsdp_mesh
@@ -96,6 +96,7 @@ def main(argv: list[str]) -> None:
     if yarn is not None:
         config = dataclasses.replace(config, rope_scaling=yarn)
     check_prompts(config, prompts, _MAX_NEW_TOKENS.value)
+    drafts = number_of_drafts(config, _DRAFTS.value or _SPECULATIVE.value)
     model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh, rope_scaling=yarn)
     logging.info("%s", describe_positions(model.config))
     with as_trained(ours):
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> None:
             **dataclasses.asdict(sampling),
             stop_tokens=(*tokenizer.stop_ids, *stop_tokens),
             seed=_SEED.value,
-            speculative=_DRAFTS.value or _SPECULATIVE.value,
+            speculative=drafts,
         )
         try:
             speed = _write(generation, streams)

@@ -125,14 +125,22 @@ def test_the_command_says_what_it_lacks(trained, tmp_path):
         assert message in result.stderr + result.stdout
 
 
-def test_a_place_that_results_cannot_be_written_to_is_refused_before_the_model_is_read(tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--suite=long_context", "--output=."), "error: . is a directory; name a file inside it"),
+        (("--suite=long_context", "--chat"), "no chat template"),
+        (("--suite=speculation", "--data=stdlib"), "speculation needs an MTP module"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_model_is_read(tmp_path, arguments, message):
     checkpoint = tmp_path / "checkpoint"
     released(checkpoint, name="chat", shards=1)
     make_tokenizer_json(checkpoint)
     os.truncate(checkpoint / "model.safetensors", 99)  # reading it is another error
-    result = evaluate(f"--checkpoint={checkpoint}", "--suite=long_context", f"--output={tmp_path}")
+    result = evaluate(f"--checkpoint={checkpoint}", *arguments)
     assert result.returncode == 1
-    assert f"error: {tmp_path} is a directory; name a file inside it" in result.stderr
+    assert message in result.stderr
 
 
 def test_texts_are_named_with_their_field_which_may_be_none(tmp_path):

@@ -276,6 +276,7 @@ def test_a_tokenizer_of_another_model_is_refused_before_the_model_is_read(hf_dir
         (("--top_p=0", "--temperature=1"), r"top_p=0\.0 must lie in \(0, 1\]"),
         (("--repetition_penalty=0",), r"repetition_penalty=0\.0 must be above 0"),
         (("--stop=",), "A stop string is empty"),
+        (("--drafts=2",), "speculative=2 needs an MTP module"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_the_model_is_read(

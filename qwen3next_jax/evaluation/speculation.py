@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.documents import readable
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
@@ -44,11 +45,7 @@ def speculation(
     Raises:
       ValueError: the model has no MTP module, or no document is long enough.
     """
-    if evaluator.model.mtp is None:
-        raise ValueError(
-            "speculation needs an MTP module, and this model has none (mtp_steps=0); leave the "
-            "suite out"
-        )
+    check_mtp(evaluator.model.config)
     counts = {}
     for name, records in domains.items():
         found = readable(records, evaluator.tokenizer, on_error=on_error)
@@ -67,6 +64,15 @@ def speculation(
         **_shares(*total),
         "domains": {name: _shares(*part) for name, part in counts.items()},
     }
+
+
+def check_mtp(config: ModelConfig) -> None:
+    """Refuses, by a ValueError, a model without an MTP module."""
+    if not config.mtp_steps:
+        raise ValueError(
+            "speculation needs an MTP module, and this model has none (mtp_steps=0); leave the "
+            "suite out"
+        )
 
 
 def _shares(drafted: np.ndarray, accepted: np.ndarray) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Generation:
         """
         self._rules = _Rules(
             sampling=Sampling(**sampling),
-            drafts=_number_of_drafts(model, speculative),
+            drafts=number_of_drafts(model.config, speculative),
             stop_tokens=tuple(sorted(set(_tokens("stop_tokens", stop_tokens)))),
         )
         self._prompts = [_tokens(f"Prompt {row}", prompt) for row, prompt in enumerate(prompts)]
@@ -434,8 +434,9 @@ def _placement(params, batch: int):
     return lambda tree: jax.device_put(tree, NamedSharding(sharding.mesh, spec))
 
 
-def _number_of_drafts(model: Qwen3Next, speculative: bool | int | None) -> int:
-    has_mtp = model.mtp is not None
+def number_of_drafts(config: ModelConfig, speculative: bool | int | None) -> int:
+    """How many tokens are drafted at a time; refuses, by a ValueError, what a model cannot do."""
+    has_mtp = config.mtp_steps > 0
     if speculative is None or speculative is True:
         drafts = DRAFTS if has_mtp or speculative else 0
     else:
