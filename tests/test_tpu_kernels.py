@@ -74,21 +74,25 @@ def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chun
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("topology", "tokens", "dtype"),
-    [("v5p:2x2x1", 4096, "bfloat16"), ("v6e:2x2", 1000, "bfloat16"), ("v5e:2x2", 512, "float32")],
+    ("topology", "tokens", "size", "dtype"),
+    [
+        ("v5p:2x2x1", 4096, 128, "bfloat16"),
+        ("v6e:2x2", 1000, 128, "bfloat16"),
+        ("v5e:2x2", 512, 256, "float32"),
+    ],
 )
-def test_the_convolution_compiles_for_a_tpu_and_holds_nothing(topology, tokens, dtype):
-    heads = (1, 32, tokens, 128), dtype
+def test_the_convolution_compiles_for_a_tpu_and_holds_nothing(topology, tokens, size, dtype):
+    heads = (1, 32, tokens, size), dtype
     program = compiled(
         conv_gradients, topology,
-        heads, ((4, 32, 128), jnp.float32), ((1, tokens), jnp.int32), heads,
+        heads, ((4, 32, size), jnp.float32), ((1, tokens), jnp.int32), heads,
     )  # fmt: skip
     costs = estimate(program.as_text(), CHIPS["v5p"])
     assert costs.kernel_seconds > 0
     assert not costs.uncosted
     if tokens % 512 == 0:  # else inputs are padded to whole blocks
         # Which taps are a token's own, spread over the lanes, and gradients of taps by block.
-        lanes, taps = tokens * 128 * 4, tokens // 512 * 32 * 8 * 128 * 4
+        lanes, taps = tokens * 128 * 4, tokens // 512 * 32 * 8 * size * 4
         assert program.memory_analysis().temp_size_in_bytes < 2 * (lanes + taps)
 
 

@@ -24,7 +24,7 @@ from qwen3next_jax.ops.platform import platform
 _LANES = 128
 _HALO = 16  # tokens taken from a neighbouring block, the fewest that a bfloat16 block can have
 _TOKENS = 512  # of a program
-_HEADS = 8  # of a program
+_CHANNELS = 1024  # of a program, in bfloat16; its blocks fit the default share of a TPU's memory
 
 
 def can_compile(taps: int, head_size: int) -> bool:
@@ -122,7 +122,8 @@ class _Sizes:
     def __init__(self, x, taps):
         self.x, (self.N, self.W, self.H) = x, taps.shape
         B, _, T, _ = x.shape
-        self.tokens, self.heads = min(_TOKENS, T), math.gcd(self.N, _HEADS)
+        most = max(_CHANNELS * 2 // (self.H * x.dtype.itemsize), 1)
+        self.tokens, self.heads = min(_TOKENS, T), math.gcd(self.N, most)
         # Heads last: programs one after another share the block of `own`.
         self.grid = (B, T // self.tokens, self.N // self.heads)
 
