@@ -96,7 +96,8 @@ def main(argv: list[str]) -> None:
     if yarn is not None:
         config = dataclasses.replace(config, rope_scaling=yarn)
     check_prompts(config, prompts, _MAX_NEW_TOKENS.value)
-    drafts = number_of_drafts(config, _DRAFTS.value or _SPECULATIVE.value)
+    speculative = _DRAFTS.value or _SPECULATIVE.value
+    number_of_drafts(config, speculative)
     model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh, rope_scaling=yarn)
     logging.info("%s", describe_positions(model.config))
     with as_trained(ours):
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> None:
             **dataclasses.asdict(sampling),
             stop_tokens=(*tokenizer.stop_ids, *stop_tokens),
             seed=_SEED.value,
-            speculative=drafts,
+            speculative=speculative,
         )
         try:
             speed = _write(generation, streams)

@@ -144,9 +144,9 @@ def test_what_cannot_be_done_is_refused_before_the_model_is_read(tmp_path, argum
 
 
 def test_texts_are_named_with_their_field_which_may_be_none(tmp_path):
-    corpora.write("array_record", tmp_path, ["a text", "another"])
+    corpora.write("array_record", tmp_path / "texts", ["a text", "another"])
     (tmp_path / "a.jsonl").write_text('{"text": "one", "code": "two"}\n')
-    given = [f"array_record:{tmp_path}/*.array_record#", f"jsonl:{tmp_path}/a.jsonl",
+    given = [f"array_record:{tmp_path}/texts/*.array_record#", f"jsonl:{tmp_path}/a.jsonl",
              f"jsonl:{tmp_path}/a.jsonl#code"]  # fmt: skip
     # In a process of its own: the flags of two commands do not go together.
     read = (

@@ -7,11 +7,13 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from absl import app, flags
 from absl.testing import flagsaver
 from hf_tokenizer import CHATML, make_tokenizer_json
 from oracles import SMALL, random_model, small_config
+from safetensors.numpy import save_file
 
 from qwen3next_jax import sample
 from qwen3next_jax.config import ModelConfig
@@ -32,6 +34,13 @@ def hf_directory(tmp_path):
     )
     (folder / "chat_template.jinja").write_text(CHATML)
     return folder
+
+
+@pytest.fixture
+def with_mtp(hf_directory):
+    """The same of a model that can draft, by the names of its weights."""
+    save_file({"mtp.norm.weight": np.zeros(1, np.float32)}, hf_directory / "model.safetensors")
+    return hf_directory
 
 
 @pytest.fixture
@@ -104,17 +113,17 @@ def test_a_single_text_is_shown_as_it_comes_in_whole_characters(hf_directory, ru
     assert "drafts" not in err
 
 
-def test_the_options_reach_the_generation_and_the_model(hf_directory, run):
+def test_the_options_reach_the_generation_and_the_model(with_mtp, run):
     script = Script([])
     run(
-        script, f"--checkpoint={hf_directory}", "--prompt=ab", "--max_new_tokens=5",
+        script, f"--checkpoint={with_mtp}", "--prompt=ab", "--max_new_tokens=5",
         "--temperature=0.5", "--top_k=7", "--top_p=0.9", "--min_p=0.1",
         "--repetition_penalty=1.1", "--seed=3", "--drafts=4", "--dtype=bfloat16",
     )  # fmt: skip
-    tokens = HuggingFaceTokenizer(hf_directory / "tokenizer.json").encode("ab")
+    tokens = HuggingFaceTokenizer(with_mtp / "tokenizer.json").encode("ab")
     assert script.asked == dict(
         prompts=[tokens], max_new_tokens=5, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1,
-        repetition_penalty=1.1, seed=3, speculative=4, stop_tokens=(2, 0), path=hf_directory,
+        repetition_penalty=1.1, seed=3, speculative=4, stop_tokens=(2, 0), path=with_mtp,
         dtype="bfloat16", mesh=None, rope_scaling=None,
     )  # fmt: skip
 
@@ -124,10 +133,10 @@ def test_the_options_reach_the_generation_and_the_model(hf_directory, run):
     [((), None), (("--speculative",), True), (("--nospeculative",), False), (("--drafts=1",), 1)],
 )
 def test_speculation_is_left_to_the_model_asked_for_or_forbidden(
-    hf_directory, run, arguments, speculative
+    with_mtp, run, arguments, speculative
 ):
     script = Script([])
-    run(script, f"--checkpoint={hf_directory}", *arguments)
+    run(script, f"--checkpoint={with_mtp}", *arguments)
     assert script.asked["speculative"] is speculative or speculative == 1
 
 
