@@ -99,6 +99,10 @@ def random_values(path: str, shape, rng: np.random.Generator, scale: float) -> n
         return rng.uniform(-2, 2, shape)
     if path.endswith("norm/weight") or "_norm_" in path:
         return rng.uniform(-0.5, 0.5, shape) + ("linear_attn" in path)
+    if path.endswith("gate_up_proj"):
+        # As if gate and up stood side by side: seeds were chosen for the models that this draws.
+        *experts, two, D, F = shape
+        return scale * np.moveaxis(rng.standard_normal((*experts, D, two, F)), -2, -3)
     return scale * rng.standard_normal(shape)
 
 

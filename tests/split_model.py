@@ -36,7 +36,7 @@ MESHES = {
 # length would amplify rounding errors.
 SIZES = dict(vocab_size=64, num_experts=16, linear_key_head_dim=16, linear_value_head_dim=16)
 # A model and a batch in which no token is undecided between its third and its fourth expert.
-SEED = 37
+SEED = 36
 
 
 def mesh_of(name, devices=None):
