@@ -117,8 +117,8 @@ def _blocked(rows, weights, gate_up, down, group_sizes, block):
     def visit(i, out):
         expert = visits.take(visits.group, i)
         both = _product("zrd,zdf->zrf", visits.blocks(out, i), _side_by_side(gate_up[expert]))
-        hidden = _between(*jnp.split(both, 2, axis=-1), visits.blocks(weights, i))
-        hidden = hidden.astype(rows.dtype)
+        gate, up = jnp.split(both, 2, axis=-1)
+        hidden = _between(gate, up, visits.blocks(weights, i)).astype(rows.dtype)
         return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert]))
 
     return jax.lax.fori_loop(0, visits.used, visit, rows)
@@ -132,8 +132,8 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
         expert = visits.take(visits.group, i)
         both = _product("zrd,zdf->zrf", visits.blocks(out, i), _side_by_side(gate_up[expert]))
         kept = visits.put(kept, i, both)
-        hidden = _between(*jnp.split(both, 2, axis=-1), visits.blocks(weights, i))
-        hidden = hidden.astype(rows.dtype)
+        gate, up = jnp.split(both, 2, axis=-1)
+        hidden = _between(gate, up, visits.blocks(weights, i)).astype(rows.dtype)
         return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert])), kept
 
     kept = jnp.zeros((len(rows), 2 * gate_up.shape[3]), rows.dtype)
