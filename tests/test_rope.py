@@ -11,6 +11,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
 from qwen3next_jax.checkpoint.hugging_face import load_tensors
 from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.model import rope
 from qwen3next_jax.model.rope import apply_rope, describe_positions
 
 SIZES = dict(head_dim=256, rope_theta=1e7, partial_rotary_factor=0.25)
@@ -32,7 +33,9 @@ def example(last):
     return rng.standard_normal((2, 50, 3, 256), np.float32), positions
 
 
-def test_a_part_of_each_head_is_rotated_as_transformers_does():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_part_of_each_head_is_rotated_as_transformers_does(platform, monkeypatch):
+    monkeypatch.setattr(rope, "platform", lambda: platform)
     x, positions = example(262_143)
     got = apply_rope(jnp.asarray(x), jnp.asarray(positions), small_config(**SIZES))
     # Far beyond what float32 knows of such angles: only the very same roundings agree.
