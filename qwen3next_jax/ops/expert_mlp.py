@@ -87,9 +87,9 @@ def expert_mlp(
         raise ValueError(
             f"{implementation=} is unknown; expected 'pallas', 'blocked' or 'products'"
         )
-    gate, up = (grouped_matmul(rows, gate_up[:, half], group_sizes, block=block) for half in (0, 1))
+    both = grouped_matmul(rows, _side_by_side(gate_up), group_sizes, block=block)
     # Weighed before the second product, where rows are narrowest, in the weights' float32.
-    hidden = _between(gate, up, weights).astype(rows.dtype)
+    hidden = _between(both, weights).astype(rows.dtype)
     return grouped_matmul(hidden, down, group_sizes, block=block)
 
 
@@ -101,7 +101,8 @@ def _at_once(rows, block):
     return max(1, min(_AT_ONCE.get(platform(), 1), rows // block))
 
 
-def _between(gate, up, weights):
+def _between(both, weights):
+    gate, up = jnp.split(both, 2, axis=-1)
     return jax.nn.silu(gate) * up * weights[..., None]
 
 
@@ -117,8 +118,7 @@ def _blocked(rows, weights, gate_up, down, group_sizes, block):
     def visit(i, out):
         expert = visits.take(visits.group, i)
         both = _product("zrd,zdf->zrf", visits.blocks(out, i), _side_by_side(gate_up[expert]))
-        gate, up = jnp.split(both, 2, axis=-1)
-        hidden = _between(gate, up, visits.blocks(weights, i)).astype(rows.dtype)
+        hidden = _between(both, visits.blocks(weights, i)).astype(rows.dtype)
         return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert]))
 
     return jax.lax.fori_loop(0, visits.used, visit, rows)
@@ -132,8 +132,7 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
         expert = visits.take(visits.group, i)
         both = _product("zrd,zdf->zrf", visits.blocks(out, i), _side_by_side(gate_up[expert]))
         kept = visits.put(kept, i, both)
-        gate, up = jnp.split(both, 2, axis=-1)
-        hidden = _between(gate, up, visits.blocks(weights, i)).astype(rows.dtype)
+        hidden = _between(both, visits.blocks(weights, i)).astype(rows.dtype)
         return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert])), kept
 
     kept = jnp.zeros((len(rows), 2 * gate_up.shape[3]), rows.dtype)
@@ -150,9 +149,9 @@ def _blocked_backward(block, residuals, d_out):
         expert = visits.take(visits.group, i)
         x, d_y = visits.blocks(rows, i), visits.blocks(d_rows, i)
         before = visits.blocks(kept, i).astype(jnp.float32)
-        hidden, pull = jax.vjp(_between, *jnp.split(before, 2, axis=-1), visits.blocks(weights, i))
-        *d_before, d_w = pull(_product("zrd,zfd->zrf", d_y, down[expert]))
-        d_before = jnp.concatenate(d_before, axis=-1).astype(dtype)
+        hidden, pull = jax.vjp(_between, before, visits.blocks(weights, i))
+        d_before, d_w = pull(_product("zrd,zfd->zrf", d_y, down[expert]))
+        d_before = d_before.astype(dtype)
         # Blocks without an expert are taken along with the last ones, but add to no gradient.
         d_down = d_down.at[expert].add(_product("zrf,zrd->zfd", hidden.astype(dtype), d_y))
         d_gate_up = d_gate_up.at[expert].add(_product("zrd,zrf->zdf", x, d_before))
