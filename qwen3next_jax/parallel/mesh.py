@@ -205,7 +205,7 @@ def no_mesh() -> Any:
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Says how an activation is split, by the logical name of each dimension."""
+    """Says how an activation is split, by axes' logical names, and on a TPU how it lies."""
     mesh = active_mesh()
     if mesh is None:
         return x
