@@ -44,6 +44,13 @@ def expert_gradients(rows, weights, gate_up, down, sizes):
     return jax.grad(loss, argnums=range(4))(rows, weights, gate_up, down)
 
 
+def check_costs(program):
+    """All that a program does has a cost, its kernels' included."""
+    costs = estimate(program.as_text(), CHIPS["v5p"])
+    assert costs.kernel_seconds > 0
+    assert not costs.uncosted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "tokens", "dtype"),
@@ -62,9 +69,7 @@ def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chun
         delta_rule_gradients, topology,
         (keys, dtype), (keys, dtype), (values, dtype), gates, gates, ((1, tokens), jnp.int32),
     )  # fmt: skip
-    costs = estimate(program.as_text(), CHIPS["v5p"])
-    assert costs.kernel_seconds > 0
-    assert not costs.uncosted
+    check_costs(program)
     size = jnp.dtype(dtype).itemsize
     states = 32 * tokens // 64 * 128 * 128 * size
     inputs = tokens * (2 * 16 + 2 * 32) * 128 * size
@@ -87,9 +92,7 @@ def test_the_convolution_compiles_for_a_tpu_and_holds_nothing(topology, tokens, 
         conv_gradients, topology,
         heads, ((4, 32, size), jnp.float32), ((1, tokens), jnp.int32), heads,
     )  # fmt: skip
-    costs = estimate(program.as_text(), CHIPS["v5p"])
-    assert costs.kernel_seconds > 0
-    assert not costs.uncosted
+    check_costs(program)
     if tokens % 512 == 0:  # else inputs are padded to whole blocks
         # Which taps are a token's own, spread over the lanes, and gradients of taps by block.
         lanes, taps = tokens * 128 * 4, tokens // 512 * 32 * 8 * size * 4
@@ -104,9 +107,7 @@ def test_attention_compiles_for_a_tpu_and_holds_no_scores(topology, tokens):
         attention_gradients, topology,
         *((x, jnp.bfloat16) for x in (q, kv, kv)), ((1, tokens), jnp.int32),
     )  # fmt: skip
-    costs = estimate(program.as_text(), CHIPS["v5p"])
-    assert costs.kernel_seconds > 0
-    assert not costs.uncosted
+    check_costs(program)
     # Queries, outputs, their gradients and copies; float32 norms of 128 lanes.
     assert program.memory_analysis().temp_size_in_bytes < 8 * 2 * tokens * 16 * 256
 
@@ -130,9 +131,7 @@ def test_experts_compile_for_a_tpu_and_hold_nothing_between_their_products(topol
         ((R, D), dtype), ((R,), jnp.float32),
         ((E, 2, D, F), dtype), ((E, F, D), dtype), ((E,), jnp.int32),
     )  # fmt: skip
-    costs = estimate(program.as_text(), CHIPS["v5p"])
-    assert costs.kernel_seconds > 0
-    assert not costs.uncosted
+    check_costs(program)
     # The gradient of what they give, a copy of rows in the layout of the kernels, and of what comes
     # back; the products would be another half each.
     assert program.memory_analysis().temp_size_in_bytes < 3.2 * size * R * D
