@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwen3next_jax.parallel import expert
-from qwen3next_jax.parallel.expert import _order, _plan, apply_experts
+from qwen3next_jax.parallel.expert import _cumsum, _order, _plan, apply_experts
 
 E, D = 6, 5
 # Of each token its experts; experts 2 and 5 get no token, expert 0 gets every one.
@@ -39,6 +39,12 @@ def test_assignments_are_sorted_by_expert_and_stay_in_order(num_experts):
     np.testing.assert_array_equal(order, np.argsort(flat, kind="stable"))
 
 
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 40_000])
+def test_cumulative_sums_are_exact(size):
+    x = np.random.default_rng(2).integers(0, 400, size).astype(np.int32)
+    np.testing.assert_array_equal(_cumsum(jnp.asarray(x)), np.cumsum(x))
+
+
 @pytest.mark.parametrize("alignment", [1, 4])
 def test_rows_and_assignments_find_each_other_on_every_platform(alignment, monkeypatch):
     for platform in ("cpu", "gpu"):  # by scatters, by sorting
@@ -51,7 +57,7 @@ def test_rows_and_assignments_find_each_other_on_every_platform(alignment, monke
         for row, assignment in enumerate(np.asarray(plan.assignment)):
             if assignment < EXPERTS.size:
                 assert plan.row.reshape(-1)[assignment] == row
-                assert EXPERTS.reshape(-1)[assignment] == np.searchsorted(ends, row, side="right")
+                assert EXPERTS.T.reshape(-1)[assignment] == np.searchsorted(ends, row, side="right")
         assert sorted(plan.assignment)[: EXPERTS.size] == list(range(EXPERTS.size))
 
 
@@ -112,10 +118,10 @@ def test_rows_come_sorted_by_expert_in_aligned_groups_with_zeros_between(alignme
     assert len(rows) % alignment == 0
     start = 0
     for e in range(E):
-        mine = np.asarray(x)[(e == EXPERTS).any(1)]
-        np.testing.assert_array_equal(rows[start : start + counts[e]], mine)
+        tokens = np.nonzero(e == EXPERTS.T)[1]  # those that have it first, then second
+        np.testing.assert_array_equal(rows[start : start + counts[e]], np.asarray(x)[tokens])
         np.testing.assert_array_equal(
-            row_weights[start : start + counts[e]], np.asarray(weights)[e == EXPERTS]
+            row_weights[start : start + counts[e]], np.asarray(weights).T[e == EXPERTS.T]
         )
         assert not rows[start + counts[e] : start + sizes[e]].any()
         start += sizes[e]

@@ -1,12 +1,13 @@
 """Brings tokens to their experts and back: which row goes where, and no matrix product.
 
-Each token has A experts, so M tokens make M · A assignments. Sorted by expert, these are the rows
-of a grouped matrix product. Each expert's rows start at a multiple of `alignment`, with zero rows
-in the gaps. The plan holds the token of every row and the row of every assignment, so that
-dispatch, combine and the gradients of both are gathers: scatters are slow everywhere and serial on
-CPUs. Nothing is dropped. The experts multiply their rows by the router's weights themselves, so
-that combining is a plain sum: then dispatch and combine are each other's transposes, and a layer
-that is rematerialised need not return its rows a second time.
+Each token has A experts, so M tokens make A · M assignments, first the first of every token, then
+the second. Sorted by expert, these are the rows of a grouped matrix product. Each expert's rows
+start at a multiple of `alignment`, with zero rows in the gaps. The plan holds the token of every
+row and the row of every assignment, so that dispatch, combine and the gradients of both are
+gathers: scatters are slow everywhere and serial on CPUs. Nothing is dropped. The experts multiply
+their rows by the router's weights themselves, so that combining is a plain sum: then dispatch and
+combine are each other's transposes, and a layer that is rematerialised need not return its rows a
+second time.
 
 Where experts are split over a mesh axis, the sorted rows travel to their experts' devices and back
 (`apply_split_experts`). First the devices of the axis exchange how many rows each has for each
@@ -116,17 +117,18 @@ def apply_split_experts(
 
 
 class _Plan(NamedTuple):
-    assignment: Int[Array, "R"]  # of each row, the index into [M · A]; M · A where there is none
-    row: Int[Array, "M A"]  # of each assignment, its row
+    assignment: Int[Array, "R"]  # of each row, the index into [A · M]; A · M where there is none
+    row: Int[Array, "A M"]  # of each assignment, its row
     group_sizes: Int[Array, "E"]  # rows of each expert, gaps included
     # Which assignments found a place; None: all did. If not None, there is one more row, which
     # belongs to no token. Coming back it is zero, and the assignments without a place read it:
     # selecting by a mask would cost more than adding up the rows.
-    kept: Bool[Array, "M A"] | None = None
+    kept: Bool[Array, "A M"] | None = None
 
 
 def _plan(experts, num_experts, alignment):
-    flat = experts.reshape(-1)
+    # A TPU holds [M, A] in tiles that A fills poorly; to flatten it in this order takes far longer.
+    flat = experts.T.reshape(-1)
     order = _order(flat, num_experts)  # assignments, sorted by expert
     counts = jnp.bincount(flat, length=num_experts)
     sizes = -(-counts // alignment) * alignment
@@ -142,16 +144,16 @@ def _plan(experts, num_experts, alignment):
         ordered_row = first_row[expert] + jnp.arange(flat.size) - first[expert]
         row = _scatter(ordered_row, order, flat.size)
         assignment = _scatter(order, ordered_row, rows, empty=flat.size)
-        return _Plan(assignment, row.reshape(experts.shape), sizes)
+        return _Plan(assignment, row.reshape(experts.T.shape), sizes)
 
-    rank = jnp.argsort(order)  # where each assignment went
+    rank = jnp.argsort(order, stable=False)  # where each assignment went
     row = first_row[flat] + rank - first[flat]
     index = jnp.arange(rows)
     expert = jnp.searchsorted(first_row[1:], index, side="right").clip(max=num_experts - 1)
     place = index - first_row[expert]
     taken = order[(first[expert] + place).clip(max=flat.size - 1)]
     assignment = jnp.where(place < counts[expert], taken, flat.size)
-    return _Plan(assignment, row.reshape(experts.shape), sizes)
+    return _Plan(assignment, row.reshape(experts.T.shape), sizes)
 
 
 def _order(experts, num_experts):
@@ -160,7 +162,7 @@ def _order(experts, num_experts):
     size = len(experts)
     if (num_experts + 1) * size > jnp.iinfo(jnp.int32).max:
         return jnp.argsort(experts, stable=True)
-    return jnp.sort(experts * size + jnp.arange(size)) % size
+    return jnp.sort(experts * size + jnp.arange(size), stable=False) % size
 
 
 def _scatter(values, places, size, *, empty=0):
@@ -171,18 +173,19 @@ def _scatter(values, places, size, *, empty=0):
 @jax.custom_vjp
 def _dispatch(x, plan):
     """The token of each row; zeros in gaps."""
-    token = plan.assignment // plan.row.shape[1]
+    token = plan.assignment % len(x)
     if plan.kept is not None:
         return x.at[jnp.append(token, 0)].get(mode="clip")
-    has_gaps = len(plan.assignment) > plan.row.size
-    return _take(x, token) if has_gaps else x.at[token].get(mode="clip")
+    if len(plan.assignment) == plan.row.size:
+        return x.at[token].get(mode="clip")
+    return _take(x, jnp.where(plan.assignment < plan.row.size, token, len(x)))
 
 
 @jax.custom_vjp
 def _combine(rows, plan):
     """The sum of each token's rows; the transpose of `_dispatch`."""
     row = plan.row if plan.kept is None else jnp.where(plan.kept, plan.row, len(rows) - 1)
-    gathered = rows.at[row.T].get(mode="clip")
+    gathered = rows.at[row].get(mode="clip")
     # Written out, a TPU adds them up as fast as it reads them; a reduction takes five times longer.
     total = gathered[0].astype(jnp.float32)
     for summand in gathered[1:]:
@@ -203,12 +206,12 @@ _combine.defvjp(
 @jax.custom_vjp
 def _dispatch_weights(weights, plan):
     """The weight of each row; zeros in gaps."""
-    return _take(weights.reshape(-1), plan.assignment)
+    return _take(weights.T.reshape(-1), plan.assignment)
 
 
 _dispatch_weights.defvjp(
     lambda weights, plan: (_dispatch_weights(weights, plan), plan),
-    lambda plan, d_rows: (d_rows[plan.row], None),
+    lambda plan, d_rows: (d_rows[plan.row].T, None),
 )
 
 
@@ -371,7 +374,18 @@ def _unpad(padded, start, size, rows):
 
 def _run_of(starts, size):
     """Of each place in [0, size), the last run that starts there or before; starts ascend."""
-    return jnp.cumsum(jnp.zeros(size, jnp.int32).at[starts].add(1, mode="drop")) - 1
+    return _cumsum(jnp.zeros(size, jnp.int32).at[starts].add(1, mode="drop")) - 1
+
+
+def _cumsum(x):
+    """The cumulative sums of many integers; they must stay below 2**24."""
+    # As a product. A TPU's compiler writes `jnp.cumsum` out, 128 additions of each entry.
+    rows = jnp.pad(x, (0, -len(x) % _LANES)).reshape(-1, _LANES).astype(jnp.float32)
+    before = jnp.triu(jnp.ones((_LANES, _LANES), jnp.float32))
+    sums = jnp.dot(rows, before, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
+    if len(sums) > 1:
+        sums += (_cumsum(sums[:, -1]) - sums[:, -1])[:, None]
+    return sums.reshape(-1)[: len(x)]
 
 
 def _starts(sizes, axis=0):
