@@ -134,26 +134,26 @@ def _plan(experts, num_experts, alignment):
     sizes = -(-counts // alignment) * alignment
     # Of each expert, its first row and its first place in `order`; then of what has no expert.
     first_row, first = (jnp.pad(jnp.cumsum(n), (1, 0)) for n in (sizes, counts))
+    moved = first_row - first  # how far gaps move its rows
     rows = flat.size + min(num_experts, flat.size) * (alignment - 1)  # the worst case
     rows = -(-rows // alignment) * alignment
     if platform() == "cpu":
         # Scattering integers, which is slow elsewhere, is faster than sorting on a CPU. What is
         # scattered is also there for good: expressions of integers XLA would compute again for each
         # entry of every row that is gathered by them.
-        expert = flat[order]
-        ordered_row = first_row[expert] + jnp.arange(flat.size) - first[expert]
+        ordered_row = jnp.arange(flat.size) + moved[flat[order]]
         row = _scatter(ordered_row, order, flat.size)
         assignment = _scatter(order, ordered_row, rows, empty=flat.size)
         return _Plan(assignment, row.reshape(experts.T.shape), sizes)
 
-    rank = jnp.argsort(order, stable=False)  # where each assignment went
-    row = first_row[flat] + rank - first[flat]
-    index = jnp.arange(rows)
-    expert = jnp.searchsorted(first_row[1:], index, side="right").clip(max=num_experts - 1)
-    place = index - first_row[expert]
-    taken = order[(first[expert] + place).clip(max=flat.size - 1)]
-    assignment = jnp.where(place < counts[expert], taken, flat.size)
-    return _Plan(assignment, row.reshape(experts.T.shape), sizes)
+    rank, index = jnp.argsort(order, stable=False), jnp.arange(rows)
+    if alignment == 1:  # no gaps: rows are the assignments as sorted
+        assignment = jnp.where(index < first[-1], order, flat.size)
+        return _Plan(assignment, rank.reshape(experts.T.shape), sizes)
+    expert = _run_of(first_row[:-1], rows)
+    taken = order[(index - moved[expert]).clip(max=flat.size - 1)]
+    assignment = jnp.where(index < (first_row[:-1] + counts)[expert], taken, flat.size)
+    return _Plan(assignment, (rank + moved[flat]).reshape(experts.T.shape), sizes)
 
 
 def _order(experts, num_experts):
@@ -286,9 +286,8 @@ def _follow(starts, sizes, there, *, size, none):
     A piece of `sizes` places begins at `starts` here, in ascending order, and at `there` elsewhere.
     """
     starts, sizes, there = (x.reshape(-1) for x in (starts, sizes, there))
-    piece = _run_of(starts, size)
-    offset = jnp.arange(size) - starts[piece]
-    return jnp.where(offset < sizes[piece], there[piece] + offset, none)
+    index, piece = jnp.arange(size), _run_of(starts, size)
+    return jnp.where(index < (starts + sizes)[piece], index + (there - starts)[piece], none)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
