@@ -27,7 +27,7 @@ def get_config(directory: str = "") -> ConfigDict:
     if model.layer_types is None:
         config.model.layer_types = config_dict.placeholder(tuple)
     if model.rope_scaling is None:
-        config.model.rope_scaling = config_dict.placeholder(ConfigDict)
+        config.model.rope_scaling = ConfigDict()
     config.data.update(
         source="jsonl",
         field="messages",

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
             head_dim=32,
             rope_theta=10_000.0,
             partial_rotary_factor=0.25,  # the share of a head that is rotated
-            rope_scaling=config_dict.placeholder(ConfigDict),  # YaRN, for contexts beyond training
+            rope_scaling=ConfigDict(),  # YaRN, for contexts beyond training; empty: none
             # Gated DeltaNet.
             linear_conv_kernel_dim=4,
             linear_num_key_heads=2,

@@ -96,6 +96,18 @@ def test_yarn_lengthens_the_rows_that_a_run_may_have():
         RunConfig.from_dict(given)
 
 
+@pytest.mark.parametrize("way", ["assigned", "updated"])
+def test_a_config_of_ones_own_has_yarn_by_a_dict(way):
+    config = tiny.get_config()
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    if way == "assigned":
+        config.model.rope_scaling = yarn
+    else:
+        config.model.update(rope_scaling=yarn)
+    assert RunConfig.from_dict(config).model.rope_scaling == yarn
+    assert RunConfig.from_dict(tiny.get_config()).model.rope_scaling is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
