@@ -1,6 +1,7 @@
 """The optimizer: its table name by name, its arithmetic against numpy's, its schedules."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,21 @@ def test_a_parameter_without_a_rule_is_refused_by_name():
     params = tree_of({"norm/weight": 1.0, "groups/layers/0/mlp/novelty": 1.0, "xnorm": 1.0})
     with pytest.raises(ValueError, match=r"groups/layers/0/mlp/novelty, xnorm$"):
         make_optimizer(CONFIG, 10, params)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("groups/layers/0/linear_attn/q_proj", (G, D, D)),  # a mixer of one's own, without heads
+        ("groups/layers/0/linear_attn/out_proj", (G, E, N, P, D)),
+        ("mtp/layer/self_attn/o_proj", (D, D)),
+    ],
+)
+def test_muon_refuses_what_has_a_matrix_s_name_and_other_axes(name, shape):
+    params = tree_of({name: shape, "norm/weight": (D,)}, jnp.zeros)
+    with pytest.raises(ValueError, match=rf"other axes.*: {re.escape(f'{name} {list(shape)}')}$"):
+        make_optimizer(MUON, 10, params)
+    make_optimizer(CONFIG, 10, params)  # which takes each number by itself
 
 
 def test_adamw_equals_numpy_over_several_clipped_steps():

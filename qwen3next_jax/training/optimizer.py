@@ -39,7 +39,7 @@ def make_optimizer(
     Args:
       config: name, schedule and coefficients.
       num_steps: of the whole run, where the schedule ends.
-      params: the model's parameters, or their shapes; only their names are used.
+      params: the model's parameters, or their shapes; only names and numbers of axes are used.
       moment_dtype: of first moments; second moments are float32.
       zero_centered_norm: whether norms multiply by 1 + w. Where they multiply by w, decay would
         pull the factor to 0, so their weights don't decay.
@@ -49,13 +49,16 @@ def make_optimizer(
       the number of updates made so far to the learning rate.
 
     Raises:
-      ValueError: names each parameter that no rule covers.
+      ValueError: names each parameter that no rule covers or, with Muon, whose axes are not those
+        of its rule's matrices.
     """
     unknown = [name for name, _ in named_leaves(params) if _find_rule(name) is None]
     if unknown:
         raise ValueError(
             "No rule of training/optimizer.py says how to update " + ", ".join(unknown)
         )
+    if config.name == "muon":
+        _check_matrices(params)
 
     def decays(name: str) -> bool:
         return _rule(name).decays and (zero_centered_norm or not re.search(_NORM, name))
@@ -154,6 +157,25 @@ def _rule(name: str) -> Rule:
     rule = _find_rule(name)
     assert rule is not None, name  # make_optimizer has checked all names
     return rule
+
+
+def _check_matrices(params: Any) -> None:
+    """Refuses what a module of one's own has under a name of ours, but with other axes.
+
+    Counted from the end, axes in and out would reach the layer groups: one matrix of all layers.
+    """
+    unlike = []
+    for name, x in named_leaves(params):
+        matrix = _rule(name).matrix
+        # Of [D, F] there may be any number, as experts are; of projections to or from heads not.
+        heads = matrix in (_TO_HEADS, _FROM_HEADS)
+        if heads and x.ndim - name.startswith("groups/") != 3:
+            unlike.append(f"{name} {list(x.shape)}")
+    if unlike:
+        raise ValueError(
+            "The rules of training/optimizer.py take parameters of these names for matrices with "
+            f"other axes; give these other names, and rules of their own: {', '.join(unlike)}"
+        )
 
 
 def _map_names(f: Callable[[str], Any], tree: Any) -> Any:
