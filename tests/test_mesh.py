@@ -70,6 +70,12 @@ def test_an_unknown_axis_name_is_refused():
         partition("gate", ("gatez",), (4,), EIGHT_WAYS)
 
 
+def test_a_parameter_that_names_no_axes_is_refused_by_name():
+    params = nnx.state(nnx.List([nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0))]))
+    with pytest.raises(ValueError, match=r"^0/kernel: .* does not name its axes; declare it by"):
+        parameter_shardings(params, make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1]))
+
+
 def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
     devices = jax.devices()[:1]
     sizes = dict(make_mesh(MeshConfig(data=-1, fsdp=1), devices).shape)

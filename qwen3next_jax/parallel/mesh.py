@@ -299,12 +299,18 @@ def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.Sta
     """The sharding of each parameter, from its axes' names.
 
     Raises:
-      ValueError: names the parameter and axis that the table does not know or the mesh cannot
-        divide.
+      ValueError: names the parameter that names no axes, or the axis that the table does not know
+        or the mesh cannot divide.
     """
     flat = []
     for path, param in nnx.to_flat_state(params):
-        spec = partition("/".join(map(str, path)), param.axes, param.shape, mesh.shape)
+        name = "/".join(map(str, path))
+        if "axes" not in param.get_metadata():
+            raise ValueError(
+                f"{name}: the parameter does not name its axes; declare it by "
+                "model/layers.py: weight, or as nnx.Param(value, axes=(...))"
+            )
+        spec = partition(name, param.axes, param.shape, mesh.shape)
         flat.append((path, param.replace(NamedSharding(mesh, spec))))
     return nnx.from_flat_state(flat)
 
