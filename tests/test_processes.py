@@ -70,6 +70,15 @@ def test_the_description_of_a_program_tells_every_file_of_the_package():
     assert program["jax"] == jax.__version__
 
 
+def test_a_function_runs_line_by_line_where_jit_is_disabled():
+    seen = []
+    call = processes.compiled_together(jax.jit(lambda x: seen.append(x) or x + 1))
+    with jax.disable_jit():
+        assert call(np.float32(1)) == 2
+    assert seen == [1]  # a number, as a debugger shall see it, and no tracer
+    assert call(np.float32(2)) == 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_alone_a_signal_asks_to_stop_and_a_second_one_ends_the_process(number):
     def handlers():

@@ -218,11 +218,14 @@ def compiled_together(function: Any) -> Callable[..., Any]:
     """A jitted function that no process runs before all have compiled it.
 
     The first of a program's collectives on CPUs gives up on a process that is half a minute late.
+    Under `jax.disable_jit` nothing is compiled, and the function runs line by line.
     """
     compiled = None
 
     def call(*args: Any) -> Any:
         nonlocal compiled
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return function(*args)
         if compiled is None:
             compiled = function.lower(*args).compile()
             exchange(None)
