@@ -52,6 +52,25 @@ def test_parameters_are_those_of_the_checkpoint_in_the_dtype_asked_for(kind, tmp
     assert_same(load_parameters(path, model.config, wanted(model.config)), model)
 
 
+def test_a_model_with_a_replaced_module_begins_with_a_checkpoint_of_its_own_kind_only(tmp_path):
+    hf_directory.released(tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "ours")
+    model = q3n.load_hf(tmp_path / "hf")
+    layers = model.groups.layers
+    layers[0].linear_attn.out_proj = nnx.Param(jnp.ones((2, 3)), axes=("key_heads", "norm"))
+    _, params = nnx.split(model)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    run = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32", sharding=one), params)
+    wrong = r"(?s)does not fit the run's model:.* groups/layers/0/linear_attn/out_proj is .*, ex"
+    for kind in ("hf", "ours"):
+        with pytest.raises(ValueError, match=wrong):
+            load_parameters(tmp_path / kind, model.config, run)
+    store = CheckpointStore(tmp_path / "ours" / "checkpoints", keep=2)
+    store.save(1, {"params": params}, {})
+    store.close()
+    assert_same(load_parameters(tmp_path / "ours", model.config, run), model)
+
+
 def test_all_that_differs_from_the_checkpoint_is_named(tmp_path):
     hf_directory.released(tmp_path / "with")
     hf_directory.released(tmp_path / "without", mtp=False)

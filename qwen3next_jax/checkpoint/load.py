@@ -27,6 +27,7 @@ from qwen3next_jax.checkpoint.hugging_face import (
     load_hf,
     misfits,
     open_hf,
+    parameters_by_path,
     read_parameter,
 )
 from qwen3next_jax.checkpoint.store import CheckpointStore
@@ -113,7 +114,8 @@ def load_parameters(
       config: the run's model. It may differ from the checkpoint's only in what does not change the
         meaning of the weights: length of the context and YaRN, coefficient of the balance loss,
         number of MTP steps, and initialisation.
-      wanted: the parameters as jax.ShapeDtypeStructs, with shardings.
+      wanted: the run's parameters as jax.ShapeDtypeStructs, with shardings. Where modules of the
+        model were replaced, the checkpoint must have the parameters of these.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -121,14 +123,18 @@ def load_parameters(
       DamagedCheckpointError: the step, or every step of the work directory, is damaged.
     """
     ours = find_checkpoint(pathlib.Path(path))
+    shapes = {name: tuple(p.shape) for name, p in parameters_by_path(wanted).items()}
     if ours is None:
         hf = open_hf(pathlib.Path(path))
         _check_same_model(config, hf.config, path)
+        _check_shapes(path, "the run's model", shapes, hf.table.parameters)
         return filled(wanted, lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
     _check_same_model(config, ours.config, path)
 
     def read(store: CheckpointStore, step: int) -> nnx.State:
-        stored = stored_parameters(store, step, ours.config)
+        stored = _stored(store, step)
+        found = {name: x.shape for name, x in stored.items()}
+        _check_shapes(store.directory / str(step), "the run's model", shapes, found)
 
         def value(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
             there = jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=x.sharding)
@@ -237,16 +243,26 @@ def stored_parameters(
       ValueError: they are not those of the config; names each that differs.
       DamagedCheckpointError: the checkpoint's index is damaged.
     """
-    arrays, _ = store.describe(step)
-    found = {n.removeprefix("params/"): x for n, x in arrays.items() if n.startswith("params/")}
+    found = _stored(store, step)
     wanted = {path: tuple(p.shape) for path, p in abstract_parameters(config).items()}
-    problems = misfits(wanted, {path: x.shape for path, x in found.items()})
-    if problems:
-        raise ValueError(
-            f"{store.directory / str(step)} does not fit its config.json:\n  "
-            + "\n  ".join(problems)
-        )
+    shapes = {path: x.shape for path, x in found.items()}
+    _check_shapes(store.directory / str(step), "its config.json", wanted, shapes)
     return {path: found[path] for path in wanted}
+
+
+def _stored(store: CheckpointStore, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    arrays, _ = store.describe(step)
+    return {n.removeprefix("params/"): x for n, x in arrays.items() if n.startswith("params/")}
+
+
+def _check_shapes(
+    checkpoint: str | os.PathLike[str],
+    of: str,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+) -> None:
+    if problems := misfits(wanted, found):
+        raise ValueError(f"{checkpoint} does not fit {of}:\n  " + "\n  ".join(problems))
 
 
 # Keys in which a run may differ from the checkpoint it begins with.
