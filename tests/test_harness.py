@@ -163,6 +163,20 @@ def test_a_text_without_context_stands_behind_what_theirs_does(checkpoint):
     assert alone == behind
 
 
+STRIPPED = CHATML.replace("message.content", "message.content | trim")
+
+
+@pytest.mark.parametrize("template", [CHATML, STRIPPED], ids=["kept", "stripped"])
+@pytest.mark.parametrize("begun", ["The answer is", "Here it is:\n```python\n", "\n", "<|im_end|>"])
+def test_an_answer_is_begun_as_theirs_is(checkpoint, template, begun, monkeypatch):
+    ours, theirs = both(checkpoint)
+    for lm in (ours, theirs):
+        monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+    chat = [{"role": "user", "content": "Sort."}, {"role": "assistant", "content": begun}]
+    got, want = (lm.apply_chat_template(chat, add_generation_prompt=False) for lm in (ours, theirs))
+    assert got == want
+
+
 def test_a_continuation_without_tokens_is_refused(checkpoint):
     ours, _ = both(checkpoint)
     with pytest.raises(ValueError, match=r"continuation of \('def', ''\) adds no token"):

@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from qwen3next_jax.config import require_known
-from qwen3next_jax.data.chat import render_chat
+from qwen3next_jax.data.chat import MARKS, render_chat
 from qwen3next_jax.evaluation.evaluator import Evaluator
 
 _MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own number
@@ -197,8 +197,12 @@ class HarnessLM(TemplateLM):
         """Renders a conversation; one that ends with the assistant's words is to be gone on with.
 
         Raises:
-          ValueError: the template refuses the messages.
+          ValueError: the template refuses the messages, or leaves those words out.
         """
+        mark = MARKS[1]  # where the begun answer ends; the space behind it tells of stripping
+        if not add_generation_prompt:
+            *earlier, begun = chat_history
+            chat_history = [*earlier, {**begun, "content": f"{begun['content']}{mark} "}]
         text = render_chat(
             chat_history, self.tokenizer.chat_template,
             special_tokens=self.tokenizer.special_tokens,
@@ -206,8 +210,12 @@ class HarnessLM(TemplateLM):
         )  # fmt: skip
         if add_generation_prompt:
             return text
-        begun = chat_history[-1]["content"].strip()
-        return text[: text.rindex(begun) + len(begun)]
+        answer, found, rest = text.rpartition(mark)
+        if not found:
+            raise ValueError(
+                f"The chat template leaves out {begun['content']!r}, which the answer begins with"
+            )
+        return answer if rest.startswith(" ") else answer.rstrip()
 
     def _loglikelihood_tokens(
         self, requests: Iterable[tuple[Any, list[int], list[int]]], **kwargs: Any
