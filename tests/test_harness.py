@@ -193,10 +193,13 @@ def test_options_that_ask_for_nothing_are_taken_and_others_refused_before_anythi
     nothing = {**options, "num_beams": 1, "top_k": 0, "do_sample": False}
     assert ours.generate_until(ask("x", nothing)) == ours.generate_until(ask("x", options))
     task = yaml.safe_load((tasks / "local_generation.yaml").read_text())
-    task |= {"task": "beams", "generation_kwargs": {"until": ["a"], "num_beams": 4}}
-    (tmp_path / "beams.yaml").write_text(yaml.safe_dump(task))
+    for name, option in (("beams", {"num_beams": 4}), ("essay", {"max_gen_toks": 512})):
+        task |= {"task": name, "generation_kwargs": {"until": ["a"], **option}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
     with pytest.raises(ValueError, match=r"task beams cannot be run here: .*\['num_beams'\]"):
         run_ours(checkpoint, tmp_path, ["beams"])
+    with pytest.raises(ValueError, match="task essay cannot be run here: max_gen_toks=512 leaves"):
+        run_ours(checkpoint, tmp_path, ["essay"])
 
 
 def test_code_is_not_run_unless_allowed_in_so_many_words(checkpoint, tasks):

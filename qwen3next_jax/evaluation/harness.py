@@ -68,7 +68,8 @@ def run_tasks(
       and answered.
 
     Raises:
-      ValueError: a name is unknown, or a task runs code and that was not allowed.
+      ValueError: a name is unknown, a task runs code and that was not allowed, or one generates as
+        many tokens as the model's context has.
     """
     if not tasks:
         raise ValueError(
@@ -77,6 +78,7 @@ def run_tasks(
     check_tasks(tasks, include_path)
     manager = _Tasks(include_path=include_path or None)
     manager.may_run_code = confirm_run_unsafe_code
+    manager.context = evaluator.model.config.context_length
     # Standard errors by resampling would fork this process, threads and devices and all.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     lm = HarnessLM(evaluator, seed=seed)
@@ -123,6 +125,7 @@ class _Tasks(TaskManager):
     """Loads tasks; refuses those that cannot run here, and those that run code unless allowed."""
 
     may_run_code = False
+    context: int
 
     def load(self, task_list: Any) -> Any:
         loaded = super().load(task_list)
@@ -138,7 +141,7 @@ class _Tasks(TaskManager):
             config: Any = getattr(task, "config", None)
             if getattr(config, "output_type", "") == "generate_until":
                 try:
-                    _generation_options(config.generation_kwargs or {})
+                    _generation_options(config.generation_kwargs or {}, context=self.context)
                 except ValueError as error:
                     raise ValueError(f"The task {name} cannot be run here: {error}") from error
         return loaded
@@ -267,12 +270,9 @@ class HarnessLM(TemplateLM):
             by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
         texts = [""] * len(requests)
         for options, numbers in by_options.items():
-            count, stop, sampling = _generation_options(json.loads(options))
-            if count >= self.max_length:
-                raise ValueError(
-                    f"max_gen_toks={count} leaves no room for a prompt in the model's context of "
-                    f"{self.max_length} tokens; lower it in the task's generation_kwargs"
-                )
+            count, stop, sampling = _generation_options(
+                json.loads(options), context=self.max_length
+            )
             prompts = [
                 self.tok_encode(requests[number].args[0]) or [self.prefix_token_id]
                 for number in numbers
@@ -288,13 +288,20 @@ class HarnessLM(TemplateLM):
         return texts
 
 
-def _generation_options(given: Mapping[str, Any]) -> tuple[int, list[str], dict[str, Any]]:
+def _generation_options(
+    given: Mapping[str, Any], *, context: int
+) -> tuple[int, list[str], dict[str, Any]]:
     """A task's generation_kwargs as the most new tokens, stop strings, and options of ours."""
     options = dict(normalize_gen_kwargs(dict(given), _MAX_NEW_TOKENS))
     for name, off in (("num_beams", 1), ("top_k", 0)):  # values that switch the option off
         if options.get(name) == off:
             del options[name]
     count, stop = options.pop("max_gen_toks"), [s for s in options.pop("until") if s]
+    if count >= context:
+        raise ValueError(
+            f"max_gen_toks={count} leaves no room for a prompt in the model's context of {context} "
+            "tokens; lower it in the task's generation_kwargs"
+        )
     sampled = options.pop("do_sample")
     sampling = {name: options.pop(name) for name in _SAMPLING if name in options}
     if options:
