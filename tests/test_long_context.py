@@ -109,6 +109,16 @@ def test_lengths_beyond_training_get_the_least_power_of_two_as_yarn_factor():
         yarn_factor(extended, 2049)
 
 
+def test_a_length_that_is_too_long_is_refused_before_shorter_ones_are_read(monkeypatch):
+    def generate(*_, **__):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(Evaluator, "generate", generate)
+    evaluator = Evaluator(with_yarn(random_model(small_config()), 4), TOKENIZER)
+    with pytest.raises(ValueError, match="2049 exceeds the context"):
+        long_context(evaluator, tasks=["niah_single"], lengths=[512, 2049], depths=1, samples=1)
+
+
 @pytest.mark.slow
 def test_every_task_length_and_depth_has_a_cell_and_unknown_tasks_the_nearest_names():
     model = random_model(small_config(vocab_size=264), scale=0.3)

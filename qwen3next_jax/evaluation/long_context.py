@@ -115,10 +115,11 @@ def long_context(
         powers = (1 << i for i in range(longest.bit_length()))
         lengths = [n for n in powers if min(1024, longest // 4) <= n <= longest]
     room = _answer_room(tasks, evaluator.tokenizer)
+    # All of them before the first one is read: what is too long is refused at once.
+    factors = {length: yarn_factor(evaluator.model, length) for length in sorted(lengths)}
     cells: list[dict[str, Any]] = []
     examples: dict[str, Any] = {}
-    for length in sorted(lengths):
-        factor = yarn_factor(evaluator.model, length)
+    for length, factor in factors.items():
         if factor:
             logging.info(
                 "%d tokens lie beyond the %d that the model was trained on: YaRN, factor %d",
