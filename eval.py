@@ -90,6 +90,7 @@ def _evaluate(suite: str) -> None:
     from qwen3next_jax.checkpoint.load import as_trained, load_checkpoint, open_checkpoint
     from qwen3next_jax.command import check_writable, write_whole
     from qwen3next_jax.evaluation.evaluator import Evaluator
+    from qwen3next_jax.evaluation.perplexity import check_length
     from qwen3next_jax.evaluation.speculation import check_mtp
     from qwen3next_jax.evaluation.suites import check_suites, run_suite, table
     from qwen3next_jax.parallel.mesh import fsdp_mesh
@@ -102,6 +103,8 @@ def _evaluate(suite: str) -> None:
     ours, config, tokenizer = open_checkpoint(path, _TOKENIZER.value)
     if suite == "speculation":
         check_mtp(config)
+    if suite == "perplexity":
+        check_length(config, options.length)
     if options.chat:
         _ = tokenizer.chat_template  # raises where there is none
     mesh = fsdp_mesh(_MESH_FSDP.value)

@@ -131,6 +131,7 @@ def test_the_command_says_what_it_lacks(trained, tmp_path):
         (("--suite=long_context", "--output=."), "error: . is a directory; name a file inside it"),
         (("--suite=long_context", "--chat"), "no chat template"),
         (("--suite=speculation", "--data=stdlib"), "speculation needs an MTP module"),
+        (("--suite=perplexity", "--length=999"), "length=999 exceeds the model's context"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_model_is_read(tmp_path, arguments, message):

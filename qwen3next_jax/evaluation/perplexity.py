@@ -20,6 +20,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.documents import learnt_text, readable
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
@@ -96,12 +97,8 @@ def document_perplexity(
     Raises:
       ValueError: `length` exceeds the model's context, or nothing is predicted.
     """
+    check_length(evaluator.model.config, length)
     context = evaluator.model.config.context_length
-    if length > context:
-        raise ValueError(
-            f"{length=} exceeds the model's context of {context} tokens; give at most that, or "
-            "extend it by rope_scaling (YaRN)"
-        )
     tables = {
         name: _table(evaluator, records, length=length or context, limit=limit, on_error=on_error)
         for name, records in domains.items()
@@ -118,6 +115,15 @@ def document_perplexity(
     if len(tables) > 1:
         result["domains"] = {name: table.result() for name, table in tables.items()}
     return result
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Refuses, by a ValueError, to read more tokens at once than the model's context has."""
+    if length > config.context_length:
+        raise ValueError(
+            f"{length=} exceeds the model's context of {config.context_length} tokens; give at "
+            "most that, or extend it by rope_scaling (YaRN)"
+        )
 
 
 def _table(
