@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
+from jax.extend.core import jaxprs_in_params
 from oracles import abstract_model, small_config
 
 from qwen3next_jax.model import gated_attention
@@ -21,19 +22,12 @@ from qwen3next_jax.ops.pallas.kernel_costs import stating
 PASSES = {None: 1, "DEFAULT": 1, "HIGH": 3, "HIGHEST": 6}  # of float32 factors
 
 
-def inner_jaxprs(eqn):
-    for value in eqn.params.values():
-        for x in value if isinstance(value, tuple | list) else [value]:
-            if hasattr(x, "eqns") or hasattr(x, "jaxpr"):
-                yield getattr(x, "jaxpr", x)
-
-
 def kernels(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
             yield eqn
         else:
-            for inner in inner_jaxprs(eqn):
+            for inner in jaxprs_in_params(eqn.params):
                 yield from kernels(inner)
 
 
@@ -55,7 +49,7 @@ def product_flops(jaxpr):
             total += 2 * passes * depth * np.prod(eqn.outvars[0].aval.shape)
         else:
             assert eqn.primitive.name != "while", "runs who knows how often"
-            inner = [product_flops(x) for x in inner_jaxprs(eqn)]
+            inner = [product_flops(x) for x in jaxprs_in_params(eqn.params)]
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
             total += times * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
     return int(total)
