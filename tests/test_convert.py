@@ -17,7 +17,7 @@ from test_hugging_face import broken
 
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint import safetensors_files, store
-from qwen3next_jax.checkpoint.hugging_face import abstract_parameters
+from qwen3next_jax.checkpoint.hugging_face import parameter_shapes
 from qwen3next_jax.checkpoint.load import load_checkpoint
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
@@ -262,8 +262,7 @@ def write_two_gigabytes(directory, layout):
     """Random bits in the shapes of the released model, with fewer layers, experts and tokens."""
     sizes = dict(num_hidden_layers=8, num_experts=20, vocab_size=40000)
     config = q3n.ModelConfig.from_hf({**RELEASED, **sizes, "mtp_steps": 1})
-    shapes = {path: p.shape for path, p in abstract_parameters(config).items()}
-    table = TensorTable(config, layout, shapes)
+    table = TensorTable(config, layout, parameter_shapes(config))
     directory.mkdir()
     wanted = {name: (np.dtype(jnp.bfloat16), shape) for name, shape in table.shapes.items()}
     files = safetensors_files.create(directory, wanted, "700MB")

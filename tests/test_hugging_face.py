@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint.hugging_face import (
-    abstract_parameters,
     dump_tensors,
     hf_config,
     load_tensors,
     open_hf,
+    parameter_shapes,
     written_whole,
 )
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, entries
@@ -394,7 +394,7 @@ def test_a_model_is_loaded_and_saved_split_over_a_mesh(tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"model_type": "qwen3", "intermediate_size": 24}])
 def test_the_table_places_every_number_once_by_views(fused, changes):
     config = small_config(mtp_steps=1, num_hidden_layers=4, **changes)
-    places = {path: np.zeros(p.shape, int) for path, p in abstract_parameters(config).items()}
+    places = {path: np.zeros(shape, int) for path, shape in parameter_shapes(config).items()}
     for name, shape, parts in entries(config, FileLayout(fused=fused)):
         tensor, seen = np.zeros(shape, int), 0
         for path, place, view in parts:

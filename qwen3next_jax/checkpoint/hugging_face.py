@@ -8,11 +8,13 @@ under another name and renamed at the end.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import shutil
 import time
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -349,10 +351,12 @@ def filled(params: nnx.State, value: Callable[[str, Any], jax.Array]) -> nnx.Sta
     return nnx.from_flat_state(found)
 
 
-def abstract_parameters(config: ModelConfig) -> dict[str, nnx.Param]:
+@functools.lru_cache(maxsize=8)  # tracing the model takes half a second
+def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """The shapes of a model's parameters by path; nothing is allocated."""
     model = nnx.eval_shape(lambda: Qwen3Next(config, rngs=nnx.Rngs(0)))
-    return parameters_by_path(nnx.state(model, nnx.Param))
+    shapes = {path: p.shape for path, p in parameters_by_path(nnx.state(model, nnx.Param)).items()}
+    return types.MappingProxyType(shapes)  # all callers share it
 
 
 def parameters_by_path(params: Any) -> dict[str, Any]:
@@ -429,7 +433,7 @@ def _table(
     config: ModelConfig, layout: FileLayout, parameters: Mapping[str, Any] | None = None
 ) -> TensorTable:
     """The table of a config's parameters, which those given must be."""
-    wanted = {path: tuple(p.shape) for path, p in abstract_parameters(config).items()}
+    wanted = parameter_shapes(config)
     given = wanted if parameters is None else {path: p.shape for path, p in parameters.items()}
     if problems := misfits(wanted, given):
         raise ValueError(

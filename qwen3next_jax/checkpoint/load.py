@@ -19,7 +19,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qwen3next_jax.checkpoint.hugging_face import (
-    abstract_parameters,
     build_model,
     describe_hf,
     filled,
@@ -27,6 +26,7 @@ from qwen3next_jax.checkpoint.hugging_face import (
     load_hf,
     misfits,
     open_hf,
+    parameter_shapes,
     parameters_by_path,
     read_parameter,
 )
@@ -244,7 +244,7 @@ def stored_parameters(
       DamagedCheckpointError: the checkpoint's index is damaged.
     """
     found = _stored(store, step)
-    wanted = {path: tuple(p.shape) for path, p in abstract_parameters(config).items()}
+    wanted = parameter_shapes(config)
     shapes = {path: x.shape for path, x in found.items()}
     _check_shapes(store.directory / str(step), "its config.json", wanted, shapes)
     return {path: found[path] for path in wanted}
