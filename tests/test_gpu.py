@@ -27,10 +27,10 @@ def gpus(sizes, names):
     return AbstractMesh(tuple(sizes), names, axis_types=types, abstract_device=device)
 
 
-def lowered(mesh, function, *args):
+def lowered(mesh, function, *args, **options):
     with jax.sharding.use_abstract_mesh(mesh):
         assert platform() == "gpu"
-        return function.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        return function.trace(*args, **options).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
@@ -63,20 +63,18 @@ def test_speculative_generation_lowers_for_cuda():
     mesh, B = gpus([1], ("chip",)), 2
 
     def caches():
-        own = empty_cache(model.config, FULL, batch=B, slots=128, dtype=model.dtype)
-        return model.empty_cache(batch=B, slots=128), own
+        mtp_cache = empty_cache(model.config, FULL, batch=B, slots=128, dtype=model.dtype)
+        return model.empty_cache(batch=B, slots=128), mtp_cache
 
-    cache, mtp_cache = jax.eval_shape(caches)
     hidden = jax.ShapeDtypeStruct((B, model.config.hidden_size), model.dtype)
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    tokens, lengths = ints((B, 16)), ints((B,))
-    lowered(
-        mesh, decode._prefill,
-        structure, params, tokens, tokens, lengths, lengths, cache, mtp_cache, hidden,
-    )  # fmt: skip
-    first = (params, cache, mtp_cache, hidden, lengths, None, lengths, jax.random.key(0))
-    lowered(mesh, decode._first, structure, rules, *first)
+    rows = ints((B,))
+    prompts = (params, jax.eval_shape(caches), hidden)
+    lowered(mesh, decode._prefill, structure, *prompts, ints((B, 17)), first=rows, length=rows)
+    rest = dict(length=rows, seen=None, budget=rows, key=jax.random.key(0))
+    lowered(mesh, decode._begin, structure, rules, *prompts, **rest)
     with jax.sharding.use_abstract_mesh(mesh):
-        state = jax.eval_shape(functools.partial(decode._first, structure, rules), *first)[0]
+        begin = functools.partial(decode._begin, structure, rules)
+        state, _ = jax.eval_shape(begin, *prompts, **rest)
     text = lowered(mesh, decode._run, structure, rules, params, state, ints(()))
     assert "chlo.ragged_dot" not in text

@@ -35,11 +35,11 @@ def drafts_known_in_advance(monkeypatch):
             return tokens, jax.nn.one_hot(tokens, 61), cache
 
         monkeypatch.setattr(decode, "draft", draft)
-        for compiled in (decode._first, decode._run):
+        for compiled in (decode._begin, decode._run):
             compiled.clear_cache()
 
     yield use
-    for compiled in (decode._first, decode._run):
+    for compiled in (decode._begin, decode._run):
         compiled.clear_cache()
 
 

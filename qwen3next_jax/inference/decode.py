@@ -147,8 +147,8 @@ class Generation:
         # A few rows, and a token at a time, do not divide over a mesh that the caller may have set.
         with no_mesh():
             structure, params = _for_decoding(self._model)
-            state, first = self._read_prompts(structure, params)
-        yield _rows(first, state.made)
+            state, tokens = self._read_prompts(structure, params)
+        yield _rows(tokens, state.made)
         passes = 1
         while True:
             ended = np.isin(np.arange(len(self._prompts)), sorted(self._ended))
@@ -169,6 +169,7 @@ class Generation:
             yield new
 
     def _read_prompts(self, structure, params):
+        """Reads the prompts and draws each row's first token; gives the state and those tokens."""
         lengths = np.array([len(p) for p in self._prompts], np.int32)
         B, longest = len(lengths), int(lengths.max())
         pieces = _pieces(longest)
@@ -177,13 +178,13 @@ class Generation:
         model = structure.model(params)
         place = _placement(params, B)
         slots = -(-room // _SLOTS) * _SLOTS
-        cache = place(model.empty_cache(batch=B, slots=slots))
+        cache = model.empty_cache(batch=B, slots=slots)
         mtp_cache = None
         if self._rules.drafts:
-            mtp_cache = place(
-                empty_cache(model.config, FULL, batch=B, slots=slots, dtype=model.dtype)
-            )
+            mtp_cache = empty_cache(model.config, FULL, batch=B, slots=slots, dtype=model.dtype)
+        caches = place((cache, mtp_cache))
         last_hidden = place(jnp.zeros((B, model.config.hidden_size), model.dtype))
+        length = place(jnp.asarray(lengths))
 
         padded = np.zeros((B, sum(pieces) + 1), np.int32)
         for row, prompt in zip(padded, self._prompts, strict=True):
@@ -192,17 +193,11 @@ class Generation:
         for width in pieces:
             # A row that has been read sits out, behind its last token.
             first = np.minimum(lengths, start)
-            index = first[:, None] + np.arange(width)
-            cache, mtp_cache, last_hidden = _prefill(
-                structure,
-                params,
-                place(jnp.asarray(np.take_along_axis(padded, index, 1))),
-                place(jnp.asarray(np.take_along_axis(padded, index + 1, 1))),
-                place(jnp.asarray(first)),
-                place(jnp.asarray(lengths)),
-                cache,
-                mtp_cache,
-                last_hidden,
+            index = first[:, None] + np.arange(width + 1)
+            tokens = place(jnp.asarray(np.take_along_axis(padded, index, axis=1)))
+            first = place(jnp.asarray(first))
+            caches, last_hidden = _prefill(
+                structure, params, caches, last_hidden, tokens, first=first, length=length
             )
             start += width
         seen = None
@@ -212,9 +207,10 @@ class Generation:
                 row[prompt] = True
             seen = place(jnp.asarray(mask))
         budget = place(jnp.full(B, self._max_new_tokens, jnp.int32))
-        return _first(
-            structure, self._rules, params, cache, mtp_cache, last_hidden,
-            place(jnp.asarray(lengths)), seen, budget, jax.random.key(self._seed),
+        key = jax.random.key(self._seed)
+        return _begin(
+            structure, self._rules, params, caches, last_hidden,
+            length=length, seen=seen, budget=budget, key=key,
         )  # fmt: skip
 
 
@@ -228,6 +224,8 @@ class _Rules:
 
 
 class _State(NamedTuple):
+    """All sequences, between two passes."""
+
     cache: Any
     mtp_cache: Any  # None without speculation
     length: Int[Array, "B"]  # tokens in the cache
@@ -242,40 +240,68 @@ class _State(NamedTuple):
     accepted: Int[Array, "K"]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(6, 7, 8))
-def _prefill(structure, params, tokens, following, first, lengths, cache, mtp_cache, last_hidden):
-    """Reads a piece of each prompt, and keeps the hidden state of its last token."""
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+def _prefill(structure, params, caches, last_hidden, tokens, *, first, length):
+    """Reads a piece of each prompt, and keeps the hidden state of its last token.
+
+    Args:
+      structure, params: the model.
+      caches: the model's, and that of its MTP module, None without speculation.
+      last_hidden: [B, D], of the last tokens of those prompts that have been read to the end.
+      tokens: [B, T + 1], the piece and the token after it.
+      first: [B], the position of the piece's first token.
+      length: [B], of the prompts.
+
+    Returns:
+      The next `caches` and `last_hidden`.
+    """
     model = structure.model(params)
+    cache, mtp_cache = caches
+    tokens, following = tokens[:, :-1], tokens[:, 1:]
     positions = first[:, None] + jnp.arange(tokens.shape[1])
-    real = positions < lengths[:, None]
+    real = positions < length[:, None]
     hidden, cache = model.extend(tokens, real.astype(jnp.int32), positions, cache)
     if mtp_cache is not None:
         # The token behind a prompt's last one is not known yet; what is written there now will be
         # overwritten when it is.
-        mtp_cache = model.mtp(hidden, model.embed(following), positions=positions, cache=mtp_cache)[
-            2
-        ]
-    is_last = positions == lengths[:, None] - 1
+        _, _, mtp_cache = model.mtp(
+            hidden, model.embed(following), positions=positions, cache=mtp_cache
+        )
+    is_last = positions == length[:, None] - 1
     last_hidden = jnp.where(
-        is_last.any(1)[:, None], hidden[jnp.arange(len(hidden)), is_last.argmax(1)], last_hidden
+        is_last.any(1)[:, None],
+        hidden[jnp.arange(len(hidden)), is_last.argmax(1)],
+        last_hidden,
     )
-    return cache, mtp_cache, last_hidden
+    return (cache, mtp_cache), last_hidden
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 4))
-def _first(structure, rules, params, cache, mtp_cache, hidden, length, seen, budget, key):
-    """Draws the first token of each row from the hidden state of its prompt's last one."""
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _begin(structure, rules, params, caches, last_hidden, *, length, seen, budget, key):
+    """Draws the first token of each row, from the hidden state of its prompt's last one."""
     model, K = structure.model(params), rules.drafts
     key, draw_key = jax.random.split(key)
-    p = rules.sampling.probabilities(model.logits(hidden[:, None])[:, 0], seen)
+    cache, mtp_cache = caches
+    hidden = last_hidden[:, None]
+    p = rules.sampling.probabilities(model.logits(hidden)[:, 0], seen)
     tokens = rules.sampling.draw(p, draw_key)[:, None]
     B, V = p.shape
     state = _State(
-        cache, mtp_cache, length, tokens[:, 0], jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K, V)),
-        seen, budget, jnp.zeros_like(budget), key, jnp.zeros(K, jnp.int32), jnp.zeros(K, jnp.int32),
-    )  # fmt: skip
+        cache=cache,
+        mtp_cache=mtp_cache,
+        length=length,
+        newest=tokens[:, 0],
+        drafts=jnp.zeros((B, K), jnp.int32),
+        q=jnp.zeros((B, K, V)),
+        seen=seen,
+        budget=budget,
+        made=jnp.zeros_like(budget),
+        key=key,
+        drafted=jnp.zeros(K, jnp.int32),
+        accepted=jnp.zeros(K, jnp.int32),
+    )
     state = _add(state, rules, tokens, jnp.zeros_like(length))
-    state = _draft(model, rules, state, hidden[:, None], tokens, length[:, None] - 1, 0 * length)
+    state = _draft(model, rules, state, hidden, tokens, length[:, None] - 1, 0 * length)
     return state, tokens
 
 
