@@ -117,6 +117,8 @@ def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop"
             given_weights="" if has_steps(workdir) else config.train.initial_checkpoint,
         )
         keep_tokenizer(data.tokenizer, workdir)
+    if config.evaluation.suites and config.evaluation.chat:
+        _ = data.tokenizer.chat_template  # raises where there is none
     logging.info(
         "%d records to train on, %d held out (%s bytes)",
         sum(len(part.records) for part in data.train), len(data.held_out),

@@ -128,6 +128,16 @@ def test_a_prompt_without_room_for_its_sample_is_refused_at_the_start(tmp_path):
     assert "The sample prompt 'too long a text' of 16 tokens and" in result.stderr
 
 
+def test_suites_that_chat_need_a_template_at_the_start(tmp_path):
+    result = train(
+        "--config.evaluation.suites=('long_context',)", "--config.evaluation.chat=True",
+        "--config.data.tokenizer=bytes", workdir=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "chat_template" in result.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_a_run_without_prompts_ends_well(tmp_path):
     result = train(
