@@ -18,6 +18,7 @@ JSON object.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import json
@@ -26,6 +27,7 @@ import os
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 
 import jax
@@ -34,7 +36,7 @@ import numpy as np
 from decode import reference, seconds
 from flax import nnx
 from ml_collections import ConfigDict
-from ops import ceilings
+from ops import product_ceiling
 from shapes import SHAPES, config
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -61,11 +63,13 @@ def main():
     parser.add_argument("--steps", type=int, default=6, help="counted, of each side")
     parser.add_argument("--compute", default="float32", help="dtype of activations and products")
     parser.add_argument("--remat", default="none")
+    parser.add_argument("--loss-chunk", type=int, default=128, help="positions with logits at once")
     parser.add_argument("--mesh", default="", help="such as data=2, over as many devices")
     parser.add_argument("--forward", action="store_true", help="logits alone, no training")
     parser.add_argument("--vs", choices=["transformers"])
     parser.add_argument("--contexts", help="lengths of a row, separated by commas, in place of one")
     parser.add_argument("--only", choices=MIXERS, help="a model of one layer, with this mixer")
+    parser.add_argument("--profile", action="store_true", help="what a step's GPU kernels take")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.only and args.vs:
@@ -74,7 +78,7 @@ def main():
         parser.error(f"--steps={args.steps} times nothing; make it 1 or more, or give --contexts")
     result = curve(args) if args.contexts else compare(args)
     if args.json:
-        print(json.dumps({"device": jax.devices()[0].device_kind, **result}))
+        print(json.dumps(result))
 
 
 def compare(args):
@@ -92,7 +96,7 @@ def compare(args):
             # A run does not pause: what memory costs that was given back meanwhile is not counted.
             sides[name].call("step_seconds")
             times[name] += [sides[name].call("step_seconds") for _ in range(_IN_A_ROW)]
-    count, (ceiling, _) = tokens.size, ceilings(jnp.dtype(args.compute), rounds=5)
+    count, ceiling = tokens.size, ours.call("ceiling")
     needed = count * train_flops(model_config(args), args.seq) / (3 if args.forward else 1)
     result = {
         "shape": args.shape, "batch": args.batch, "seq": args.seq, "forward": args.forward,
@@ -107,6 +111,8 @@ def compare(args):
             f"({1e3 * min(measured):.0f} to {1e3 * max(measured):.0f}), {mfu:.0%} of "
             f"{ceiling / 1e9:.0f} GFLOP/s"
         )
+    if args.profile:
+        ours.call("profile")
     facts = ours.call("facts")
     result |= {**result["ours"], **facts}
     print(
@@ -134,10 +140,12 @@ def curve(args):
             step = statistics.median(side.call("step_seconds") for _ in range(args.steps))
             point["step_seconds"] = step
             told = f"{1e6 * step / tokens:.0f} µs a token, {told}"
+        device = side.call("facts")["device"]
         side.stop()
         points.append(point)
         print(f"{seq:>7} tokens a row: {told}")
-    return {"batch": args.batch, "shape": args.shape, "only": args.only, "curve": points}
+    facts = {"device": device, "batch": args.batch, "shape": args.shape, "only": args.only}
+    return {**facts, "curve": points}
 
 
 def model_config(args):
@@ -183,7 +191,7 @@ class Ours:
         given.model = ConfigDict(dataclasses.asdict(model_config(args)))
         given.train.update(
             global_batch_size=args.batch, sequence_length=args.seq, remat=args.remat,
-            loss_chunk=min(128, args.seq), diagnostics=False,
+            loss_chunk=min(args.loss_chunk, args.seq), diagnostics=False,
         )  # fmt: skip
         given.data.num_shards = 1
         given.precision.compute = args.compute
@@ -191,7 +199,9 @@ class Ours:
         given.mesh.update({axis: int(size) for axis, size in sizes.items()})
         self.devices = jax.devices() if sizes else jax.devices()[:1]
         self.config, self.forward = RunConfig.from_dict(given.to_dict()), args.forward
-        self.model, self.measured = new_model(self.config), {}
+        self.dtype = jnp.dtype(args.compute)
+        self.model = new_model(self.config)
+        self.measured = {"device": jax.devices()[0].device_kind}
         if tensors:
             load_tensors(self.model, tensors)
 
@@ -235,8 +245,31 @@ class Ours:
         return seconds(self.step)
 
     def facts(self):
-        """What compilation took, and what a step allocates."""
+        """The device, what compilation took, and what a step allocates."""
         return self.measured
+
+    def ceiling(self):
+        """Operations a second of one large product; measured here, where the memory is."""
+        return product_ceiling(self.dtype, rounds=5)
+
+    def profile(self):
+        """Prints what the kernels of one more step take, the longest first; for GPUs."""
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                self.step()
+            traces = pathlib.Path(folder).glob("**/*.xplane.pb")
+            data = jax.profiler.ProfileData.from_file(str(next(traces)))
+        taken, calls = collections.Counter(), collections.Counter()
+        for plane in data.planes:
+            if plane.name.startswith("/device:GPU"):
+                for line in plane.lines:
+                    if line.name.startswith("Stream"):
+                        for event in line.events:
+                            taken[event.name] += event.duration_ns
+                            calls[event.name] += 1
+        print(f"{calls.total()} kernels, {taken.total() / 1e6:.1f} ms")
+        for name, nanoseconds in taken.most_common(40):
+            print(f"{nanoseconds / 1e6:10.2f} ms {calls[name]:6} x {name}")
 
 
 class Theirs:
