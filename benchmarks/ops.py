@@ -24,6 +24,7 @@ import numpy as np
 from shapes import config
 
 from qwen3next_jax import ops
+from qwen3next_jax.ops.grouped_matmul import MOST_ROWS
 from qwen3next_jax.ops.grouped_matmul import default_implementation as default_product
 
 
@@ -121,18 +122,19 @@ def grouped_matmul(args):
     """An expert's first product, for all rows of an even load."""
     c, random = config(args.shape), np.random.default_rng(0)
     E, D, F = c.num_experts, c.hidden_size, 2 * c.moe_intermediate_size
-    each = -(-args.batch * args.tokens * c.num_experts_per_tok // E // 64) * 64
+    each = -(-args.batch * args.tokens * c.num_experts_per_tok // E // MOST_ROWS) * MOST_ROWS
     dtype = jnp.dtype(args.dtype)
     arrays = [random.standard_normal(s).astype(dtype) for s in ((E * each, D), (E, D, F))]
     sizes = jnp.full(E, each, jnp.int32)
 
     def ours(x, w):
-        return ops.grouped_matmul(x, w, sizes)
+        return ops.grouped_matmul(x, w, sizes, block=MOST_ROWS)
 
     def by_jax(x, w):
         return jax.lax.ragged_dot(x, w, sizes)
 
-    implementations = {default_product(): ours, "ragged_dot": by_jax}
+    ours_name = default_product(D, F, dtype, MOST_ROWS)
+    implementations = {ours_name: ours, "ragged_dot": by_jax}
     return implementations, 2 * E * each * D * F, arrays, 2
 
 

@@ -11,6 +11,8 @@ Implementations:
   their scores. Queries can also visit blocks of keys from other devices, for rows of which each
   device holds a part (`parallel/context.py`).
 - "pallas" is JAX's splash attention, for TPUs (`pallas/attention.py`).
+- "cudnn" is NVIDIA's flash attention, for its GPUs. It takes documents as a mask of T² numbers for
+  each row, and multiplies masked blocks too.
 
 Softmax is float32 throughout.
 """
@@ -24,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
+from qwen3next_jax.ops.pallas.grouped_hopper import is_hopper
 from qwen3next_jax.ops.platform import check_kernels_run, platform, require_tokens
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
@@ -32,15 +35,23 @@ _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
 # 2048, which holds four times the scores.
 _ACCELERATOR_BLOCK = 1024
 _SLOTS = 512  # of a cache at a time
+_MASK_TOKENS = 16_384  # of a row, whose mask for cuDNN is 0.5 GB
 _FEW = 16  # queries whose scores with all slots fit memory easily
 # Finite, because −inf would give NaN: a query for which a whole block is masked gets weights exp(0)
 # there, which its first real score multiplies by zero. There is one, as every token sees itself.
 _MASKED = -1e30
 
 
-def default_implementation() -> str:
-    """The implementation that suits the platform; see `ops.platform`."""
-    return "pallas" if platform() == "tpu" else "chunked"
+def default_implementation(tokens: int, head_size: int, dtype: jnp.dtype) -> str:
+    """The implementation that suits the platform, rows of so many tokens, and heads."""
+    if platform() == "tpu":
+        return "pallas"
+    # Whether cuDNN is there can be asked only on the machine that it is on.
+    if platform() != "gpu" or jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
+        return "chunked"
+    takes_heads = head_size % 8 == 0 and head_size <= (256 if is_hopper() else 128)
+    takes_rows = tokens % 2 == 0 and tokens <= _MASK_TOKENS
+    return "cudnn" if takes_heads and takes_rows else "chunked"
 
 
 def attention(
@@ -56,7 +67,7 @@ def attention(
     Args:
       q, k, v: queries, keys and values; the scale is H**-0.5.
       segment_ids: documents packed in a row, each a contiguous run of one id.
-      implementation: "chunked", "pallas" or "reference"; None: the platform's default.
+      implementation: "chunked", "pallas", "cudnn" or "reference"; None: the platform's default.
 
     Returns:
       Outputs in v's dtype.
@@ -65,13 +76,14 @@ def attention(
       ValueError: for rows without tokens, query heads that are no multiple of the KV heads, or an
         implementation that is unknown or not for this platform.
     """
-    implementation = implementation or default_implementation()
-    if implementation not in ("chunked", "pallas", "reference"):
-        raise ValueError(
-            f"{implementation=} is unknown; expected 'chunked', 'pallas' or 'reference'"
-        )
     B, T, N, H = q.shape
     K = k.shape[2]
+    if implementation is None:
+        implementation = default_implementation(T, H, q.dtype)
+    if implementation not in ("chunked", "pallas", "cudnn", "reference"):
+        raise ValueError(
+            f"{implementation=} is unknown; expected 'chunked', 'pallas', 'cudnn' or 'reference'"
+        )
     require_tokens(T)
     if N % K:
         raise ValueError(f"{N} query heads are not divisible by {K} KV heads")
@@ -80,6 +92,8 @@ def attention(
         if segment_ids is None:
             segment_ids = jnp.zeros((B, T), jnp.int32)
         return splash_attention(q, k, v, segment_ids)
+    if implementation == "cudnn":
+        return _cudnn(q, k, v, segment_ids)
     q = q.reshape(B, T, K, N // K, H)
     if implementation == "chunked":
         out = _chunked(q, k, v, segment_ids)
@@ -159,6 +173,14 @@ def _reference(q, k, v, segment_ids):
     scores = _dot("btkrh,bskh->bkrts", q, k) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1)
     return _dot("bkrts,bskp->btkrp", weights.astype(v.dtype), v).astype(v.dtype)
+
+
+def _cudnn(q, k, v, segment_ids):
+    mask = None
+    if segment_ids is not None:
+        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+    return checkpoint_name(out, KEPT)
 
 
 def _chunked(q, k, v, segment_ids):

@@ -4,11 +4,11 @@
 
 Implementations:
 - "pallas": kernels for TPUs (`pallas/expert_mlp.py`), for experts that fit them.
-- "products": `grouped_matmul` twice, for experts that do not.
-- "blocked": for CPUs and GPUs. Each expert's rows fill whole blocks, and a loop visits the blocks
-  that hold rows, several at a time. Each of these is a product with its own matrix, which cores
-  share better than the parts of one product. On a CPU what lies between the two products never
-  leaves the cache. A block's results overwrite its rows.
+- "products": `grouped_matmul` twice, for experts that do not, and for Hopper GPUs.
+- "blocked": for CPUs and other GPUs. Each expert's rows fill whole blocks, and a loop visits the
+  blocks that hold rows, several at a time. Each of these is a product with its own matrix, which
+  cores share better than the parts of one product. On a CPU what lies between the two products
+  never leaves the cache. A block's results overwrite its rows.
 """
 
 import functools
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.grouped_matmul import MOST_ROWS, grouped_matmul, groups_of_blocks
+from qwen3next_jax.ops.grouped_matmul import default_implementation as product
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp as by_kernel
 from qwen3next_jax.ops.platform import platform
@@ -27,17 +28,18 @@ from qwen3next_jax.ops.platform import platform
 _AT_ONCE = {"cpu": 8, "gpu": 32}
 
 
-def default_implementation(size: int, width: int, dtype: jnp.dtype) -> str:
+def default_implementation(size: int, width: int, dtype: jnp.dtype, block: int) -> str:
     """The implementation that suits the platform and the experts' sizes; see `ops.platform`.
 
     Args:
       size: of a row.
       width: of an expert between its products.
       dtype: of rows and matrices.
+      block: of what experts' rows are multiples.
     """
-    if platform() != "tpu":
-        return "blocked"
-    return "pallas" if can_compile(size, width, dtype) else "products"
+    if platform() == "tpu":
+        return "pallas" if can_compile(size, width, dtype) else "products"
+    return "products" if product(size, width, dtype, block) == "hopper" else "blocked"
 
 
 def expert_mlp(
@@ -71,7 +73,7 @@ def expert_mlp(
       ValueError: for an unknown implementation, or rows that "blocked" cannot cut into blocks.
     """
     if implementation is None:
-        implementation = default_implementation(rows.shape[1], down.shape[1], rows.dtype)
+        implementation = default_implementation(rows.shape[1], down.shape[1], rows.dtype, block)
     if implementation == "pallas":
         expected = len(rows) if expected_rows is None else expected_rows
         return by_kernel(rows, weights, gate_up, down, group_sizes, expected)
@@ -88,8 +90,8 @@ def expert_mlp(
             f"{implementation=} is unknown; expected 'pallas', 'blocked' or 'products'"
         )
     both = grouped_matmul(rows, _side_by_side(gate_up), group_sizes, block=block)
-    # Weighed before the second product, where rows are narrowest, in the weights' float32.
-    hidden = _between(both, weights).astype(rows.dtype)
+    # Weighed before the second product, where rows are narrowest, in float32.
+    hidden = _between(both.astype(jnp.float32), weights).astype(rows.dtype)
     return grouped_matmul(hidden, down, group_sizes, block=block)
 
 

@@ -5,6 +5,8 @@
 Implementations differ in what the platform is good at:
 - "pallas": the kernels of `megablox`, which come with JAX, for TPUs. On a CPU they are interpreted,
   which is for tests only.
+- "hopper": kernels for NVIDIA's H100 and H200 (`pallas/grouped_hopper.py`), for groups of whole
+  blocks in bfloat16.
 - "blocked": groups are padded to whole blocks of rows and each block is one plain product in a
   loop, which is what matrix libraries are fast at. Blocks without rows are not visited, so that the
   matrices of groups without rows are not read, and reading matrices is what decoding waits for.
@@ -23,22 +25,30 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.pallas import grouped_hopper
 from qwen3next_jax.ops.platform import platform
 
-MOST_ROWS = 128  # of a block
+MOST_ROWS = 128  # of a block; on GPUs without kernels for it, larger ones are read less often
+_GPU_ROWS = 512
 _TILE_ROWS, _TILE = 512, 1024  # of a kernel: three bfloat16 tiles, twice, fit a TPU's memory
 
 
-def default_implementation() -> str:
-    """The implementation that suits the platform; see `ops.platform`."""
-    return "pallas" if platform() == "tpu" else "blocked"
+def default_implementation(
+    size: int, width: int, dtype: jnp.dtype, block: int | None = None
+) -> str:
+    """The implementation that suits the platform, the matrices and the blocks."""
+    if platform() == "tpu":
+        return "pallas"
+    fits = block == grouped_hopper.ROWS and grouped_hopper.can_compile(size, width, dtype)
+    return "hopper" if fits else "blocked"
 
 
 def row_alignment(*, mean: float, most: int) -> int:
     """The number of which each group's rows should be a multiple, on this platform.
 
-    On a TPU 1. Elsewhere the rows of a block: the next power of two to the mean, but from 2 to 128.
-    Below, a matrix would be read once more for each row; above, too many rows would be padding.
+    On a TPU 1. Elsewhere the rows of a block: the next power of two to the mean, but from 2 to 128,
+    or on GPUs other than Hopper to 512. Below, a matrix would be read once more for each row;
+    above, too many rows would be padding.
 
     Args:
       mean: rows of a group, on average.
@@ -46,7 +56,8 @@ def row_alignment(*, mean: float, most: int) -> int:
     """
     if platform() == "tpu":
         return 1
-    return min(max(1 << (math.ceil(mean) - 1).bit_length(), 2), most, MOST_ROWS)
+    limit = _GPU_ROWS if platform() == "gpu" and not grouped_hopper.is_hopper() else MOST_ROWS
+    return min(max(1 << (math.ceil(mean) - 1).bit_length(), 2), most, limit)
 
 
 def grouped_matmul(
@@ -64,9 +75,10 @@ def grouped_matmul(
         as gradient, may be anything.
       weights: one matrix a group.
       group_sizes: rows of each group.
-      implementation: "pallas", "blocked" or "reference"; None: the platform's default.
-      block: for "blocked", of what all group sizes are multiples, as `row_alignment` gives it;
-        others don't read it. None: sizes are any; rows are moved to where blocks begin, and back.
+      implementation: "pallas", "hopper", "blocked" or "reference"; None: the platform's default.
+      block: for "blocked" and "hopper", of what all group sizes are multiples, as `row_alignment`
+        gives it; others don't read it. None: sizes are any; rows are moved to where blocks begin,
+        and back.
 
     Returns:
       Products in rows' dtype, accumulated in float32.
@@ -76,10 +88,13 @@ def grouped_matmul(
     """
     implementations: dict[str, Callable[..., Array]] = {
         "pallas": _pallas,
+        "hopper": _hopper,
         "blocked": _realigned if block is None else lambda *args: _blocked(*args, block),
         "reference": _reference,
     }
-    implementation = implementation or default_implementation()
+    if implementation is None:
+        D, F = weights.shape[1:]
+        implementation = default_implementation(D, F, rows.dtype, block)
     if implementation not in implementations:
         raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
     if implementation == "blocked" and block is not None and len(rows) % block:
@@ -137,6 +152,25 @@ def _whole_tiles(rows):
 
 def _tiling(inner, outer):
     return _TILE_ROWS, min(_TILE, inner), min(_TILE, outer)
+
+
+@jax.custom_vjp
+def _hopper(rows, weights, group_sizes):
+    groups, _ = groups_of_blocks(group_sizes, len(rows), grouped_hopper.ROWS)
+    return grouped_hopper.grouped_product(rows, weights, groups)
+
+
+def _hopper_forward(rows, weights, group_sizes):
+    return _hopper(rows, weights, group_sizes), (rows, weights, group_sizes)
+
+
+def _hopper_backward(residuals, d_out):
+    rows, weights, group_sizes = residuals
+    d_rows = _hopper(d_out, weights.swapaxes(1, 2), group_sizes)
+    return d_rows, grouped_hopper.grouped_outer(rows, d_out, group_sizes), None
+
+
+_hopper.defvjp(_hopper_forward, _hopper_backward)
 
 
 def _realigned(rows, weights, group_sizes):

@@ -57,6 +57,7 @@ from qwen3next_jax.ops.delta_rule import (
     gated_delta_rule_stretch,
 )
 from qwen3next_jax.ops.expert_mlp import default_implementation as default_expert_mlp
+from qwen3next_jax.ops.grouped_matmul import MOST_ROWS
 from qwen3next_jax.parallel.mesh import ROWS, active_mesh, partition
 
 _AXIS = "context"
@@ -190,17 +191,19 @@ def attention(
     return _shard_map(local, (_HEADS, kv, kv, _TOKENS), _HEADS)(q, k, v, segment_ids)
 
 
-def implementations(config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> dict[str, str]:
-    """Which implementations of ops a model that computes in `dtype` takes on a mesh."""
+def implementations(
+    config: ModelConfig, mesh: Mesh, tokens: int, dtype: jnp.dtype
+) -> dict[str, str]:
+    """Which implementations of ops a model takes on a mesh, for rows of so many tokens."""
     sizes = config.linear_key_head_dim, config.linear_value_head_dim
-    names = {"attention": default_attention()}
+    names = {"attention": default_attention(tokens, config.head_dim, dtype)}
     if LINEAR in config.mixers:
         names["delta rule"] = default_delta_rule(*sizes)
     if mesh.shape[_AXIS] > 1:
         names = dict.fromkeys(names, "chunked")
     if config.num_experts:
         names["experts"] = default_expert_mlp(
-            config.hidden_size, config.moe_intermediate_size, dtype
+            config.hidden_size, config.moe_intermediate_size, dtype, MOST_ROWS
         )
     return names
 

@@ -465,7 +465,8 @@ def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
         )
         logging.info("Where the training state lies:\n%s", layout)
     compute = config.precision.compute
-    used = {**implementations(config.model, mesh, jnp.dtype(compute)), "compute": compute}
+    tokens, dtype = config.train.sequence_length, jnp.dtype(compute)
+    used = {**implementations(config.model, mesh, tokens, dtype), "compute": compute}
     logging.info("Implementations: %s", "; ".join(f"{of}: {name}" for of, name in used.items()))
 
 
