@@ -28,7 +28,9 @@ one over their gradients. The alternative is to carry H more columns through the
 compute the outputs from them, which costs as many products and twice the memory for states.
 
 "chunked" is written in XLA's operations, for all platforms. "pallas" computes the same in kernels
-that keep the states on a TPU's chip (`pallas/delta_rule.py`). "reference" is the loop over tokens.
+that keep the states on a TPU's chip (`pallas/delta_rule.py`). "hopper" computes in XLA's operations
+what happens inside chunks, and in kernels for NVIDIA's H100 and H200 what goes from one to the next
+(`pallas/delta_hopper.py`). "reference" is the loop over tokens.
 """
 
 import functools
@@ -40,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
 from qwen3next_jax.ops.platform import check_kernels_run, platform, require_tokens
@@ -52,8 +55,10 @@ _HIGH = jax.lax.Precision.HIGH
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def default_implementation(key_size: int, value_size: int) -> str:
-    """The implementation that suits the platform and the heads' sizes; see `ops.platform`."""
+def default_implementation(key_size: int, value_size: int, dtype: jnp.dtype) -> str:
+    """The implementation that suits the platform, the heads' sizes and the values' dtype."""
+    if delta_hopper.can_compile(key_size, value_size, dtype):
+        return "hopper"
     fits = kernels.can_compile(key_size, value_size)
     return "pallas" if platform() == "tpu" and fits else "chunked"
 
@@ -82,8 +87,8 @@ def gated_delta_rule(
         anew with each. 0 is padding: it neither reads nor changes the state. None: one document.
       initial_state: the state before the first document's first token; zeros when None.
       implementation: "chunked" (matrix products, own backward pass), "pallas" (the same by kernels
-        for TPUs) or "reference" (token by token; also the way to take single steps). None: the
-        platform's default.
+        for TPUs), "hopper" (likewise for H100 and H200, in bfloat16) or "reference" (token by token;
+        also the way to take single steps). None: the platform's default.
 
     Returns:
       Outputs in v's dtype, zero at padding, and the state after the last document in float32.
@@ -94,8 +99,14 @@ def gated_delta_rule(
 
     Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
-    implementations = {"chunked": _chunked, "pallas": kernels.delta_rule, "reference": _recurrent}
-    implementation = implementation or default_implementation(k.shape[-1], v.shape[-1])
+    implementations = {
+        "chunked": _chunked,
+        "pallas": kernels.delta_rule,
+        "hopper": _by_hopper,
+        "reference": _recurrent,
+    }
+    if implementation is None:
+        implementation = default_implementation(k.shape[-1], v.shape[-1], v.dtype)
     if implementation not in implementations:
         raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
     if implementation == "pallas":
@@ -164,7 +175,7 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
         initial_state = jnp.zeros((B, N, H, P), jnp.float32)
 
     # The kernels' products take bfloat16 as it is, and say how; elsewhere all is float32.
-    bfloat16 = compute is kernels.delta_rule and v.dtype == jnp.bfloat16
+    bfloat16 = compute in (kernels.delta_rule, _by_hopper) and v.dtype == jnp.bfloat16
     q, k, values = (x.astype(jnp.bfloat16 if bfloat16 else jnp.float32) for x in (q, k, v))
     g, beta, state = (x.astype(jnp.float32) for x in (log_decay, beta, initial_state))
     g = jnp.maximum(g, -1e30)  # spans are products with 0 and 1, and 0 · −∞ is no number
@@ -217,19 +228,55 @@ def _recurrent(q, k, v, g, beta, segments, before, state):
     return jnp.moveaxis(out, 0, 1), state
 
 
+def _by_hopper(q, k, v, g, beta, segments, before, state):
+    B, T, K, _ = k.shape
+    N, padding = v.shape[2], -T % CHUNK
+    q, k, v = (jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)]) for x in (q, k, v))
+
+    split = functools.partial(_split, chunk=CHUNK)
+    g, beta = (split(x, K, N // K) for x in (g, beta))
+    decay = gamma, start, end, whole = _decays(g, split(segments, mode="edge"), before)
+    keys, queries = (split(x.astype(jnp.float32), K) for x in (k, q))
+    inverse = _differentiable_inverse(beta[..., None] * _key_products(keys, decay))
+
+    def by_head(x):  # [Z, B, K, R, C, ...] → [B, N, T, ...]
+        x = x.transpose(1, 2, 3, 0, *range(4, x.ndim))
+        return x.reshape(B, N, -1, *x.shape[5:])
+
+    solve, scores = inverse * beta[..., None, :], _score(queries, keys, decay)
+    out, state = delta_hopper.recurrence(
+        q, k, v, *(by_head(x.astype(v.dtype)) for x in (solve, scores)),
+        *map(by_head, (start, end, whole[..., None])), state,
+    )  # fmt: skip
+    return out[:, :T], state
+
+
+@jax.custom_vjp
+def _differentiable_inverse(lower):
+    return _unit_lower_inverse(lower)
+
+
+def _inverse_backward(inverse, d_inverse):
+    product = functools.partial(jnp.einsum, precision=_HIGH)
+    d_lower = product("...ji,...jk->...ik", inverse, d_inverse)
+    return (-_strictly_lower(product("...ik,...jk->...ij", d_lower, inverse)),)
+
+
+_differentiable_inverse.defvjp(lambda lower: (_unit_lower_inverse(lower),) * 2, _inverse_backward)
+
+
+def _split(x, *heads, chunk, mode="constant"):
+    """[B, T, ...] → [Z, B, heads..., C, ...]; padding writes nothing and does not decay."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+    x = x.reshape(len(x), -1, chunk, *heads, *x.shape[2 + (len(heads) > 0) :])
+    return x.transpose(1, 0, *range(3, 3 + len(heads)), 2, *range(3 + len(heads), x.ndim))
+
+
 def _chunked(q, k, v, g, beta, segments, before, state, scan=None):
     B, T, K, H = k.shape
     N, P = v.shape[2:]
     chunk = min(_chunk_size(H), max(_BLOCK, 1 << (T - 1).bit_length()))
-    padding = -T % chunk
-
-    def split(x, *heads, mode="constant"):
-        """[B, T, ...] → [Z, B, heads..., C, ...]; padding writes nothing and does not decay."""
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
-        x = x.reshape(B, -1, chunk, *heads, *x.shape[2 + (len(heads) > 0) :])
-        return x.transpose(1, 0, *range(3, 3 + len(heads)), 2, *range(3 + len(heads), x.ndim))
-
-    R = N // K
+    split, R = functools.partial(_split, chunk=chunk), N // K
     out, state = _chunks(
         scan,
         split(q, K),
@@ -241,7 +288,7 @@ def _chunked(q, k, v, g, beta, segments, before, state, scan=None):
         before,
         state.reshape(B, K, R, H, P),
     )
-    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, T + padding, N, P)
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, P)
     return out[:, :T], state.reshape(B, N, H, P)
 
 

@@ -198,7 +198,7 @@ def implementations(
     sizes = config.linear_key_head_dim, config.linear_value_head_dim
     names = {"attention": default_attention(tokens, config.head_dim, dtype)}
     if LINEAR in config.mixers:
-        names["delta rule"] = default_delta_rule(*sizes)
+        names["delta rule"] = default_delta_rule(*sizes, dtype)
     if mesh.shape[_AXIS] > 1:
         names = dict.fromkeys(names, "chunked")
     if config.num_experts:

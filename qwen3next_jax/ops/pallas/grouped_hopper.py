@@ -6,6 +6,8 @@ many programs as the chip has processors walk over the tiles of the result. The 
 matrices sums over each group's rows and is the kernel that comes with JAX.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -24,11 +26,13 @@ _PROCESSORS = 132  # of the largest of these chips; where there are fewer, progr
 def can_compile(size: int, width: int, dtype: jnp.dtype) -> bool:
     """Whether operations are traced for such a GPU, and matrices [size, width] suit it."""
     fits = size % _COLUMNS == 0 and width % _COLUMNS == 0 and dtype == jnp.bfloat16
-    return fits and platform() == "gpu" and is_hopper()
+    return fits and is_hopper()
 
 
 def is_hopper() -> bool:
-    """Whether the GPU that operations are traced for is of the generation of the H100."""
+    """Whether operations are traced for a GPU of the H100's generation."""
+    if platform() != "gpu":
+        return False
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
     return any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
@@ -178,7 +182,7 @@ def _outer_kernel(starts, sizes, x, y, out):
 
         def with_total(total):
             def add(_, x, y):
-                gpu.wgmma(total, _transposed(x), y)
+                gpu.wgmma(total, transposed(x), y)
 
             @pl.when(sizes[group] > 0)
             def _():
@@ -207,7 +211,8 @@ def _outer_kernel(starts, sizes, x, y, out):
         pl.run_scoped(with_staged, gpu.SMEM((side, side), out.dtype, transforms=tiled))
 
 
-def _transposed(x):
+def transposed(x: Any) -> Any:
+    """A block in shared memory, for products to read with its axes exchanged."""
     if hasattr(x, "transpose"):
         return x.transpose((1, 0))
     from jax.experimental.pallas import mosaic_gpu as gpu
