@@ -59,7 +59,7 @@ def recurrence(
     Returns:
       O, and the state behind the last chunk.
     """
-    return _forward(q, k, v, solve, scores, start, end, whole, state)[:2]
+    return tuple(_forward(q, k, v, solve, scores, start, end, whole, state)[:2])
 
 
 def _recurrence_forward(*given):
