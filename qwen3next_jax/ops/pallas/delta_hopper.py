@@ -17,8 +17,6 @@ the other half's; the running state stays in registers. Factors of products are 
 gates and running states float32.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -88,35 +86,33 @@ def _forward(q, k, v, solve, scores, start, end, whole, state):
 
 def _backward(q, k, v, solve, scores, start, end, whole, states, d_out, d_final):
     B, T, N, P = v.shape
-    H, parts = q.shape[-1], P // _COLUMNS
-
-    def parted(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct((parts, *shape), dtype)
-
-    out_type = [
-        parted(B, T, N, H, dtype=q.dtype),
-        parted(B, T, N, H, dtype=q.dtype),
-        jax.ShapeDtypeStruct(v.shape, v.dtype),
-        parted(*solve.shape),
-        parted(*scores.shape),
-        parted(*start.shape),
-        parted(*end.shape),
-        parted(B, N, T // C * H),
-        jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
-    ]
-    given = q, k, v, solve, scores, start, end, whole, states, d_out, d_final
-    d_q, d_k, d_v, *rest, d_whole, d_state = _run(_backward_kernel, out_type, (B, N, parts), given)
-
-    def sum_heads(x):  # [parts, B, T, N, H] → [B, T, K, H]
-        x = x.reshape(parts, B, T, q.shape[2], -1, H)
-        return x.astype(jnp.float32).sum((0, 4)).astype(q.dtype)
-
-    d_solve, d_scores, d_start, d_end = (x.sum(0) for x in rest)
-    d_whole = d_whole.reshape(parts, B, N, -1, H).sum((0, 4))
-    return (
-        sum_heads(d_q), sum_heads(d_k), d_v, d_solve.astype(solve.dtype),
-        d_scores.astype(scores.dtype), d_start, d_end, d_whole, d_state,
+    H = q.shape[-1]
+    shape, Z = jax.ShapeDtypeStruct, T // C
+    gates, values = shape(start.shape, jnp.float32), shape(v.shape, v.dtype)
+    d_states, d_new, d_v, d_state = _run(
+        _backward_states_kernel,
+        [shape(states.shape, states.dtype), values, values, shape(d_final.shape, jnp.float32)],
+        (B, N, P // _COLUMNS),
+        (q, k, solve, scores, start, end, whole, d_out, d_final),
+    )
+    keys = shape((B, T, N, H), q.dtype)
+    d_q, d_k, d_solve, d_scores, d_start, d_end, d_whole = _run(
+        _backward_chunk_kernel,
+        [
+            keys, keys, shape(solve.shape, solve.dtype), shape(scores.shape, scores.dtype),
+            gates, gates, shape((B, N, Z * H), jnp.float32),
+        ],
+        (B, N, Z),
+        (q, k, v, solve, start, end, states, d_states, d_out, d_new, d_v),
     )  # fmt: skip
+
+    def sum_heads(x):  # [B, T, N, H] → [B, T, K, H]
+        x = x.reshape(B, T, q.shape[2], -1, H)
+        return x.astype(jnp.float32).sum(3).astype(q.dtype)
+
+    d_whole = d_whole.reshape(B, N, Z, H).sum(3)
+    d_q, d_k = sum_heads(d_q), sum_heads(d_k)
+    return d_q, d_k, d_v, d_solve, d_scores, d_start, d_end, d_whole, d_state
 
 
 def _run(kernel, out_type, grid, given):
@@ -259,92 +255,117 @@ def _forward_kernel(q, k, v, solve, scores, start, end, whole, initial, out, fin
     pl.run_scoped(with_scratch, p.scratch(p.H, _COLUMNS), half, half, half)
 
 
-def _backward_kernel(
-    q, k, v, solve, scores, start, end, whole, states, d_out, d_final,
-    d_q, d_k, d_v, d_solve, d_scores, d_start, d_end, d_whole, d_initial,
-):  # fmt: skip
-    p = _Program(k, v)
+def _backward_states_kernel(
+    q, k, solve, scores, start, end, whole, d_out, d_final, d_states, d_new, d_error, d_initial
+):
+    """From the last chunk to the first: gradients of states and of what was written."""
+    p = _Program(k, d_out)
 
     def order(z):
         return p.chunks - 1 - z
 
-    def with_scratch(held, errors, news, d_news, x, y, outs):
-        def visit(index, q, k, v, solve, scores, start, end, states, d_out, d_state):
+    def with_scratch(held, x, d_news, d_errors):
+        def visit(index, q, k, solve, scores, start, end, d_out, d_state):
             z = order(index[0])
             p.stored()
-            d_out_values = d_out[...].astype(jnp.float32)
-            read = p.product(k, states)
-            p.set(
-                (held, d_state),
-                (errors, v[...].astype(jnp.float32) - p.scale(start, read)),
-                (x, p.scale(start, d_out_values)),
-                (outs.whole, (states[...].astype(jnp.float32) * d_state).sum(1)),
-            )
-            new, written = p.product(solve, errors), p.product(k, held)
-            d_new = p.product(transposed(scores), d_out) + p.scale(end, written)
-            p.set(
-                (news, new), (d_news, d_new), (y, p.scale(end, new)),
-                (outs.end, (new * written).sum(1)),
-            )  # fmt: skip
-            d_error = p.product(transposed(solve), d_news)
-            queried = p.product(q, states)
-            p.set(
-                (outs.start, (d_out_values * queried - d_error * read).sum(1)),
-                (outs.v, d_error),
-                (outs.scores, p.product(d_out, transposed(news))),
-                (outs.solve, p.product(d_news, transposed(errors))),
-                (outs.q, p.product(x, transposed(states))),
-            )
-            d_keys = p.product(y, transposed(held))
-            d_state = whole[p.batch, p.head, z] * d_state + p.product(transposed(q), x)
-            p.set((errors, p.scale(start, d_error)))
-            p.set((outs.k, d_keys - p.product(errors, transposed(states))))
-            tokens, own = pl.ds(z * C, C), (p.part, p.batch)
+            p.set((held, d_state), (x, p.scale(start, d_out[...].astype(jnp.float32))))
+            written = p.scale(end, p.product(k, held))
+            p.set((d_news, p.product(transposed(scores), d_out) + written))
+            read_back = p.product(transposed(q), x)
+            error = p.product(transposed(solve), d_news)
+            p.set((d_errors, error), (x, p.scale(start, error)))
+            tokens = pl.ds(z * C, C)
             p.store(
-                (outs.q, d_q.at[(*own, tokens, p.head)]),
-                (outs.k, d_k.at[(*own, tokens, p.head)]),
-                (outs.v, p.of_values(d_v).at[tokens]),
-                (outs.solve, d_solve.at[(*own, p.head, tokens)]),
-                (outs.scores, d_scores.at[(*own, p.head, tokens)]),
-                (outs.start, d_start.at[(*own, p.head, tokens)]),
-                (outs.end, d_end.at[(*own, p.head, tokens)]),
-                (outs.whole, d_whole.at[(*own, p.head, pl.ds(z * p.H, p.H))]),
+                (held, p.of_states(d_states).at[pl.ds(z * p.H, p.H)]),
+                (d_news, p.of_values(d_new).at[tokens]),
+                (d_errors, p.of_values(d_error).at[tokens]),
             )
-            return d_state - p.product(transposed(k), errors)
+            d_state = whole[p.batch, p.head, z] * d_state + read_back
+            return d_state - p.product(transposed(k), x)
 
         d_state = p.gpu.emit_pipeline(
             visit,
             grid=(p.chunks,),
             in_specs=p.blocks(
-                order,
-                (C, p.H), (C, p.H), (C, _COLUMNS), (C, C), (C, C), (C,), (C,),
-                (p.H, _COLUMNS), (C, _COLUMNS),
+                order, (C, p.H), (C, p.H), (C, C), (C, C), (C,), (C,), (C, _COLUMNS)
             ),
             init_carry=p.initial(d_final),
         )(
-            p.of_keys(q), p.of_keys(k), p.of_values(v),
-            *map(p.of_head, (solve, scores, start, end)), p.of_states(states), p.of_values(d_out),
+            p.of_keys(q), p.of_keys(k), *map(p.of_head, (solve, scores, start, end)),
+            p.of_values(d_out),
         )  # fmt: skip
         p.stored()
         p.finish(d_state, d_initial)
 
-    half, square = p.scratch(C, _COLUMNS), p.scratch(C, C, jnp.float32)
-    keys, gates = p.scratch(C, p.H), p.gpu.SMEM((C,), jnp.float32)
-    outs = _Gradients(
-        q=keys, k=keys, v=half, solve=square, scores=square, start=gates, end=gates,
-        whole=p.gpu.SMEM((p.H,), jnp.float32),
-    )  # fmt: skip
+    half = p.scratch(C, _COLUMNS)
+    pl.run_scoped(with_scratch, p.scratch(p.H, _COLUMNS), half, half, half)
+
+
+def _backward_chunk_kernel(
+    q, k, v, solve, start, end, states, d_states, d_out, d_new, d_error,
+    d_q, d_k, d_solve, d_scores, d_start, d_end, d_whole,
+):  # fmt: skip
+    """One chunk's other gradients, by all values: what was read is overwritten with results."""
+    p = _Program(k, v)
+    z, P = p.part, v.shape[3]
+    tokens, of_states = pl.ds(z * C, C), pl.ds(z * p.H, p.H)
+
+    def with_scratch(news, scaled, solves, scored, start_sums, end_sums, state_sums):
+        def visit(_, q, k, v, solve, start, end, states, d_states, d_out, d_new, d_error):
+            read = p.product(k, states)
+            p.set((v, v[...].astype(jnp.float32) - p.scale(start, read)))
+            errors = v
+            new = p.product(solve, errors)
+            p.set((news, new), (scaled, p.scale(end, new)))
+            p.set((end_sums, (new * p.product(k, d_states)).sum(1)))
+            outward, inward = (x[...].astype(jnp.float32) for x in (d_out, d_error))
+            p.set((start_sums, (outward * p.product(q, states) - inward * read).sum(1)))
+            p.set(
+                (scored, p.product(d_out, transposed(news))),
+                (solves, p.product(d_new, transposed(errors))),
+            )
+            p.set((d_out, p.scale(start, outward)), (d_error, p.scale(start, inward)))
+            p.set((q, p.product(d_out, transposed(states))))
+            kept = p.product(scaled, transposed(d_states))
+            p.set((k, kept - p.product(d_error, transposed(states))))
+            total = None
+            for column in range(0, P, _COLUMNS):
+                part = slice(column, column + _COLUMNS)
+                state, d_state = (x[:, part].astype(jnp.float32) for x in (states, d_states))
+                row_sums = (state * d_state).sum(1)
+                total = row_sums if total is None else total + row_sums
+            p.set((state_sums, total))
+            p.store(
+                (q, d_q.at[p.batch, tokens, p.head]),
+                (k, d_k.at[p.batch, tokens, p.head]),
+                (solves, p.of_head(d_solve).at[tokens]),
+                (scored, p.of_head(d_scores).at[tokens]),
+                (start_sums, p.of_head(d_start).at[tokens]),
+                (end_sums, p.of_head(d_end).at[tokens]),
+                (state_sums, p.of_head(d_whole).at[of_states]),
+            )
+            p.stored()
+
+        def of_head(x):
+            return x.at[p.batch, tokens, p.head]
+
+        p.gpu.emit_pipeline(
+            visit,
+            grid=(1,),
+            in_specs=p.blocks(
+                lambda _: 0,
+                (C, p.H), (C, p.H), (C, P), (C, C), (C,), (C,),
+                (p.H, P), (p.H, P), (C, P), (C, P), (C, P),
+            ),
+        )(
+            *(x.at[p.batch, tokens, p.key_head] for x in (q, k)), of_head(v),
+            *(p.of_head(x).at[tokens] for x in (solve, start, end)),
+            *(p.of_head(x).at[of_states] for x in (states, d_states)),
+            *map(of_head, (d_out, d_new, d_error)),
+        )  # fmt: skip
+
+    whole_row, square, gates = p.scratch(C, P), p.scratch(C, C), p.gpu.SMEM((C,), jnp.float32)
     pl.run_scoped(
-        with_scratch, p.scratch(p.H, _COLUMNS), half, half, half, half, half, outs
-    )
-
-
-class _Gradients(NamedTuple):
-    q: Any
-    k: Any
-    v: Any
-    solve: Any
-    scores: Any
-    start: Any
-    end: Any
-    whole: Any
+        with_scratch, whole_row, whole_row, square, square, gates, gates,
+        p.gpu.SMEM((p.H,), jnp.float32),
+    )  # fmt: skip
