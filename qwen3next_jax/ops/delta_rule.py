@@ -477,11 +477,20 @@ def _unit_lower_inverse(lower):
     blocks = _diagonal_blocks(lower, size)
     across = blocks.reshape(-1, size, size).transpose(1, 2, 0)
 
-    def fill(i, inverse):
-        above = sum(across[i, j] * inverse[j] for j in range(size))
-        return inverse.at[i].set(jnp.eye(size, dtype=jnp.float32)[i][:, None] - above)
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32)[..., None], across.shape)
+    if platform() == "gpu":
+        # A kernel a row, of the terms that count.
+        inverse = []
+        for i in range(size):
+            inverse.append(identity[i] - sum(across[i, j] * inverse[j] for j in range(i)))
+        inverse = jnp.stack(inverse)
+    else:
 
-    inverse = jax.lax.fori_loop(0, size, fill, jnp.zeros_like(across))
+        def fill(i, inverse):
+            above = sum(across[i, j] * inverse[j] for j in range(size))
+            return inverse.at[i].set(identity[i] - above)
+
+        inverse = jax.lax.fori_loop(0, size, fill, jnp.zeros_like(across))
     inverse = inverse.transpose(2, 0, 1).reshape(blocks.shape)
     # [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]]: neighbours merge until one is left.
     while size < C:

@@ -186,6 +186,9 @@ def _combine(rows, plan):
     """The sum of each token's rows; the transpose of `_dispatch`."""
     row = plan.row if plan.kept is None else jnp.where(plan.kept, plan.row, len(rows) - 1)
     gathered = rows.at[row].get(mode="clip")
+    if platform() == "gpu":
+        # Else it gathers number by number, inside of what adds them up.
+        gathered = jax.lax.optimization_barrier(gathered)
     # Written out, a TPU adds them up as fast as it reads them; a reduction takes five times longer.
     total = gathered[0].astype(jnp.float32)
     for summand in gathered[1:]:
