@@ -102,7 +102,7 @@ def delta_rule(args):
             q, k, v, log_decay=g, beta=beta, implementation=name
         )
 
-    names = ["reference", "chunked", *_kernels()]
+    names = ["reference", "chunked", *_kernels("hopper")]
     return {n: of(n) for n in names}, 8 * H * P * N * args.batch * args.tokens, arrays, 5
 
 
@@ -110,7 +110,7 @@ def attention(args):
     c, random = config(args.shape), normal(args)
     N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     arrays = [random(heads, H) for heads in (N, K, K)]
-    names = ["reference", "chunked", *_kernels()]
+    names = ["reference", "chunked", *_kernels("cudnn")]
 
     def of(name):
         return lambda q, k, v: ops.attention(q, k, v, implementation=name)
@@ -170,8 +170,9 @@ OPS = {
 }  # fmt: skip
 
 
-def _kernels():
-    return ["pallas"] if jax.default_backend() == "tpu" else []
+def _kernels(on_gpu=None):
+    names = {"tpu": "pallas", "gpu": on_gpu}
+    return [name for name in [names.get(jax.default_backend())] if name]
 
 
 def normal(args):

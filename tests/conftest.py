@@ -23,7 +23,7 @@ def pytest_configure(config):
     if config.option.markexpr != "not slow":
         return
     flags = ["--xla_backend_optimization_level=0"]
-    if jax.__version_info__ < (0, 12):  # which knows no other emitters
+    if jax.__version_info__ < (0, 11):  # which know no other emitters
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
@@ -34,3 +34,21 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """Kernels for Hopper GPUs run: on one where it is there, else interpreted, one program's way."""
+    if jax.default_backend() == "gpu":
+        yield
+        return
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("JAX's interpreter of GPU kernels takes no transposed factors before 0.11")
+    from jax.experimental.pallas.mosaic_gpu import force_gpu_interpret_mode
+
+    from qwen3next_jax.ops.pallas import grouped_hopper
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(grouped_hopper, "_PROCESSORS", 2)  # each is a thread
+    with force_gpu_interpret_mode():
+        yield

@@ -128,7 +128,7 @@ def quick_jit(function):
         "xla_backend_optimization_level": 0,
         "xla_allow_excess_precision": False,  # what is rounded to bfloat16 is to be rounded
     }
-    if jax.__version_info__ < (0, 12):  # which knows no other emitters
+    if jax.__version_info__ < (0, 11):  # which know no other emitters
         options["xla_cpu_use_fusion_emitters"] = False
     return jax.jit(function, compiler_options=options)
 

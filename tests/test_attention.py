@@ -162,6 +162,29 @@ def test_memory_of_layers_in_a_scan_grows_with_tokens_not_with_pairs_of_them():
     assert temporary_bytes(8192) < 2.1 * temporary_bytes(4096)
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("documents", [1, 5])
+def test_cudnn_gives_what_the_reference_gives(documents):
+    T = 1024
+    *arrays, cotangent = (
+        jnp.asarray(x, jnp.bfloat16) for x in (*make(T, H=256, P=256), make(T, H=256)[0])
+    )
+    segments = jnp.broadcast_to(jnp.arange(T) * documents // T, (2, T))
+
+    def run(implementation, arrays):
+        def f(*arrays):
+            return attention(*arrays, segment_ids=segments, implementation=implementation)
+
+        out, vjp = jax.vjp(f, *arrays)
+        return out, *vjp(cotangent.astype(out.dtype))
+
+    want = run("reference", [x.astype(jnp.float32) for x in arrays])
+    for got, exact in zip(run("cudnn", arrays), want, strict=True):
+        # Weights and results are rounded to 8 bits; the reference's products to TensorFloat-32.
+        error = jnp.linalg.norm(got.astype(jnp.float32) - exact)
+        assert error <= 1e-2 * jnp.linalg.norm(exact)
+
+
 def test_what_cannot_be_done_is_refused():
     q, k, v = (jnp.asarray(x) for x in make(4))
     with pytest.raises(ValueError, match="'flash' is unknown; expected 'chunked', 'pallas'"):

@@ -59,6 +59,29 @@ def test_values_and_gradients_are_those_of_one_product_a_group(implementation, b
         np.testing.assert_allclose(got[:USED], want[:USED], atol=5e-5)
 
 
+def test_kernels_for_hopper_gpus_give_the_same(on_hopper):
+    rng = np.random.default_rng(0)
+    # Groups of no, one and several blocks, and a block of no group.
+    sizes, D, F = [0, 128, 0, 256], 256, 512
+    shapes = (512, D), (len(sizes), D, F), (512, F)
+    arrays = [jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes]
+
+    def run(implementation, rows, weights, d_out):
+        def product(rows, weights):
+            given = dict(implementation=implementation, block=128)
+            return grouped_matmul(rows, weights, jnp.asarray(sizes), **given)
+
+        out, vjp = jax.vjp(product, rows, weights)
+        return [np.asarray(x, np.float64) for x in (out, *vjp(d_out.astype(out.dtype)))]
+
+    used = sum(sizes)
+    want = run("reference", *(x.astype(jnp.float32) for x in arrays))
+    out, d_rows, d_weights = zip(run("hopper", *arrays), want, strict=True)
+    for got, exact in (*((a[:used], b[:used]) for a, b in (out, d_rows)), d_weights):
+        # Rounded once, to 8 bits.
+        assert np.linalg.norm(got - exact) <= 3e-3 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("sizes", [[100, 156], [0, 3, 0, 1, 200, 0], [0, 0]])
 def test_groups_may_have_any_sizes_by_default(sizes):
     rng = np.random.default_rng(0)

@@ -26,8 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
-from qwen3next_jax.ops.pallas.grouped_hopper import is_hopper
-from qwen3next_jax.ops.platform import check_kernels_run, platform, require_tokens
+from qwen3next_jax.ops.platform import check_platform, is_hopper, platform, require_tokens
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
 # Elsewhere a block's products must outlast what it takes to fetch the block: on a TPU v5p by its
@@ -80,6 +79,8 @@ def attention(
     K = k.shape[2]
     if implementation is None:
         implementation = default_implementation(T, H, q.dtype)
+        if implementation == "cudnn" and v.shape[-1] != H:
+            implementation = "chunked"
     if implementation not in ("chunked", "pallas", "cudnn", "reference"):
         raise ValueError(
             f"{implementation=} is unknown; expected 'chunked', 'pallas', 'cudnn' or 'reference'"
@@ -87,8 +88,9 @@ def attention(
     require_tokens(T)
     if N % K:
         raise ValueError(f"{N} query heads are not divisible by {K} KV heads")
+    if implementation in ("pallas", "cudnn"):
+        check_platform(implementation)
     if implementation == "pallas":
-        check_kernels_run()
         if segment_ids is None:
             segment_ids = jnp.zeros((B, T), jnp.int32)
         return splash_attention(q, k, v, segment_ids)

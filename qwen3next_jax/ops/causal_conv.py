@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import causal_conv as kernels
-from qwen3next_jax.ops.platform import check_kernels_run, platform
+from qwen3next_jax.ops.platform import check_platform, platform
 
 
 def default_implementation(taps: int, channels: tuple[int, ...]) -> str:
@@ -58,7 +58,7 @@ def causal_conv(
     if implementation is None:
         implementation = default_implementation(W, kernel.shape[1:]) if tail is None else "shifted"
     if implementation == "pallas":
-        check_kernels_run()
+        check_platform(implementation)
         if tail is not None or kernel.ndim != 3:
             raise ValueError("implementation='pallas' takes x [B, T, N, H] and no tail")
         if segment_ids is None:

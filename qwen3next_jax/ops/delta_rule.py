@@ -45,7 +45,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
-from qwen3next_jax.ops.platform import check_kernels_run, platform, require_tokens
+from qwen3next_jax.ops.platform import check_platform, is_hopper, platform, require_tokens
 
 _BLOCK = 16  # rows of a diagonal block of L that is inverted row by row; larger ones by products
 # Gradients of exponents and the inverse depend on products inside a chunk, for which one bfloat16
@@ -57,7 +57,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 def default_implementation(key_size: int, value_size: int, dtype: jnp.dtype) -> str:
     """The implementation that suits the platform, the heads' sizes and the values' dtype."""
-    if delta_hopper.can_compile(key_size, value_size, dtype):
+    if is_hopper() and delta_hopper.fits(key_size, value_size, dtype):
         return "hopper"
     fits = kernels.can_compile(key_size, value_size)
     return "pallas" if platform() == "tpu" and fits else "chunked"
@@ -87,8 +87,8 @@ def gated_delta_rule(
         anew with each. 0 is padding: it neither reads nor changes the state. None: one document.
       initial_state: the state before the first document's first token; zeros when None.
       implementation: "chunked" (matrix products, own backward pass), "pallas" (the same by kernels
-        for TPUs), "hopper" (likewise for H100 and H200, in bfloat16) or "reference" (token by token;
-        also the way to take single steps). None: the platform's default.
+        for TPUs), "hopper" (in bfloat16 by kernels for H100 and H200) or "reference" (token by
+        token; also the way to take single steps). None: the platform's default.
 
     Returns:
       Outputs in v's dtype, zero at padding, and the state after the last document in float32.
@@ -109,8 +109,8 @@ def gated_delta_rule(
         implementation = default_implementation(k.shape[-1], v.shape[-1], v.dtype)
     if implementation not in implementations:
         raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
-    if implementation == "pallas":
-        check_kernels_run()
+    if implementation in ("pallas", "hopper"):
+        check_platform(implementation)
     return _apply(
         implementations[implementation],
         q, k, v, log_decay, beta, segment_ids, initial_state, jnp.zeros(len(q), jnp.int32),
@@ -229,13 +229,19 @@ def _recurrent(q, k, v, g, beta, segments, before, state):
 
 
 def _by_hopper(q, k, v, g, beta, segments, before, state):
-    B, T, K, _ = k.shape
-    N, padding = v.shape[2], -T % CHUNK
+    B, T, K, H = k.shape
+    N, P = v.shape[2:]
+    if not delta_hopper.fits(H, P, v.dtype):
+        raise ValueError(
+            f"implementation='hopper' needs bfloat16 and heads of 128, got {v.dtype}, {H} for keys "
+            f"and {P} for values; use 'chunked'"
+        )
+    padding = -T % CHUNK
     q, k, v = (jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)]) for x in (q, k, v))
 
     split = functools.partial(_split, chunk=CHUNK)
     g, beta = (split(x, K, N // K) for x in (g, beta))
-    decay = gamma, start, end, whole = _decays(g, split(segments, mode="edge"), before)
+    decay = _decays(g, split(segments, mode="edge"), before)
     keys, queries = (split(x.astype(jnp.float32), K) for x in (k, q))
     inverse = _differentiable_inverse(beta[..., None] * _key_products(keys, decay))
 
@@ -244,6 +250,7 @@ def _by_hopper(q, k, v, g, beta, segments, before, state):
         return x.reshape(B, N, -1, *x.shape[5:])
 
     solve, scores = inverse * beta[..., None, :], _score(queries, keys, decay)
+    start, end, whole = decay[1:]
     out, state = delta_hopper.recurrence(
         q, k, v, *(by_head(x.astype(v.dtype)) for x in (solve, scores)),
         *map(by_head, (start, end, whole[..., None])), state,
@@ -478,19 +485,19 @@ def _unit_lower_inverse(lower):
     across = blocks.reshape(-1, size, size).transpose(1, 2, 0)
 
     identity = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32)[..., None], across.shape)
-    if platform() == "gpu":
-        # A kernel a row, of the terms that count.
-        inverse = []
+
+    def row(i, inverse, rows):
+        return identity[i] - sum(across[i, j] * inverse[j] for j in rows)
+
+    if platform() == "gpu":  # there a loop would take several kernels a row in place of one
+        filled: list[Array] = []
         for i in range(size):
-            inverse.append(identity[i] - sum(across[i, j] * inverse[j] for j in range(i)))
-        inverse = jnp.stack(inverse)
+            filled.append(row(i, filled, range(i)))
+        inverse = jnp.stack(filled)
     else:
-
-        def fill(i, inverse):
-            above = sum(across[i, j] * inverse[j] for j in range(size))
-            return inverse.at[i].set(identity[i] - above)
-
-        inverse = jax.lax.fori_loop(0, size, fill, jnp.zeros_like(across))
+        inverse = jax.lax.fori_loop(
+            0, size, lambda i, x: x.at[i].set(row(i, x, range(size))), jnp.zeros_like(across)
+        )
     inverse = inverse.transpose(2, 0, 1).reshape(blocks.shape)
     # [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]]: neighbours merge until one is left.
     while size < C:

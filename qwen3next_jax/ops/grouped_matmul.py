@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import grouped_hopper
-from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
 
 MOST_ROWS = 128  # of a block; on GPUs without kernels for it, larger ones are read less often
 _GPU_ROWS = 512
@@ -39,8 +39,8 @@ def default_implementation(
     """The implementation that suits the platform, the matrices and the blocks."""
     if platform() == "tpu":
         return "pallas"
-    fits = block == grouped_hopper.ROWS and grouped_hopper.can_compile(size, width, dtype)
-    return "hopper" if fits else "blocked"
+    fits = block == grouped_hopper.ROWS and grouped_hopper.fits(size, width, dtype)
+    return "hopper" if is_hopper() and fits else "blocked"
 
 
 def row_alignment(*, mean: float, most: int) -> int:
@@ -56,7 +56,7 @@ def row_alignment(*, mean: float, most: int) -> int:
     """
     if platform() == "tpu":
         return 1
-    limit = _GPU_ROWS if platform() == "gpu" and not grouped_hopper.is_hopper() else MOST_ROWS
+    limit = _GPU_ROWS if platform() == "gpu" and not is_hopper() else MOST_ROWS
     return min(max(1 << (math.ceil(mean) - 1).bit_length(), 2), most, limit)
 
 
@@ -101,6 +101,14 @@ def grouped_matmul(
         raise ValueError(
             f"implementation='blocked' needs a multiple of {block=} rows, got {len(rows)}"
         )
+    if implementation == "hopper":
+        check_platform(implementation)
+        D, F = weights.shape[1:]
+        if block != grouped_hopper.ROWS or not grouped_hopper.fits(D, F, rows.dtype):
+            raise ValueError(
+                f"implementation='hopper' needs block={grouped_hopper.ROWS}, bfloat16 and matrices "
+                f"of multiples of 256, got {block=}, {rows.dtype} and [{D}, {F}]; use 'blocked'"
+            )
     # Numpy's arrays take no index that is traced.
     return implementations[implementation](*map(jnp.asarray, (rows, weights, group_sizes)))
 

@@ -12,16 +12,25 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def check_kernels_run() -> None:
-    """Checks that kernels for TPUs can run: there, or on a CPU, where they are interpreted.
+def is_hopper() -> bool:
+    """Whether the platform is a GPU of the H100's generation."""
+    if platform() != "gpu":
+        return False
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return any(name in device.device_kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+
+def check_platform(implementation: str) -> None:
+    """Checks that kernels can run: on their platform, or for TPUs', interpreted on a CPU.
 
     Raises:
       ValueError: on any other platform.
     """
-    if platform() not in ("tpu", "cpu"):
+    platforms = ("tpu", "cpu") if implementation == "pallas" else ("gpu",)
+    if platform() not in platforms:
         raise ValueError(
-            f"implementation='pallas' is for TPUs, and this is a {platform()}; leave it out for "
-            "what suits the platform"
+            f"{implementation=} is for {platforms[0].upper()}s, and this is a {platform()}; leave "
+            "it out for what suits the platform"
         )
 
 

@@ -23,14 +23,14 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16, Float32
 
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK as C
-from qwen3next_jax.ops.pallas.grouped_hopper import is_hopper, transposed
+from qwen3next_jax.ops.pallas.grouped_hopper import transposed
 
 _COLUMNS = 64  # values of a program
 
 
-def can_compile(key_size: int, value_size: int, dtype: jnp.dtype) -> bool:
-    """Whether operations are traced for such a GPU, and heads are of these kernels' size."""
-    return is_hopper() and key_size == value_size == 128 and dtype == jnp.bfloat16
+def fits(key_size: int, value_size: int, dtype: jnp.dtype) -> bool:
+    """Whether these kernels take such heads."""
+    return key_size == value_size == 128 and dtype == jnp.bfloat16
 
 
 @jax.custom_vjp
@@ -150,13 +150,13 @@ class _Program:
 
     def blocks(self, order, *shapes):
         """Of arrays that have a chunk's part behind another's."""
-        return [
-            self.gpu.BlockSpec(
-                shape, lambda z, n=len(shape): (order(z),) + (0,) * (n - 1),
-                transforms=self._tiles(self.dtype) if len(shape) > 1 else (),
-            )
-            for shape in shapes
-        ]  # fmt: skip
+
+        def spec(shape):
+            rest = (0,) * (len(shape) - 1)
+            tiles = self._tiles(self.dtype) if rest else ()
+            return self.gpu.BlockSpec(shape, lambda z: (order(z), *rest), transforms=tiles)
+
+        return [spec(shape) for shape in shapes]
 
     def of_keys(self, x):
         return x.at[self.batch, :, self.key_head]

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.platform import platform
-
 ROWS = 128  # of a block, and of a tile
 _COLUMNS = 256  # of a tile, half for each of the warp groups that multiply
 _DEPTH = 64  # of a tile's factors in one step: 128 bytes of bfloat16, which a swizzle covers
@@ -23,19 +21,9 @@ _STORED = 64  # rows and columns that are written at a time
 _PROCESSORS = 132  # of the largest of these chips; where there are fewer, programs take turns
 
 
-def can_compile(size: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whether operations are traced for such a GPU, and matrices [size, width] suit it."""
-    fits = size % _COLUMNS == 0 and width % _COLUMNS == 0 and dtype == jnp.bfloat16
-    return fits and is_hopper()
-
-
-def is_hopper() -> bool:
-    """Whether operations are traced for a GPU of the H100's generation."""
-    if platform() != "gpu":
-        return False
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+def fits(size: int, width: int, dtype: jnp.dtype) -> bool:
+    """Whether these kernels take products [R, size] · [size, width], there and back."""
+    return size % _COLUMNS == 0 and width % _COLUMNS == 0 and dtype == jnp.bfloat16
 
 
 def grouped_product(
