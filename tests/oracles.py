@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from qwen3next_jax.config import ModelConfig
@@ -120,6 +121,12 @@ def random_module(abstract: nnx.Module, *, seed: int = 0, scale: float = 0.1):
 def random_model(config: ModelConfig, *, seed: int = 0, scale: float = 0.1, **options) -> Qwen3Next:
     """A model with random weights, norms and gates included."""
     return random_module(abstract_model(config, **options), seed=seed, scale=scale)
+
+
+interprets_transposed = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason="JAX's interpreter of GPU kernels takes no transposed factors before 0.11",
+)
 
 
 def quick_jit(function):

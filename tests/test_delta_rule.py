@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from oracles import quick_jit, relative_error
+from oracles import interprets_transposed, quick_jit, relative_error
 
 from qwen3next_jax.ops.delta_rule import default_implementation, gated_delta_rule
 
@@ -247,6 +247,7 @@ def test_gradients_of_bfloat16_values_are_right_to_bfloat16_s_digits(case, imple
     check_bfloat16(implementation, *make(case))
 
 
+@interprets_transposed
 @pytest.mark.parametrize("case", ["documents", "padding", "decays in turn", "correlated keys"])
 def test_kernels_for_hopper_gpus_are_right_to_bfloat16_s_digits(case, on_hopper):
     # A, scores and what is written are rounded as well; keys alike to 0.9 make it 7.3e-3, for g.

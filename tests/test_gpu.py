@@ -54,6 +54,21 @@ def test_train_step_lowers_for_cuda(mesh, changes):
     assert "chlo.ragged_dot" not in text
 
 
+@pytest.mark.parametrize("ways", [1, 2])
+def test_train_step_of_large_heads_takes_the_kernels_for_hopper_gpus(ways):
+    sizes = {**dict.fromkeys(AXES, 1), "fsdp": ways, "expert": ways}
+    config = small_config(
+        "unread", train__sequence_length=128, model__hidden_size=256, model__head_dim=128,
+        model__linear_key_head_dim=128, model__linear_value_head_dim=128,
+        model__moe_intermediate_size=256, **BFLOAT16,
+        **{f"mesh__{axis}": n for axis, n in sizes.items()},
+    )  # fmt: skip
+    program = make_program(config, gpus(sizes.values(), AXES))
+    text = lowered(gpus(sizes.values(), AXES), program.step, program.state, program.batch)
+    kernels = "_product_kernel", "_outer_kernel", "_forward_kernel", "_backward_chunk_kernel"
+    assert all(kernel in text for kernel in kernels)
+
+
 def test_speculative_generation_lowers_for_cuda():
     config = small_config("unread", **BFLOAT16)
     model = nnx.eval_shape(lambda: new_model(config).unstacked())
