@@ -137,5 +137,14 @@ def test_blocks_grow_with_the_rows_of_a_group(monkeypatch):
         return row_alignment(mean=mean, most=tokens)
 
     assert [block(m, 4, 32) for m in (1, 2, 8, 17, 64, 300, 4096)] == [1, 2, 2, 4, 8, 64, 128]
-    monkeypatch.setattr(sys.modules[row_alignment.__module__], "platform", lambda: "tpu")
+    module = sys.modules[row_alignment.__module__]
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
+    assert [row_alignment(mean=mean, most=10**5) for mean in (300.0, 1000.0, 1024.0)] == [
+        128,
+        128,
+        512,
+    ]
+    monkeypatch.setattr(module, "is_hopper", lambda: True)
+    assert row_alignment(mean=1024.0, most=10**5) == 128
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
     assert row_alignment(mean=100.0, most=800) == 1

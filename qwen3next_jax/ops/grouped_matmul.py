@@ -46,9 +46,9 @@ def default_implementation(
 def row_alignment(*, mean: float, most: int) -> int:
     """The number of which each group's rows should be a multiple, on this platform.
 
-    On a TPU 1. Elsewhere the rows of a block: the next power of two to the mean, but from 2 to 128,
-    or on GPUs other than Hopper to 512. Below, a matrix would be read once more for each row;
-    above, too many rows would be padding.
+    On a TPU 1. Elsewhere the rows of a block: the next power of two to the mean, but from 2 to 128.
+    Below, a matrix would be read once more for each row; above, too many rows would be padding.
+    GPUs without kernels copy a matrix for each block: where rows are many, it is one of 512.
 
     Args:
       mean: rows of a group, on average.
@@ -56,7 +56,8 @@ def row_alignment(*, mean: float, most: int) -> int:
     """
     if platform() == "tpu":
         return 1
-    limit = _GPU_ROWS if platform() == "gpu" and not is_hopper() else MOST_ROWS
+    larger = platform() == "gpu" and not is_hopper() and mean >= 2 * _GPU_ROWS
+    limit = _GPU_ROWS if larger else MOST_ROWS
     return min(max(1 << (math.ceil(mean) - 1).bit_length(), 2), most, limit)
 
 

@@ -1,4 +1,4 @@
-"""The states of the gated delta rule, chunk by chunk, as two kernels for NVIDIA's Hopper GPUs.
+"""The states of the gated delta rule, chunk by chunk, as kernels for NVIDIA's Hopper GPUs.
 
 `ops/delta_rule.py` has the equations and the letters. What happens inside a chunk is computed for
 all chunks at once before: A = L⁻¹ diag(β) and the scores M = tril(Q Kᵀ ⊙ Γ). Left is what goes from
@@ -12,9 +12,11 @@ and its gradients, from the last chunk to the first
     dQ = (γ ⊙ dO) Sᵀ             dK = (d ⊙ Vn) dS'ᵀ − (γ ⊙ dE) Sᵀ
     dS = γ_C dS' + Qᵀ (γ ⊙ dO) − Kᵀ (γ ⊙ dE)
 
-A program walks over the chunks of one value head for half of the values, whose states do not meet
-the other half's; the running state stays in registers. Factors of products are bfloat16, sums,
-gates and running states float32.
+Two kernels walk, forward and backward. A program of theirs goes through the chunks of one value
+head for half of the values, whose states do not meet the other half's; the running state stays in
+registers. Only S, dS', dVn and dE need the chunk before; a third kernel computes the other
+gradients with a program for each chunk. Factors of products are bfloat16; sums, gates and running
+states are float32.
 """
 
 import jax
@@ -25,7 +27,7 @@ from jaxtyping import Array, BFloat16, Float32
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK as C
 from qwen3next_jax.ops.pallas.grouped_hopper import transposed
 
-_COLUMNS = 64  # values of a program
+_COLUMNS = 64  # values of a program that walks
 
 
 def fits(key_size: int, value_size: int, dtype: jnp.dtype) -> bool:
@@ -48,7 +50,8 @@ def recurrence(
     """Goes through the chunks of each row.
 
     Args:
-      q, k, v: T is a multiple of `CHUNK`, H and P are 128.
+      q, k, v: T is a multiple of `CHUNK`, H and P are 128; key head i serves the value heads from
+        i · N / K on.
       solve: A of each chunk, row by row.
       scores: M, likewise.
       start, end, whole: γ, d and γ_C.
@@ -139,21 +142,19 @@ class _Program:
         self.columns = pl.ds(self.part * _COLUMNS, _COLUMNS)
         self.H, self.chunks, self.dtype = k.shape[3], k.shape[1] // C, v.dtype
 
-    def scratch(self, rows, columns, dtype=None):
+    def scratch(self, rows, columns):
         """Shared memory that products can read."""
-        dtype = self.dtype if dtype is None else dtype
-        return self.gpu.SMEM((rows, columns), dtype, transforms=self._tiles(dtype))
+        return self.gpu.SMEM((rows, columns), self.dtype, transforms=self._tiles())
 
-    def _tiles(self, dtype):
-        tile = 128 // jnp.dtype(dtype).itemsize
-        return self.gpu.TilingTransform((8, tile)), self.gpu.SwizzleTransform(128)
+    def _tiles(self):
+        return self.gpu.TilingTransform((8, 64)), self.gpu.SwizzleTransform(128)
 
     def blocks(self, order, *shapes):
         """Of arrays that have a chunk's part behind another's."""
 
         def spec(shape):
             rest = (0,) * (len(shape) - 1)
-            tiles = self._tiles(self.dtype) if rest else ()
+            tiles = self._tiles() if rest else ()
             return self.gpu.BlockSpec(shape, lambda z: (order(z), *rest), transforms=tiles)
 
         return [spec(shape) for shape in shapes]
@@ -175,7 +176,9 @@ class _Program:
             self.gpu.wgmma(total, x, y)
             return total[...]
 
-        return pl.run_scoped(run, self.gpu.ACC((x.shape[0], y.shape[1]), jnp.float32))
+        made = pl.run_scoped(run, self.gpu.ACC((x.shape[0], y.shape[1]), jnp.float32))
+        self.gpu.commit_smem()  # waits for all warps: now the factors may be overwritten
+        return made
 
     def scale(self, gates, x):
         return jax.lax.broadcast_in_dim(gates[...], x.shape, [0]) * x

@@ -1,9 +1,9 @@
 """Grouped products for NVIDIA's Hopper GPUs: an H100, an H200.
 
-Each expert's rows fill whole blocks, so a block meets one matrix: a product differs from a plain
-one only in which matrix a block reads. One warp group fetches tiles ahead, two multiply, and as
-many programs as the chip has processors walk over the tiles of the result. The gradient of the
-matrices sums over each group's rows and is the kernel that comes with JAX.
+Each group's rows fill whole blocks, so a block meets one matrix: a product differs from a plain one
+only in which matrix a block reads. As many programs as the chip has processors walk over the tiles
+of the result; in each one warp group fetches factors ahead and two multiply. The gradient of a
+matrix sums over its group's rows, of which one warp group fetches and multiplies a few at a time.
 """
 
 from typing import Any
@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
+
+# What compiles kernels for GPUs is imported where it is used: jaxlib has it on Linux alone.
 
 ROWS = 128  # of a block, and of a tile
 _COLUMNS = 256  # of a tile, half for each of the warp groups that multiply
@@ -29,7 +31,7 @@ def fits(size: int, width: int, dtype: jnp.dtype) -> bool:
 def grouped_product(
     rows: Float[Array, "R D"], matrices: Float[Array, "E D F"], groups: Int[Array, "Z"]
 ) -> Float[Array, "R F"]:
-    """Multiplies each block of rows by its group's matrix.
+    """Multiplies each block of rows by its group's matrix; see `grouped_matmul`.
 
     Args:
       rows: R = Z · `ROWS`, bfloat16.
@@ -50,7 +52,7 @@ def grouped_product(
         thread_name="warps",
         compiler_params=gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Warpgroup),
     )
-    return kernel(groups.clip(max=len(matrices) - 1), rows, matrices)
+    return kernel(groups.clip(max=len(matrices) - 1).astype(jnp.int32), rows, matrices)
 
 
 def _product_kernel(groups, rows, matrices, out):
