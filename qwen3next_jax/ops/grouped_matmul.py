@@ -28,8 +28,8 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.pallas import grouped_hopper
 from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
 
-MOST_ROWS = 128  # of a block; on GPUs without kernels for it, larger ones are read less often
-_GPU_ROWS = 512
+MOST_ROWS = 128  # of a block
+_GPU_ROWS = 512  # where a GPU has no kernels, and rows are many
 _TILE_ROWS, _TILE = 512, 1024  # of a kernel: three bfloat16 tiles, twice, fit a TPU's memory
 
 
