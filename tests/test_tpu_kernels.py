@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from tpu_program import compiled
+from tpu_program import compiled, lowered
 
 from qwen3next_jax.ops import attention, causal_conv, gated_delta_rule
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile, expert_mlp
@@ -75,6 +75,17 @@ def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chun
     inputs = tokens * (2 * 16 + 2 * 32) * 128 * size
     # Beside the states, inverses of a quarter of their size, and gates, copies of inputs.
     assert program.memory_analysis().temp_size_in_bytes < 2 * states + 4 * inputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_delta_rule_has_no_64_bit_numbers_under_x64(dtype):
+    with jax.enable_x64(True):
+        lowered(
+            delta_rule_gradients, "v5p:2x2x1",
+            *(((1, 128, 2, 128), dtype),) * 3, *(((1, 128, 2), jnp.float32),) * 2,
+            ((1, 128), jnp.int32),
+        )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -125,6 +125,8 @@ def _delta_rule_backward(residuals, cotangents):
 _delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward)
 
 
+# Python's numbers in a kernel are of 64 bits under jax_enable_x64, and a TPU has no such numbers.
+@jax.enable_x64(False)
 def _forward(q, k, v, gates, marks, state, *, save):
     sizes = _Sizes(q, v, gates, state)
     spec, order = sizes.spec, sizes.forward_order
@@ -152,6 +154,7 @@ def _forward(q, k, v, gates, marks, state, *, save):
     )(*given)
 
 
+@jax.enable_x64(False)
 def _backward(q, k, v, gates, marks, states, inverses, d_out, d_final):
     sizes = _Sizes(q, v, gates, d_final)
     spec, order = sizes.spec, sizes.backward_order
