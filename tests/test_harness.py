@@ -177,6 +177,24 @@ def test_an_answer_is_begun_as_theirs_is(checkpoint, template, begun, monkeypatc
     assert got == want
 
 
+def test_system_messages_that_a_template_refuses_are_left_out_as_theirs_are(
+    checkpoint, monkeypatch
+):
+    refuses = "{{ raise_exception('No system role') }}"
+    template = "{% if messages[0].role == 'system' %}" + refuses + "{% endif %}" + CHATML
+    ours, theirs = both(checkpoint)
+    for lm in (ours, theirs):
+        monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+    chat = [{"role": role, "content": f"{role}?"} for role in ("system", "user", "assistant")]
+    for messages, more in ((chat[:2], True), (chat, False)):
+        got, want = (lm.apply_chat_template(messages, more) for lm in (ours, theirs))
+        assert got == want
+        assert "user?" in got
+    monkeypatch.setattr(ours.tokenizer, "chat_template", refuses)
+    with pytest.raises(ValueError, match="No system role"):
+        ours.apply_chat_template(chat[1:2])
+
+
 def test_a_continuation_without_tokens_is_refused(checkpoint):
     ours, _ = both(checkpoint)
     with pytest.raises(ValueError, match=r"continuation of \('def', ''\) adds no token"):

@@ -199,6 +199,8 @@ class HarnessLM(TemplateLM):
     ) -> str:
         """Renders a conversation; one that ends with the assistant's words is to be gone on with.
 
+        What a template refuses is tried without its system messages, as the `hf` backend does.
+
         Raises:
           ValueError: the template refuses the messages, or leaves those words out.
         """
@@ -206,11 +208,19 @@ class HarnessLM(TemplateLM):
         if not add_generation_prompt:
             *earlier, begun = chat_history
             chat_history = [*earlier, {**begun, "content": f"{begun['content']}{mark} "}]
-        text = render_chat(
-            chat_history, self.tokenizer.chat_template,
+        render = functools.partial(
+            render_chat, template=self.tokenizer.chat_template,
             special_tokens=self.tokenizer.special_tokens,
             add_generation_prompt=add_generation_prompt,
         )  # fmt: skip
+        try:
+            text = render(chat_history)
+        except ValueError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            logging.log_first_n(logging.WARNING, "System messages are left out: %s", 1, error)
+            text = render(others)
         if add_generation_prompt:
             return text
         answer, found, rest = text.rpartition(mark)
