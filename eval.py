@@ -90,9 +90,7 @@ def _evaluate(suite: str) -> None:
     from qwen3next_jax.checkpoint.load import as_trained, load_checkpoint, open_checkpoint
     from qwen3next_jax.command import check_writable, write_whole
     from qwen3next_jax.evaluation.evaluator import Evaluator
-    from qwen3next_jax.evaluation.perplexity import check_length
-    from qwen3next_jax.evaluation.speculation import check_mtp
-    from qwen3next_jax.evaluation.suites import check_suites, run_suite, table
+    from qwen3next_jax.evaluation.suites import check_suites, check_usable, run_suite, table
     from qwen3next_jax.parallel.mesh import fsdp_mesh
     from qwen3next_jax.training.environment import versions
 
@@ -101,18 +99,14 @@ def _evaluate(suite: str) -> None:
     check_suites([suite], options)
     path = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or "")
     ours, config, tokenizer = open_checkpoint(path, _TOKENIZER.value)
-    if suite == "speculation":
-        check_mtp(config)
-    if suite == "perplexity":
-        check_length(config, options.length)
-    if options.chat:
-        _ = tokenizer.chat_template  # raises where there is none
     mesh = fsdp_mesh(_MESH_FSDP.value)
     workdir = None if ours is None else ours.workdir
     run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
     domains: Mapping[str, Records] = {}
     if suite in ("perplexity", "speculation"):
         domains = _domains(run, workdir, config.vocab_size)
+    on_error = "raise" if _DATA.value else run.get("data", {}).get("on_error", "raise")
+    check_usable([suite], options, config, tokenizer, domains, on_error=on_error)
     output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
     if output:
         check_writable(output)
@@ -125,7 +119,7 @@ def _evaluate(suite: str) -> None:
             Evaluator(model, tokenizer, batch_size=options.batch_size),
             options,
             domains,
-            on_error="raise" if _DATA.value else run.get("data", {}).get("on_error", "raise"),
+            on_error=on_error,
         )
     print(table(suite, results))
     if output:

@@ -104,7 +104,7 @@ def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop"
     from qwen3next_jax.evaluation.perplexity import perplexity
     from qwen3next_jax.evaluation.report import Report
     from qwen3next_jax.evaluation.samples import check_samples, samples
-    from qwen3next_jax.evaluation.suites import suites_in_training
+    from qwen3next_jax.evaluation.suites import check_usable, suites_in_training
     from qwen3next_jax.parallel.processes import process_0_first
     from qwen3next_jax.training.loop import Stopped, begin_anew, has_steps, train
 
@@ -117,8 +117,10 @@ def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop"
             given_weights="" if has_steps(workdir) else config.train.initial_checkpoint,
         )
         keep_tokenizer(data.tokenizer, workdir)
-    if config.evaluation.suites and config.evaluation.chat:
-        _ = data.tokenizer.chat_template  # raises where there is none
+    check_usable(
+        config.evaluation.suites, config.evaluation, config.model, data.tokenizer,
+        data.held_out_parts, on_error=data.on_error,
+    )  # fmt: skip
     logging.info(
         "%d records to train on, %d held out (%s bytes)",
         sum(len(part.records) for part in data.train), len(data.held_out),

@@ -721,6 +721,12 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
             yield (
                 f"{key}={flat[key]} exceeds the model's context of {c.model.context_length} tokens"
             )
+    longest = max(c.evaluation.lengths, default=0)
+    if c.model.rope_scaling is not None and longest > c.model.context_length:
+        yield (
+            f"evaluation.lengths has {longest}, which exceeds the model's context of "
+            f"{c.model.context_length} tokens; raise model.rope_scaling.factor or ask for less"
+        )
     steps = train.profile_steps
     if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
         yield f"train.profile_steps={steps} must be () or (first, last), 1 <= first <= last"

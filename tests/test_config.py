@@ -308,6 +308,13 @@ def test_a_run_s_config_survives_json():
             "train.sample_tokens=1000000 exceeds the model's context",
         ),
         ({"evaluation__length": 10**6}, "evaluation.length=1000000 exceeds the model's context of"),
+        (
+            {
+                "evaluation__lengths": (4096, 8193),
+                "model__rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+            },
+            "evaluation.lengths has 8193, which exceeds the model's context of 8192 tokens",
+        ),
     ],
 )
 def test_a_run_that_cannot_start_says_why(change, message):

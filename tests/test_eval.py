@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import corpora
+import oracles
 import pytest
 from hf_directory import released
 from hf_tokenizer import make_tokenizer_json
@@ -14,9 +15,12 @@ from small_run import run, small_config, write_corpus
 
 from qwen3next_jax.config import EvaluationConfig
 from qwen3next_jax.data.pipeline import load_data
-from qwen3next_jax.evaluation.suites import check_suites
+from qwen3next_jax.data.sources import Record
+from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.evaluation.suites import check_suites, check_usable
 
 ROOT = pathlib.Path(__file__).parent.parent
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
 
 
 def evaluate(*arguments):
@@ -31,6 +35,25 @@ def test_unknown_suites_come_with_the_nearest_known_ones():
         check_suites(["perplexty"], EvaluationConfig())
     with pytest.raises(ValueError, match=r"'vt' \(expected one of niah_single"):
         check_suites(["long_context"], EvaluationConfig(long_context_tasks=("vt",)))
+
+
+@pytest.mark.parametrize(
+    ("suite", "options", "changes", "message"),
+    [
+        ("lm_eval", {"chat": True}, {}, "no chat template"),
+        ("speculation", {}, {}, r"speculation needs an MTP module"),
+        ("speculation", {}, {"mtp_steps": 1}, "No document of texts has more than 64 tokens"),
+        ("perplexity", {"length": 513}, {}, "length=513 exceeds the model's context"),
+        ("long_context", {"lengths": (512, 32)}, {}, "does not fit into the .* answer leaves"),
+        ("long_context", {"lengths": (512, 1025)}, {"rope_scaling": YARN}, "1025 exceeds the cont"),
+    ],
+)
+def test_what_does_not_fit_a_model_is_found_by_its_config(suite, options, changes, message):
+    options = EvaluationConfig(**options)
+    config, tokenizer = oracles.small_config(**changes), load_tokenizer("bytes")
+    check_usable([], options, config, tokenizer, {})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_usable([suite], options, config, tokenizer, {"texts": [Record(name="a", text="a")]})
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +151,8 @@ def test_the_command_says_what_it_lacks(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--suite=long_context", "--output=."), "error: . is a directory; name a file inside it"),
-        (("--suite=long_context", "--chat"), "no chat template"),
-        (("--suite=speculation", "--data=stdlib"), "speculation needs an MTP module"),
-        (("--suite=perplexity", "--length=999"), "length=999 exceeds the model's context"),
+        (("--suite=perplexity", "--data=stdlib", "--output=."), "error: . is a directory; name a"),
+        (("--suite=long_context", "--lengths=512,32"), "ask at greater lengths"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_model_is_read(tmp_path, arguments, message):

@@ -96,7 +96,7 @@ def test_a_length_without_room_for_the_question_is_refused():
 
 def test_lengths_beyond_training_get_the_least_power_of_two_as_yarn_factor():
     model = random_model(small_config())
-    assert [yarn_factor(model, n) for n in (512, 513, 1024, 1025, 16384)] == [0, 2, 2, 4, 32]
+    assert [yarn_factor(model.config, n) for n in (512, 513, 1024, 1025, 16384)] == [0, 2, 2, 4, 32]
     extended = with_yarn(model, 4)
     assert extended.config.context_length == 2048
     # The rotary embedding is told by the config that each attention layer holds.
@@ -106,7 +106,7 @@ def test_lengths_beyond_training_get_the_least_power_of_two_as_yarn_factor():
     with pytest.raises(
         ValueError, match="2049 exceeds the context of 2048 tokens, which the model"
     ):
-        yarn_factor(extended, 2049)
+        yarn_factor(extended.config, 2049)
 
 
 def test_a_length_that_is_too_long_is_refused_before_shorter_ones_are_read(monkeypatch):

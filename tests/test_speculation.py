@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from absl import logging
 from oracles import random_model, small_config
 
 from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.evaluation.evaluator import Evaluator
-from qwen3next_jax.evaluation.speculation import speculation
+from qwen3next_jax.evaluation.speculation import beginnings, speculation
 from qwen3next_jax.inference.decode import Generation
 
 TOKENIZER = load_tokenizer("bytes")
@@ -39,10 +40,21 @@ def test_counts_are_the_sums_over_prompts_alone():
     assert sum(part["drafted"] for part in got["domains"].values()) == drafted
 
 
+def test_a_domain_of_short_texts_is_left_out_and_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: said.append(text % values))
+    domains = {"tweets": [Record(name="t", text="no")], **DOMAINS}
+    found = beginnings(domains, TOKENIZER, count=2, length=16)
+    texts = {name: [TOKENIZER.decode(tokens[1:]) for tokens in x] for name, x in found.items()}
+    assert texts == {"short": ["abcdefghijabcde"], "long": ["a" * 15, "b" * 15]}
+    (warning,) = said
+    assert warning.startswith("No document of tweets has more than 16 tokens")
+
+
 def test_a_model_or_texts_that_cannot_be_used_are_refused():
     without = Evaluator(random_model(small_config(vocab_size=264)), TOKENIZER)
     with pytest.raises(ValueError, match=r"this model has none \(mtp_steps=0\)"):
         speculation(without, DOMAINS)
     model = random_model(small_config(vocab_size=264, mtp_steps=1))
-    with pytest.raises(ValueError, match="No document of short has more than prompt_length=64"):
+    with pytest.raises(ValueError, match="No document of short, long has more than 64 tokens"):
         speculation(Evaluator(model, TOKENIZER), DOMAINS)

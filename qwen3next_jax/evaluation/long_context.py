@@ -29,7 +29,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from qwen3next_jax.config import require_known
+from qwen3next_jax.config import ModelConfig, require_known
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt
 from qwen3next_jax.evaluation.evaluator import Evaluator
@@ -108,30 +108,23 @@ def long_context(
         model that has a YaRN of its own.
     """
     tasks = tuple(tasks) or tuple(TASKS)
-    require_known("tasks of long_context", tasks, tuple(TASKS))
     config = evaluator.model.config
-    if not lengths:
-        longest = config.context_length
-        powers = (1 << i for i in range(longest.bit_length()))
-        lengths = [n for n in powers if min(1024, longest // 4) <= n <= longest]
+    check_questions(
+        config, evaluator.tokenizer, tasks=tasks, lengths=lengths, depths=depths, samples=samples,
+        chat=chat, seed=seed,
+    )  # fmt: skip
     room = _answer_room(tasks, evaluator.tokenizer)
-    # All of them before the first one is read: what is too long is refused at once.
-    factors = {length: yarn_factor(evaluator.model, length) for length in sorted(lengths)}
     cells: list[dict[str, Any]] = []
     examples: dict[str, Any] = {}
-    for length, factor in factors.items():
+    for length in sorted(lengths or _lengths(config)):
+        factor = yarn_factor(config, length)
         if factor:
             logging.info(
                 "%d tokens lie beyond the %d that the model was trained on: YaRN, factor %d",
                 length, config.max_position_embeddings, factor,
             )  # fmt: skip
         here = evaluator.with_model(with_yarn(evaluator.model, factor)) if factor else evaluator
-        asked = [
-            (task, depth, ask(task, depth, length=length, sample=sample, seed=seed))
-            for task in tasks
-            for depth in (np.linspace(0, 1, depths) if task != "common_words" else [0.0])
-            for sample in range(samples)
-        ]
+        asked = _asked(tasks, length, depths=depths, samples=samples, seed=seed)
         prompts = [
             fit(question, depth, length - room, evaluator.tokenizer, chat=chat)
             for _, depth, question in asked
@@ -140,7 +133,7 @@ def long_context(
         scores: dict[tuple[str, float], list[float]] = {}
         for (task, depth, question), (_, text), output in zip(asked, prompts, outputs, strict=True):
             written = evaluator.tokenizer.decode(output)
-            scores.setdefault((task, float(depth)), []).append(score(written, question.answers))
+            scores.setdefault((task, depth), []).append(score(written, question.answers))
             example = {"prompt": text, "answers": list(question.answers), "output": written}
             examples.setdefault(task, example)
         cells += [
@@ -157,6 +150,46 @@ def long_context(
     by_task = {t: float(np.mean([c["score"] for c in cells if c["task"] == t])) for t in tasks}
     mean = float(np.mean([c["score"] for c in cells]))
     return {"score": mean, **by_task, "cells": cells, "examples": examples}
+
+
+def check_questions(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    tasks: Sequence[str] = (),
+    lengths: Sequence[int] = (),
+    depths: int = 5,
+    samples: int = 4,
+    chat: bool = False,
+    seed: int = 0,
+) -> None:
+    """Raises what `long_context` would, of its arguments and without a model."""
+    tasks = tuple(tasks) or tuple(TASKS)
+    require_known("tasks of long_context", tasks, tuple(TASKS))
+    room = _answer_room(tasks, tokenizer)
+    for length in sorted(lengths or _lengths(config)):
+        yarn_factor(config, length)
+        for _, depth, question in _asked(tasks, length, depths=depths, samples=samples, seed=seed):
+            _check_room(question, depth, length - room, tokenizer, chat)
+
+
+def _lengths(config: ModelConfig) -> list[int]:
+    """Those that are asked at where none are given."""
+    longest = config.context_length
+    powers = (1 << i for i in range(longest.bit_length()))
+    return [n for n in powers if min(1024, longest // 4) <= n <= longest]
+
+
+def _asked(
+    tasks: Sequence[str], length: int, *, depths: int, samples: int, seed: int
+) -> list[tuple[str, float, Question]]:
+    """All questions of a length, each with its task and depth."""
+    return [
+        (task, float(depth), ask(task, depth, length=length, sample=sample, seed=seed))
+        for task in tasks
+        for depth in (np.linspace(0, 1, depths) if task != "common_words" else [0.0])
+        for sample in range(samples)
+    ]
 
 
 def ask(task: str, depth: float, *, length: int, sample: int, seed: int) -> Question:
@@ -180,11 +213,7 @@ def fit(
         text = _write(question, depth, sentences)
         return _tokens(text, question.question, tokenizer, chat), text + question.question
 
-    if len(prompt(0)[0]) > length:
-        raise ValueError(
-            f"A question of {len(prompt(0)[0])} tokens does not fit into the {length} that the "
-            "answer leaves; ask at greater lengths"
-        )
+    _check_room(question, depth, length, tokenizer, chat)
     # A sentence more is tokens more, so the most that fit are found by halving.
     fits, too_many = 0, length
     while too_many - fits > 1:
@@ -196,19 +225,30 @@ def fit(
     return prompt(fits)
 
 
+def _check_room(
+    question: Question, depth: float, length: int, tokenizer: Tokenizer, chat: bool
+) -> None:
+    """Refuses a question that does not fit into so many tokens, even without noise."""
+    needed = len(_tokens(_write(question, depth, 0), question.question, tokenizer, chat))
+    if needed > length:
+        raise ValueError(
+            f"A question of {needed} tokens does not fit into the {length} that the answer leaves; "
+            "ask at greater lengths"
+        )
+
+
 def score(output: str, answers: Sequence[str]) -> float:
     """The share of the expected words that are in the output."""
     words = set(re.findall(r"\w+", output.lower()))
     return sum(answer in words for answer in answers) / len(answers)
 
 
-def yarn_factor(model: Qwen3Next, length: int) -> int:
+def yarn_factor(config: ModelConfig, length: int) -> int:
     """The YaRN factor that a model needs for a length; 0 for none.
 
     Raises:
       ValueError: the length exceeds the context of a model that has a YaRN of its own.
     """
-    config = model.config
     if length <= config.context_length:
         return 0
     if config.rope_scaling is not None:

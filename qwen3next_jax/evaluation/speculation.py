@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.documents import readable
 from qwen3next_jax.data.sources import Records
+from qwen3next_jax.data.tokenizer import Tokenizer
 from qwen3next_jax.evaluation.evaluator import Evaluator
+
+PROMPT_LENGTH = 64  # tokens
 
 
 def speculation(
@@ -21,7 +25,7 @@ def speculation(
     domains: Mapping[str, Records],
     *,
     prompts: int = 16,
-    prompt_length: int = 64,
+    prompt_length: int = PROMPT_LENGTH,
     new_tokens: int = 64,
     drafts: int = 2,
     on_error: str = "raise",
@@ -40,30 +44,53 @@ def speculation(
     Returns:
       `acceptance`, for each place in a draft the share of tokens that were accepted;
       `tokens_per_pass`, the accepted drafts and the model's own token; `drafted`, passes in which a
-      row had a draft; `domains`, all of this for each.
+      row had a draft; `domains`, all of this for each that has a document long enough.
 
     Raises:
-      ValueError: the model has no MTP module, or no document is long enough.
+      ValueError: the model has no MTP module, or no document of any domain is long enough.
     """
     check_mtp(evaluator.model.config)
-    counts = {}
-    for name, records in domains.items():
-        found = readable(records, evaluator.tokenizer, on_error=on_error)
-        long_enough = (d["tokens"] for _, d in found if len(d["tokens"]) > prompt_length)
-        chosen = [
-            tokens[:prompt_length].tolist() for tokens in itertools.islice(long_enough, prompts)
-        ]
-        if not chosen:
-            raise ValueError(
-                f"No document of {name} has more than prompt_length={prompt_length} tokens; give "
-                "longer documents"
-            )
-        counts[name] = evaluator.count_drafts(chosen, max_new_tokens=new_tokens, drafts=drafts)
+    chosen = beginnings(
+        domains, evaluator.tokenizer, count=prompts, length=prompt_length, on_error=on_error
+    )
+    counts = {
+        name: evaluator.count_drafts(found, max_new_tokens=new_tokens, drafts=drafts)
+        for name, found in chosen.items()
+    }
     total = [np.sum([part[i] for part in counts.values()], axis=0) for i in range(2)]
     return {
         **_shares(*total),
         "domains": {name: _shares(*part) for name, part in counts.items()},
     }
+
+
+def beginnings(
+    domains: Mapping[str, Records],
+    tokenizer: Tokenizer,
+    *,
+    count: int = 1,
+    length: int = PROMPT_LENGTH,
+    on_error: str = "raise",
+) -> dict[str, list[list[int]]]:
+    """The first `length` tokens of documents that are longer, the first `count` of each domain.
+
+    A domain without such a document is left out, and a warning says so.
+
+    Raises:
+      ValueError: no domain has one.
+    """
+    chosen = {}
+    for name, records in domains.items():
+        found = readable(records, tokenizer, on_error=on_error)
+        long_enough = (d["tokens"] for _, d in found if len(d["tokens"]) > length)
+        chosen[name] = [tokens[:length].tolist() for tokens in itertools.islice(long_enough, count)]
+    without = [name for name, found in chosen.items() if not found]
+    if without:
+        problem = f"No document of {', '.join(without)} has more than {length} tokens"
+        if len(without) == len(chosen):
+            raise ValueError(f"{problem}; give longer documents, or leave speculation out")
+        logging.warning("%s: speculation leaves these texts out", problem)
+    return {name: found for name, found in chosen.items() if found}
 
 
 def check_mtp(config: ModelConfig) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import jax
 from absl import logging
 
-from qwen3next_jax.config import EvaluationConfig, require_known
+from qwen3next_jax.config import EvaluationConfig, ModelConfig, require_known
 from qwen3next_jax.data.pipeline import Data
 from qwen3next_jax.data.sources import Records
+from qwen3next_jax.data.tokenizer import Tokenizer
 from qwen3next_jax.evaluation.evaluator import Evaluator
-from qwen3next_jax.evaluation.long_context import TASKS, long_context
-from qwen3next_jax.evaluation.perplexity import document_perplexity
-from qwen3next_jax.evaluation.speculation import speculation
+from qwen3next_jax.evaluation.long_context import TASKS, check_questions, long_context
+from qwen3next_jax.evaluation.perplexity import check_length, document_perplexity
+from qwen3next_jax.evaluation.speculation import beginnings, check_mtp, speculation
 from qwen3next_jax.model.decoder import Qwen3Next
 
 SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
@@ -45,6 +46,46 @@ def check_suites(names: Iterable[str], options: EvaluationConfig) -> None:
         if not options.tasks:
             raise ValueError("The suite lm_eval needs tasks; name some, or YAML files of your own")
         _harness().check_tasks(options.tasks, options.include_path)
+
+
+def check_usable(
+    names: Iterable[str],
+    options: EvaluationConfig,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    domains: Mapping[str, Records],
+    *,
+    on_error: str = "raise",
+) -> None:
+    """Checks what suites need of a model, its tokenizer and texts, before its weights are there.
+
+    Args:
+      names: of suites.
+      options, domains, on_error: as `run_suite` has them.
+      config, tokenizer: the model's.
+
+    Raises:
+      FileNotFoundError: a suite is to chat, and there is no chat template.
+      ValueError: what is asked for does not fit the model, or no text can be used.
+    """
+    names = tuple(names)
+    if names and options.chat:
+        _ = tokenizer.chat_template  # raises where there is none
+    if "perplexity" in names:
+        check_length(config, options.length)
+    if "speculation" in names:
+        check_mtp(config)
+        beginnings(domains, tokenizer, on_error=on_error)
+    if "long_context" in names:
+        check_questions(config, tokenizer, **_questions(options))
+
+
+def _questions(options: EvaluationConfig) -> dict[str, Any]:
+    """The arguments of `long_context`."""
+    return {
+        "tasks": options.long_context_tasks, "lengths": options.lengths, "depths": options.depths,
+        "samples": options.limit or 4, "chat": options.chat, "seed": options.seed,
+    }  # fmt: skip
 
 
 def run_suite(
@@ -78,10 +119,7 @@ def run_suite(
             evaluator, domains, prompts=limit or 16, drafts=options.drafts, on_error=on_error
         )
     if name == "long_context":
-        return long_context(
-            evaluator, tasks=options.long_context_tasks, lengths=options.lengths,
-            depths=options.depths, samples=limit or 4, chat=options.chat, seed=options.seed,
-        )  # fmt: skip
+        return long_context(evaluator, **_questions(options))
     return _harness().run_tasks(
         evaluator, options.tasks, include_path=options.include_path,
         num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot, chat=options.chat,
