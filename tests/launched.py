@@ -9,13 +9,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 TOLD = "told: "  # before what a check tells its test
 
 
+def virtual_devices(count):
+    """$XLA_FLAGS of a process with so many, which compiles as this one does (conftest.py)."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return f"{flags} --xla_force_host_platform_device_count={count}"
+
+
 def start(*command, processes=2, devices=2, grace=60.0, env=None):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-m", "qwen3next_jax.launch", "-n", str(processes), f"--grace={grace}",
          "--", *map(str, command)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | (env or {}),
+        env=os.environ
+        | {"XLA_FLAGS": virtual_devices(devices), "JAX_PLATFORMS": "cpu"}
+        | (env or {}),
     )  # fmt: skip
 
 

@@ -26,7 +26,6 @@ from qwen3next_jax.parallel.mesh import make_mesh
 
 MESHES = {
     "context 2": dict(context=2),
-    "context 4": dict(context=4),
     "context 8": dict(context=8),
     "context 4, tensor 2": dict(context=4, tensor=2),
     "fsdp 2, context 2, tensor 2": dict(fsdp=2, context=2, tensor=2),

@@ -13,6 +13,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from launched import virtual_devices
 from split_ops import MESHES, meshes
 
 from qwen3next_jax.parallel import context
@@ -24,7 +25,7 @@ TESTS = pathlib.Path(__file__).parent
 @pytest.fixture(scope="module")
 def report():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": virtual_devices(8),
         "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
     }
     command = [sys.executable, TESTS / "split_ops.py"]

@@ -7,6 +7,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launched import virtual_devices
 from oracles import quick_jit, random_model, small_config
 
 from qwen3next_jax.inference import decode
@@ -130,7 +131,6 @@ for prompts in ([[5, 9, 2], [7], [3, 3, 8]], [[i, 1] for i in range(8)]):
 
 @pytest.mark.slow
 def test_eight_devices_write_what_one_writes():
-    flags = "--xla_force_host_platform_device_count=8"
     paths = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": paths}
+    environment = {**os.environ, "XLA_FLAGS": virtual_devices(8), "PYTHONPATH": paths}
     subprocess.run([sys.executable, "-c", ON_A_MESH], env=environment, check=True, timeout=600)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launched import virtual_devices
 
 from qwen3next_jax.parallel import expert
 from qwen3next_jax.parallel.expert import _cumsum, _order, _plan, apply_experts
@@ -171,13 +172,13 @@ def compute(table):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(f):
-    y, back = jax.vjp(f, x, weights, table)
-    return y, *back(d_y)
+    y, back, dropped = jax.vjp(f, x, weights, table, has_aux=True)
+    return dropped, (y, *back(d_y))
 
-def whole(x, weights, table):
-    return apply_experts(x, experts, weights, compute(table), num_experts=E)
+def whole(x, weights, table, experts=experts):
+    return apply_experts(x, experts, weights, compute(table), num_experts=E), 0
 
-def split(x, weights, table, **options):
+def split(x, weights, table, experts=experts, **options):
     def local(x, experts, weights, table):
         y, dropped = apply_split_experts(
             x, experts, weights, compute(table), num_experts=E, axis="expert", **options
@@ -187,14 +188,12 @@ def split(x, weights, table, **options):
         local, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
     )(x, experts, weights, table)
 
-expected = run(whole)
+_, expected = run(whole)
 for factor, alignment in ((-1, 1), (-1, 8), (1.05, 1), (2.5, 4)):
     options = dict(buffer_factor=factor, alignment=alignment)
-    dense_split = jax.jit(functools.partial(split, exchange="dense", **options))
-    dropped = np.asarray(dense_split(x, weights, table)[1])
-    dense, ragged = (
-        run(functools.partial(lambda *a, **o: split(*a, **o)[0], exchange=e, **options))
-        for e in ("dense", "ragged")
+    (dropped, dense), (_, ragged) = (
+        run(functools.partial(split, exchange=exchange, **options))
+        for exchange in ("dense", "ragged")
     )
     for a, b in zip(dense, ragged):
         np.testing.assert_array_equal(a, b)
@@ -213,18 +212,15 @@ for factor, alignment in ((-1, 1), (-1, 8), (1.05, 1), (2.5, 4)):
 
 # Half of each device's tokens are padding, which would all go to the same experts.
 padding = (jnp.arange(n * M) % M >= M // 2)[:, None]
-experts = jnp.where(padding, jnp.arange(A), experts)
+fixed = jnp.where(padding, jnp.arange(A), experts)
 room = dict(buffer_factor=2.0, alignment=4)
-expected = run(
-    lambda x, weights, table: apply_experts(
-        x, experts, jnp.where(padding, 0, weights), compute(table), num_experts=E
-    )
-)
-assert np.asarray(split(x, weights, table, **room)[1]).sum() > 0
-experts = jnp.where(padding, E, experts)
-assert not np.asarray(split(x, weights, table, **room)[1]).any()
+_, expected = run(lambda x, w, table: whole(x, jnp.where(padding, 0, w), table, fixed))
+count = jax.jit(lambda experts: split(x, weights, table, experts, **room)[1])
+assert np.asarray(count(fixed)).sum() > 0
+nowhere = jnp.where(padding, E, experts)
 for exchange in ("dense", "ragged"):
-    got = run(lambda *a: split(*a, exchange=exchange, **room)[0])
+    dropped, got = run(lambda *a: split(*a, nowhere, exchange=exchange, **room))
+    assert not np.asarray(dropped).any()
     for a, b in zip(got, expected):
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6)
 """
@@ -232,7 +228,7 @@ for exchange in ("dense", "ragged"):
 
 def test_split_experts_equal_whole_ones_by_either_exchange_and_count_what_finds_no_place():
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": virtual_devices(4),
         "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
     }
     subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=environment, check=True)

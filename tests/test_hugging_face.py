@@ -15,6 +15,7 @@ import pytest
 import torch
 from flax import nnx
 from hf_directory import transformers_model
+from launched import virtual_devices
 from oracles import quick_jit, random_model, small_config
 from transformers import AutoModelForCausalLM
 
@@ -380,7 +381,7 @@ def test_a_model_with_adapters_is_refused_naming_them(tmp_path):
 
 def test_a_model_is_loaded_and_saved_split_over_a_mesh(tmp_path):
     given = hf_directory.released(tmp_path / "given")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"XLA_FLAGS": virtual_devices(4)}
     subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path / "given"), str(tmp_path / "new")],
         check=True, env=environment,

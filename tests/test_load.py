@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from launched import virtual_devices
 from small_run import run, small_config, write_corpus
 from test_loop import is_time
 
@@ -169,9 +170,8 @@ def test_a_split_model_begins_with_the_same_weights(earlier, corpus, tmp_path):
         f"train.initial_checkpoint={str(earlier)!r}", "train.num_steps=2", "mesh.fsdp=4",
         "mesh.data=2", f"data.tokenizer={str(earlier / 'tokenizer.model')!r}",
     ]  # fmt: skip
-    flags = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, HERE / "small_run.py", corpus, tmp_path / "eight", *changes]
-    subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, check=True)
+    subprocess.run(command, env=os.environ | {"XLA_FLAGS": virtual_devices(8)}, check=True)
     one = small_config(
         corpus, train__initial_checkpoint=str(earlier), train__num_steps=2,
         data__tokenizer=str(earlier / "tokenizer.model"),

@@ -15,17 +15,52 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from launched import lines, start
-from oracles import quick_jit
+from launched import lines, start, virtual_devices
 from small_run import run, small_config, write_corpus
 
 from qwen3next_jax.checkpoint.store import named_leaves
+from qwen3next_jax.config import flatten
 from qwen3next_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from qwen3next_jax.evaluation.samples import samples
+from qwen3next_jax.parallel.mesh import make_mesh
 from qwen3next_jax.training import loop
-from qwen3next_jax.training.program import new_model
 
 HERE = pathlib.Path(__file__).parent
+# Keys of `train` that no step reads.
+HOST_ONLY = ("checkpoint_every", "sample_every", "profile_steps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs():
+    """Runs whose steps compute the same share what they compile, and their first state.
+
+    What stands on disk is all that a later run has of an earlier one: a program holds no values.
+    """
+    programs, states = {}, {}
+    make_program, first_state = loop.make_program, loop._first_state
+
+    def shared_program(config, mesh):
+        key = flatten(config.to_dict())
+        for name in list(key):
+            section, _, rest = name.partition(".")
+            if section in ("data", "evaluation") or rest in HOST_ONLY:
+                del key[name]
+        if config.optimizer.schedule == "constant":
+            del key["train.num_steps"]
+        key = json.dumps(key)
+        if key not in programs:
+            programs[key] = make_program(config, mesh)
+        return programs[key]
+
+    def shared_state(config, program):
+        if id(program) not in states:
+            states[id(program)] = first_state(config, program)
+        return jax.tree.map(jnp.copy, states[id(program)])  # the first step consumes it
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_program", shared_program)
+        patch.setattr(loop, "_first_state", shared_state)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -33,25 +68,28 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "texts")
 
 
+def config_of(corpus, steps=8, **changes):
+    """A rate that rises, then stays: however many the steps are, they are one program."""
+    return small_config(
+        corpus, train__num_steps=steps, optimizer__schedule="constant", optimizer__warmup_steps=6,
+        **changes,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """A run that nothing interrupts."""
     workdir = tmp_path_factory.mktemp("whole")
-    model, steps = run(small_config(corpus), workdir)
+    model, steps = run(config_of(corpus), workdir)
     assert steps == 8
     return workdir, model
-
-
-def short(corpus, steps, **changes):
-    """The config of a run whose rate stays: however long it is, one program is compiled."""
-    return small_config(corpus, train__num_steps=steps, optimizer__schedule="constant", **changes)
 
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
     """A run of two steps."""
     workdir = tmp_path_factory.mktemp("finished")
-    run(short(corpus, 2), workdir)
+    run(config_of(corpus, 2), workdir)
     return workdir
 
 
@@ -174,7 +212,7 @@ def test_samples_and_reports_come_at_their_steps_and_change_no_loss(whole, corpu
         written = (tmp_path / "metrics.jsonl").read_text().splitlines()
         reported.append(json.loads(written[-1])["step"])
 
-    run(small_config(corpus, train__sample_every=5), tmp_path, sample=sample, report=report)
+    run(config_of(corpus, train__sample_every=5), tmp_path, sample=sample, report=report)
     assert course(tmp_path) == course(whole[0])
     assert reported == [3, 6, 8]  # checkpoints, and the end
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -190,8 +228,8 @@ def test_a_run_stopped_between_checkpoints_ends_with_the_same_losses(
     with monkeypatch.context() as patch:
         stop_at(patch, 6)  # the last checkpoint is of step 3; metrics go to step 4 or 5
         with pytest.raises(Stop):
-            run(small_config(corpus), tmp_path)
-    model, steps = run(small_config(corpus), tmp_path)
+            run(config_of(corpus), tmp_path)
+    model, steps = run(config_of(corpus), tmp_path)
     assert steps == 5
     assert course(tmp_path) == course(whole[0])
     assert_same_model(model, whole[1])
@@ -199,14 +237,14 @@ def test_a_run_stopped_between_checkpoints_ends_with_the_same_losses(
 
 def test_a_finished_run_is_left_alone_and_goes_on_with_more_steps(corpus, two_steps):
     before = course(two_steps)
-    assert run(short(corpus, 2), two_steps)[1] == 0
+    assert run(config_of(corpus, 2), two_steps)[1] == 0
     assert course(two_steps) == before
-    assert run(short(corpus, 4), two_steps)[1] == 2
+    assert run(config_of(corpus, 4), two_steps)[1] == 2
     assert course(two_steps)[-1]["step"] == 4
 
 
 def test_another_config_is_refused_with_the_keys_that_differ(whole, corpus):
-    changed = small_config(corpus, optimizer__learning_rate=0.5, model__num_experts=8)
+    changed = config_of(corpus, optimizer__learning_rate=0.5, model__num_experts=8)
     with pytest.raises(ValueError, match=r"model\.num_experts: was 4, now 8") as error:
         run(changed, whole[0])
     assert "optimizer.learning_rate" in str(error.value)
@@ -223,24 +261,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_lost(
     with monkeypatch.context() as patch:
         stop_at(patch, 5, change=spoil)
         with pytest.raises(loop.NonFiniteLossError) as error:
-            run(small_config(corpus), tmp_path)
+            run(config_of(corpus), tmp_path)
     message = str(error.value)
     assert "at step 5" in message
     assert "the gradient of embed_tokens" in message
     assert "of step 3" in message
-    model, _ = run(small_config(corpus), tmp_path)
+    model, _ = run(config_of(corpus), tmp_path)
     assert course(tmp_path) == course(whole[0])
     assert_same_model(model, whole[1])
 
 
 def test_accumulated_micro_batches_take_nearly_the_same_course(whole, corpus, tmp_path):
-    config = small_config(corpus, train__gradient_accumulation_steps=4, train__num_steps=3)
+    config = config_of(corpus, steps=3, train__gradient_accumulation_steps=4)
     run(config, tmp_path)
     accumulated, at_once = (
         [line for line in course(folder) if "loss" in line and line["step"] <= 2]
         for folder in (tmp_path, whole[0])
     )
-    # Only the balance term, at a weight of 1e-3, is another one; the schedule is shorter.
+    # Only the balance term, at a weight of 1e-3, is another one.
     for a, b in zip(accumulated, at_once, strict=True):
         np.testing.assert_allclose(a["ce"], b["ce"], rtol=1e-2)
         assert a["tokens"] == b["tokens"]
@@ -248,7 +286,7 @@ def test_accumulated_micro_batches_take_nearly_the_same_course(whole, corpus, tm
 
 
 def test_a_second_run_in_a_directory_is_refused_while_the_first_one_lives(corpus, tmp_path):
-    config = short(corpus, 2)
+    config = config_of(corpus, 2)
 
     def another(line):
         with pytest.raises(ValueError, match="Another process is training in"):
@@ -263,7 +301,7 @@ def test_a_second_run_in_a_directory_is_refused_while_the_first_one_lives(corpus
 @pytest.mark.parametrize(("failing", "at"), [("evaluate", 2), ("suites", 2), ("sample", 1)])
 def test_what_was_learnt_is_saved_though_an_evaluation_fails(failing, at, corpus, tmp_path):
     def config(steps):
-        return short(corpus, steps, train__checkpoint_every=0, train__sample_every=1)
+        return config_of(corpus, steps, train__checkpoint_every=0, train__sample_every=1)
 
     def fail(*_):
         raise RuntimeError("the evaluation fails")
@@ -277,15 +315,15 @@ def test_what_was_learnt_is_saved_though_an_evaluation_fails(failing, at, corpus
 def test_a_run_does_not_go_on_with_other_records(corpus, tmp_path):
     texts = tmp_path / "texts"
     shutil.copytree(corpus, texts)
-    run(short(texts, 2), tmp_path / "run")
+    run(config_of(texts, 2), tmp_path / "run")
     (texts / "new.txt").write_text("one more\n")
     with pytest.raises(ValueError, match=r"not what the run began with.*\n  text: 40 .*, 41 now"):
-        run(short(texts, 3), tmp_path / "run")
+        run(config_of(texts, 3), tmp_path / "run")
     (texts / "0.txt").unlink()
     with pytest.raises(ValueError, match="40 records then, 40 now, in other files"):
-        run(short(texts, 3), tmp_path / "run")
+        run(config_of(texts, 3), tmp_path / "run")
     # A finished run is left alone.
-    assert run(short(texts, 2), tmp_path / "run")[1] == 0
+    assert run(config_of(texts, 2), tmp_path / "run")[1] == 0
 
 
 def test_a_run_that_never_trained_may_begin_otherwise(corpus, tmp_path, monkeypatch):
@@ -295,20 +333,20 @@ def test_a_run_that_never_trained_may_begin_otherwise(corpus, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(loop, "compiled_together", no_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
-            run(small_config(corpus), tmp_path)
-    run(small_config(corpus, train__num_steps=1, train__global_batch_size=4), tmp_path)
-    with pytest.raises(ValueError, match="global_batch_size: was 4, now 8"):
-        run(small_config(corpus), tmp_path)
+            run(config_of(corpus), tmp_path)
+    run(config_of(corpus, steps=1, data__holdout_fraction=0.3), tmp_path)
+    with pytest.raises(ValueError, match=r"data\.holdout_fraction: was 0\.3, now 0\.2"):
+        run(config_of(corpus), tmp_path)
 
 
 def test_a_tokenizer_is_made_anew_for_other_texts_while_nothing_is_saved(corpus, tmp_path):
-    config = small_config(corpus)
+    config = config_of(corpus)
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     kept = tmp_path / "tokenizer.model"
     kept.write_text("made of these texts")
-    loop.begin_anew(small_config(corpus, train__global_batch_size=4), tmp_path)
+    loop.begin_anew(config_of(corpus, train__global_batch_size=4), tmp_path)
     assert kept.exists()
-    other = small_config(corpus, data__holdout_fraction=0.3)
+    other = config_of(corpus, data__holdout_fraction=0.3)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     loop.begin_anew(other, tmp_path)
     assert kept.exists()
@@ -322,7 +360,7 @@ def test_a_directory_that_is_no_run_s_is_not_written_over(corpus, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text(given)
     with pytest.raises(ValueError, match=r"config.json is not a run's"):
-        run(small_config(corpus), tmp_path)
+        run(config_of(corpus), tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "config.json": given, "tokenizer.json": given,
     }  # fmt: skip
@@ -331,14 +369,14 @@ def test_a_directory_that_is_no_run_s_is_not_written_over(corpus, tmp_path):
 def test_checkpoints_without_their_config_are_not_gone_on_with(corpus, two_steps):
     (two_steps / "config.json").unlink()
     with pytest.raises(ValueError, match=r"holds checkpoints but no config.json"):
-        run(short(corpus, 3), two_steps)
+        run(config_of(corpus, 3), two_steps)
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer(corpus, two_steps):
     texts = [path.read_text() for path in sorted(corpus.iterdir())]
     train_tokenizer(texts[:3], two_steps / "tokenizer.model", vocab_size=300)
     with pytest.raises(ValueError, match=r"the tokenizer's sha256: \w+ then, \w+ now"):
-        run(short(corpus, 3), two_steps)
+        run(config_of(corpus, 3), two_steps)
 
 
 @pytest.mark.parametrize(
@@ -354,12 +392,12 @@ def test_what_is_not_finite_is_no_overflow_though_it_fills_the_buffers(
     monkeypatch.setattr(loop, "compiled_together", lambda step: halted)
     monkeypatch.setattr(loop, "first_bad_parameter", lambda *_: "norm/weight")
     with pytest.raises(error):
-        run(small_config(corpus), tmp_path)
+        run(config_of(corpus), tmp_path)
 
 
 def test_fewer_steps_than_were_taken_are_refused(corpus, two_steps):
     with pytest.raises(ValueError, match="num_steps=1 lies before the checkpoint of step 2"):
-        run(short(corpus, 1), two_steps)
+        run(config_of(corpus, 1), two_steps)
     assert json.loads((two_steps / "config.json").read_text())["train"]["num_steps"] == 2
 
 
@@ -367,29 +405,30 @@ def test_a_run_stopped_while_it_is_traced_goes_on(corpus, tmp_path, monkeypatch)
     traced = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: traced.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("stop"))
-    config = short(corpus, 5, train__profile_steps=(2, 40))
+    config = config_of(corpus, 5, train__profile_steps=(2, 40))
     with pytest.raises(loop.Stopped):
         run(config, tmp_path, should_stop=lambda step: step == 3)
     assert traced == ["start", "stop"]
     run(config, tmp_path)  # the rest of what is to be traced, to the last step
     assert traced == ["start", "stop"] * 2
-    run(short(corpus, 6, train__profile_steps=(2, 4)), tmp_path)
+    run(config_of(corpus, 6, train__profile_steps=(2, 4)), tmp_path)
     assert traced == ["start", "stop"] * 2
 
 
 def test_mtp_and_router_weights_move_in_training(whole, corpus):
-    create = quick_jit(lambda: nnx.state(new_model(small_config(corpus))))
-    start = dict(named_leaves(create()))
+    config = config_of(corpus)
+    program = loop.make_program(config, mesh := make_mesh(config.mesh))
+    with jax.set_mesh(mesh):
+        start = dict(named_leaves(loop._first_state(config, program).params))
     end = dict(named_leaves(nnx.state(whole[1])))
     for name in ("mtp/fc", "mtp/layer/mlp/router", "groups/layers/0/mlp/router"):
         assert np.abs(np.asarray(end[name]) - np.asarray(start[name])).max() > 1e-4, name
 
 
 def in_a_process(corpus, workdir, *changes, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, HERE / "small_run.py", corpus, workdir, *changes],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": virtual_devices(devices), "JAX_PLATFORMS": "cpu"},
         stderr=subprocess.PIPE,
     )
 

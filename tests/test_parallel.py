@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from launched import virtual_devices
 from split_model import MESHES
 
 HERE = pathlib.Path(__file__)
@@ -28,7 +29,7 @@ COLLECTIVES = {
 def on_eight_devices(*args):
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": virtual_devices(8),
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])]),
     }
     # The text of a program that comes from the cache cannot always be had.

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from launched import run
+from launched import run, virtual_devices
 from oracles import quick_jit
 from several import big_state
 
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_any_others(tmp_path):
     def on(devices, *command):
         subprocess.run(
             [sys.executable, "tests/several.py", *map(str, command)], cwd=ROOT, check=True,
-            env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+            env=os.environ | {"XLA_FLAGS": virtual_devices(devices)},
         )  # fmt: skip
 
     on(8, "save", tmp_path, 5)
