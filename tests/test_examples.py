@@ -22,7 +22,9 @@ def examples_on_path(monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", ["modules_in_nnx", "modules_in_linen"])
+@pytest.mark.parametrize(
+    "name", ["modules_in_nnx", pytest.param("modules_in_linen", marks=pytest.mark.slow)]
+)
 def test_modules_learn_inside_somebody_elses_model(name):
     losses = __import__(name).main(steps=20)
     # From chance (ln 16 = 2.8 nats): the table is half learnt after 20 steps.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from launched import virtual_devices
+from oracles import random_model
 from small_run import run, small_config, write_corpus
 from test_loop import is_time
 
@@ -156,8 +157,15 @@ def test_a_run_begins_with_given_weights_and_goes_on_with_its_own(earlier, corpu
     ]
 
 
-def test_another_model_is_refused_before_the_directory_is_this_runs(earlier, corpus, tmp_path):
-    config = small_config(corpus, train__initial_checkpoint=str(earlier), model__num_experts=8)
+def test_another_model_is_refused_before_the_directory_is_this_runs(corpus, tmp_path):
+    earlier = small_config(corpus)
+    store = CheckpointStore(tmp_path / "earlier" / "checkpoints", keep=2)
+    store.save(1, {"params": nnx.state(random_model(earlier.model), nnx.Param)}, {})
+    store.close()
+    (tmp_path / "earlier" / "config.json").write_text(json.dumps(earlier.to_dict()))
+    config = small_config(
+        corpus, train__initial_checkpoint=str(tmp_path / "earlier"), model__num_experts=8
+    )
     with pytest.raises(ValueError, match=r"model\.num_experts=8, in the checkpoint 4"):
         run(config, tmp_path / "new")
     assert not (tmp_path / "new" / "config.json").exists()

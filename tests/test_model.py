@@ -228,8 +228,8 @@ from qwen3next_jax.training.loss import complete_batch
 model = random_model(small_config(mtp_steps=1))
 tokens = jnp.arange(40, dtype=jnp.int32).reshape(2, 20)
 batch = complete_batch(tokens)
-nnx.value_and_grad(lambda model: q3n.loss(model, batch), has_aux=True)(model)
-assert model(tokens).dtype == jnp.float32
+nnx.jit(nnx.value_and_grad(lambda model: q3n.loss(model, batch), has_aux=True))(model)
+assert nnx.jit(lambda model: model(tokens))(model).dtype == jnp.float32
 plain, fast = (
     q3n.generate(model, [[1, 2, 3], [4]], max_new_tokens=4, speculative=s) for s in (False, True)
 )

@@ -43,8 +43,7 @@ def drafts_known_in_advance(monkeypatch):
         compiled.clear_cache()
 
 
-@pytest.mark.parametrize("drafts", [1, 4])
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize(("drafts", "penalty"), [(1, 1.3), (4, 1.0)])
 def test_greedy_tokens_are_the_same_whatever_is_drafted(
     model, drafts, penalty, drafts_known_in_advance
 ):
@@ -107,7 +106,13 @@ def test_verified_tokens_follow_the_model_s_distribution(broken):
         assert abs((kept >= 1).mean() - overlap) < 0.0125  # five standard deviations
 
 
-@pytest.mark.parametrize("options", [{}, dict(top_k=40, temperature=1.5)], ids=["plain", "top_k"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param(dict(top_k=40, temperature=1.5), id="top_k"),
+    ],
+)
 def test_sampled_continuations_have_the_model_s_distribution(model, options):
     """The second token's distribution, against all of the first token's 61 ways to it."""
     prompt, rows = [5, 9, 2], 6000

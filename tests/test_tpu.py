@@ -53,16 +53,16 @@ def test_command_says_which_key_no_config_has():
 
 
 def test_a_plan_for_gpus_is_by_arithmetic_alone():
-    shape = ["--config=configs/80b_a3b.py", "--topology=h200:64"]
+    shape = ["--config=configs/80b_a3b.py", "--topology=h200:16"]
     done = plan(*shape, "--search", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["topology"] == "h200:64"
+    assert result["topology"] == "h200:16"
     assert result["source"] == "arithmetic"
     assert not any("compiled" in row for row in result["search"])
     done = plan(*shape, "--compile")
     assert done.returncode == 1
-    assert "error: --compile asks the TPU compiler, which knows no h200:64" in done.stderr
+    assert "error: --compile asks the TPU compiler, which knows no h200:16" in done.stderr
 
 
 # In the compiler's place: the first layout is too large, the third is faster than the second.
