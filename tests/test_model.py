@@ -218,6 +218,7 @@ def test_a_model_names_what_it_was_given_and_the_shape_it_takes(given, message):
         abstract_model(small_config())(*given)
 
 
+@pytest.mark.slow
 def test_a_model_runs_where_double_precision_is_allowed():
     script = """
 import jax.numpy as jnp
