@@ -23,6 +23,7 @@ from qwen3next_jax.data.tokenizer import Tokenizer, split_stops
 from qwen3next_jax.inference.decode import Generation
 from qwen3next_jax.model.decoder import Qwen3Next, default_positions
 from qwen3next_jax.ops.delta_rule import CHUNK
+from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.parallel.mesh import BATCH, ROWS
 from qwen3next_jax.parallel.vocabulary import token_scores
 
@@ -224,7 +225,7 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if power > _SHORTEST and length <= power * 3 // 4 else power
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
 def _score(graph, mesh, params, tokens, targets, segments):
     model = nnx.merge(graph, params)
     positions = default_positions(tokens, segments)

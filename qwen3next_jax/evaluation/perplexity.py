@@ -24,6 +24,7 @@ from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.documents import learnt_text, readable
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.training.loss import next_token_losses
 
 _AT_A_TIME = 1024  # documents in memory
@@ -64,7 +65,7 @@ def perplexity(
     return result | ({"eval_dropped_assignments": dropped} if dropped else {})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=COMPILER_OPTIONS)
 def _losses(graph, params, batch, chunk):
     return next_token_losses(nnx.merge(graph, params), batch, chunk=chunk)
 

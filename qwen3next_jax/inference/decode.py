@@ -28,6 +28,7 @@ from qwen3next_jax.inference.sampling import Sampling, require_integers
 from qwen3next_jax.inference.speculative import draft, verify
 from qwen3next_jax.model.cache import empty_cache, keep
 from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.parallel.mesh import ROWS, no_mesh
 from qwen3next_jax.parallel.processes import exchange
 
@@ -240,7 +241,9 @@ class _State(NamedTuple):
     accepted: Int[Array, "K"]
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
+@functools.partial(
+    jax.jit, static_argnums=0, donate_argnums=(2, 3), compiler_options=COMPILER_OPTIONS
+)
 def _prefill(structure, params, caches, last_hidden, tokens, *, first, length):
     """Reads a piece of each prompt, and keeps the hidden state of its last token.
 

@@ -25,6 +25,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.cpu import row_max, row_sum
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
 from qwen3next_jax.ops.platform import check_platform, is_hopper, platform, require_tokens
 
@@ -311,7 +312,7 @@ def add_pair_gradients(
 
     def visit(carry, pair):
         i, j = pair
-        mask = _mask(q_segments[i], k_segments[j], i, j, causal).transpose(0, 1, 4, 2, 3)
+        mask = _mask(q_segments[i], k_segments[j], i, j, causal, by_key=True)
 
         def split(x):
             return x.reshape(*x.shape[:3], R, C)
@@ -319,7 +320,7 @@ def add_pair_gradients(
         def attend(rows):
             d_q, d_k, d_v = rows
             scores = split(H**-0.5 * _dot("bkdh,bkhs->bkds", k[j], turned_q[i]))
-            weights = jnp.where(mask, jnp.exp(scores - log_norm[i][:, :, None]), 0)
+            weights = jnp.exp(jnp.where(mask, scores, _MASKED) - log_norm[i][:, :, None])
             d_weights = split(_dot("bkdp,bkps->bkds", v[j], turned_d_out[i]))
             d_scores = H**-0.5 * (weights * (d_weights - balance[i][:, :, None]))
             weights = weights.astype(v.dtype).reshape(*weights.shape[:3], R * C)
@@ -346,19 +347,28 @@ def _one_after_another(x):
 def _add_block(carry, scores, v, product):
     """Running sum, maximum and norm of a softmax after one more block of sources."""
     total, peak, norm = carry
-    new_peak = jnp.maximum(peak, scores.max(-1))
+    new_peak = jnp.maximum(peak, row_max(scores))
     weights = jnp.exp(scores - new_peak[..., None])
     shrink = jnp.exp(peak - new_peak)
     total = shrink[..., None] * total + _dot(product, weights.astype(v.dtype), v)
-    return total, new_peak, shrink * norm + weights.sum(-1)
+    return total, new_peak, shrink * norm + row_sum(weights)
 
 
-def _mask(q_segments, k_segments, i, j, causal):
-    """Which of key block j's tokens [B, 1, 1, C, D] those of query block i may look at."""
+def _mask(q_segments, k_segments, i, j, causal, *, by_key=False):
+    """Which of key block j's tokens those of query block i may look at.
+
+    [B, 1, 1, C, D] of C queries and D keys; `by_key` [B, 1, D, 1, C].
+    """
+    C, D = q_segments.shape[1], k_segments.shape[1]
+    query, key = i * C + jnp.arange(C), j * D + jnp.arange(D)
+    if by_key:
+        mask = k_segments[:, :, None] == q_segments[:, None, :]
+        if causal:
+            mask &= query >= key[:, None]
+        return mask[:, None, :, None]
     mask = q_segments[:, :, None] == k_segments[:, None, :]
     if causal:
-        C, D = mask.shape[1:]
-        mask &= i * C + jnp.arange(C)[:, None] >= j * D + jnp.arange(D)
+        mask &= query[:, None] >= key
     return mask[:, None, None]
 
 

@@ -7,10 +7,13 @@ convolution primitive would be slower for depthwise filters of four taps. "palla
 TPUs, for which several passes over the activations become one (`pallas/causal_conv.py`).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.ops.pallas import causal_conv as kernels
 from qwen3next_jax.ops.platform import check_platform, platform
 
@@ -48,7 +51,7 @@ def causal_conv(
       ValueError: the tail is of another length, the activation is unknown, or the implementation
         is unknown or not for this platform or these arrays.
     """
-    W, T = kernel.shape[0], x.shape[1]
+    W = kernel.shape[0]
     if activation not in (None, "silu"):
         raise ValueError(f"{activation=} is unknown; expected 'silu' or None")
     if tail is not None and tail.shape[1] != W - 1:
@@ -66,19 +69,66 @@ def causal_conv(
         return kernels.causal_conv(x, kernel, segment_ids, activation == "silu")
     if implementation != "shifted":
         raise ValueError(f"{implementation=} is unknown; expected 'shifted' or 'pallas'")
-    padding = [(0, 0)] * (x.ndim - 2)
     if tail is None:
-        padded = jnp.pad(x, [(0, 0), (W - 1, 0), *padding])
+        padded = jnp.pad(x, [(0, 0), (W - 1, 0), *[(0, 0)] * (x.ndim - 2)])
     else:
         padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-    total = jnp.zeros(x.shape, jnp.float32)
+    return _shifted(padded, jnp.asarray(kernel), segment_ids, activation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _shifted(padded, kernel, segment_ids, activation):
+    total = _sums(padded, kernel, segment_ids)
+    return (total if activation is None else jax.nn.silu(total)).astype(padded.dtype)
+
+
+def _shifted_forward(padded, kernel, segment_ids, activation):
+    return _shifted(padded, kernel, segment_ids, activation), (padded, kernel, segment_ids)
+
+
+def _shifted_backward(activation, residuals, d_out):
+    padded, kernel, segment_ids = residuals
+    W, T = len(kernel), d_out.shape[1]
+
+    def gradient_of_sums(padded, kernel, d_out):
+        d_out = d_out.astype(jnp.float32)
+        if activation is None:
+            return d_out
+        return jax.vjp(jax.nn.silu, _sums(padded, kernel, segment_ids))[1](d_out)[0]
+
+    # Each tap reads them, for its inputs and for its part of the kernel.
+    d_total = once(gradient_of_sums, padded, kernel, d_out)
+    d_padded, d_kernel = jnp.zeros(padded.shape, jnp.float32), []
     for w in range(W):
-        shift = W - 1 - w
-        taps = jnp.broadcast_to(kernel[w].astype(jnp.float32), x.shape)  # see `RMSNorm`
-        tap = padded[:, w : w + T].astype(jnp.float32) * taps
-        if segment_ids is not None and shift:
-            earlier = jnp.pad(segment_ids, ((0, 0), (shift, 0)), mode="edge")[:, :T]
-            same = (earlier == segment_ids).reshape(*segment_ids.shape, *[1] * (x.ndim - 2))
-            tap = jnp.where(same, tap, 0)
-        total += tap
-    return (total if activation is None else jax.nn.silu(total)).astype(x.dtype)
+        d_tap = _in_document(d_total, segment_ids, W - 1 - w)
+        d_kernel.append((d_tap * padded[:, w : w + T].astype(jnp.float32)).sum((0, 1)))
+        around = [(0, 0), (w, W - 1 - w), *[(0, 0)] * (padded.ndim - 2)]
+        d_padded += jnp.pad(d_tap * _taps(kernel, w, d_tap), around)
+    return d_padded.astype(padded.dtype), jnp.stack(d_kernel).astype(kernel.dtype), None
+
+
+_shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+def _sums(padded, kernel, segment_ids):
+    """Of W − 1 inputs more than outputs, in float32."""
+    W = len(kernel)
+    T = padded.shape[1] - (W - 1)
+    total = jnp.zeros((padded.shape[0], T, *padded.shape[2:]), jnp.float32)
+    for w in range(W):
+        inputs = padded[:, w : w + T].astype(jnp.float32)
+        total += _in_document(inputs * _taps(kernel, w, total), segment_ids, W - 1 - w)
+    return total
+
+
+def _taps(kernel, w, like):
+    return jnp.broadcast_to(kernel[w].astype(jnp.float32), like.shape)  # see `RMSNorm`
+
+
+def _in_document(tap, segment_ids, shift):
+    """A tap [B, T, ...] where the token `shift` before is of the same document, else 0."""
+    if segment_ids is None or not shift:
+        return tap
+    earlier = jnp.pad(segment_ids, ((0, 0), (shift, 0)), mode="edge")[:, : tap.shape[1]]
+    same = (earlier == segment_ids).reshape(*segment_ids.shape, *[1] * (tap.ndim - 2))
+    return jnp.where(same, tap, 0)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.cpu import row_max, row_sum
 from qwen3next_jax.ops.platform import require_tokens
 
 
@@ -129,13 +130,13 @@ def _losses(hidden, targets, head, vocab_axis):
     logits = jnp.einsum(
         "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
-    peaks = logits.max(-1)
+    peaks = row_max(logits)
     if vocab_axis is not None:
         peaks = jax.lax.pmax(peaks, vocab_axis)
         targets = targets - head.shape[1] * jax.lax.axis_index(vocab_axis)
     exps = jnp.exp(logits - peaks[..., None])
     chosen = jax.nn.one_hot(targets, head.shape[1], dtype=jnp.float32)
-    norms, picked = exps.sum(-1), (logits * chosen).sum(-1)
+    norms, picked = row_sum(exps), row_sum(logits * chosen)
     if vocab_axis is not None:
         norms, picked = jax.lax.psum((norms, picked), vocab_axis)
     return jnp.log(norms) + peaks - picked, chosen, exps, norms, peaks - picked

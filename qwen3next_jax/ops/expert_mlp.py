@@ -91,7 +91,8 @@ def expert_mlp(
         )
     both = grouped_matmul(rows, _side_by_side(gate_up), group_sizes, block=block)
     # Weighed before the second product, where rows are narrowest, in float32.
-    hidden = _between(both.astype(jnp.float32), weights).astype(rows.dtype)
+    hidden = _between(*jnp.split(both.astype(jnp.float32), 2, axis=-1), weights)
+    hidden = hidden.astype(rows.dtype)
     return grouped_matmul(hidden, down, group_sizes, block=block)
 
 
@@ -103,13 +104,12 @@ def _at_once(rows, block):
     return max(1, min(_AT_ONCE.get(platform(), 1), rows // block))
 
 
-def _between(both, weights):
-    gate, up = jnp.split(both, 2, axis=-1)
+def _between(gate, up, weights):
     return jax.nn.silu(gate) * up * weights[..., None]
 
 
 def _side_by_side(gate_up):
-    """[Z, 2, D, F] → [Z, D, 2 F], for one product with both."""
+    """[E, 2, D, F] → [E, D, 2 F], for one product with both."""
     return gate_up.swapaxes(1, 2).reshape(len(gate_up), gate_up.shape[2], -1)
 
 
@@ -119,8 +119,8 @@ def _blocked(rows, weights, gate_up, down, group_sizes, block):
 
     def visit(i, out):
         expert = visits.take(visits.group, i)
-        both = _product("zrd,zdf->zrf", visits.blocks(out, i), _side_by_side(gate_up[expert]))
-        hidden = _between(both, visits.blocks(weights, i)).astype(rows.dtype)
+        gate, up = _gate_and_up(visits.blocks(out, i), gate_up, expert)
+        hidden = _between(gate, up, visits.blocks(weights, i)).astype(rows.dtype)
         return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert]))
 
     return jax.lax.fori_loop(0, visits.used, visit, rows)
@@ -130,15 +130,15 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
     visits = _Visits(rows, group_sizes, block)
 
     def visit(i, carry):
-        out, kept = carry
+        out, gates, ups = carry
         expert = visits.take(visits.group, i)
-        both = _product("zrd,zdf->zrf", visits.blocks(out, i), _side_by_side(gate_up[expert]))
-        kept = visits.put(kept, i, both)
-        hidden = _between(both, visits.blocks(weights, i)).astype(rows.dtype)
-        return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert])), kept
+        gate, up = _gate_and_up(visits.blocks(out, i), gate_up, expert)
+        gates, ups = visits.put(gates, i, gate), visits.put(ups, i, up)
+        hidden = _between(gate, up, visits.blocks(weights, i)).astype(rows.dtype)
+        return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert])), gates, ups
 
-    kept = jnp.zeros((len(rows), 2 * gate_up.shape[3]), rows.dtype)
-    out, kept = jax.lax.fori_loop(0, visits.used, visit, (rows, kept))
+    kept = jnp.zeros((len(rows), gate_up.shape[3]), rows.dtype)
+    out, *kept = jax.lax.fori_loop(0, visits.used, visit, (rows, kept, kept))
     return out, (rows, weights, gate_up, down, group_sizes, kept)
 
 
@@ -150,28 +150,32 @@ def _blocked_backward(block, residuals, d_out):
         d_rows, d_weights, d_gate_up, d_down = carry
         expert = visits.take(visits.group, i)
         x, d_y = visits.blocks(rows, i), visits.blocks(d_rows, i)
-        before = visits.blocks(kept, i).astype(jnp.float32)
-        hidden, pull = jax.vjp(_between, before, visits.blocks(weights, i))
-        d_before, d_w = pull(_product("zrd,zfd->zrf", d_y, down[expert]))
-        d_before = d_before.astype(dtype)
+        gate, up = (visits.blocks(x, i).astype(jnp.float32) for x in kept)
+        hidden, pull = jax.vjp(_between, gate, up, visits.blocks(weights, i))
+        *d_both, d_w = pull(_product("zrd,zfd->zrf", d_y, down[expert]))
         # Blocks without an expert are taken along with the last ones, but add to no gradient.
         d_down = d_down.at[expert].add(_product("zrf,zrd->zfd", hidden.astype(dtype), d_y))
-        d_gate_up = d_gate_up.at[expert].add(_product("zrd,zrf->zdf", x, d_before))
-        matrices = _side_by_side(gate_up[expert])
-        d_rows = visits.put(d_rows, i, _product("zrf,zdf->zrd", d_before, matrices))
-        return d_rows, visits.put(d_weights, i, d_w), d_gate_up, d_down
+        d_x = jnp.zeros(x.shape, jnp.float32)
+        for j, d_one in enumerate(d_both):
+            d_one = d_one.astype(dtype)
+            d_gate_up = d_gate_up.at[expert, j].add(_product("zrd,zrf->zdf", x, d_one))
+            d_x += _product("zrf,zdf->zrd", d_one, gate_up[expert, j])
+        return visits.put(d_rows, i, d_x), visits.put(d_weights, i, d_w), d_gate_up, d_down
 
-    E, F, D = down.shape
     start = (
         d_out, jnp.zeros_like(weights),
-        jnp.zeros((E, D, 2 * F), jnp.float32), jnp.zeros((E, F, D), jnp.float32),
+        jnp.zeros(gate_up.shape, jnp.float32), jnp.zeros(down.shape, jnp.float32),
     )  # fmt: skip
     d_rows, d_weights, d_gate_up, d_down = jax.lax.fori_loop(0, visits.used, visit, start)
-    d_gate_up = d_gate_up.astype(dtype).reshape(E, D, 2, F).swapaxes(1, 2)
-    return d_rows, d_weights, d_gate_up, d_down.astype(dtype), None
+    return d_rows, d_weights, d_gate_up.astype(dtype), d_down.astype(dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _gate_and_up(x, gate_up, expert):
+    """Two products: for one, each visit would have to put the matrices side by side."""
+    return (_product("zrd,zdf->zrf", x, gate_up[expert, j]) for j in range(2))
 
 
 class _Visits:

@@ -2,6 +2,10 @@
 
 import jax
 
+# Of `jax.jit`, for programs over many tokens. By default XLA gives products and sums on CPUs to its
+# YNNPACK library; without it a training step takes a quarter less. Other platforms ignore it.
+COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
 
 def platform() -> str:
     """The platform of the mesh in use ("cpu", "gpu" or "tpu"), else the default backend's.

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import BATCH, parameter_shardings
 from qwen3next_jax.training.optimizer import make_optimizer
@@ -49,7 +50,11 @@ def make_program(config: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         moment_dtype=jnp.dtype(config.precision.optimizer),
         zero_centered_norm=config.model.zero_centered_norm,
     )
-    step = jax.jit(make_train_step(graph, optimizer, config), donate_argnums=0)
+    step = jax.jit(
+        make_train_step(graph, optimizer, config),
+        donate_argnums=0,
+        compiler_options=COMPILER_OPTIONS,
+    )
     state = _abstract_state(params, optimizer, mesh)
     return Program(graph, optimizer, schedule, state, _abstract_batch(config, mesh), step)
 
