@@ -70,7 +70,9 @@ def main():
     parser.add_argument("--vs", choices=["transformers"])
     parser.add_argument("--contexts", help="lengths of a row, separated by commas, in place of one")
     parser.add_argument("--only", choices=MIXERS, help="a model of one layer, with this mixer")
-    parser.add_argument("--profile", action="store_true", help="what a step's GPU kernels take")
+    parser.add_argument(
+        "--profile", action="store_true", help="what a step's operations take, on a CPU or GPU"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.only and args.vs:
@@ -86,7 +88,7 @@ def compare(args):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, SHAPES[args.shape]["vocab_size"], (args.batch, args.seq))
     theirs = Apart(Theirs, args) if args.vs else None
-    ours = Apart(Ours, args, theirs and theirs.call("tensors"))
+    ours = Apart(Ours, args, theirs and theirs.call("tensors"), profile=args.profile)
     sides = {"ours": ours} | ({"transformers": theirs} if theirs else {})
     first = {name: side.call("prepare", tokens) for name, side in sides.items()}
     if theirs and not args.forward:
@@ -157,8 +159,12 @@ def model_config(args):
 class Apart:
     """A side in a process of its own, and calls of its methods there."""
 
-    def __init__(self, side, *args):
+    def __init__(self, side, *args, profile=False):
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read at its start
+        if profile:  # else a CPU's operations leave no trace
+            os.environ["XLA_FLAGS"] = (
+                os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_xprof_traceme=true"
+            )
         context = multiprocessing.get_context("spawn")
         self.pipe, far_end = context.Pipe()
         self.process = context.Process(target=serve, args=(far_end, side, *args), daemon=True)
@@ -257,20 +263,21 @@ class Ours:
         return product_ceiling(self.dtype, rounds=5)
 
     def profile(self):
-        """Prints what the kernels of one more step take, the longest first; for GPUs."""
+        """Prints what the operations of one more step take, the longest first."""
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 self.step()
             traces = pathlib.Path(folder).glob("**/*.xplane.pb")
             data = jax.profiler.ProfileData.from_file(str(next(traces)))
         taken, calls = collections.Counter(), collections.Counter()
-        for plane in data.planes:
-            if plane.name.startswith("/device:GPU"):
-                for line in plane.lines:
-                    if line.name.startswith("Stream"):
-                        for event in line.events:
-                            taken[event.name] += event.duration_ns
-                            calls[event.name] += 1
+        for line in (line for plane in data.planes for line in plane.lines):
+            # A GPU's kernels, or what a CPU's threads call: loops and branches hold other events.
+            if not line.name.startswith(("Stream", "tf_XLAEigen")):
+                continue
+            for event in line.events:
+                if not event.name.startswith(("end: ", "ThunkExecutor", "while", "cond")):
+                    taken[event.name] += event.duration_ns
+                    calls[event.name] += 1
         print(f"{calls.total()} kernels, {taken.total() / 1e6:.1f} ms")
         for name, nanoseconds in taken.most_common(40):
             print(f"{nanoseconds / 1e6:10.2f} ms {calls[name]:6} x {name}")
