@@ -42,14 +42,15 @@ _FEW = 16  # queries whose scores with all slots fit memory easily
 _MASKED = -1e30
 
 
-def default_implementation(tokens: int, head_size: int, dtype: jnp.dtype) -> str:
+def default_implementation(tokens: int, key_size: int, value_size: int, dtype: jnp.dtype) -> str:
     """The implementation that suits the platform, rows of so many tokens, and heads."""
     if platform() == "tpu":
         return "pallas"
     # Whether cuDNN is there can be asked only on the machine that it is on.
     if platform() != "gpu" or jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
         return "chunked"
-    takes_heads = head_size % 8 == 0 and head_size <= (256 if is_hopper() else 128)
+    takes_heads = key_size == value_size and key_size % 8 == 0
+    takes_heads &= key_size <= (256 if is_hopper() else 128)
     takes_rows = tokens % 2 == 0 and tokens <= _MASK_TOKENS
     return "cudnn" if takes_heads and takes_rows else "chunked"
 
@@ -79,9 +80,7 @@ def attention(
     B, T, N, H = q.shape
     K = k.shape[2]
     if implementation is None:
-        implementation = default_implementation(T, H, q.dtype)
-        if implementation == "cudnn" and v.shape[-1] != H:
-            implementation = "chunked"
+        implementation = default_implementation(T, H, v.shape[-1], q.dtype)
     if implementation not in ("chunked", "pallas", "cudnn", "reference"):
         raise ValueError(
             f"{implementation=} is unknown; expected 'chunked', 'pallas', 'cudnn' or 'reference'"

@@ -150,7 +150,7 @@ def _blocked_backward(block, residuals, d_out):
         d_rows, d_weights, d_gate_up, d_down = carry
         expert = visits.take(visits.group, i)
         x, d_y = visits.blocks(rows, i), visits.blocks(d_rows, i)
-        gate, up = (visits.blocks(x, i).astype(jnp.float32) for x in kept)
+        gate, up = (visits.blocks(products, i).astype(jnp.float32) for products in kept)
         hidden, pull = jax.vjp(_between, gate, up, visits.blocks(weights, i))
         *d_both, d_w = pull(_product("zrd,zfd->zrf", d_y, down[expert]))
         # Blocks without an expert are taken along with the last ones, but add to no gradient.

@@ -196,7 +196,7 @@ def implementations(
 ) -> dict[str, str]:
     """Which implementations of ops a model takes on a mesh, for rows of so many tokens."""
     sizes = config.linear_key_head_dim, config.linear_value_head_dim
-    names = {"attention": default_attention(tokens, config.head_dim, dtype)}
+    names = {"attention": default_attention(tokens, config.head_dim, config.head_dim, dtype)}
     if LINEAR in config.mixers:
         names["delta rule"] = default_delta_rule(*sizes, dtype)
     if mesh.shape[_AXIS] > 1:
