@@ -91,8 +91,8 @@ def expert_mlp(
         )
     both = grouped_matmul(rows, _side_by_side(gate_up), group_sizes, block=block)
     # Weighed before the second product, where rows are narrowest, in float32.
-    hidden = _between(*jnp.split(both.astype(jnp.float32), 2, axis=-1), weights)
-    hidden = hidden.astype(rows.dtype)
+    gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
+    hidden = _between(gate, up, weights).astype(rows.dtype)
     return grouped_matmul(hidden, down, group_sizes, block=block)
 
 
