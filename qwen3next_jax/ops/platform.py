@@ -3,7 +3,7 @@
 import jax
 
 # Of `jax.jit`, for programs over many tokens. By default XLA gives products and sums on CPUs to its
-# YNNPACK library; without it a training step takes a quarter less. Other platforms ignore it.
+# YNNPACK library, which makes these slower (docs/performance.md). Other platforms ignore it.
 COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
