@@ -358,17 +358,19 @@ def _mask(q_segments, k_segments, i, j, causal, *, by_key=False):
 
     [B, 1, 1, C, D] of C queries and D keys; `by_key` [B, 1, D, 1, C].
     """
+
+    def rows(x):
+        return x[..., None]
+
+    def columns(x):
+        return x[..., None, :]
+
+    queries, keys = (columns, rows) if by_key else (rows, columns)
     C, D = q_segments.shape[1], k_segments.shape[1]
-    query, key = i * C + jnp.arange(C), j * D + jnp.arange(D)
-    if by_key:
-        mask = k_segments[:, :, None] == q_segments[:, None, :]
-        if causal:
-            mask &= query >= key[:, None]
-        return mask[:, None, :, None]
-    mask = q_segments[:, :, None] == k_segments[:, None, :]
+    mask = queries(q_segments) == keys(k_segments)
     if causal:
-        mask &= query[:, None] >= key
-    return mask[:, None, None]
+        mask &= queries(i * C + jnp.arange(C)) >= keys(j * D + jnp.arange(D))
+    return mask[:, None, :, None] if by_key else mask[:, None, None]
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
