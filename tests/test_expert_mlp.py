@@ -55,11 +55,11 @@ def make(sizes, rows, dtype):
         ("pallas", SIZES, 812, "bfloat16", 128),
         ("pallas", [TILE, 2 * TILE], 3 * TILE, "float32", 128),
         ("pallas", [3, 0, 4], 9, "float32", 128),  # less than a tile
-        ("blocked", [0, 384, 128, 0, 640, 256, 0], 2048, "float32", 128),  # two visits, 11 blocks
+        ("blocked", [0, 384, 128, 0, 640, 256, 0], 2048, "float32", 128),  # 3, 1, 5 and 2 blocks
         ("blocked", [128, 256], 384, "bfloat16", 128),
         ("blocked", [0, 64, 128, 0], 256, "float32", 64),
         ("blocked", [4, 0, 2], 8, "float32", 2),
-        ("blocked", [128, 0, 1024], 9 * 128, "float32", 128),  # a visit of one block and spare ones
+        ("blocked", [128, 0, 1024], 9 * 128, "float32", 128),  # 1 and 8 blocks
         ("products", [0, 64, 128, 0], 256, "float32", 64),
         ("products", [0, 64, 128, 0], 256, "bfloat16", 64),
     ],

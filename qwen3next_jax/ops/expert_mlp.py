@@ -5,12 +5,12 @@
 Implementations:
 - "pallas": kernels for TPUs (`pallas/expert_mlp.py`), for experts that fit them.
 - "products": `grouped_matmul` twice, for experts that do not, and for Hopper GPUs.
-- "blocked": for CPUs and other GPUs. Each expert's rows fill whole blocks, and a loop visits the
-  blocks that hold rows, several at a time. Each of these is a product with its own matrix, which
-  cores share better than the parts of one product. On a CPU what lies between the two products
-  never leaves the cache. A block's results overwrite its rows.
+- "blocked": for CPUs and other GPUs. Each expert's rows fill whole blocks, and loops visit the
+  blocks that hold rows, several at a time. On a CPU what lies between the two products never leaves
+  the cache. A block's results overwrite its rows.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -23,9 +23,13 @@ from qwen3next_jax.ops.pallas.expert_mlp import can_compile
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp as by_kernel
 from qwen3next_jax.ops.platform import platform
 
-# How many blocks a loop visits at a time. A GPU needs many to be busy, and must hear from the host
-# after each visit whether there is another; the matrices of a visit are copied together first.
-_AT_ONCE = {"cpu": 8, "gpu": 32}
+# Blocks of a visit. A GPU takes many experts' at a time, to be busy: it copies their matrices
+# together first, and must hear from the host after each visit whether there is another. A CPU takes
+# a run of one expert's, since its cores share a product of many rows best; each length of a run is
+# another loop to compile. Where blocks are of few rows, an expert rarely has several.
+_EXPERTS_AT_ONCE = 32  # on a GPU
+_RUNS = (3, 2, 1)  # lengths on a CPU
+_ROWS_OF_RUNS = 16
 
 
 def default_implementation(size: int, width: int, dtype: jnp.dtype, block: int) -> str:
@@ -97,11 +101,7 @@ def expert_mlp(
 
 
 def _at_once(rows, block):
-    # Few rows a block are few rows in all: to read matrices for blocks without rows would cost a
-    # CPU more than the products.
-    if platform() == "cpu" and block < MOST_ROWS:
-        return 1
-    return max(1, min(_AT_ONCE.get(platform(), 1), rows // block))
+    return max(1, min(_EXPERTS_AT_ONCE, rows // block)) if platform() == "gpu" else 1
 
 
 def _between(gate, up, weights):
@@ -115,89 +115,122 @@ def _side_by_side(gate_up):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blocked(rows, weights, gate_up, down, group_sizes, block):
-    visits = _Visits(rows, group_sizes, block)
+    def visit(at, out):
+        gate, up = _gate_and_up(at.rows(out), gate_up, at)
+        hidden = _between(gate, up, at.rows(weights)).astype(rows.dtype)
+        return at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
 
-    def visit(i, out):
-        expert = visits.take(visits.group, i)
-        gate, up = _gate_and_up(visits.blocks(out, i), gate_up, expert)
-        hidden = _between(gate, up, visits.blocks(weights, i)).astype(rows.dtype)
-        return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert]))
-
-    return jax.lax.fori_loop(0, visits.used, visit, rows)
+    return _visit_all(visit, rows, _plan(group_sizes, len(rows), block), block)
 
 
 def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
-    visits = _Visits(rows, group_sizes, block)
-
-    def visit(i, carry):
+    def visit(at, carry):
         out, gates, ups = carry
-        expert = visits.take(visits.group, i)
-        gate, up = _gate_and_up(visits.blocks(out, i), gate_up, expert)
-        gates, ups = visits.put(gates, i, gate), visits.put(ups, i, up)
-        hidden = _between(gate, up, visits.blocks(weights, i)).astype(rows.dtype)
-        return visits.put(out, i, _product("zrf,zfd->zrd", hidden, down[expert])), gates, ups
+        gate, up = _gate_and_up(at.rows(out), gate_up, at)
+        hidden = _between(gate, up, at.rows(weights)).astype(rows.dtype)
+        out = at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
+        return out, at.put(gates, gate), at.put(ups, up)
 
     kept = jnp.zeros((len(rows), gate_up.shape[3]), rows.dtype)
-    out, *kept = jax.lax.fori_loop(0, visits.used, visit, (rows, kept, kept))
-    return out, (rows, weights, gate_up, down, group_sizes, kept)
+    plan = _plan(group_sizes, len(rows), block)
+    out, *kept = _visit_all(visit, (rows, kept, kept), plan, block)
+    return out, (rows, weights, gate_up, down, plan, kept)
 
 
 def _blocked_backward(block, residuals, d_out):
-    rows, weights, gate_up, down, group_sizes, kept = residuals
-    visits, dtype = _Visits(rows, group_sizes, block), rows.dtype
+    rows, weights, gate_up, down, plan, kept = residuals
+    dtype = rows.dtype
 
-    def visit(i, carry):
+    def visit(at, carry):
         d_rows, d_weights, d_gate_up, d_down = carry
-        expert = visits.take(visits.group, i)
-        x, d_y = visits.blocks(rows, i), visits.blocks(d_rows, i)
-        gate, up = (visits.blocks(products, i).astype(jnp.float32) for products in kept)
-        hidden, pull = jax.vjp(_between, gate, up, visits.blocks(weights, i))
-        *d_both, d_w = pull(_product("zrd,zfd->zrf", d_y, down[expert]))
+        x, d_y = at.rows(rows), at.rows(d_rows)
+        gate, up = (at.rows(products).astype(jnp.float32) for products in kept)
+        hidden, pull = jax.vjp(_between, gate, up, at.rows(weights))
+        *d_both, d_w = pull(_product("zrd,zfd->zrf", d_y, at.experts(down)))
         # Blocks without an expert are taken along with the last ones, but add to no gradient.
-        d_down = d_down.at[expert].add(_product("zrf,zrd->zfd", hidden.astype(dtype), d_y))
+        d_down = at.add(d_down, _product("zrf,zrd->zfd", hidden.astype(dtype), d_y))
         d_x = jnp.zeros(x.shape, jnp.float32)
         for j, d_one in enumerate(d_both):
             d_one = d_one.astype(dtype)
-            d_gate_up = d_gate_up.at[expert, j].add(_product("zrd,zrf->zdf", x, d_one))
-            d_x += _product("zrf,zdf->zrd", d_one, gate_up[expert, j])
-        return visits.put(d_rows, i, d_x), visits.put(d_weights, i, d_w), d_gate_up, d_down
+            d_gate_up = at.add(d_gate_up, _product("zrd,zrf->zdf", x, d_one), j)
+            d_x += _product("zrf,zdf->zrd", d_one, at.experts(gate_up, j))
+        return at.put(d_rows, d_x), at.put(d_weights, d_w), d_gate_up, d_down
 
     start = (
         d_out, jnp.zeros_like(weights),
         jnp.zeros(gate_up.shape, jnp.float32), jnp.zeros(down.shape, jnp.float32),
     )  # fmt: skip
-    d_rows, d_weights, d_gate_up, d_down = jax.lax.fori_loop(0, visits.used, visit, start)
+    d_rows, d_weights, d_gate_up, d_down = _visit_all(visit, start, plan, block)
     return d_rows, d_weights, d_gate_up.astype(dtype), d_down.astype(dtype), None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _gate_and_up(x, gate_up, expert):
+def _gate_and_up(x, gate_up, at):
     """Two products: for one, each visit would have to put the matrices side by side."""
-    return (_product("zrd,zdf->zrf", x, gate_up[expert, j]) for j in range(2))
+    return (_product("zrd,zdf->zrf", x, at.experts(gate_up, j)) for j in range(2))
 
 
-class _Visits:
-    """Which blocks a loop takes at a time, out of arrays of rows and back."""
+@dataclasses.dataclass
+class _Visit:
+    """Neighbouring rows, `size` of each of Z experts."""
 
-    def __init__(self, rows, group_sizes, block):
-        self.block = block
-        self.group, used = groups_of_blocks(group_sizes, len(rows), block)
-        self.count = _at_once(len(rows), block)
-        self.used = -(-used // self.count)
+    index: Int[Array, "Z"]  # of the experts; one too many where there is none
+    start: Int[Array, ""]
+    size: int
 
-    def take(self, x, i):
-        return jax.lax.dynamic_slice_in_dim(x, i * self.count, self.count)
+    def rows(self, x):
+        x = jax.lax.dynamic_slice_in_dim(x, self.start, len(self.index) * self.size)
+        return x.reshape(len(self.index), self.size, *x.shape[1:])
 
-    def blocks(self, x, i):
-        size = self.count * self.block
-        x = jax.lax.dynamic_slice_in_dim(x, i * size, size)
-        return x.reshape(self.count, self.block, *x.shape[1:])
+    def put(self, x, values):
+        values = values.astype(x.dtype).reshape(-1, *values.shape[2:])
+        return jax.lax.dynamic_update_slice_in_dim(x, values, self.start, axis=0)
 
-    def put(self, x, i, blocks):
-        values = blocks.astype(x.dtype).reshape(-1, *blocks.shape[2:])
-        return jax.lax.dynamic_update_slice_in_dim(x, values, i * len(values), axis=0)
+    def experts(self, x, *rest):
+        return x.at[self.index, *rest].get(mode="clip", wrap_negative_indices=False)
+
+    def add(self, x, values, *rest):
+        return x.at[self.index, *rest].add(values, mode="drop", wrap_negative_indices=False)
+
+
+def _plan(group_sizes, rows, block):
+    """For each of `_lengths`: the visits' experts [N, Z] and first blocks [N], and their number."""
+    at_once = _at_once(rows, block)
+    if at_once > 1:
+        groups, used = groups_of_blocks(group_sizes, rows, block)
+        groups = groups.reshape(-1, at_once)
+        return [(groups, jnp.arange(len(groups)) * at_once, -(-used // at_once))]
+    left = group_sizes // block
+    first = jnp.cumsum(left) - left
+    plan = []
+    for length in _lengths(block):  # the longest runs first
+        runs, left = left // length, left % length
+        ends = jnp.cumsum(runs)
+        index = jnp.arange(rows // block // length)
+        expert = jnp.searchsorted(ends, index, side="right", method="compare_all")
+        start = first + (ends - runs) * -length  # less the blocks of runs before
+        start = start.at[expert].get(mode="clip", wrap_negative_indices=False) + index * length
+        plan.append((expert[:, None], start, ends[-1]))
+        first += runs * length
+    return plan
+
+
+def _visit_all(visit, carry, plan, block):
+    """Passes a carry through all visits."""
+    for (experts, starts, count), length in zip(plan, _lengths(block), strict=True):
+
+        def body(i, carry, experts=experts, starts=starts, size=length * block):
+            return visit(_Visit(experts[i], starts[i] * block, size), carry)
+
+        if len(starts):
+            carry = jax.lax.fori_loop(0, count, body, carry)
+    return carry
+
+
+def _lengths(block):
+    return _RUNS if platform() == "cpu" and block >= _ROWS_OF_RUNS else (1,)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
