@@ -136,9 +136,10 @@ def test_blocks_grow_with_the_rows_of_a_group(monkeypatch):
         mean = tokens * per_token / groups
         return row_alignment(mean=mean, most=tokens)
 
-    assert [block(m, 4, 32) for m in (1, 2, 8, 17, 64, 300, 4096)] == [1, 2, 2, 4, 8, 64, 128]
+    assert [block(m, 4, 32) for m in (1, 2, 8, 17, 64, 300, 4096)] == [1, 1, 1, 4, 8, 64, 128]
     module = sys.modules[row_alignment.__module__]
     monkeypatch.setattr(module, "platform", lambda: "gpu")
+    assert [block(m, 4, 32) for m in (1, 2, 8, 17)] == [1, 2, 2, 4]
     assert [row_alignment(mean=mean, most=10**5) for mean in (300.0, 1000.0, 1024.0)] == [
         128,
         128,

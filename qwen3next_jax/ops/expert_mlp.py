@@ -7,11 +7,14 @@ Implementations:
 - "products": `grouped_matmul` twice, for experts that do not, and for Hopper GPUs.
 - "blocked": for CPUs and other GPUs. Each expert's rows fill whole blocks, and loops visit the
   blocks that hold rows, several at a time. On a CPU what lies between the two products never leaves
-  the cache. A block's results overwrite its rows.
+  the cache. A block's results overwrite its rows. Where blocks are single rows, as in decoding,
+  a CPU instead reads each row's matrices where they lie: it waits for memory, and a visit would
+  copy them first.
 """
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +33,7 @@ from qwen3next_jax.ops.platform import platform
 _EXPERTS_AT_ONCE = 32  # on a GPU
 _RUNS = (3, 2, 1)  # lengths on a CPU
 _ROWS_OF_RUNS = 16
+_SUMMED_AT_ONCE = 8  # products of entries; XLA repeats a gather for each, at most 15 times
 
 
 def default_implementation(size: int, width: int, dtype: jnp.dtype, block: int) -> str:
@@ -115,6 +119,9 @@ def _side_by_side(gate_up):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blocked(rows, weights, gate_up, down, group_sizes, block):
+    if block == 1 and platform() == "cpu":
+        return _row_by_row(rows, weights, gate_up, down, group_sizes)
+
     def visit(at, out):
         gate, up = _gate_and_up(at.rows(out), gate_up, at)
         hidden = _between(gate, up, at.rows(weights)).astype(rows.dtype)
@@ -167,6 +174,37 @@ def _blocked_backward(block, residuals, d_out):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
+def _row_by_row(rows, weights, gate_up, down, group_sizes):
+    expert, _ = groups_of_blocks(group_sizes, len(rows), 1)
+    both = _gathered_product(rows[:, None], gate_up, expert)
+    hidden = _between(both[:, 0], both[:, 1], weights).astype(rows.dtype)
+    return _gathered_product(hidden, down, expert).astype(rows.dtype)
+
+
+def _gathered_product(
+    x: Float[Array, "R *#P D"], matrices: Float[Array, "E *P D F"], index: Int[Array, "R"]
+) -> Float[Array, "R *P F"]:
+    """x_r · matrices[index_r], in float32, the matrices not copied.
+
+    Written entry by entry, which XLA computes by one loop over the matrices where they lie, on all
+    cores. Adding up everything in that loop would go down columns, one at a time; so a few entries
+    are, and a product with ones does the rest.
+    """
+    *lead, D, F = matrices.shape[1:]
+    n = math.gcd(D, _SUMMED_AT_ONCE)
+    x = x.reshape(*x.shape[:-1], D // n, n).astype(jnp.float32)
+    taken = (
+        matrices.reshape(-1, *lead, D // n, n, F)
+        .at[index]
+        .get(mode="clip", wrap_negative_indices=False)
+        .astype(jnp.float32)
+    )
+    summands = [x[..., i, None] * taken[..., i, :] for i in range(n)]
+    partial = functools.reduce(jnp.add, summands).reshape(-1, D // n, F)
+    total = jnp.einsum("rkf,rk->rf", partial, jnp.ones(partial.shape[:2]))
+    return total.reshape(len(index), *lead, F)
+
+
 def _gate_and_up(x, gate_up, at):
     """Two products: for one, each visit would have to put the matrices side by side."""
     return (_product("zrd,zdf->zrf", x, at.experts(gate_up, j)) for j in range(2))
@@ -207,12 +245,11 @@ def _plan(group_sizes, rows, block):
     plan = []
     for length in _lengths(block):  # the longest runs first
         runs, left = left // length, left % length
-        ends = jnp.cumsum(runs)
-        index = jnp.arange(rows // block // length)
-        expert = jnp.searchsorted(ends, index, side="right", method="compare_all")
-        start = first + (ends - runs) * -length  # less the blocks of runs before
-        start = start.at[expert].get(mode="clip", wrap_negative_indices=False) + index * length
-        plan.append((expert[:, None], start, ends[-1]))
+        expert, used = groups_of_blocks(runs, rows // block // length, 1)
+        start = first - (jnp.cumsum(runs) - runs) * length  # less the blocks of runs before
+        start = start.at[expert].get(mode="clip", wrap_negative_indices=False)
+        start += jnp.arange(len(expert)) * length
+        plan.append((expert[:, None], start, used))
         first += runs * length
     return plan
 

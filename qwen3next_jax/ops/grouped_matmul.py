@@ -29,6 +29,9 @@ from qwen3next_jax.ops.pallas import grouped_hopper
 from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
 
 MOST_ROWS = 128  # of a block
+# Up to so many rows of a group a CPU takes each by itself (`expert_mlp`). Where matrices fit into
+# its caches that would be faster up to 8.
+_SINGLE = 2
 _GPU_ROWS = 512  # where a GPU has no kernels, and rows are many
 _TILE_ROWS, _TILE = 512, 1024  # of a kernel: three bfloat16 tiles, twice, fit a TPU's memory
 
@@ -46,15 +49,16 @@ def default_implementation(
 def row_alignment(*, mean: float, most: int) -> int:
     """The number of which each group's rows should be a multiple, on this platform.
 
-    On a TPU 1. Elsewhere the rows of a block: the next power of two to the mean, but from 2 to 128.
-    Below, a matrix would be read once more for each row; above, too many rows would be padding.
-    GPUs without kernels copy a matrix for each block: where rows are many, it is one of 512.
+    On a TPU 1, and on a CPU where groups have one or two. Elsewhere the rows of a block: the next
+    power of two to the mean, but from 2 to 128. Below, a matrix would be read once more for each
+    row; above, too many rows would be padding. GPUs without kernels copy a matrix for each block:
+    where rows are many, it is one of 512.
 
     Args:
       mean: rows of a group, on average.
       most: rows that a group can have; a block has no more.
     """
-    if platform() == "tpu":
+    if platform() == "tpu" or (platform() == "cpu" and mean <= _SINGLE):
         return 1
     larger = platform() == "gpu" and not is_hopper() and mean >= 2 * _GPU_ROWS
     limit = _GPU_ROWS if larger else MOST_ROWS
@@ -231,7 +235,9 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 def groups_of_blocks(group_sizes, rows, block):
     """The group of each block, one too many where there is none, and how many blocks have one."""
     ends = jnp.cumsum(group_sizes) // block
-    return jnp.searchsorted(ends, jnp.arange(rows // block), side="right"), ends[-1]
+    index = jnp.arange(rows // block)
+    # Neither blocks nor groups are many: comparing all is fewer operations than searching.
+    return jnp.searchsorted(ends, index, side="right", method="compare_all"), ends[-1]
 
 
 def _block(x, i, block):
