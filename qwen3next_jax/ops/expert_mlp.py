@@ -33,7 +33,7 @@ from qwen3next_jax.ops.platform import platform
 _EXPERTS_AT_ONCE = 32  # on a GPU
 _RUNS = (3, 2, 1)  # lengths on a CPU
 _ROWS_OF_RUNS = 16
-_SUMMED_AT_ONCE = 8  # products of entries; XLA repeats a gather for each, at most 15 times
+_SUMMED_AT_ONCE = 8  # each repeats the gather of matrices; after 15 times XLA copies them
 
 
 def default_implementation(size: int, width: int, dtype: jnp.dtype, block: int) -> str:
