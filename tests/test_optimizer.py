@@ -197,6 +197,16 @@ def test_adamw_equals_numpy_over_several_clipped_steps():
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
 
 
+def test_the_learning_rate_is_computed_once_and_not_for_each_parameter():
+    config = dataclasses.replace(CONFIG, schedule="cosine", warmup_steps=2, clip_norm=1.0)
+    params = random_tree(0)
+    optimizer, _ = make_optimizer(config, 5, params)
+    update = jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
+    text = update.compile().as_text()
+    # Once in each branch of a conditional, which keeps it from being fused (`ops/cpu.py`).
+    assert text.count(" cosine(") == 2
+
+
 def matrices(name, x):
     """Cuts one array into the matrices it is made of, by hand."""
     if name.endswith("mtp/fc"):

@@ -22,6 +22,7 @@ from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig
 from qwen3next_jax.model.statistics import Largest, Observed
 from qwen3next_jax.parallel.mesh import constrain
+from qwen3next_jax.training.norm import norm
 
 # The first match counts.
 _PARTS = {
@@ -92,17 +93,15 @@ def update_ratios(
 
     Where norms multiply by 1 + w, their weights count as 1 + w, since w starts at 0.
     """
-    squares: dict[str, list[Array]] = {}
+    parts: dict[str, tuple[list[Array], list[Array]]] = {}
     for (name, u), (_, p) in zip(named_leaves(updates), named_leaves(params), strict=True):
         part = next((k for k, pattern in _PARTS.items() if re.fullmatch(pattern, name)), "other")
         # The delta layers' gated norms multiply by w itself.
         centred = zero_centered_norm and re.fullmatch(r"(?!.*/linear_attn/).*norm\w*/weight", name)
         p = p.astype(jnp.float32) + (1 if centred else 0)
-        squares.setdefault(part, []).append(jnp.stack([(u**2).sum(), (p**2).sum()]))
-    return {
-        f"update_ratio/{part}": jnp.sqrt(_divided(*jnp.stack(both).sum(0)))
-        for part, both in squares.items()
-    }
+        for arrays, x in zip(parts.setdefault(part, ([], [])), (u, p), strict=True):
+            arrays.append(x)
+    return {f"update_ratio/{part}": _divided(*map(norm, both)) for part, both in parts.items()}
 
 
 def _divided(total, count):

@@ -23,6 +23,7 @@ from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.statistics import over_first_axis
 from qwen3next_jax.training.diagnostics import layer_metrics, update_ratios
 from qwen3next_jax.training.loss import Batch, count_labels, loss
+from qwen3next_jax.training.norm import norm
 
 
 class TrainState(NamedTuple):
@@ -129,19 +130,19 @@ def make_train_step(
     def train_step(state, batch):
         with jax.default_matmul_precision(config.precision.matmul):
             grads, metrics = gradients(state.params, batch)
-        norm = optax.tree.norm(grads)
+        grad_norm = norm(jax.tree.leaves(grads))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if config.train.diagnostics:
             zero_centered = config.model.zero_centered_norm
             metrics |= update_ratios(updates, state.params, zero_centered_norm=zero_centered)
-        halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm))
+        halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
         if config.mesh.on_overflow == "error":
             halted |= metrics.get("dropped_assignments", 0) > 0
         taken = TrainState(state.step + 1, halted, params, opt_state)
         state = jax.tree.map(lambda new, old: jnp.where(halted, old, new), taken, state)
         state = state._replace(halted=halted)
-        return state, {**metrics, "grad_norm": norm, "halted": halted}
+        return state, {**metrics, "grad_norm": grad_norm, "halted": halted}
 
     return train_step
 
