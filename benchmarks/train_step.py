@@ -64,7 +64,10 @@ def main():
     parser.add_argument("--steps", type=int, default=6, help="counted, of each side")
     parser.add_argument("--compute", default="float32", help="dtype of activations and products")
     parser.add_argument("--remat", default="none")
-    parser.add_argument("--loss-chunk", type=int, default=128, help="positions with logits at once")
+    parser.add_argument(
+        "--loss-chunk", type=int,
+        help="positions of a row with logits at once; left out, about 512 of all rows together",
+    )  # fmt: skip
     parser.add_argument("--mesh", default="", help="such as data=2, over as many devices")
     parser.add_argument("--forward", action="store_true", help="logits alone, no training")
     parser.add_argument("--vs", choices=["transformers"])
@@ -196,9 +199,10 @@ class Ours:
     def __init__(self, args, tensors):
         given = tiny.get_config()
         given.model = ConfigDict(dataclasses.asdict(model_config(args)))
+        loss_chunk = args.loss_chunk or max(128, 512 // args.batch)
         given.train.update(
             global_batch_size=args.batch, sequence_length=args.seq, remat=args.remat,
-            loss_chunk=min(args.loss_chunk, args.seq), diagnostics=False,
+            loss_chunk=min(loss_chunk, args.seq), diagnostics=False,
         )  # fmt: skip
         given.data.num_shards = 1
         given.precision.compute = args.compute
