@@ -199,6 +199,7 @@ class Ours:
     def __init__(self, args, tensors):
         given = tiny.get_config()
         given.model = ConfigDict(dataclasses.asdict(model_config(args)))
+        # Products of fewer rows are slow; logits of more take memory.
         loss_chunk = args.loss_chunk or max(128, 512 // args.batch)
         given.train.update(
             global_batch_size=args.batch, sequence_length=args.seq, remat=args.remat,

@@ -99,8 +99,9 @@ def update_ratios(
         # The delta layers' gated norms multiply by w itself.
         centred = zero_centered_norm and re.fullmatch(r"(?!.*/linear_attn/).*norm\w*/weight", name)
         p = p.astype(jnp.float32) + (1 if centred else 0)
-        for arrays, x in zip(parts.setdefault(part, ([], [])), (u, p), strict=True):
-            arrays.append(x)
+        of_updates, of_params = parts.setdefault(part, ([], []))
+        of_updates.append(u)
+        of_params.append(p)
     return {f"update_ratio/{part}": _divided(*map(norm, both)) for part, both in parts.items()}
 
 

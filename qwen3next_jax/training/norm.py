@@ -1,7 +1,8 @@
 """The norm of many arrays at once, as of all gradients."""
 
-from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -12,9 +13,9 @@ from qwen3next_jax.parallel.mesh import active_mesh
 _SMALL = 1 << 16  # entries
 
 
-def norm(arrays: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
-    """The square root of the sum of all entries' squares, in float32."""
-    arrays = [x.astype(jnp.float32) for x in arrays]
+def norm(tree: Any) -> Float[Array, ""]:
+    """The square root of the sum of the squares of all entries of a tree of arrays, in float32."""
+    arrays = [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
     if platform() != "cpu" or active_mesh() is not None:
         return jnp.sqrt(sum(((x * x).sum() for x in arrays), jnp.zeros(())))
     # XLA for CPUs compiles each array's sum by itself, which takes a tenth of the time to compile

@@ -206,7 +206,7 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
 
     def update(updates, params):
         del params
-        found = norm(jax.tree.leaves(updates))
+        found = norm(updates)
         factor = once(lambda found: jnp.minimum(1, max_norm / found), found)
         return jax.tree.map(lambda g: factor * g, updates)
 

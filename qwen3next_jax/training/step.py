@@ -130,7 +130,7 @@ def make_train_step(
     def train_step(state, batch):
         with jax.default_matmul_precision(config.precision.matmul):
             grads, metrics = gradients(state.params, batch)
-        grad_norm = norm(jax.tree.leaves(grads))
+        grad_norm = norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if config.train.diagnostics:
