@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3next_jax.ops.cpu import once, row_max, row_sum
+from qwen3next_jax.ops.cpu import once, row_max, row_sum, small_products
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 
 
@@ -14,6 +14,29 @@ def test_rows_are_reduced_as_by_numpy(size):
     x = np.random.default_rng(0).normal(size=(3, 5, size))
     np.testing.assert_array_equal(row_max(jnp.asarray(x, jnp.float32)), x.astype("f4").max(-1))
     np.testing.assert_allclose(row_sum(jnp.asarray(x, jnp.float32)), x.sum(-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 32, 33])
+@pytest.mark.parametrize(
+    "spec", ["zij,zjk->zik", "zji,zjk->zik", "zij,zkj->zik", "zij,zrjk->zrik", "zrij,zkj->zrki"]
+)
+def test_small_matrices_are_multiplied_as_by_einsum(spec, size):
+    left, right = spec.split("->")[0].split(",")
+    sizes = dict(z=2, r=3, i=size, j=min(size, 5), k=7)
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=[sizes[a] for a in axes]) for axes in (left, right))
+    result = jax.jit(lambda x, y: small_products(spec, x, y))(jnp.float32(x), jnp.float32(y))
+    np.testing.assert_allclose(result, np.einsum(spec, x, y), atol=1e-5)
+
+
+def test_small_matrices_are_not_left_to_xla():
+    def products(size):
+        x = jnp.ones((8, size, size))
+        program = jax.jit(lambda x: small_products("zij,zkj->zik", x, x + 1))
+        return program.lower(x).compile().as_text().count(" dot(")
+
+    assert products(32) == 0
+    assert products(64) == 1
 
 
 @pytest.mark.parametrize("sign", [-1, 0, 1, np.nan])

@@ -10,6 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from oracles import interprets_transposed, quick_jit, relative_error
 
+from qwen3next_jax.ops import delta_rule
 from qwen3next_jax.ops.delta_rule import default_implementation, gated_delta_rule
 
 
@@ -288,6 +289,15 @@ def test_a_decay_of_minus_infinity_forgets_everything(implementation):
         return run(given, segments, implementation)[0].sum()
 
     assert np.isfinite(np.asarray(jax.grad(total)(jnp.asarray(arrays[3], jnp.float32)))).all()
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64])
+@pytest.mark.parametrize("invert", ["_inverse_on_cpu", "_inverse_by_blocks"])
+def test_both_ways_to_invert_are_numpys(invert, chunk):
+    lower = np.random.default_rng(0).uniform(-0.5, 0.5, (3, 2, 2, 3, chunk, chunk))
+    lower = np.tril(lower, -1).astype(np.float32)
+    inverse = jax.jit(getattr(delta_rule, invert))(lower)
+    assert relative_error(inverse, np.linalg.inv(np.eye(chunk) + lower.astype(np.float64))) < 1e-5
 
 
 def test_a_scan_over_layers_keeps_no_mask_as_large_as_values():

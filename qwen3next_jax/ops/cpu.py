@@ -1,5 +1,7 @@
 """Forms that XLA's CPU backend is fast at; on other platforms the plain ones."""
 
+import functools
+import re
 from collections.abc import Callable
 
 import jax
@@ -9,6 +11,8 @@ from jaxtyping import Array, Float
 from qwen3next_jax.ops.platform import platform
 
 _COLUMNS = 32  # to which rows are folded before they are reduced
+_SMALL = 32  # rows and columns of matrices that are multiplied entry by entry
+_PARTS = 4  # of a sum of products, as in one chain each addition waits for the one before
 
 
 def once(function: Callable[..., Array], *args: Array) -> Array:
@@ -25,6 +29,54 @@ def once(function: Callable[..., Array], *args: Array) -> Array:
     if platform() != "cpu" or not args[-1].size:
         return function(*args)
     return jax.lax.cond(jnp.ravel(args[-1])[0] > 0, function, function, *args)
+
+
+def small_products(
+    spec: str,
+    x: Float[Array, "*A I J"],
+    y: Float[Array, "*B K L"],
+    precision: jax.lax.Precision | None = None,
+) -> Float[Array, "*C M N"]:
+    """jnp.einsum(spec, x, y) for batches of small matrices.
+
+    XLA for CPUs computes the products of a batch one after another, on one core, at 5 GFLOP/s for
+    matrices of 16 rows and 15 to 20 for 32. Entry by entry they run on all cores, 1.3 to 5 times as
+    fast. Matrices of 64 rows gain nothing.
+
+    Args:
+      spec: of two arrays, in letters alone; sums over one axis. Each array has a matrix in its last
+        two axes, and the last axis of the result is one of these.
+      x, y: the arrays.
+      precision: as of `jnp.einsum`; on a CPU float32 is exact.
+    """
+    left, right, out = re.split(",|->", spec)
+    if platform() != "cpu" or max(*x.shape[-2:], *y.shape[-2:]) > _SMALL:
+        return jnp.einsum(spec, x, y, precision=precision)
+    # A processor computes the last axis's entries together if operands have them side by side too.
+    x, left = _with_last_axis(out[-1], x, left)
+    y, right = _with_last_axis(out[-1], y, right)
+    # Otherwise what the operands are computed from would be computed again for each product.
+    return once(functools.partial(_entry_by_entry, left, right, out), x, y)
+
+
+def _with_last_axis(axis, x, axes):
+    if axis not in axes or axes[-1] == axis:
+        return x, axes
+    return once(lambda x: x.swapaxes(-1, -2), x), axes[:-2] + axes[-1] + axes[-2]
+
+
+def _entry_by_entry(left, right, out, x, y):
+    (summed,) = set(left) & set(right) - set(out)
+    order = [*out[:-1], summed, out[-1]]
+
+    def placed(x, axes):
+        x = x.transpose([axes.index(a) for a in order if a in axes])
+        return jnp.expand_dims(x, [i for i, a in enumerate(order) if a not in axes])
+
+    x, y = placed(x, left), placed(y, right)
+    parts = min(_PARTS, x.shape[-2])
+    x_parts, y_parts = (jnp.array_split(v, parts, axis=-2) for v in (x, y))
+    return sum((a * b).sum(-2) for a, b in zip(x_parts, y_parts, strict=True))
 
 
 def row_max(x: Float[Array, "*B N"]) -> Float[Array, "*B"]:

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.cpu import small_products
 from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
@@ -333,8 +334,8 @@ def _chunks_forward(scan, q, k, v, g, beta, segments, before, state):
         q, scores, *written = chunk
         after, new = _write(state, *written)
         start = written[4]
-        out = start[..., None] * jnp.einsum("bkch,bkrhp->bkrcp", q, state)
-        out += jnp.einsum("bkrcd,bkrdp->bkrcp", scores, new, precision=_HIGH)
+        out = start[..., None] * small_products("bkch,bkrhp->bkrcp", q, state)
+        out += small_products("bkrcd,bkrdp->bkrcp", scores, new, precision=_HIGH)
         return after, (out, state)
 
     chunks = (q, scores, k, v, beta, inverse, *decay[1:])
@@ -344,10 +345,10 @@ def _chunks_forward(scan, q, k, v, g, beta, segments, before, state):
 
 def _write(state, k, v, beta, inverse, start, end, whole):
     """The state after a chunk, and what each of its tokens wrote."""
-    errors = v - start[..., None] * jnp.einsum("bkch,bkrhp->bkrcp", k, state)
-    new = jnp.einsum("bkrcd,bkrdp->bkrcp", inverse, beta[..., None] * errors, precision=_HIGH)
+    errors = v - start[..., None] * small_products("bkch,bkrhp->bkrcp", k, state)
+    new = small_products("bkrcd,bkrdp->bkrcp", inverse, beta[..., None] * errors, precision=_HIGH)
     after = whole[..., None, None] * state
-    return after + jnp.einsum("bkch,bkrcp->bkrhp", k, end[..., None] * new), new
+    return after + small_products("bkch,bkrcp->bkrhp", k, end[..., None] * new), new
 
 
 def _as_map(k, v, beta, inverse, decay, state):
@@ -377,10 +378,10 @@ def _chunks_backward(scan, residuals, cotangents):
     decay = gamma, start, end, whole = _decays(g, segments, before)
     products = _key_products(k, decay)
     scores = _score(q, k, decay)
-    dot = functools.partial(jnp.einsum, precision=_HIGH)
+    dot = functools.partial(small_products, precision=_HIGH)
 
     # What the forward pass wrote, for all chunks at once: their initial states are known.
-    read = jnp.einsum("zbkch,zbkrhp->zbkrcp", k, states)
+    read = small_products("zbkch,zbkrhp->zbkrcp", k, states)
     errors = v - start[..., None] * read
     new = dot("zbkrcd,zbkrdp->zbkrcp", inverse, beta[..., None] * errors)
 
@@ -389,11 +390,11 @@ def _chunks_backward(scan, residuals, cotangents):
 
     def step(d_after, chunk):
         q, k, beta, inverse, d_out, d_new, start, end, whole = chunk
-        d_new += end[..., None] * jnp.einsum("bkch,bkrhp->bkrcp", k, d_after)
-        d_scaled = jnp.einsum("bkrdc,bkrdp->bkrcp", inverse, d_new, precision=_HIGH)
+        d_new += end[..., None] * small_products("bkch,bkrhp->bkrcp", k, d_after)
+        d_scaled = small_products("bkrdc,bkrdp->bkrcp", inverse, d_new, precision=_HIGH)
         d_state = whole[..., None, None] * d_after
-        d_state += jnp.einsum("bkch,bkrcp->bkrhp", q, start[..., None] * d_out)
-        d_state -= jnp.einsum("bkch,bkrcp->bkrhp", k, (beta * start)[..., None] * d_scaled)
+        d_state += small_products("bkch,bkrcp->bkrhp", q, start[..., None] * d_out)
+        d_state -= small_products("bkch,bkrcp->bkrhp", k, (beta * start)[..., None] * d_scaled)
         return d_state, (d_scaled, d_after)
 
     chunks = (q, k, beta, inverse, d_out, d_new_inside, start, end, whole)
@@ -407,22 +408,22 @@ def _chunks_backward(scan, residuals, cotangents):
     d_scores = dot("zbkrcp,zbkrdp->zbkrcd", d_out, new)  # gamma is zero above the diagonal
     d_read = -(beta * start)[..., None] * d_scaled
     d_queried = start[..., None] * d_out
-    carried = end[..., None] * jnp.einsum("zbkrcp,zbkrhp->zbkrch", new, d_after)
+    carried = end[..., None] * small_products("zbkrcp,zbkrhp->zbkrch", new, d_after)
 
     d_kk = _sum_value_heads(beta[..., None] * gamma * d_products)
     d_qk = _sum_value_heads(gamma * d_scores)
     d_q = dot("zbkcd,zbkdh->zbkch", d_qk, k)
-    d_q += jnp.einsum("zbkrcp,zbkrhp->zbkch", d_queried, states)
+    d_q += _sum_value_heads(small_products("zbkrcp,zbkrhp->zbkrch", d_queried, states))
     d_k = dot("zbkdc,zbkdh->zbkch", d_qk, q)
     d_k += dot("zbkcd,zbkdh->zbkch", d_kk + d_kk.swapaxes(-1, -2), k)
-    d_k += _sum_value_heads(carried) + jnp.einsum("zbkrcp,zbkrhp->zbkch", d_read, states)
+    d_k += _sum_value_heads(carried + small_products("zbkrcp,zbkrhp->zbkrch", d_read, states))
     d_v = beta[..., None] * d_scaled
     d_beta = (d_scaled * errors).sum(-1) + (d_products * products).sum(-1)
 
     # Gradients of the exponents: of Γ_ij, of γ_i, of d_i and of γ_C. g_l is in those it is spanned
     # by, so each is summed over its span.
     d_gamma = _strictly_lower(d_products * beta[..., None] * products + d_scores * scores)
-    queried = jnp.einsum("zbkch,zbkrhp->zbkrcp", q, states)
+    queried = small_products("zbkch,zbkrhp->zbkrcp", q, states)
     d_start = (d_queried * queried + d_read * read).sum(-1)
     d_end = jnp.einsum("zbkrch,zbkch->zbkrc", carried, k)
     d_whole = whole * (d_after * states).sum((-1, -2))
@@ -464,41 +465,33 @@ def _masked_exp(x, mask):
 
 def _key_products(k, decay):
     """Returns stril(K Kᵀ ⊙ Γ)."""
-    products = jnp.einsum("zbkch,zbkdh->zbkcd", k, k, precision=_HIGH)
+    products = small_products("zbkch,zbkdh->zbkcd", k, k, _HIGH)
     return _strictly_lower(products[:, :, :, None] * decay[0])
 
 
 def _score(q, k, decay):
     """Returns tril(Q Kᵀ ⊙ Γ)."""
-    return jnp.einsum("zbkch,zbkdh->zbkcd", q, k, precision=_HIGH)[:, :, :, None] * decay[0]
+    return small_products("zbkch,zbkdh->zbkcd", q, k, _HIGH)[:, :, :, None] * decay[0]
 
 
 def _unit_lower_inverse(lower):
-    """Inverts I + lower, for a strictly lower triangular matrix in the last two axes."""
+    """Inverts I + lower [Z B K R C C], where `lower` is strictly lower triangular."""
+    return _inverse_on_cpu(lower) if platform() == "cpu" else _inverse_by_blocks(lower)
+
+
+def _inverse_by_blocks(lower):
+    """Row by row for blocks of up to 16 rows, then by products."""
     C = lower.shape[-1]
     size = min(_BLOCK, C)
     # Row i of the inverse is eᵢ − Σ_j lower[i, j] · inverse[j], of which only the rows above i
-    # count. All blocks of all chunks lie along the last axis meanwhile, where a processor computes
-    # many at once; in place of a sum over an axis there are `size` terms, as jaxlib 0.10.2 sums
-    # products of such shapes slowly, and crashes for some on CPUs without AVX-512.
+    # count. All blocks of all chunks lie along the last axis meanwhile.
     blocks = _diagonal_blocks(lower, size)
     across = blocks.reshape(-1, size, size).transpose(1, 2, 0)
-
     identity = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32)[..., None], across.shape)
-
-    def row(i, inverse, rows):
-        return identity[i] - sum(across[i, j] * inverse[j] for j in rows)
-
-    if platform() == "gpu":  # there a loop would take several kernels a row in place of one
-        filled: list[Array] = []
-        for i in range(size):
-            filled.append(row(i, filled, range(i)))
-        inverse = jnp.stack(filled)
-    else:
-        inverse = jax.lax.fori_loop(
-            0, size, lambda i, x: x.at[i].set(row(i, x, range(size))), jnp.zeros_like(across)
-        )
-    inverse = inverse.transpose(2, 0, 1).reshape(blocks.shape)
+    rows: list[Array] = []  # not a loop, which on a GPU would take several kernels for each
+    for i in range(size):
+        rows.append(identity[i] - sum(across[i, j] * row for j, row in enumerate(rows)))
+    inverse = jnp.stack(rows).transpose(2, 0, 1).reshape(blocks.shape)
     # [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]]: neighbours merge until one is left.
     while size < C:
         above, below = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
@@ -508,6 +501,29 @@ def _unit_lower_inverse(lower):
         inverse = jnp.concatenate([top, jnp.concatenate([corner, below], axis=-1)], axis=-2)
         size *= 2
     return inverse[..., 0, :, :]
+
+
+def _inverse_on_cpu(lower):
+    """By products from blocks of one row on, entry by entry, with heads along the last axis.
+
+    As in `ops.cpu.small_products`, but blocks of few rows would not fill a vector; heads do.
+    """
+    Z, B, K, R, C, _ = lower.shape
+    lower = jnp.moveaxis(lower.reshape(Z, B, K * R, C, C), 2, -1)
+
+    def dot(x, y):
+        return (x[..., None, :] * y[..., None, :, :, :]).sum(-3)
+
+    inverse, size = jnp.ones((Z, B, C, 1, 1, K * R), jnp.float32), 1
+    while size < C:
+        above, below = inverse[:, :, 0::2], inverse[:, :, 1::2]
+        starts = range(0, C, 2 * size)
+        off = jnp.stack([lower[:, :, s + size : s + 2 * size, s : s + size] for s in starts], 2)
+        corner = -dot(below, dot(off, above))
+        top = jnp.concatenate([above, jnp.zeros_like(above)], axis=-2)
+        inverse = jnp.concatenate([top, jnp.concatenate([corner, below], axis=-2)], axis=-3)
+        size *= 2
+    return jnp.moveaxis(inverse[:, :, 0], -1, 2).reshape(Z, B, K, R, C, C)
 
 
 def _diagonal_blocks(x, size):
