@@ -47,7 +47,7 @@ def small_products(
       spec: of two arrays, in letters alone; sums over one axis. Each array has a matrix in its last
         two axes, and the last axis of the result is one of these.
       x, y: the arrays.
-      precision: as of `jnp.einsum`; on a CPU float32 is exact.
+      precision: as of `jnp.einsum`; without effect on a CPU.
     """
     left, right, out = re.split(",|->", spec)
     if platform() != "cpu" or max(*x.shape[-2:], *y.shape[-2:]) > _SMALL:
