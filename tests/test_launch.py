@@ -54,7 +54,8 @@ def test_signals_are_passed_on(tmp_path):
         "def leave(*_): print('saved', flush=True); sys.exit(0)\n"
         "signal.signal(signal.SIGTERM, leave)\n"
         "print('ready', flush=True)\n"
-        "time.sleep(1000)\n"
+        # A signal that comes just before a sleep is handled after it.
+        "while True: time.sleep(0.1)\n"
     )
     launched = start(script(tmp_path, text))
     assert sorted(launched.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
