@@ -1,11 +1,13 @@
 """Forms for XLA's CPU backend."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3next_jax.ops.cpu import once, row_max, row_sum, small_products
+from qwen3next_jax.ops.cpu import axis_sum, once, row_max, row_sum, small_products
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 
 
@@ -27,6 +29,26 @@ def test_small_matrices_are_multiplied_as_by_einsum(spec, size):
     x, y = (rng.normal(size=[sizes[a] for a in axes]) for axes in (left, right))
     result = jax.jit(lambda x, y: small_products(spec, x, y))(jnp.float32(x), jnp.float32(y))
     np.testing.assert_allclose(result, np.einsum(spec, x, y), atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", range(4, 10))
+def test_small_matrices_are_multiplied_under_vmap_by_programs_without_our_options(rank):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, *[2] * (rank - 4), 3, 8, 8)).astype(np.float32)
+    product = functools.partial(small_products, "zij,zjk->zik")
+    expected = np.einsum("...ij,...jk->...ik", x, y)
+    for _ in range(rank - 4):
+        product = jax.vmap(product)
+    program = jax.jit(product).lower(x, y).compile()
+    assert "ynn_fusion" not in program.as_text()
+    np.testing.assert_allclose(program(x, y), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 2, -1, -2])
+def test_an_axis_is_summed_as_by_numpy(axis):
+    x = np.random.default_rng(0).normal(size=(3, 5, 7)).astype(np.float32)
+    np.testing.assert_allclose(axis_sum(jnp.asarray(x), axis), x.sum(axis), atol=1e-5)
+    np.testing.assert_array_equal(jax.grad(lambda x: axis_sum(x, axis).sum())(x), np.ones_like(x))
 
 
 def test_small_matrices_are_not_left_to_xla():

@@ -178,6 +178,25 @@ def test_values_and_gradients_agree_with_the_float64_recurrence(case, implementa
             check(name, gradient, want)
 
 
+def test_many_rules_under_vmap_are_each_its_own():
+    # Compiled without our options, with one axis more, sums once crashed on CPUs.
+    *arrays, segments = map(np.float32, make("documents", T=40))
+    segments = segments.astype(np.int32)
+    cotangents = (np.ones_like(arrays[2]), np.ones_like(arrays[5]))
+
+    def f(arrays):
+        values, vjp = jax.vjp(lambda *a: run(a, segments, "chunked"), *arrays)
+        return values, vjp(cotangents)
+
+    scaled = [(x, np.float32(0.5) * x) for x in arrays]
+    together = jax.jit(jax.vmap(f))([np.stack(pair) for pair in scaled])
+    for i in range(2):
+        alone = with_gradients("chunked")([pair[i] for pair in scaled], segments, cotangents)
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            # The same float32 sums in another order.
+            np.testing.assert_allclose(a[i], b, atol=1e-5 * np.abs(b).max())
+
+
 def test_the_oracle_s_gradients_are_those_of_finite_differences():
     *arrays, segments = make("documents", B=1, T=40, K=1, N=2, H=3, P=2)
     rng = np.random.default_rng(2)

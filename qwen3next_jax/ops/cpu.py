@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from qwen3next_jax.ops.platform import platform
@@ -76,7 +77,22 @@ def _entry_by_entry(left, right, out, x, y):
     x, y = placed(x, left), placed(y, right)
     parts = min(_PARTS, x.shape[-2])
     x_parts, y_parts = (jnp.array_split(v, parts, axis=-2) for v in (x, y))
-    return sum((a * b).sum(-2) for a, b in zip(x_parts, y_parts, strict=True))
+    return sum(axis_sum(a * b, -2) for a, b in zip(x_parts, y_parts, strict=True))
+
+
+def axis_sum(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """x.sum(axis), added up in x's dtype by code that XLA generates itself.
+
+    Where not told otherwise (`ops.platform.COMPILER_OPTIONS`), XLA for CPUs leaves what it knows to
+    be a sum to the library YNNPACK. That is slower for sums of products, and with jaxlib 0.10.2 it
+    crashes if the products have eight axes, as those of small matrices may under `vmap`.
+
+    Args:
+      x: of any shape.
+      axis: negative ones count from the last.
+    """
+    # The same number as a + b, but not by an addition.
+    return jax.lax.reduce(x, np.zeros((), x.dtype), lambda a, b: a - -b, (axis % x.ndim,))
 
 
 def row_max(x: Float[Array, "*B N"]) -> Float[Array, "*B"]:

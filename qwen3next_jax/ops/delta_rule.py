@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.cpu import small_products
+from qwen3next_jax.ops.cpu import axis_sum, small_products
 from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
@@ -512,7 +512,7 @@ def _inverse_on_cpu(lower):
     lower = jnp.moveaxis(lower.reshape(Z, B, K * R, C, C), 2, -1)
 
     def dot(x, y):
-        return (x[..., None, :] * y[..., None, :, :, :]).sum(-3)
+        return axis_sum(x[..., None, :] * y[..., None, :, :, :], -3)
 
     inverse, size = jnp.ones((Z, B, C, 1, 1, K * R), jnp.float32), 1
     while size < C:
