@@ -5,9 +5,10 @@ any number of micro-batches gives the update of the one big batch. The balance l
 over tokens: with scope "global" each micro-batch is balanced against the loads of the step so far,
 its own included, and the terms are averaged.
 
-A step changes nothing if its loss or gradient is not finite, or if tokens found no place at their
-experts and `mesh.on_overflow` is "error". From then on no step changes anything, because the host
-notices only after it has dispatched the next step, and must still find the state from before.
+A step changes no parameter if its loss or gradient is not finite, or if tokens found no place at
+their experts and `mesh.on_overflow` is "error". From then on no step changes one, because the host
+notices only after it has dispatched the next step, and must still find the parameters from before,
+to name what is wrong. The optimizer's state is not kept: nobody goes on from there.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # steps taken
     halted: Bool[Array, ""]  # something was not finite or overflowed; `step` was not taken
     params: nnx.State
-    opt_state: Any
+    opt_state: Any  # of no more use once halted
 
 
 def initial_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -139,9 +140,14 @@ def make_train_step(
         halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
         if config.mesh.on_overflow == "error":
             halted |= metrics.get("dropped_assignments", 0) > 0
-        taken = TrainState(state.step + 1, halted, params, opt_state)
-        state = jax.tree.map(lambda new, old: jnp.where(halted, old, new), taken, state)
-        state = state._replace(halted=halted)
+        # Moments are not chosen from old and new ones: XLA for CPUs would compute the new ones twice,
+        # here and in the update, and copy the old ones first, as both read them.
+        step, params = jax.tree.map(
+            lambda new, old: jnp.where(halted, old, new),
+            (state.step + 1, params),
+            (state.step, state.params),
+        )
+        state = TrainState(step, halted, params, opt_state)
         return state, {**metrics, "grad_norm": grad_norm, "halted": halted}
 
     return train_step
