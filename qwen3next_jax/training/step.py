@@ -140,8 +140,8 @@ def make_train_step(
         halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
         if config.mesh.on_overflow == "error":
             halted |= metrics.get("dropped_assignments", 0) > 0
-        # Moments are not chosen from old and new ones: XLA for CPUs would compute the new ones twice,
-        # here and in the update, and copy the old ones first, as both read them.
+        # Moments are not chosen from old and new ones: XLA for CPUs would compute new ones twice,
+        # for the choice and in the update, and copy the old ones first, as both read them.
         step, params = jax.tree.map(
             lambda new, old: jnp.where(halted, old, new),
             (state.step + 1, params),
