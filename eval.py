@@ -22,6 +22,7 @@ from absl import app, flags
 if TYPE_CHECKING:
     from qwen3next_jax.config import EvaluationConfig
     from qwen3next_jax.data.sources import Records
+    from qwen3next_jax.data.tokenizer import Tokenizer
 
 _SUITE = flags.DEFINE_string("suite", None, "perplexity, lm_eval, long_context or speculation.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run, whose newest checkpoint is evaluated.")
@@ -49,7 +50,7 @@ _LIMIT = flags.DEFINE_integer(
     "Documents of perplexity and of each task of lm_eval; prompts of each --data of speculation; "
     "questions of each cell of long_context. 0: all, all, 16, 4.", lower_bound=0,
 )  # fmt: skip
-_SEED = flags.DEFINE_integer("seed", 1234, "Of all that is drawn.")
+_SEED = flags.DEFINE_integer("seed", 1234, "Of all that is drawn.", lower_bound=0)
 _LENGTH = flags.DEFINE_integer(
     "length", 0, "perplexity: tokens of a document read at once; 0: the context.", lower_bound=0
 )
@@ -104,7 +105,7 @@ def _evaluate(suite: str) -> None:
     run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
     domains: Mapping[str, Records] = {}
     if suite in ("perplexity", "speculation"):
-        domains = _domains(run, workdir, config.vocab_size)
+        domains = _domains(run, workdir, config.vocab_size, tokenizer)
     on_error = "raise" if _DATA.value else run.get("data", {}).get("on_error", "raise")
     check_usable([suite], options, config, tokenizer, domains, on_error=on_error)
     output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
@@ -162,18 +163,24 @@ def _options() -> "EvaluationConfig":
 
 
 def _domains(
-    run: dict[str, Any], workdir: pathlib.Path | None, vocab_size: int
+    run: dict[str, Any], workdir: pathlib.Path | None, vocab_size: int, tokenizer: "Tokenizer"
 ) -> "Mapping[str, Records]":
     """The texts that --data names, or those that the run in the work directory held out."""
+    from qwen3next_jax.config import SOURCES
     from qwen3next_jax.data.pipeline import load_data
+    from qwen3next_jax.data.prepared import check_prepared
     from qwen3next_jax.data.sources import open_source
 
     domains: dict[str, Any] = {}
     for given in _DATA.value:
         source, _, rest = given.partition(":")
         path, named, field = rest.partition("#")
+        if path and SOURCES.get(source) == "":
+            raise ValueError(f"--data={given}: the source {source!r} takes no path; leave it out")
         field = field if named else "text"  # an empty one: records that are texts themselves
         domains[given] = open_source(source, path, field=field, split=_SPLIT.value)
+        if source == "prepared":
+            check_prepared(path, tokenizer)
     if domains:
         return domains
     if workdir is None or "data" not in run:

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     # The model: the names are those of a released config.json, the last four are ours.
     config.model = ConfigDict(
         dict(
-            model_type="qwen3_next",  # "qwen3" is the dense yardstick
+            model_type="qwen3_next",  # "qwen3" is dense: see qwen3_32b.py
             vocab_size=2048,
             hidden_size=128,
             num_hidden_layers=4,

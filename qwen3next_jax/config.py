@@ -236,6 +236,13 @@ class ModelConfig:
             given = {**given, **{k: given.get(k, v) for k, v in _QWEN3.items()}}
             given.pop("layer_types", None)
         _to_released_dialect(given)
+        if model_type == "qwen3":
+            for key in _QWEN3.keys() - {*cls.NOT_IN_HF}:  # which its config.json cannot say
+                if given[key] != (only := _QWEN3[key]):
+                    raise ValueError(
+                        f"{key}={given[key]!r} is not supported where model_type='qwen3', a dense "
+                        f"model; expected {only!r}, or leave it out"
+                    )
         _fill_in_implied(given)
 
         known = {k: v for k, v in given.items() if k in fields}
@@ -346,8 +353,12 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
             f"{LINEAR!r} or {FULL!r}"
         )
         return
-    if not 0 < c.rope_theta < math.inf:
-        yield f"rope_theta={c.rope_theta} must be a positive number"
+    for name in ("rope_theta", "rms_norm_eps"):
+        if not 0 < getattr(c, name) < math.inf:
+            yield f"{name}={getattr(c, name)} must be a positive number"
+    for name in ("initializer_range", "router_aux_loss_coef", "shared_expert_intermediate_size"):
+        if not 0 <= getattr(c, name) < math.inf:
+            yield f"{name}={getattr(c, name)} must be a number of at least 0"
     if c.num_attention_heads % c.num_key_value_heads:
         yield _not_divisible("num_attention_heads", c.num_attention_heads,
                              "num_key_value_heads", c.num_key_value_heads)  # fmt: skip
@@ -364,8 +375,16 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
                 f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and "
                 "a factor, a number of at least 1"
             )
+        original = c.rope_scaling.get("original_max_position_embeddings", 1)
+        if type(original) is not int or original < 1:
+            yield (
+                f"rope_scaling.original_max_position_embeddings={original!r} must be a whole "
+                "number of at least 1"
+            )
         for key in sorted({"mscale", "mscale_all_dim", "truncate"} & c.rope_scaling.keys()):
             yield f"rope_scaling.{key} is not supported; released Qwen3-Next files have none"
+    if outside := [i for i in c.mlp_only_layers if i not in range(c.num_hidden_layers)]:
+        yield f"mlp_only_layers has {outside}; expected layers from 0 to {c.num_hidden_layers - 1}"
     if LINEAR in c.mixers:
         sizes = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
                  "linear_key_head_dim", "linear_value_head_dim")  # fmt: skip
@@ -598,6 +617,11 @@ class RunConfig:
     def check_resumable_from(self, old: Mapping[str, Any]) -> None:
         """Raises a ValueError naming the keys in which the run's old config may not differ."""
         now, before = flatten(self.to_dict()), flatten(old)
+        # What the stricter setting has read so far, the other one reads alike.
+        if before.get("data.on_error") == "raise":
+            for key, strict in (("data.on_error", "raise"), ("data.too_long", "error")):
+                if before.get(key) == strict:
+                    before[key] = now[key]
         changed = [
             f"{key}: was {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(now.keys() | before.keys())
@@ -680,6 +704,7 @@ _LEAST = {
     "data.num_shards": 1, "data.window_rows": 1, "evaluation.every": 0,
     "evaluation.batch_size": 0, "evaluation.limit": 0, "evaluation.length": 0,
     "evaluation.num_fewshot": -1, "evaluation.depths": 1, "evaluation.drafts": 1,
+    "evaluation.seed": 0,
 }  # fmt: skip
 _SHARES = (  # between 0 and 1
     "data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
@@ -742,7 +767,7 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     greedy = [f"mesh.{axis}" for axis in axes if getattr(c.mesh, axis) == -1]
     if len(greedy) > 1:
         yield f"{' and '.join(greedy)} are all -1; only one axis can take what is left"
-    if c.mesh.moe_buffer_factor != -1 and c.mesh.moe_buffer_factor < 1:
+    if c.mesh.moe_buffer_factor != -1 and not c.mesh.moe_buffer_factor >= 1:
         yield (
             f"mesh.moe_buffer_factor={c.mesh.moe_buffer_factor} has no room for an even load; "
             "expected at least 1, or -1 for whatever comes"

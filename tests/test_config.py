@@ -230,6 +230,22 @@ def test_transformers_builds_the_same_model_from_what_we_write():
         ({"hidden_size": 128.0}, "hidden_size=128.0 must be of type int"),
         ({"norm_topk_prob": "false"}, "norm_topk_prob='false' must be of type bool"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' must be of type float"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a positive number"),
+        ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef=-1.0 must be a number of at least"),
+        (
+            {"mlp_only_layers": [-1], "intermediate_size": 8},
+            r"mlp_only_layers has \[-1\]; expected layers from 0 to 1",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": "128",
+                }
+            },
+            "original_max_position_embeddings='128' must be a whole number",
+        ),
         (  # no layer of the decoder has experts, that of the MTP module has
             {
                 "mlp_only_layers": [0, 1],
@@ -302,6 +318,10 @@ def test_a_run_s_config_survives_json():
         ({"data__packing": "tight"}, "data.packing='tight' is unknown"),
         ({"data__path": "/x"}, "data.path='/x' is not used by source='stdlib'"),
         ({"precision__parameters": "bfloat16"}, "contradicts parameters='bfloat16'"),
+        # Its config.json could not tell the run's experts from a dense model.
+        ({"model__model_type": "qwen3"}, "=.* is not supported where model_type='qwen3', a dense"),
+        ({"mesh__moe_buffer_factor": float("nan")}, "moe_buffer_factor=nan has no room"),
+        ({"evaluation__seed": -1}, "evaluation.seed=-1 must be at least 0"),
         ({"mesh__fsdp": -1}, "mesh.data and mesh.fsdp are all -1"),
         (
             {"train__sample_tokens": 10**6},
@@ -366,6 +386,21 @@ def test_a_run_goes_on_only_where_nothing_changed_but_what_may():
     ):
         assert line in str(error.value)
     assert "num_steps" not in str(error.value)
+
+
+def test_a_run_that_met_a_bad_record_may_go_on_without_it():
+    strict = run_dict(data__packing="best_fit")
+    before = RunConfig.from_dict(strict).to_dict()
+    lenient = dict(data__on_error="skip", data__too_long="truncate")
+    after = RunConfig.from_dict(run_dict(data__packing="best_fit", **lenient))
+    after.check_resumable_from(before)
+    with pytest.raises(ValueError, match="on_error: was 'skip', now 'raise'") as error:
+        RunConfig.from_dict(strict).check_resumable_from(after.to_dict())
+    assert "too_long: was 'truncate', now 'error'" in str(error.value)
+    # Where records were left out, those that are cut now may be among them.
+    skipping = run_dict(data__packing="best_fit", data__on_error="skip")
+    with pytest.raises(ValueError, match="too_long: was 'error', now 'truncate'"):
+        after.check_resumable_from(RunConfig.from_dict(skipping).to_dict())
 
 
 def test_what_may_change_are_keys_that_exist():

@@ -15,6 +15,7 @@ from small_run import run, small_config, write_corpus
 
 from qwen3next_jax.config import EvaluationConfig
 from qwen3next_jax.data.pipeline import load_data
+from qwen3next_jax.data.prepare import Job, make_shard, prepare
 from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.evaluation.suites import check_suites, check_usable
@@ -165,21 +166,40 @@ def test_what_cannot_be_done_is_refused_before_the_model_is_read(tmp_path, argum
     assert message in result.stderr
 
 
+def domains(*given):
+    """What eval.py makes of --data, in a process of its own, as flags of two commands clash."""
+    read = (
+        "import sys, eval; from qwen3next_jax.data.tokenizer import load_tokenizer\n"
+        "eval.flags.FLAGS(sys.argv)\n"
+        "found = eval._domains({}, None, 300, load_tokenizer('bytes'))\n"
+        "print([x[0].text for x in found.values()])"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", read, *(f"--data={x}" for x in given)],
+        cwd=ROOT, text=True, capture_output=True,
+    )  # fmt: skip
+
+
 def test_texts_are_named_with_their_field_which_may_be_none(tmp_path):
     corpora.write("array_record", tmp_path / "texts", ["a text", "another"])
     (tmp_path / "a.jsonl").write_text('{"text": "one", "code": "two"}\n')
     given = [f"array_record:{tmp_path}/texts/*.array_record#", f"jsonl:{tmp_path}/a.jsonl",
              f"jsonl:{tmp_path}/a.jsonl#code"]  # fmt: skip
-    # In a process of its own: the flags of two commands do not go together.
-    read = (
-        "import sys, eval; eval.flags.FLAGS(sys.argv)\n"
-        "print([x[0].text for x in eval._domains({}, None, 300).values()])"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", read, *(f"--data={x}" for x in given)],
-        cwd=ROOT, text=True, capture_output=True,
-    )  # fmt: skip
+    found = domains(*given)
     assert found.stdout == "['a text', 'one', 'two']\n", found.stderr
+
+
+def test_texts_that_cannot_be_what_was_meant_are_refused(tmp_path):
+    assert "takes no path" in domains("stdlib:/corpus").stderr
+    make_tokenizer_json(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("a text of another tokenizer")
+    job = Job(
+        source="text", path=f"{tmp_path}/*.txt", tokenizer=f"{tmp_path}/tokenizer",
+        output=f"{tmp_path}/prepared",
+    )  # fmt: skip
+    prepare(job, lambda job, shards, done: [done(make_shard(job, k)) for k in shards])
+    refused = domains(f"prepared:{tmp_path}/prepared")
+    assert "was prepared with another tokenizer than" in refused.stderr
 
 
 def test_held_out_records_are_told_by_the_part_of_the_mixture(tmp_path):

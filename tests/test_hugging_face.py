@@ -314,6 +314,15 @@ def test_a_link_is_followed_and_a_mount_point_refused_before_anything_is_written
         pytest.fail("was lent a directory")
 
 
+def test_the_directory_that_one_is_in_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(FileExistsError, match="is the directory you are in"),
+        written_whole(pathlib.Path(".")),
+    ):
+        pytest.fail("was lent a directory")
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

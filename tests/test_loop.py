@@ -344,7 +344,11 @@ def test_a_tokenizer_is_made_anew_for_other_texts_while_nothing_is_saved(corpus,
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     kept = tmp_path / "tokenizer.model"
     kept.write_text("made of these texts")
-    loop.begin_anew(config_of(corpus, train__global_batch_size=4), tmp_path)
+    for same in (dict(train__global_batch_size=4), dict(data__window_rows=7)):
+        loop.begin_anew(config_of(corpus, **same), tmp_path)
+        assert kept.exists()
+    given = config_of(corpus, data__holdout_fraction=0.3, data__tokenizer=str(kept))
+    loop.begin_anew(given, tmp_path)  # somebody's own
     assert kept.exists()
     other = config_of(corpus, data__holdout_fraction=0.3)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)

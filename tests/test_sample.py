@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from qwen3next_jax import sample
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.data.tokenizer import HuggingFaceTokenizer, train_tokenizer
+from qwen3next_jax.data.tokenizer import HuggingFaceTokenizer, split_stops, train_tokenizer
 from qwen3next_jax.inference.decode import Generation
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
@@ -161,6 +161,12 @@ def test_a_stop_string_may_be_a_special_token(hf_directory, run):
     script = Script([])
     run(script, f"--checkpoint={hf_directory}", "--stop=<|im_start|>", "--stop=two")
     assert script.asked["stop_tokens"] == (2, 0, 1)
+
+
+def test_a_stop_string_of_a_special_token_and_more_is_refused(hf_directory):
+    tokenizer = HuggingFaceTokenizer(hf_directory / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"'<\|im_start\|>user' holds a special token and"):
+        split_stops(tokenizer, ["two", "<|im_start|>user"])
 
 
 def test_a_chat_has_the_template_beside_the_tokenizer(hf_directory, run, tmp_path):

@@ -396,6 +396,11 @@ def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
             f"{directory} is a mount point, which nothing can take the place of; name a directory "
             "inside it"
         )
+    if directory == pathlib.Path.cwd():
+        raise FileExistsError(
+            f"{directory} is the directory you are in, which would be replaced under your feet; "
+            "name another one"
+        )
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise FileExistsError(
             f"{directory} exists; nothing is overwritten, name another or empty it"

@@ -445,12 +445,21 @@ def split_stops(tokenizer: Tokenizer, stop: Iterable[str]) -> tuple[list[str], l
     """Stop strings, and apart from them the ids of those that are special tokens.
 
     The text that tokens are decoded to has no special tokens, so there they would not be found.
+
+    Raises:
+      ValueError: names a string that holds a special token and more.
     """
     strings, tokens = [], []
     for string in stop:
         ids = tokenizer.encode(string, parse_special=True)
-        if len(ids) == 1 and ids[0] in tokenizer.special_ids:
-            tokens.append(ids[0])
+        special = [i for i in ids if i in tokenizer.special_ids]
+        if special and len(ids) > 1:
+            raise ValueError(
+                f"The stop string {string!r} holds a special token and more, which no text does; "
+                "give the token alone"
+            )
+        if special:
+            tokens += special
         else:
             strings.append(string)
     return strings, tokens

@@ -388,18 +388,28 @@ def _no_run(workdir: pathlib.Path) -> str | None:
     return f"{path} is not a run's, and would be written over; choose another --workdir"
 
 
-def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Removes the tokenizer of a run that has no checkpoint, if its data or vocabulary differ.
+_DECIDE_THE_TOKENIZER = (  # keys of `data`
+    "source", "path", "field", "split", "mixture", "tokenizer", "chat_template",
+    "holdout_fraction", "on_error",
+)  # fmt: skip
 
-    Call it before the data is loaded; it does nothing but in process 0.
+
+def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
+    """Removes the tokenizer of a run that has no checkpoint, if its texts or vocabulary differ.
+
+    Not where the config names a file in that directory, which somebody has put there. Call it
+    before the data is loaded; it does nothing but in process 0.
     """
     path = workdir / "config.json"
     if jax.process_index() or not path.exists() or has_steps(workdir):
         return
+    for given in (config.data.tokenizer, config.data.chat_template):
+        if given and pathlib.Path(given).resolve().is_relative_to(workdir.resolve()):
+            return
     before, now = json.loads(path.read_text()), config.to_dict()
-    if (before["data"], before["model"]["vocab_size"]) != (
-        now["data"], now["model"]["vocab_size"]
-    ):  # fmt: skip
+    if before["model"]["vocab_size"] != now["model"]["vocab_size"] or any(
+        before["data"].get(key) != now["data"][key] for key in _DECIDE_THE_TOKENIZER
+    ):
         for name in TOKENIZER_FILES:
             (workdir / name).unlink(missing_ok=True)
 
