@@ -116,7 +116,7 @@ def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop"
             trained_tokenizer=workdir / "tokenizer.model",
             given_weights="" if has_steps(workdir) else config.train.initial_checkpoint,
         )
-        keep_tokenizer(data.tokenizer, workdir)
+        keep_tokenizer(data.tokenizer, workdir, ends=data.ends())
     check_usable(
         config.evaluation.suites, config.evaluation, config.model, data.tokenizer,
         data.held_out_parts, on_error=data.on_error,

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen3next_jax.data import tokenizer as tokenizer_module
 from qwen3next_jax.data.documents import RecordTexts, tokenized
+from qwen3next_jax.data.pipeline import load_data
 from qwen3next_jax.data.sources import BadRecordError, open_source
 from qwen3next_jax.data.tokenizer import (
     HuggingFaceTokenizer,
@@ -335,6 +336,27 @@ def test_a_kept_tokenizer_is_the_same_wherever_its_tokens_were_named(config, tmp
     assert load_tokenizer(tmp_path / "new").chat_template == "{{ 1 }}"
     with pytest.raises(ValueError, match=r"tokenizer\.json is another than that of .*some\.model"):
         keep_tokenizer(train_tokenizer(TEXTS[:3], tmp_path / "some.model", vocab_size=300), copy)
+
+
+def test_texts_end_where_a_run_has_taught_its_model_to_end(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer_json(tmp_path / "base", eos_token="<|endoftext|>"))
+    (tmp_path / "base" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    chat = {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 20)
+    (tmp_path / "text.jsonl").write_text('{"text": "x"}\n' * 20)
+    for name, field, ends in (("chats", "messages", (0, 2)), ("text", "text", (0,))):
+        data = load_data(
+            source="jsonl", path=f"{tmp_path}/{name}.jsonl", field=field, vocab_size=300,
+            tokenizer=str(tmp_path / "base"), trained_tokenizer=tmp_path / "unused",
+            holdout_fraction=0.5,
+        )  # fmt: skip
+        for _ in range(2):
+            keep_tokenizer(data.tokenizer, tmp_path / name, ends=data.ends())
+        assert load_tokenizer(tmp_path / name).stop_ids == ends
+    assert tokenizer.stop_ids == (0,)
 
 
 def test_a_sentencepiece_model_is_kept_and_has_a_template_only_where_one_is_given(tmp_path):

@@ -83,6 +83,22 @@ class Data:
         records = {part.name: list(part.fingerprint) for part in self.train}
         return {"records": records, "tokenizer": fingerprint(self.tokenizer)}
 
+    def ends(self) -> list[int]:
+        """Special tokens that end what is learnt, by the first document of each part.
+
+        They are EOS, or of chats the token that their template ends an answer with.
+        """
+        ends = []
+        for part in self.train:
+            for _, document in readable(part.records, self.tokenizer, on_error="skip"):
+                learnt = document["targets"][document["loss_weights"] > 0].tolist()
+                # Marks of a template may include the line end behind the token.
+                while learnt and self.tokenizer.decode(learnt[-1:]).isspace():
+                    learnt.pop()
+                ends += [i for i in learnt[-1:] if i in self.tokenizer.special_ids]
+                break
+        return list(dict.fromkeys(ends))
+
     @property
     def held_out_parts(self) -> dict[str, Records]:
         """The held-out records of each part of the mixture, by its name."""

@@ -390,11 +390,20 @@ def fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def keep_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
+def keep_tokenizer(
+    tokenizer: Tokenizer, directory: str | os.PathLike, *, ends: Iterable[int] = ()
+) -> None:
     """Copies a tokenizer, its chat template and the files beside it that describe its tokens.
 
     The directory holds what depends on it, a run or prepared data. Each file appears whole or not
     at all.
+
+    Args:
+      tokenizer: what is copied.
+      directory: where to.
+      ends: tokens that a run teaches its model to end with. Beside a `tokenizer.json`,
+        `generation_config.json` then names those that `stop_ids` lacks too, so that texts end
+        there, here and in other engines.
 
     Raises:
       ValueError: the directory holds another tokenizer or another chat template.
@@ -413,6 +422,11 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: str | os.PathLike) -> None:
         contents["tokenizer_config.json"] = json.dumps(
             {**config, **tokenizer.delimiters()}, indent=2, ensure_ascii=False
         ).encode()
+    missing = [i for i in ends if i not in tokenizer.stop_ids]
+    if isinstance(tokenizer, HuggingFaceTokenizer) and missing:
+        generation = json.loads(contents.get("generation_config.json", b"{}"))
+        generation["eos_token_id"] = [*tokenizer.stop_ids, *missing]
+        contents["generation_config.json"] = json.dumps(generation, indent=2).encode()
     for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
         if (file := folder / name).exists() and file.read_bytes() != contents.get(name):
             raise ValueError(
