@@ -237,8 +237,9 @@ class ModelConfig:
             given.pop("layer_types", None)
         _to_released_dialect(given)
         if model_type == "qwen3":
-            for key in _QWEN3.keys() - {*cls.NOT_IN_HF}:  # which its config.json cannot say
-                if given[key] != (only := _QWEN3[key]):
+            for key, only in _QWEN3.items():
+                # Which its config.json could not say.
+                if key not in cls.NOT_IN_HF and given[key] != only:
                     raise ValueError(
                         f"{key}={given[key]!r} is not supported where model_type='qwen3', a dense "
                         f"model; expected {only!r}, or leave it out"
@@ -375,8 +376,8 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
                 f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and "
                 "a factor, a number of at least 1"
             )
-        original = c.rope_scaling.get("original_max_position_embeddings", 1)
-        if type(original) is not int or original < 1:
+        original = c.rope_scaling.get("original_max_position_embeddings")
+        if original is not None and (type(original) is not int or original < 1):
             yield (
                 f"rope_scaling.original_max_position_embeddings={original!r} must be a whole "
                 "number of at least 1"
