@@ -77,6 +77,19 @@ SMALL = {
     "moe_intermediate_size": 20,
     "shared_expert_intermediate_size": 24,
 }
+# Its dense sister, in the keys of such a model's config.json.
+DENSE = {
+    "model_type": "qwen3",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "rope_theta": 10000.0,
+    "intermediate_size": 40,
+    "max_position_embeddings": 512,
+}
 
 
 def small_config(*, mtp_steps: int = 0, **changes) -> ModelConfig:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from oracles import SMALL, abstract_model, quick_jit, random_model, relative_error
+from oracles import DENSE, SMALL, abstract_model, quick_jit, random_model, relative_error
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
@@ -54,18 +54,13 @@ CASES = {
              linear_key_head_dim=12, linear_value_head_dim=8, norm_topk_prob=False),
     ),
 }  # fmt: skip
-DENSE = Case(
-    2, 75,
-    dict(model_type="qwen3", vocab_size=61, hidden_size=32, num_hidden_layers=2,
-         num_attention_heads=4, num_key_value_heads=2, head_dim=12, intermediate_size=40,
-         max_position_embeddings=512),
-)  # fmt: skip
+DENSE_CASE = Case(2, 75, DENSE)
 
 
 @functools.cache
 def transformers_model(name):
     """The model with transformers' initial weights, and our config of the same."""
-    case = CASES.get(name, DENSE)
+    case = CASES.get(name, DENSE_CASE)
     torch.manual_seed(case.seed)
     if name == "dense":
         config = Qwen3Config(**case.changes, initializer_range=0.05)
@@ -111,7 +106,7 @@ def our_gradients_and_logits(name):
 @pytest.mark.parametrize("weights", ["initial", "redrawn"])
 @pytest.mark.parametrize("name", [*CASES, "dense"])
 def test_logits_and_gradients_are_those_of_transformers(name, weights, monkeypatch):
-    case = CASES.get(name, DENSE)
+    case = CASES.get(name, DENSE_CASE)
     model, config = transformers_model(name)
     if weights == "redrawn":
         redraw(model, case.seed)
