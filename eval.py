@@ -70,6 +70,21 @@ _DEPTHS = flags.DEFINE_integer("depths", 5, "long_context: how many.", lower_bou
 _CHAT = flags.DEFINE_bool("chat", False, "lm_eval, long_context: ask through the chat template.")
 _DRAFTS = flags.DEFINE_integer("drafts", 2, "speculation: tokens drafted at a time.", lower_bound=1)
 
+# The suites that read a flag; all read the others.
+_READ_BY = {
+    "data": ("perplexity", "speculation"),
+    "split": ("perplexity", "speculation"),
+    "tasks": ("lm_eval", "long_context"),
+    "length": ("perplexity",),
+    "include_path": ("lm_eval",),
+    "num_fewshot": ("lm_eval",),
+    "confirm_run_unsafe_code": ("lm_eval",),
+    "lengths": ("long_context",),
+    "depths": ("long_context",),
+    "chat": ("lm_eval", "long_context"),
+    "drafts": ("speculation",),
+}
+
 
 def main(argv: list[str]) -> None:
     """Loads the checkpoint and runs one suite."""
@@ -98,6 +113,11 @@ def _evaluate(suite: str) -> None:
     # What is quick to be found wrong comes before the model is read.
     options = _options()
     check_suites([suite], options)
+    for name, suites in _READ_BY.items():
+        if flags.FLAGS[name].present and suite not in suites:
+            raise ValueError(
+                f"--{name} has no effect on --suite={suite}; it is for {' and '.join(suites)}"
+            )
     path = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or "")
     ours, config, tokenizer = open_checkpoint(path, _TOKENIZER.value)
     mesh = fsdp_mesh(_MESH_FSDP.value)

@@ -13,7 +13,7 @@ import math
 import pathlib
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 
@@ -35,6 +35,10 @@ SOURCES = {
     "synthetic": "",
     "prepared": "/corpus/prepared",
 }
+
+_YARN_KEYS = (
+    "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"
+)  # fmt: skip
 
 # Keys that the dense `qwen3` lacks, with the values that switch off what they describe.
 _QWEN3 = {
@@ -370,7 +374,7 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         )
     if c.rope_scaling is not None:
         factor = c.rope_scaling.get("factor")
-        longer = isinstance(factor, int | float) and factor is not True and 1 <= factor < math.inf
+        longer = _is_positive(factor) and factor >= 1
         if _rope_type(c.rope_scaling) != "yarn" or not longer:
             yield (
                 f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and "
@@ -382,8 +386,13 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
                 f"rope_scaling.original_max_position_embeddings={original!r} must be a whole "
                 "number of at least 1"
             )
-        for key in sorted({"mscale", "mscale_all_dim", "truncate"} & c.rope_scaling.keys()):
-            yield f"rope_scaling.{key} is not supported; released Qwen3-Next files have none"
+        for key in ("beta_fast", "beta_slow", "attention_factor"):
+            value = c.rope_scaling.get(key)
+            if value is not None and not _is_positive(value):
+                yield f"rope_scaling.{key}={value!r} must be a positive number"
+        known = ("rope_type", "type", *_YARN_KEYS)
+        for key in sorted(c.rope_scaling.keys() - set(known)):
+            yield f"rope_scaling.{key} is not supported; expected one of {', '.join(known)}"
     if outside := [i for i in c.mlp_only_layers if i not in range(c.num_hidden_layers)]:
         yield f"mlp_only_layers has {outside}; expected layers from 0 to {c.num_hidden_layers - 1}"
     if LINEAR in c.mixers:
@@ -411,6 +420,10 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         yield f"mtp_steps={c.mtp_steps} must be at least 0 (0: no MTP module)"
     if c.router_init not in ("normalized", "normal"):
         yield f"router_init={c.router_init!r} is unknown; expected 'normalized' or 'normal'"
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and value is not True and 0 < value < math.inf
 
 
 def _not_divisible(name: str, value: int, divisor_name: str, divisor: int) -> str:
@@ -802,7 +815,7 @@ def _data_problems(c: DataConfig) -> Iterable[str]:
         if unknown := sorted(part.keys() - set(keys)):
             yield f"{where} has unknown keys {unknown}; expected {_either(keys)}"
         weight = part.get("weight")
-        if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+        if not _is_positive(weight):
             yield f"{where}.weight={weight!r} must be given, a number above 0"
         if wrong := [key for key in keys[1:] if not isinstance(part.get(key, ""), str)]:
             yield from (f"{where}.{key}={part[key]!r} must be of type str" for key in wrong)

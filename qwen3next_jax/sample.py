@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     check_prompts(config, prompts, _MAX_NEW_TOKENS.value)
     speculative = _DRAFTS.value or _SPECULATIVE.value
     number_of_drafts(config, speculative)
-    model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh, rope_scaling=yarn)
+    model = load_checkpoint(path, dtype=_DTYPE.value, mesh=mesh, rope_scaling=yarn, unstacked=True)
     logging.info("%s", describe_positions(model.config))
     with as_trained(ours):
         generation = Generation(

@@ -6,15 +6,11 @@ import json
 import numpy as np
 import safetensors.torch
 import torch
-from oracles import SMALL
+from oracles import DENSE, SMALL
 from safetensors import safe_open
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 torch.set_num_threads(1)
-DENSE = dict(
-    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=12, intermediate_size=40, max_position_embeddings=512,
-)  # fmt: skip
 
 
 @functools.cache

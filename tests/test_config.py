@@ -246,6 +246,14 @@ def test_transformers_builds_the_same_model_from_what_we_write():
             },
             "original_max_position_embeddings='128' must be a whole number",
         ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": -32}},
+            "rope_scaling.beta_fast=-32 must be a positive number",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fats": 32}},
+            "rope_scaling.beta_fats is not supported; expected one of rope_type, .*beta_fast",
+        ),
         (  # no layer of the decoder has experts, that of the MTP module has
             {
                 "mlp_only_layers": [0, 1],

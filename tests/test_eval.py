@@ -154,6 +154,10 @@ def test_the_command_says_what_it_lacks(trained, tmp_path):
     [
         (("--suite=perplexity", "--data=stdlib", "--output=."), "error: . is a directory; name a"),
         (("--suite=long_context", "--lengths=512,32"), "ask at greater lengths"),
+        (
+            ("--suite=long_context", "--length=512"),
+            "--length has no effect on --suite=long_context; it is for perplexity",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_model_is_read(tmp_path, arguments, message):

@@ -373,6 +373,15 @@ for (path, x), (_, sharding), (_, y) in zip(
     assert np.asarray(x[...]).tobytes() == np.asarray(y[...]).tobytes(), path
 assert split > 20, split
 q3n.save_hf(model, target)
+
+apart = q3n.load_hf(source, mesh=mesh, unstacked=True)
+for (path, x), (_, y), (_, z) in zip(
+    nnx.to_flat_state(nnx.state(apart, nnx.Param)),
+    nnx.to_flat_state(nnx.state(plain.unstacked(), nnx.Param)),
+    nnx.to_flat_state(nnx.state(model.unstacked(), nnx.Param)), strict=True,
+):
+    assert np.asarray(x[...]).tobytes() == np.asarray(y[...]).tobytes(), path
+    assert x[...].sharding.is_equivalent_to(z[...].sharding, x[...].ndim), path
 """
 
 

@@ -54,6 +54,38 @@ def test_parameters_are_those_of_the_checkpoint_in_the_dtype_asked_for(kind, tmp
     assert_same(load_parameters(path, model.config, wanted(model.config)), model)
 
 
+@pytest.mark.parametrize("name", ["sparse", "one dense layer, tied"])
+def test_a_model_is_loaded_unstacked_for_generation(name, tmp_path):
+    hf_directory.released(tmp_path / "hf", name=name, mtp=name == "sparse")
+    from_hf(tmp_path / "hf", tmp_path / "ours")
+    want = dict(named_leaves(nnx.state(q3n.load_hf(tmp_path / "hf").unstacked(), nnx.Param)))
+    for path in (tmp_path / "hf", tmp_path / "ours"):
+        model = load_checkpoint(path, unstacked=True)
+        got = dict(named_leaves(nnx.state(model, nnx.Param)))
+        assert got.keys() == want.keys()
+        for parameter, x in want.items():
+            assert got[parameter].dtype == x.dtype
+            np.testing.assert_array_equal(got[parameter], x, err_msg=parameter)
+    with pytest.raises(ValueError, match="unstacked model is for generation alone"):
+        model(jnp.ones((1, 4), jnp.int32))
+    with pytest.raises(ValueError, match="without `unstacked`"):
+        q3n.save_hf(model, tmp_path / "new")
+
+
+def test_yarn_is_switched_on_and_off_at_loading(tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    hf_directory.released(tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "ours")
+    for path in (tmp_path / "hf", tmp_path / "ours"):
+        assert load_checkpoint(path, rope_scaling=yarn).config.rope_scaling == yarn
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "rope_scaling": yarn}))
+    from_hf(tmp_path / "hf", tmp_path / "long")
+    for path in (tmp_path / "hf", tmp_path / "long"):
+        assert load_checkpoint(path).config.rope_scaling == yarn
+        assert load_checkpoint(path, rope_scaling={}).config.rope_scaling is None
+
+
 def test_a_model_with_a_replaced_module_begins_with_a_checkpoint_of_its_own_kind_only(tmp_path):
     hf_directory.released(tmp_path / "hf")
     from_hf(tmp_path / "hf", tmp_path / "ours")

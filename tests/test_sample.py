@@ -85,7 +85,8 @@ def run(monkeypatch, capsys):
             def stop(self, row):
                 script.stopped.append(row)
 
-        def load_checkpoint(path, *, dtype, mesh, rope_scaling):
+        def load_checkpoint(path, *, dtype, mesh, rope_scaling, unstacked):
+            assert unstacked  # or the parameters would be in memory twice
             script.asked.update(path=path, dtype=dtype, mesh=mesh, rope_scaling=rope_scaling)
             config = small_config(rope_scaling=rope_scaling)
             return type("Model", (), {"config": config})()

@@ -51,6 +51,7 @@ def load_hf(
     mesh: Mesh | None = None,
     *,
     rope_scaling: Mapping[str, Any] | None = None,
+    unstacked: bool = False,
 ) -> Qwen3Next:
     """Loads a Hugging Face checkpoint, one file or sharded, experts one by one or fused.
 
@@ -60,7 +61,8 @@ def load_hf(
         stored; activations take the embedding's.
       mesh: over which the parameters are split by `parallel/mesh.py`; each process then reads what
         its devices hold. None: one device.
-      rope_scaling: replaces the config's.
+      rope_scaling: replaces the config's; {}: no YaRN.
+      unstacked: see `load_checkpoint`.
 
     Returns:
       The model. It has an MTP module where the files hold one, and `source`, the directory.
@@ -72,12 +74,13 @@ def load_hf(
     hf = open_hf(path, dtype)
     config = hf.config
     if rope_scaling is not None:
-        config = dataclasses.replace(config, rope_scaling=dict(rope_scaling))
+        config = dataclasses.replace(config, rope_scaling=dict(rope_scaling) or None)
 
     def value(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
         return read_parameter(hf, name, sharding, hf.dtypes[name])
 
-    model = build_model(config, value, dtype=hf.dtypes["embed_tokens"], mesh=mesh)
+    computed_in = hf.dtypes["embed_tokens"]
+    model = build_model(config, value, dtype=computed_in, mesh=mesh, unstacked=unstacked)
     # Not a field of the model: only for `save_hf`, which takes the tokenizer from there. Graphs of
     # two directories differ by it; if they did not, `nnx.jit` would give one model the other's.
     model.source = str(path.absolute())  # type: ignore[attr-defined]
@@ -102,8 +105,9 @@ def save_hf(
 
     Raises:
       FileExistsError: the directory holds something.
-      ValueError: an argument is unknown, or Hugging Face has no such model.
+      ValueError: an argument is unknown, Hugging Face has no such model, or it is unstacked.
     """
+    model.require_stacked()
     params = parameters_by_path(nnx.state(model, nnx.Param))
     away = [path for path, p in params.items() if not p[...].is_fully_addressable]
     if away:
@@ -322,25 +326,46 @@ def build_model(
     *,
     dtype: Any,
     mesh: Mesh | None,
+    unstacked: bool,
 ) -> Qwen3Next:
     """Builds a model from parameters that are made one by one.
 
     Args:
       config: its shape.
-      value: makes a parameter, given its path and sharding.
+      value: makes a parameter, given its path and sharding; stacked ones as such.
       dtype: of activations.
       mesh: over which parameters are split; None: one device.
+      unstacked: whether to build the model that `Qwen3Next.unstacked` gives. Each stacked parameter
+        is cut up as soon as it is made, so that but one is in memory twice.
     """
-    graph, params = nnx.split(
-        nnx.eval_shape(lambda: Qwen3Next(config, rngs=nnx.Rngs(0), dtype=dtype))
-    )
+
+    def new() -> Qwen3Next:
+        return Qwen3Next(config, rngs=nnx.Rngs(0), dtype=dtype)
+
+    graph, params = nnx.split(nnx.eval_shape(new))
     if mesh is None:
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = dict.fromkeys(parameters_by_path(params), one)
     else:
         placed = parameters_by_path(parameter_shardings(params, mesh))
         shardings = {path: param.get_value() for path, param in placed.items()}
-    return nnx.merge(graph, filled(params, lambda path, _: value(path, shardings[path])))
+    if not unstacked:
+        return nnx.merge(graph, filled(params, lambda path, _: value(path, shardings[path])))
+
+    graph, params = nnx.split(nnx.eval_shape(lambda: new().unstacked()))
+    cut_up = jax.jit(tuple)
+    groups: dict[str, tuple[jax.Array, ...]] = {}
+
+    def part(path: str, _: Any) -> jax.Array:
+        if not path.startswith("groups/"):
+            return value(path, shardings[path])
+        _, group, rest = path.split("/", 2)
+        stacked = f"groups/{rest}"
+        if stacked not in groups:
+            groups[stacked] = cut_up(value(stacked, shardings[stacked]))
+        return groups[stacked][int(group)]
+
+    return nnx.merge(graph, filled(params, part))
 
 
 def filled(params: nnx.State, value: Callable[[str, Any], jax.Array]) -> nnx.State:

@@ -62,6 +62,7 @@ def load_checkpoint(
     dtype: Any = None,
     mesh: Mesh | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
+    unstacked: bool = False,
 ) -> Qwen3Next:
     """Loads a model for inference or evaluation; `CheckpointStore` resumes training.
 
@@ -71,7 +72,9 @@ def load_checkpoint(
       dtype: of the parameters but `A_log` and `dt_bias`, and of activations. None: as stored, and
         for activations what the run computed in, else the embedding's.
       mesh: over which the parameters are split; None: one device.
-      rope_scaling: replaces the config's.
+      rope_scaling: replaces the config's; {}: no YaRN.
+      unstacked: for generation alone, which needs each layer's parameters by themselves: such a
+        model cannot score or train, but `generate` need not copy it.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -81,10 +84,10 @@ def load_checkpoint(
     """
     ours = find_checkpoint(pathlib.Path(path))
     if ours is None:
-        return load_hf(path, dtype, mesh, rope_scaling=rope_scaling)
+        return load_hf(path, dtype, mesh, rope_scaling=rope_scaling, unstacked=unstacked)
     config = ours.config
     if rope_scaling is not None:
-        config = dataclasses.replace(config, rope_scaling=dict(rope_scaling))
+        config = dataclasses.replace(config, rope_scaling=dict(rope_scaling) or None)
 
     def build(store: CheckpointStore, step: int) -> Qwen3Next:
         stored = stored_parameters(store, step, config)
@@ -94,7 +97,7 @@ def load_checkpoint(
             x = jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=sharding)
             return _restore_parameter(store, step, name, x, final_dtype(name, x.dtype, dtype))
 
-        return build_model(config, value, dtype=jnp.dtype(compute), mesh=mesh)
+        return build_model(config, value, dtype=jnp.dtype(compute), mesh=mesh, unstacked=unstacked)
 
     model = from_step(ours, build)
     model.source = str(ours.workdir)  # type: ignore[attr-defined]  # as `load_hf` does

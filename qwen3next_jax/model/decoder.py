@@ -150,8 +150,10 @@ class Qwen3Next(nnx.Module):
           fields [L, B, ...], None where no layer has any.
 
         Raises:
-          ValueError: tokens, segment_ids or positions are no array [B, T].
+          ValueError: tokens, segment_ids or positions are no array [B, T]; or the model is an
+            `unstacked` one.
         """
+        self.require_stacked()
         check_shape("tokens", tokens, "B", "T")
         for name, rows in (("segment_ids", segment_ids), ("positions", positions)):
             if rows is not None:
@@ -240,10 +242,18 @@ class Qwen3Next(nnx.Module):
         """Whether this is an `unstacked` copy."""
         return isinstance(self.groups, nnx.List)
 
+    def require_stacked(self) -> None:
+        """Refuses, by a ValueError, an `unstacked` copy."""
+        if self.is_unstacked:
+            raise ValueError(
+                "An unstacked model is for generation alone; load or build it without `unstacked`"
+            )
+
     def unstacked(self) -> "Qwen3Next":
         """A copy for `extend`, with each group's parameters in arrays of their own.
 
-        Cut out of the stacked arrays at each call, they would be copied each time.
+        Cut out of the stacked arrays at each call, they would be copied each time. A checkpoint can
+        be loaded in this form (`load_checkpoint`), which takes the memory of one copy.
         """
         graph, params = nnx.split(self)
         model = nnx.merge(graph, params)
