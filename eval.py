@@ -186,7 +186,6 @@ def _domains(
     run: dict[str, Any], workdir: pathlib.Path | None, vocab_size: int, tokenizer: "Tokenizer"
 ) -> "Mapping[str, Records]":
     """The texts that --data names, or those that the run in the work directory held out."""
-    from qwen3next_jax.config import SOURCES
     from qwen3next_jax.data.pipeline import load_data
     from qwen3next_jax.data.prepared import check_prepared
     from qwen3next_jax.data.sources import open_source
@@ -195,8 +194,6 @@ def _domains(
     for given in _DATA.value:
         source, _, rest = given.partition(":")
         path, named, field = rest.partition("#")
-        if path and SOURCES.get(source) == "":
-            raise ValueError(f"--data={given}: the source {source!r} takes no path; leave it out")
         field = field if named else "text"  # an empty one: records that are texts themselves
         domains[given] = open_source(source, path, field=field, split=_SPLIT.value)
         if source == "prepared":

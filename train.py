@@ -82,9 +82,9 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
     from qwen3next_jax.training.loop import alone_in
 
     check_suites(config.evaluation.suites, config.evaluation)
-    name = os.path.splitext(
-        os.path.basename(config_flags.get_config_filename(flags.FLAGS["config"]))
-    )[0]
+    # What follows a colon is the config's argument.
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    name = os.path.splitext(os.path.basename(file))[0]
     if "://" in (_WORKDIR.value or ""):
         raise ValueError(
             f"--workdir={_WORKDIR.value} is no path of a mounted file system; mount the bucket and "

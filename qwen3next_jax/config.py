@@ -322,7 +322,8 @@ def _to_released_dialect(given: dict[str, Any]) -> None:
     if layer_types:
         interval = layer_types.index(FULL) + 1 if FULL in layer_types else len(layer_types) + 1
         interval = given.setdefault("full_attention_interval", interval)
-        if layer_types != _interval_pattern(len(layer_types), interval):
+        said = _interval_pattern(len(layer_types), interval)
+        if layer_types != said or len(said) != given.get("num_hidden_layers"):
             given["layer_types"] = layer_types
 
 
@@ -718,7 +719,7 @@ _LEAST = {
     "data.num_shards": 1, "data.window_rows": 1, "evaluation.every": 0,
     "evaluation.batch_size": 0, "evaluation.limit": 0, "evaluation.length": 0,
     "evaluation.num_fewshot": -1, "evaluation.depths": 1, "evaluation.drafts": 1,
-    "evaluation.seed": 0,
+    "evaluation.seed": 0, "train.seed": 0,
 }  # fmt: skip
 _SHARES = (  # between 0 and 1
     "data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
@@ -735,6 +736,9 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     for key, least in _LEAST.items():
         if not flat[key] >= least:
             yield f"{key}={flat[key]} must be at least {least}"
+    for key in ("train.seed", "evaluation.seed"):
+        if not flat[key] < 2**32:
+            yield f"{key}={flat[key]} must be below 2**32"
     for key in _SHARES:
         if not 0 <= flat[key] <= 1:
             yield f"{key}={flat[key]} must lie between 0 and 1"

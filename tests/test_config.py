@@ -221,6 +221,7 @@ def test_transformers_builds_the_same_model_from_what_we_write():
         ({"partial_rotary_factor": 0.2}, "rotates 3 entries; expected an even number"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2}}, "give rope_type 'yarn'"),
         ({"layer_types": ["full_attention"]}, "must name 2 layers"),
+        ({"layer_types": ["linear_attention", "full_attention"] * 2}, "must name 2 layers"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "must name 2 layers"),
         ({"mlp_only_layers": [0]}, "intermediate_size"),
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
@@ -330,6 +331,7 @@ def test_a_run_s_config_survives_json():
         ({"model__model_type": "qwen3"}, "=.* is not supported where model_type='qwen3', a dense"),
         ({"mesh__moe_buffer_factor": float("nan")}, "moe_buffer_factor=nan has no room"),
         ({"evaluation__seed": -1}, "evaluation.seed=-1 must be at least 0"),
+        ({"train__seed": 2**32}, r"train.seed=4294967296 must be below 2\*\*32"),
         ({"mesh__fsdp": -1}, "mesh.data and mesh.fsdp are all -1"),
         (
             {"train__sample_tokens": 10**6},

@@ -45,6 +45,12 @@ def test_unknown_suites_come_with_the_nearest_known_ones():
         ("speculation", {}, {}, r"speculation needs an MTP module"),
         ("speculation", {}, {"mtp_steps": 1}, "No document of texts has more than 64 tokens"),
         ("perplexity", {"length": 513}, {}, "length=513 exceeds the model's context"),
+        (
+            "speculation",
+            {},
+            {"mtp_steps": 1, "max_position_embeddings": 127},
+            "reads and writes 128",
+        ),
         ("long_context", {"lengths": (512, 32)}, {}, "does not fit into the .* answer leaves"),
         ("long_context", {"lengths": (512, 1025)}, {"rope_scaling": YARN}, "1025 exceeds the cont"),
     ],
@@ -153,7 +159,7 @@ def test_the_command_says_what_it_lacks(trained, tmp_path):
     ("arguments", "message"),
     [
         (("--suite=perplexity", "--data=stdlib", "--output=."), "error: . is a directory; name a"),
-        (("--suite=long_context", "--lengths=512,32"), "ask at greater lengths"),
+        (("--suite=long_context", "--lengths=512,32"), "give lengths greater by at"),
         (
             ("--suite=long_context", "--length=512"),
             "--length has no effect on --suite=long_context; it is for perplexity",

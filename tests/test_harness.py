@@ -12,8 +12,10 @@ from hf_tokenizer import CHATML, make_tokenizer_json
 from local_tasks import write_tasks
 
 import qwen3next_jax as q3n
+from qwen3next_jax.config import EvaluationConfig
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.evaluation.suites import check_suites, check_usable
 
 pytestmark = pytest.mark.slow  # importing the harness takes longer than most tests
 
@@ -216,8 +218,19 @@ def test_options_that_ask_for_nothing_are_taken_and_others_refused_before_anythi
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
     with pytest.raises(ValueError, match=r"task beams cannot be run here: .*\['num_beams'\]"):
         run_ours(checkpoint, tmp_path, ["beams"])
-    with pytest.raises(ValueError, match="task essay cannot be run here: max_gen_toks=512 leaves"):
+    message = "task essay cannot be run here: max_gen_toks=512 leaves"
+    with pytest.raises(ValueError, match=message):
         run_ours(checkpoint, tmp_path, ["essay"])
+
+    # A run that evaluates hears of it before its first step.
+    evaluated = evaluator(checkpoint)
+    given = evaluated.model.config, evaluated.tokenizer, {}
+    asked = EvaluationConfig(tasks=("essay",), include_path=str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        check_usable(["lm_eval"], asked, *given)
+    missing = EvaluationConfig(tasks=(f"{tmp_path}/essai.yaml",))
+    with pytest.raises(FileNotFoundError, match=r"essai\.yaml does not exist"):
+        check_suites(["lm_eval"], missing)
 
 
 def test_code_is_not_run_unless_allowed_in_so_many_words(checkpoint, tasks):

@@ -359,6 +359,22 @@ def test_a_tokenizer_is_made_anew_for_other_texts_while_nothing_is_saved(corpus,
     assert not kept.exists()
 
 
+def test_a_start_that_failed_leaves_no_tokenizer_to_another_one(corpus, tmp_path):
+    workdir, copied = tmp_path / "run", tmp_path / "run" / "tokenizer.json"
+    workdir.mkdir()
+    copied.write_text("somebody's own")
+    loop.begin_anew(config_of(corpus), workdir)  # and then it failed, before it wrote anything
+    assert copied.exists()
+    loop.begin_anew(config_of(corpus, data__holdout_fraction=0.3), workdir)
+    assert not copied.exists()
+    # The same file may hold another tokenizer, or another chat template, by now.
+    given = config_of(corpus, data__tokenizer=str(tmp_path / "tokenizer.json"))
+    loop.begin_anew(given, workdir)
+    copied.write_text("a copy")
+    loop.begin_anew(given, workdir)
+    assert not copied.exists()
+
+
 def test_a_directory_that_is_no_run_s_is_not_written_over(corpus, tmp_path):
     given = '{"model_type": "qwen3_next"}'
     for name in ("config.json", "tokenizer.json"):

@@ -338,6 +338,14 @@ def test_the_first_run_trains_a_tokenizer_and_the_next_reuses_it(corpus, tmp_pat
         load_data(**corpus, vocab_size=299, trained_tokenizer=path)
 
 
+def test_a_chat_template_goes_with_a_tokenizer_that_is_trained(corpus, tmp_path):
+    (tmp_path / "template").write_text("{{ messages }}")
+    corpus["chat_template"] = str(tmp_path / "template")
+    for _ in range(2):  # trained, then found
+        data = load_data(**corpus, vocab_size=300, trained_tokenizer=tmp_path / "tokenizer")
+        assert data.tokenizer.chat_template == "{{ messages }}"
+
+
 def test_the_tokenizer_never_sees_the_held_out_part(corpus, tmp_path):
     data = load_data(**corpus, vocab_size=300, trained_tokenizer=tmp_path / "a")
     train_tokenizer(

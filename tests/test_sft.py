@@ -140,3 +140,16 @@ def test_without_a_directory_the_config_asks_for_one(tmp_path):
     )  # fmt: skip
     assert result.returncode != 0
     assert "Give its directory: --config=configs/sft.py:DIR" in result.stderr
+
+
+def test_a_run_is_named_after_its_config_and_not_after_what_that_is_given(directory, tmp_path):
+    result = subprocess.run(
+        [
+            sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/sft.py:{directory}/",
+            "--config.data.path=/nowhere/*.jsonl",
+        ],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "/nowhere" in result.stderr
+    assert os.listdir(tmp_path / "runs") == ["sft"]

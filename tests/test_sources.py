@@ -393,6 +393,8 @@ def test_globs_match_what_pythons_own_do(pattern, tmp_path):
 def test_unknown_sources_and_datasets_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data\.source='web' is unknown; expected one of stdlib,"):
         open_source("web", "x")
+    with pytest.raises(ValueError, match=r"'stdlib' takes no path; leave out '/corpus/\*.py'"):
+        open_source("stdlib", "/corpus/*.py")
     with pytest.raises(BadFileError, match=r"data\.path='no_such_dataset', .* cannot be opened as"):
         open_source("tfds", "no_such_dataset")
 

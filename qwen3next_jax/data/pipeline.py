@@ -25,7 +25,14 @@ from absl import logging
 from etils import epath
 
 from qwen3next_jax.config import divisors
-from qwen3next_jax.data.documents import Document, RecordTexts, learnt_text, readable
+from qwen3next_jax.data.documents import (
+    BadRecordError,
+    Document,
+    RecordTexts,
+    learnt_text,
+    readable,
+    tokenized,
+)
 from qwen3next_jax.data.hashing import hash64
 from qwen3next_jax.data.holdout import split_source
 from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
@@ -41,6 +48,7 @@ from qwen3next_jax.data.tokenizer import (
 )
 
 _BATCHES_AHEAD = 2
+_LOOKED_AT = 100  # of a part's first records, for one that can be used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,13 +92,17 @@ class Data:
         return {"records": records, "tokenizer": fingerprint(self.tokenizer)}
 
     def ends(self) -> list[int]:
-        """Special tokens that end what is learnt, by the first document of each part.
+        """Special tokens that end what is learnt, by the first usable document of each part.
 
         They are EOS, or of chats the token that their template ends an answer with.
         """
         ends = []
         for part in self.train:
-            for _, document in readable(part.records, self.tokenizer, on_error="skip"):
+            for i in range(min(len(part.records), _LOOKED_AT)):
+                try:
+                    document = tokenized(part.records[i], self.tokenizer)
+                except BadRecordError:
+                    continue
                 learnt = document["targets"][document["loss_weights"] > 0].tolist()
                 # Marks of a template may include the line end behind the token.
                 while learnt and self.tokenizer.decode(learnt[-1:]).isspace():
@@ -203,14 +215,11 @@ def load_data(
             "own, and data.tokenizer='' would train another; give theirs, as "
             f"--config.data.tokenizer={given_weights}"
         )
-    if tokenizer or epath.Path(trained_tokenizer).exists():
-        loaded: Tokenizer = load_tokenizer(
-            tokenizer or trained_tokenizer, chat_template=chat_template
-        )
-    else:
+    if not tokenizer and not epath.Path(trained_tokenizer).exists():
         logging.info("Training a tokenizer of %d tokens: %s", vocab_size, trained_tokenizer)
         texts = RecordTexts(Chained([part.records for part in train]), on_error=on_error)
-        loaded = train_tokenizer(texts, trained_tokenizer, vocab_size=vocab_size)
+        train_tokenizer(texts, trained_tokenizer, vocab_size=vocab_size)
+    loaded = load_tokenizer(tokenizer or trained_tokenizer, chat_template=chat_template)
     check_vocabulary(loaded, vocab_size)
     for directory in prepared:
         check_prepared(directory, loaded)

@@ -156,8 +156,11 @@ def open_source(
         `skipped_files`.
 
     Raises:
-      ValueError: the source is unknown, nothing matches, or (BadFileError) a file cannot be read.
+      ValueError: the source is unknown or takes no path, nothing matches, or (BadFileError) a file
+        cannot be read.
     """
+    if path and SOURCES.get(source) == "":
+        raise ValueError(f"The source {source!r} takes no path; leave out {path!r}")
     if source == "synthetic":
         return Source([files.SyntheticFile()])
     if source == "prepared":

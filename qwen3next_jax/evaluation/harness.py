@@ -76,9 +76,8 @@ def run_tasks(
             "lm_eval needs tasks, such as --tasks=hellaswag,arc_easy, or YAML files of your own"
         )
     check_tasks(tasks, include_path)
-    manager = _Tasks(include_path=include_path or None)
-    manager.may_run_code = confirm_run_unsafe_code
-    manager.context = evaluator.model.config.context_length
+    context = evaluator.model.config.context_length
+    manager = _tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
     # Standard errors by resampling would fork this process, threads and devices and all.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     lm = HarnessLM(evaluator, seed=seed)
@@ -111,9 +110,30 @@ def run_tasks(
 
 
 def check_tasks(tasks: Sequence[str], include_path: str = "") -> None:
-    """Refuses tasks that `run_tasks` does not know, by a ValueError with the nearest names."""
-    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
+    """Checks that there are such tasks.
+
+    Raises:
+      ValueError: one is unknown; with the nearest names.
+      FileNotFoundError: a YAML file is missing.
+    """
+    paths = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path} does not exist; expected the YAML file of a task")
+    names = [task for task in tasks if task not in paths]
     require_known("tasks of lm_eval", names, _known_tasks(include_path))
+
+
+def check_loadable(
+    tasks: Sequence[str],
+    *,
+    context: int,
+    include_path: str = "",
+    confirm_run_unsafe_code: bool = False,
+) -> None:
+    """Loads tasks with their data, and raises what `run_tasks` would of a model of this context."""
+    manager = _tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
+    manager.load(list(tasks))
 
 
 @functools.cache
@@ -121,10 +141,16 @@ def _known_tasks(include_path: str) -> tuple[str, ...]:
     return tuple(TaskManager(include_path=include_path or None).all_tasks)
 
 
+def _tasks(include_path: str, *, context: int, may_run_code: bool) -> "_Tasks":
+    manager = _Tasks(include_path=include_path or None)
+    manager.context, manager.may_run_code = context, may_run_code
+    return manager
+
+
 class _Tasks(TaskManager):
     """Loads tasks; refuses those that cannot run here, and those that run code unless allowed."""
 
-    may_run_code = False
+    may_run_code: bool
     context: int
 
     def load(self, task_list: Any) -> Any:

@@ -232,8 +232,8 @@ def _check_room(
     needed = len(_tokens(_write(question, depth, 0), question.question, tokenizer, chat))
     if needed > length:
         raise ValueError(
-            f"A question of {needed} tokens does not fit into the {length} that the answer leaves; "
-            "ask at greater lengths"
+            f"A question of {needed} tokens does not fit into the {max(length, 0)} that the answer "
+            f"leaves; give lengths greater by at least {needed - length}"
         )
 
 

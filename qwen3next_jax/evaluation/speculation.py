@@ -17,7 +17,7 @@ from qwen3next_jax.data.sources import Records
 from qwen3next_jax.data.tokenizer import Tokenizer
 from qwen3next_jax.evaluation.evaluator import Evaluator
 
-PROMPT_LENGTH = 64  # tokens
+PROMPT_LENGTH, NEW_TOKENS = 64, 64
 
 
 def speculation(
@@ -26,7 +26,7 @@ def speculation(
     *,
     prompts: int = 16,
     prompt_length: int = PROMPT_LENGTH,
-    new_tokens: int = 64,
+    new_tokens: int = NEW_TOKENS,
     drafts: int = 2,
     on_error: str = "raise",
 ) -> dict[str, Any]:
@@ -47,9 +47,10 @@ def speculation(
       row had a draft; `domains`, all of this for each that has a document long enough.
 
     Raises:
-      ValueError: the model has no MTP module, or no document of any domain is long enough.
+      ValueError: the model has no MTP module, or a context too short; or no document of any domain
+        is long enough.
     """
-    check_mtp(evaluator.model.config)
+    check_drafting(evaluator.model.config, prompt_length + new_tokens)
     chosen = beginnings(
         domains, evaluator.tokenizer, count=prompts, length=prompt_length, on_error=on_error
     )
@@ -93,8 +94,13 @@ def beginnings(
     return {name: found for name, found in chosen.items() if found}
 
 
-def check_mtp(config: ModelConfig) -> None:
-    """Refuses, by a ValueError, a model without an MTP module."""
+def check_drafting(config: ModelConfig, length: int = PROMPT_LENGTH + NEW_TOKENS) -> None:
+    """Refuses, by a ValueError, a model without MTP module, or of a context below `length`."""
+    if length > config.context_length:
+        raise ValueError(
+            f"speculation reads and writes {length} tokens, and the model's context has "
+            f"{config.context_length}; leave the suite out"
+        )
     if not config.mtp_steps:
         raise ValueError(
             "speculation needs an MTP module, and this model has none (mtp_steps=0); leave the "

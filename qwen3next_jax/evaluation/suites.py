@@ -19,7 +19,7 @@ from qwen3next_jax.data.tokenizer import Tokenizer
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.evaluation.long_context import TASKS, check_questions, long_context
 from qwen3next_jax.evaluation.perplexity import check_length, document_perplexity
-from qwen3next_jax.evaluation.speculation import beginnings, check_mtp, speculation
+from qwen3next_jax.evaluation.speculation import beginnings, check_drafting, speculation
 from qwen3next_jax.model.decoder import Qwen3Next
 
 SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
@@ -59,6 +59,8 @@ def check_usable(
 ) -> None:
     """Checks what suites need of a model, its tokenizer and texts, before its weights are there.
 
+    Tasks of lm_eval are loaded for that, with their data.
+
     Args:
       names: of suites.
       options, domains, on_error: as `run_suite` has them.
@@ -67,14 +69,20 @@ def check_usable(
     Raises:
       FileNotFoundError: a suite is to chat, and there is no chat template.
       ValueError: what is asked for does not fit the model, or no text can be used.
+      Exception: what the harness raises where it cannot load a task.
     """
     names = tuple(names)
     if names and options.chat:
         _ = tokenizer.chat_template  # raises where there is none
     if "perplexity" in names:
         check_length(config, options.length)
+    if "lm_eval" in names:
+        _harness().check_loadable(
+            options.tasks, context=config.context_length, include_path=options.include_path,
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        )  # fmt: skip
     if "speculation" in names:
-        check_mtp(config)
+        check_drafting(config)
         beginnings(domains, tokenizer, on_error=on_error)
     if "long_context" in names:
         check_questions(config, tokenizer, **_questions(options))

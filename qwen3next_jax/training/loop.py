@@ -395,23 +395,27 @@ _DECIDE_THE_TOKENIZER = (  # keys of `data`
 
 
 def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Removes the tokenizer of a run that has no checkpoint, if its texts or vocabulary differ.
+    """Makes a directory without checkpoints that of a run with this config.
 
-    Not where the config names a file in that directory, which somebody has put there. Call it
-    before the data is loaded; it does nothing but in process 0.
+    Removes the tokenizer that an earlier start left, if it was a copy, which may have changed, or
+    if its texts or vocabulary differ; not where the config names a file in that directory, which
+    somebody has put there. Writes the config, so that the next start can tell, however far this
+    one comes. Call it before the data is loaded; it does nothing but in process 0.
     """
-    path = workdir / "config.json"
-    if jax.process_index() or not path.exists() or has_steps(workdir):
+    if jax.process_index() or has_steps(workdir):
         return
-    for given in (config.data.tokenizer, config.data.chat_template):
-        if given and pathlib.Path(given).resolve().is_relative_to(workdir.resolve()):
-            return
-    before, now = json.loads(path.read_text()), config.to_dict()
-    if before["model"]["vocab_size"] != now["model"]["vocab_size"] or any(
-        before["data"].get(key) != now["data"][key] for key in _DECIDE_THE_TOKENIZER
-    ):
-        for name in TOKENIZER_FILES:
-            (workdir / name).unlink(missing_ok=True)
+    path = workdir / "config.json"
+    named = [name for name in (config.data.tokenizer, config.data.chat_template) if name]
+    own = any(pathlib.Path(name).resolve().is_relative_to(workdir.resolve()) for name in named)
+    if path.exists() and not own:
+        before, now = json.loads(path.read_text()), config.to_dict()
+        differs = before["model"]["vocab_size"] != now["model"]["vocab_size"] or any(
+            before["data"].get(key) != now["data"][key] for key in _DECIDE_THE_TOKENIZER
+        )
+        if named or differs:
+            for name in TOKENIZER_FILES:
+                (workdir / name).unlink(missing_ok=True)
+    _write_config(config, path)
 
 
 def has_steps(workdir: pathlib.Path) -> bool:
@@ -431,8 +435,12 @@ def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         if has_steps(workdir):  # a run that saved nothing may begin otherwise
             config.check_resumable_from(json.loads(path.read_text()))
-        write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
+        _write_config(config, path)
     require_shared(path)
+
+
+def _write_config(config: RunConfig, path: pathlib.Path) -> None:
+    write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def _first_state(config: RunConfig, program: Program) -> TrainState:
