@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     ):
         sub = subs[name] = commands.add_parser(name)
         sub.set_defaults(run=run)
-        sub.add_argument("src", type=pathlib.Path, help=source)
-        sub.add_argument("dst", type=pathlib.Path, help="a new or empty directory")
+        sub.add_argument("src", type=_local, help=source)
+        sub.add_argument("dst", type=_local, help="a new or empty directory")
         sub.add_argument("--dtype", choices=("float32", "bfloat16"),
                          help="of all but A_log and dt_bias; as stored if not given")  # fmt: skip
     subs["to-hf"].add_argument(
@@ -51,10 +51,20 @@ def main(argv: list[str] | None = None) -> None:
     run = args.pop("run")
 
     jax.config.update("jax_platforms", "cpu")  # no accelerator is needed
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated; nothing was written."))
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: sys.exit("Terminated; nothing was written."))
     with told_errors("Nothing was written."):
         run(**args)
     print(f"Wrote {args['dst']}")
+
+
+def _local(path: str) -> pathlib.Path:
+    if "://" in path:
+        raise argparse.ArgumentTypeError(
+            f"{path} is no path of a mounted file system; name a local directory, and copy"
+        )
+    return pathlib.Path(path)
 
 
 def from_hf(src: pathlib.Path, dst: pathlib.Path, *, dtype: Any = None) -> None:

@@ -52,7 +52,7 @@ _MIN_P = flags.DEFINE_float(
 _REPETITION_PENALTY = flags.DEFINE_float(
     "repetition_penalty", 1.0, "Above 1: tokens that were there become less likely."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, 2**32 - 1)
 _SPECULATIVE = flags.DEFINE_bool(
     "speculative", None, "Draft tokens with the MTP module; else done where the model has one."
 )

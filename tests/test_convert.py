@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -166,7 +167,8 @@ def test_a_damaged_step_is_passed_over_and_never_converted(run, tmp_path):
 def test_load_checkpoint_tells_the_three_kinds_apart(run, tmp_path):
     workdir, model = run
     q3n.save_hf(model, tmp_path / "hf")
-    for path in (workdir, workdir / "checkpoints" / "6", tmp_path / "hf"):
+    up = workdir / "checkpoints" / "3" / ".." / "6"
+    for path in (workdir, workdir / "checkpoints" / "6", up, tmp_path / "hf"):
         loaded = load_checkpoint(str(path))
         assert_same_parameters(loaded, model)
         assert loaded.dtype == (jnp.float32 if path.name == "hf" else jnp.bfloat16)
@@ -216,6 +218,42 @@ def test_the_command_names_all_faults_and_leaves_nothing_behind(tmp_path):
     assert "Traceback" not in done.stderr
     for complaint in complaints:
         assert complaint in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
+def test_a_bucket_is_no_directory_to_convert_into(tmp_path):
+    done = command("to-hf", tmp_path, "gs://bucket/new")
+    assert done.returncode == 2
+    assert "gs://bucket/new is no path of a mounted file system" in done.stderr
+    assert not (ROOT / "gs:").exists()
+
+
+def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing file: No space left on device [28]")
+
+    hf_directory.released(tmp_path / "given")
+    monkeypatch.setattr(store.ocp.CheckpointManager, "save", full)
+    with pytest.raises(OSError, match="The disk is full"):
+        from_hf(tmp_path / "given", tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_conversion_that_is_told_to_end_leaves_nothing_behind(number, tmp_path):
+    hf_directory.released(tmp_path / "given")
+    script = (
+        "import os, sys\nfrom qwen3next_jax import convert\n"
+        f"convert.save_streamed = lambda *_: os.kill(os.getpid(), {int(number)})\n"
+        "convert.main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "from-hf", tmp_path / "given", tmp_path / "ours"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Terminated; nothing was written." in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 

@@ -90,6 +90,11 @@ def test_what_does_not_fit_is_refused(model):
         generate(model, [[1] * 500], max_new_tokens=20)
     with pytest.raises(ValueError, match=r"tokens from 3 to 61; this model's lie in \[0, 61\)"):
         generate(model, [[3, 61]])
+    with pytest.raises(ValueError, match=r"stop_tokens holds \[-1, 61\]; this model's tokens lie"):
+        generate(model, [[3]], stop_tokens=(61, 3, -1))
+    for seed in (-1, 2**32):  # which JAX would take for another
+        with pytest.raises(ValueError, match=rf"seed={seed} must lie in \[0, 2\*\*32\)"):
+            generate(model, [[3]], seed=seed)
     with pytest.raises(ValueError, match="max_new_tokens=-1 must"):
         generate(model, [[3]], max_new_tokens=-1)
     with pytest.raises(ValueError, match="top_k=0 must be an integer of at least 1"):

@@ -212,6 +212,8 @@ def test_all_faults_come_in_one_report(tmp_path):
         (lambda d: (d / "model.safetensors.index.json").unlink(),
          r"missing: model\.safetensors\.index\.json or model\.safetensors"),
         (lambda d: (d / "model.safetensors.index.json").write_text("{"), "unreadable index"),
+        (lambda d: (d / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"lm_head.weight": null}}'), "no file is named for lm_head.weight"),
         (lambda d: (d / "config.json").unlink(), r"config\.json does not exist"),
         (lambda d: os.truncate(d / "model-00001-of-00003.safetensors", 100),
          r"truncated shard: model-00001-of-00003\.safetensors ends within its header"),
@@ -336,6 +338,13 @@ def test_impossible_wishes_are_refused(options, complaint, tmp_path):
     with pytest.raises(ValueError, match=complaint):
         q3n.save_hf(random_model(small_config()), tmp_path / "new", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float64", "float16", "bf16", np.bool_])
+def test_a_dtype_that_would_spoil_the_weights_is_refused(dtype, tmp_path):
+    hf_directory.released(tmp_path / "given")
+    with pytest.raises(ValueError, match="is not supported; expected 'float32' or 'bfloat16'"):
+        q3n.load_hf(tmp_path / "given", dtype=dtype)
 
 
 @pytest.mark.parametrize("switch", ["zero_centered_norm", "attention_output_gate"])

@@ -65,7 +65,7 @@ def test_temperature_0_has_all_mass_on_the_likeliest_token_after_the_penalty():
     assert greedy.draw(greedy.probabilities(logits, seen), jax.random.key(0)).tolist() == [1]
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-10, 1e-20, 1e-30])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-10, 1e-20, 1e-30, 1e-40, 1e-300])
 def test_a_small_temperature_takes_the_likeliest_token(temperature):
     logits = 3 * np.random.default_rng(0).standard_normal((8, 61), np.float32)
     got = jax.jit(Sampling(temperature=temperature).probabilities)(jnp.asarray(logits))

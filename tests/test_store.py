@@ -303,6 +303,25 @@ def test_training_goes_on_past_a_damaged_checkpoint(tmp_path):
     store.close()
 
 
+def test_a_step_deleted_while_it_is_read_gives_way_to_a_newer_one(tmp_path):
+    save_steps(tmp_path, [10], keep=1)
+    reader, saved = CheckpointStore(tmp_path), [10]
+
+    def read(step, until):
+        if step < until:  # the run goes on, and keeps but its newest
+            saved.append(saved[-1] + 10)
+            save_steps(tmp_path, saved[-1:], keep=1)
+        return reader.restore(step, abstract(make_state()))[0]
+
+    with pytest.warns(UserWarning, match="/10 was deleted while it was read"):
+        assert_same_bits(make_state(30), reader.newest_good(lambda step: read(step, until=30)))
+    with (
+        pytest.warns(UserWarning, match="/30 was deleted while it was read"),
+        pytest.raises(FileNotFoundError, match="deletes its checkpoints before they are read"),
+    ):
+        reader.newest_good(lambda step: read(step, until=1000))
+
+
 def test_when_all_are_damaged_it_is_an_error(tmp_path):
     save_steps(tmp_path, [10, 20])
     for file in tmp_path.glob("*/index/metadata"):

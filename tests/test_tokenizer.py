@@ -235,7 +235,7 @@ def test_bos_and_eos_are_those_of_the_first_file_that_names_them(tmp_path):
     path = make_tokenizer_json(tmp_path)  # eos_token <|im_end|> 2, bos_token null, as Qwen's
     write(
         tmp_path,
-        generation_config={"bos_token_id": 0, "eos_token_id": [2, 0]},
+        generation_config={"bos_token_id": 0, "eos_token_id": [2, 10**6, 0]},  # one of no token
         config={"bos_token_id": 7, "eos_token_id": 7},
     )
     tokenizer = HuggingFaceTokenizer(path)

@@ -390,9 +390,20 @@ def parameters_by_path(params: Any) -> dict[str, Any]:
 
 
 def final_dtype(path: str, stored: Any, dtype: Any) -> Any:
-    """The dtype asked for; `stored` if that is None, or for `A_log` and `dt_bias`."""
-    kept = path.endswith(("/A_log", "/dt_bias"))
-    return stored if dtype is None or kept else np.dtype(dtype)
+    """The dtype asked for; `stored` if that is None, or for `A_log` and `dt_bias`.
+
+    Raises:
+      ValueError: neither float32 nor bfloat16 is asked for.
+    """
+    if dtype is None:
+        return stored
+    try:
+        asked = np.dtype(dtype)
+    except TypeError:
+        asked = None
+    if asked not in safetensors_files.DTYPES.values():
+        raise ValueError(f"{dtype=} is not supported; expected 'float32' or 'bfloat16'")
+    return stored if path.endswith(("/A_log", "/dt_bias")) else asked
 
 
 def expert_layouts(name: str) -> tuple[str, ...]:
@@ -434,7 +445,8 @@ def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        safetensors_files.sync(beside)
+        for path in (*beside.rglob("*"), beside):
+            safetensors_files.sync(path)
         beside.rename(directory)  # takes the place of an empty directory, too
     except BaseException:
         # Threads of an interrupted writer may still be adding to it.

@@ -193,7 +193,7 @@ def find_checkpoint(path: pathlib.Path) -> OurCheckpoint | None:
       FileNotFoundError: the path does not exist.
       ValueError: it leads to neither.
     """
-    path = path.absolute()
+    path = pathlib.Path(os.path.abspath(path))  # without "..", of which links are not followed
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; {_EXPECTED}")
     for workdir, step in ((path, None), (path.parent.parent, path.name)):

@@ -69,6 +69,8 @@ def read_directory(directory: pathlib.Path) -> tuple[TensorFiles, list[str], set
     if (directory / INDEX).exists():
         try:
             weight_map = dict(json.loads((directory / INDEX).read_text())["weight_map"])
+            if strange := [k for k, v in weight_map.items() if not isinstance(v, str)]:
+                raise ValueError(f"no file is named for {', '.join(strange)}")
         except (ValueError, KeyError, TypeError) as error:
             return TensorFiles({}), [f"unreadable index: {INDEX} ({error!r})"], set()
         files = sorted(set(weight_map.values()))

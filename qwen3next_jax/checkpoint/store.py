@@ -48,6 +48,8 @@ _COMMIT_BYTES = 2**25
 # The most bytes in flight from a process's memory to the disk; raised to two parts of the largest
 # array where those are more.
 _WRITE_BYTES = 2**28
+# How many checkpoints a reader takes up in vain, because the run deleted each of them meanwhile.
+_DELETED = 3
 
 Block = tuple[slice, ...]
 Result = TypeVar("Result")
@@ -253,35 +255,40 @@ class CheckpointStore:
     def newest_good(self, make: Callable[[int], Result]) -> Result:
         """Calls `make` with the newest step; with the next older one where it finds damage.
 
+        A run that goes on may also delete a step while it is read; then there are newer ones.
+
         Raises:
-          FileNotFoundError: there is no checkpoint.
+          FileNotFoundError: there is no checkpoint, or each was deleted before it was read.
           DamagedCheckpointError: there are checkpoints, and all are damaged.
         """
-        if not (steps := self.steps()):
-            raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        for step in steps:
+        tried, deleted = set(), 0
+        while deleted < _DELETED:
+            if self._keep is None:
+                self._manager.reload()
+            if not (steps := self.steps()):
+                raise FileNotFoundError(f"no checkpoint in {self.directory}")
+            if not (untried := [step for step in steps if step not in tried]):
+                raise DamagedCheckpointError(f"all checkpoints in {self.directory} are damaged")
+            tried.add(step := untried[0])
             try:
                 return make(step)
             except DamagedCheckpointError as error:
-                warnings.warn(f"{error}\nTrying the one before it.", stacklevel=3)
-        raise DamagedCheckpointError(f"all checkpoints in {self.directory} are damaged")
+                gone = exchange(not (self.directory / str(step)).exists())[0]
+                problem = f"{self.directory / str(step)} was deleted while it was read"
+                warnings.warn(f"{problem if gone else error}\nTrying another one.", stacklevel=3)
+                deleted += gone
+        raise FileNotFoundError(
+            f"the run in {self.directory} deletes its checkpoints before they are read; let it "
+            "keep more of them (train.keep_checkpoints), or read one when it has ended"
+        )
 
     def close(self) -> None:
         """Waits for saves and frees what the store holds."""
         with self._full_disk_told():
             self._manager.close()
 
-    @contextlib.contextmanager
-    def _full_disk_told(self):
-        # A write in the background reports a full disk by another kind of error than OSError.
-        try:
-            yield
-        except Exception as error:
-            if os.strerror(errno.ENOSPC) not in str(error):
-                raise
-            raise OSError(
-                errno.ENOSPC, "The disk is full; the checkpoints before are whole", self.directory
-            ) from error
+    def _full_disk_told(self) -> contextlib.AbstractContextManager[None]:
+        return _full_disk_told("The disk is full; the checkpoints before are whole", self.directory)
 
     def _make_manager(self) -> ocp.CheckpointManager:
         together = ocp.options.MultiprocessingOptions(
@@ -384,6 +391,17 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+@contextlib.contextmanager
+def _full_disk_told(message: str, directory: pathlib.Path) -> Iterator[None]:
+    """Raises an OSError for a full disk, which TensorStore reports by another kind of error."""
+    try:
+        yield
+    except Exception as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, message, str(directory)) from error
+
+
 class _Retention(ocp.checkpoint_managers.PreservationPolicy):
     """The newest steps stay, and those with the lowest metric."""
 
@@ -447,7 +465,8 @@ def save_streamed(
             state=ocp.args.PyTreeSave(leaves, save_args=_save_args(leaves)),
             index=ocp.args.JsonSave({}),
         )
-        manager.save(step, args=items, force=True)
+        with _full_disk_told("The disk is full", directory):
+            manager.save(step, args=items, force=True)
     entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
     index = {"arrays": entries, "extras": dict(extras)}
     path = directory / str(step) / "index" / "metadata"

@@ -258,11 +258,10 @@ class HuggingFaceTokenizer:
         bos = self._named("bos", ids)
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
-        self.stop_ids: tuple[int, ...] = tuple(
-            dict.fromkeys([eos, *_as_list(ids[0].get("eos_token_id"))])
-        )
         self.adds_bos: bool = bool(config.get("add_bos_token"))
         self._vocab_size = 1 + max(self._parsing.get_vocab().values())
+        named = (i for i in _as_list(ids[0].get("eos_token_id")) if 0 <= i < self._vocab_size)
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([eos, *named]))
 
     def names_delimiters(self) -> bool:
         """Whether `tokenizer_config.json` alone says what EOS and BOS are."""

@@ -70,8 +70,8 @@ def generate(
 
     Raises:
       ValueError: for tokens or numbers that are no integers, an empty prompt, one that leaves the
-        model's context, an unknown token, a sampling option out of range, or speculation without an
-        MTP module.
+        model's context, an unknown token, a seed or a sampling option out of range, or speculation
+        without an MTP module.
     """
     generation = Generation(
         model,
@@ -130,6 +130,14 @@ class Generation:
         self._prompts = [_tokens(f"Prompt {row}", prompt) for row, prompt in enumerate(prompts)]
         self._max_new_tokens, self._seed, self._slots = max_new_tokens, seed, slots
         require_integers(max_new_tokens=max_new_tokens, seed=seed)
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"{seed=} must lie in [0, 2**32)")
+        unknown = [i for i in self._rules.stop_tokens if not 0 <= i < model.config.vocab_size]
+        if unknown:
+            raise ValueError(
+                f"stop_tokens holds {unknown}; this model's tokens lie in "
+                f"[0, {model.config.vocab_size})"
+            )
         check_prompts(model.config, self._prompts, max_new_tokens)
         self._model = model
         self._ended: set[int] = set()

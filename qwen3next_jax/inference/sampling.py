@@ -63,6 +63,11 @@ class Sampling:
         """Whether the distribution depends on which tokens came before."""
         return self.repetition_penalty != 1
 
+    @property
+    def _is_greedy(self) -> bool:
+        """Whether the temperature is 0, or so small that float32 would make it 0."""
+        return self.temperature < float(jnp.finfo(jnp.float32).tiny)
+
     def probabilities(
         self, logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"] | None = None
     ) -> Float[Array, "*B V"]:
@@ -76,7 +81,7 @@ class Sampling:
             penalty = self.repetition_penalty
             penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
             logits = jnp.where(jnp.asarray(seen), penalized, logits)
-        if self.temperature == 0:
+        if self._is_greedy:
             return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
         # A small temperature makes logits so large that their last bit is worth many nats, which
         # the softmax's own subtraction, fused with the division, would raise to infinity.
@@ -94,7 +99,7 @@ class Sampling:
 
     def draw(self, weights: Float[Array, "*B V"], key: Key[Array, ""]) -> Int[Array, "*B"]:
         """Draws tokens, each with a probability in proportion to its weight."""
-        if self.temperature == 0:
+        if self._is_greedy:
             return weights.argmax(-1).astype(jnp.int32)
         return jax.random.categorical(key, jnp.log(weights)).astype(jnp.int32)
 
