@@ -90,7 +90,7 @@ def test_a_score_is_the_share_of_the_expected_words():
 
 def test_a_length_without_room_for_the_question_is_refused():
     question = ask("niah_multivalue", 0.0, length=64, sample=0, seed=0)
-    with pytest.raises(ValueError, match="does not fit into the 64 that the answer leaves; ask"):
+    with pytest.raises(ValueError, match="does not fit into the 64 that the answer leaves; give"):
         fit(question, 0.0, 64, TOKENIZER)
 
 
