@@ -188,18 +188,19 @@ def _gathered_product(
 
     Written entry by entry, which XLA computes by one loop over the matrices where they lie, on all
     cores. Adding up everything in that loop would go down columns, one at a time; so a few entries
-    are, and a product with ones does the rest.
+    are, and a product with ones does the rest. These entries lie far apart, so that each of them
+    walks through memory from end to end, which a processor foresees.
     """
     *lead, D, F = matrices.shape[1:]
     n = math.gcd(D, _SUMMED_AT_ONCE)
-    x = x.reshape(*x.shape[:-1], D // n, n).astype(jnp.float32)
+    x = x.reshape(*x.shape[:-1], n, D // n, 1).astype(jnp.float32)
     taken = (
-        matrices.reshape(-1, *lead, D // n, n, F)
+        matrices.reshape(-1, *lead, n, D // n, F)
         .at[index]
         .get(mode="clip", wrap_negative_indices=False)
         .astype(jnp.float32)
     )
-    summands = [x[..., i, None] * taken[..., i, :] for i in range(n)]
+    summands = [x[..., i, :, :] * taken[..., i, :, :] for i in range(n)]
     partial = functools.reduce(jnp.add, summands).reshape(-1, D // n, F)
     total = jnp.einsum("rkf,rk->rf", partial, jnp.ones(partial.shape[:2]))
     return total.reshape(len(index), *lead, F)
