@@ -4,7 +4,7 @@
 
 Each gets the flags `--coordinator_address`, `--num_processes` and `--process_id` behind its own.
 Their output comes out line by line, marked with the process's number. SIGINT and SIGTERM go to all
-of them. When one fails, the others have `--grace` seconds to end by themselves before they are
+of them; when the terminal is closed they get SIGTERM. When one fails, the others have `--grace` seconds to end by themselves before they are
 killed, and the exit code is that of the first that failed.
 
 On CPUs this is how many machines are tried out on one. A machine with several GPUs or TPU chips
@@ -12,6 +12,7 @@ needs no launcher: one process drives them all.
 """
 
 import argparse
+import contextlib
 import signal
 import socket
 import subprocess
@@ -19,6 +20,9 @@ import sys
 import threading
 import time
 from typing import IO
+
+
+_HANGUP = getattr(signal, "SIGHUP", None)  # which Windows does not have
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,9 +71,12 @@ def launch(command: list[str], count: int, grace: float) -> int:
 
     def forward(number: int, _: object) -> None:
         for process in processes:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == _HANGUP else number)
 
-    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = {signal.SIGINT, signal.SIGTERM}
+    if _HANGUP and signal.getsignal(_HANGUP) != signal.SIG_IGN:  # as it is under nohup
+        heard.add(_HANGUP)
+    before = {s: signal.signal(s, forward) for s in heard}
     readers = [
         threading.Thread(target=_copy, args=(source, target, f"[{i}] ".encode()))
         for i, process in enumerate(processes)
@@ -114,12 +121,14 @@ def _how(returncode: int) -> tuple[str, int]:
 
 def _copy(source: IO[bytes], target: IO[bytes], mark: bytes) -> None:
     for line in source:
-        target.write(mark + line)
-        target.flush()
+        with contextlib.suppress(OSError):  # read on when nobody is left to read it
+            target.write(mark + line)
+            target.flush()
 
 
 def _tell(message: str) -> None:
-    print(f"[launch] {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"[launch] {message}", file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:

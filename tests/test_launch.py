@@ -2,6 +2,7 @@
 
 import signal
 
+import pytest
 from launched import lines, start
 
 SHOW = "import sys; print(*sys.argv[1:]); print('to stderr', file=sys.stderr)"
@@ -48,7 +49,9 @@ def test_the_others_may_end_by_themselves(tmp_path):
     assert "Killing" not in err
 
 
-def test_signals_are_passed_on(tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])  # the second as a terminal is closed
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+def test_signals_are_passed_on(tmp_path, name):
     text = (
         "import signal, sys, time\n"
         "def leave(*_): print('saved', flush=True); sys.exit(0)\n"
@@ -57,9 +60,12 @@ def test_signals_are_passed_on(tmp_path):
         # A signal that comes just before a sleep is handled after it.
         "while True: time.sleep(0.1)\n"
     )
+    # Tests that run under nohup would have the launcher ignore the second, too.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     launched = start(script(tmp_path, text))
+    signal.signal(signal.SIGHUP, before)
     assert sorted(launched.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
-    launched.send_signal(signal.SIGTERM)
+    launched.send_signal(getattr(signal, name))
     out = launched.communicate()[0]
     assert launched.returncode == 0
     assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]

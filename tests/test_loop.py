@@ -435,6 +435,35 @@ def test_a_run_stopped_while_it_is_traced_goes_on(corpus, tmp_path, monkeypatch)
     assert traced == ["start", "stop"] * 2
 
 
+@pytest.mark.parametrize("when", ["evaluate", "suites", "sample"])
+def test_asked_to_stop_in_a_hook_a_run_saves_and_calls_no_other(corpus, tmp_path, when):
+    called = []
+
+    def hook(name, result):
+        def call(*_):
+            called.append(name)
+            return result
+
+        return call
+
+    config = config_of(
+        corpus, 3, train__eval_every=1, train__sample_every=1, train__checkpoint_every=0,
+        evaluation__every=1,
+    )  # fmt: skip
+    with pytest.raises(loop.Stopped, match="step 1 is saved"):
+        run(
+            config,
+            tmp_path,
+            evaluate=hook("evaluate", {"eval_ce": 1.0}),
+            suites=hook("suites", {}),
+            sample=hook("sample", []),
+            should_stop=lambda step: when in called,
+        )
+    order = ["evaluate", "suites", "sample"]
+    assert called == order[: order.index(when) + 1]
+    assert (tmp_path / "checkpoints/1").is_dir()
+
+
 def test_mtp_and_router_weights_move_in_training(whole, corpus):
     config = config_of(corpus)
     program = loop.make_program(config, mesh := make_mesh(config.mesh))

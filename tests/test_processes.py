@@ -19,7 +19,7 @@ def told(tmp_path_factory):
     """By check, what each of two processes told."""
     told = run("basics", tmp_path_factory.mktemp("basics") / "file")
     parts = [[x.split("\n") for x in "\n".join(process).split("\n--")] for process in told]
-    checks = ("exchange", "first", "differ", "share")
+    checks = ("exchange", "first", "differ", "share", "shared")
     return {
         check: [[x for x in process[i] if x] for process in parts] for i, check in enumerate(checks)
     }
@@ -45,6 +45,13 @@ def test_processes_that_differ_are_named_with_what_differs(told):
 def test_rows_go_to_the_processes_whose_devices_hold_them(told):
     # Rows over processes: half the rows each. Columns over processes: both need all rows.
     assert told["share"] == [["share 0 of 2", "share 0 of 1"], ["share 1 of 2", "share 0 of 1"]]
+
+
+def test_a_directory_of_each_machines_own_is_noticed_whatever_it_holds(told):
+    for refusal, left in told["shared"]:
+        assert refusal.startswith("process 1 (")
+        assert "cannot see what process 0 writes to" in refusal
+        assert left == "['config.json', 'config.json']"
 
 
 @pytest.mark.parametrize(("when", "step"), [("before_the_first_step", "41"), ("after_a_save", "4")])

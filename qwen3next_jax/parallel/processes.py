@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 import signal
 import socket
 import time
@@ -39,6 +40,8 @@ from qwen3next_jax.config import flatten
 from qwen3next_jax.parallel.watch import Watch
 
 _DAY_MS = 86_400_000  # no timeout is needed: the watch ends a wait for a process that is dead
+
+_UNSEEN_SECONDS = 60  # for which network file systems may cache that a file did not exist
 
 # The compiled program depends on their versions.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
@@ -194,23 +197,32 @@ def process_0_first() -> Iterator[None]:
         exchange(None)
 
 
-def require_shared(path: pathlib.Path) -> None:
-    """Checks that all processes see a file that process 0 has written.
+def require_shared(folder: pathlib.Path) -> None:
+    """Checks that a directory is the same one in all processes.
 
     Raises:
-      ValueError: in all processes; names those that do not see it.
+      ValueError: in all processes; names those that do not see what process 0 writes there.
     """
-    exchange(None)
-    for _ in range(60):  # network file systems may cache for so long that a file did not exist
-        if path.exists():
+    if jax.process_count() == 1:
+        return
+    # A name that was never there: what earlier runs have left proves nothing.
+    mark = None
+    if jax.process_index() == 0:
+        mark = folder / f".shared-{secrets.token_hex(8)}"
+        mark.touch()
+    there = folder / exchange(mark and mark.name)[0]
+    for _ in range(_UNSEEN_SECONDS):
+        if there.exists():
             break
         time.sleep(1)
-    seen = exchange([socket.gethostname(), path.exists()])
-    blind = [f"process {i} ({host})" for i, (host, there) in enumerate(seen) if not there]
+    seen = exchange([socket.gethostname(), there.exists()])
+    if mark:
+        mark.unlink()
+    blind = [f"process {i} ({host})" for i, (host, sees) in enumerate(seen) if not sees]
     if blind:
         raise ValueError(
-            f"{', '.join(blind)} cannot see {path}, which process 0 has written; the work "
-            "directory must be on a file system that all machines share"
+            f"{', '.join(blind)} cannot see what process 0 writes to {folder}; the work directory "
+            "must be on a file system that all machines share"
         )
 
 

@@ -94,8 +94,8 @@ def train(
         the end. None: no samples.
       suites: from the model to more metrics; called every `evaluation.every` steps and at the end.
       report: called in process 0 after each evaluation and each checkpoint, the last ones included.
-      should_stop: called with each step after it was taken; true means to save and leave. See
-        `processes.joined`.
+      should_stop: called with each step but the last after it was taken, and again when the other
+        hooks have taken their time; true means to save and leave. See `processes.joined`.
 
     Returns:
       The trained model, and how many steps this call took: 0 for a run that was finished.
@@ -114,8 +114,8 @@ def train(
     # Evaluations and samples compute as the steps do.
     precision = jax.default_matmul_precision(config.precision.matmul)
     with jax.set_mesh(mesh), precision:
-        run = _Run(config, workdir, data, mesh, _Hooks(evaluate, sample, suites, report))
-        return run.take_steps(should_stop)
+        hooks = _Hooks(evaluate, sample, suites, report, should_stop)
+        return _Run(config, workdir, data, mesh, hooks).take_steps()
 
 
 class _Hooks(NamedTuple):
@@ -123,6 +123,7 @@ class _Hooks(NamedTuple):
     sample: Sample | None
     suites: Suites | None
     report: Callable[[], None]
+    should_stop: ShouldStop
 
 
 class _Due(NamedTuple):
@@ -174,10 +175,11 @@ class _Run:
         # never wait for the host. Not so on virtual devices of a CPU, which share its threads: two
         # steps with collectives could wait for each other.
         self._ahead = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 1
+        self._stopping = False
         self._clock = _Clock(self._tokens)
         self._profile = _Profile(workdir / "profile", t.profile_steps, t.num_steps)
 
-    def take_steps(self, should_stop: ShouldStop) -> tuple[Qwen3Next, int]:
+    def take_steps(self) -> tuple[Qwen3Next, int]:
         """Takes all steps that are left; see `train`."""
         last = self._config.train.num_steps
         # However the loop ends, a save under way is completed and the metrics are on disk.
@@ -190,15 +192,15 @@ class _Run:
         ):
             for step in range(self._start + 1, last + 1):
                 self._dispatch(step)
-                stopping = should_stop(step) and step < last
-                due, profiled = self._due(step, stopping), self._profile.ends_at(step)
-                while len(self._unsettled) > (0 if any(due) or profiled else self._ahead):
+                due, profiled = self._due(step), self._profile.ends_at(step)
+                now = self._asked_to_stop(step) or any(due) or profiled
+                while len(self._unsettled) > (0 if now else self._ahead):
                     self._settle(*self._unsettled.popleft())
                 if profiled:
                     self._profile.close()
                 self._clock.spent_on("step")
                 self._evaluate_and_save(step, due)
-                if stopping:
+                if self._stopping:
                     raise Stopped(f"step {step} is saved in {self._workdir}")
         return self._model(), max(last - self._start, 0)
 
@@ -243,10 +245,14 @@ class _Run:
         self._store.wait()
         raise _non_finite(step, values, bad, self._store.latest_step(), self._workdir)
 
-    def _due(self, step: int, stopping: bool) -> _Due:
+    def _asked_to_stop(self, step: int) -> bool:
+        """Whether to save and leave after this step; the last one is ended as if not asked."""
+        if not self._stopping and step < self._config.train.num_steps:
+            self._stopping = self._hooks.should_stop(step)
+        return self._stopping
+
+    def _due(self, step: int) -> _Due:
         t, hooks = self._config.train, self._hooks
-        if stopping:
-            return _Due(evaluate=False, save=True, suites=False, sample=False)
 
         def due(every: int) -> bool:
             return step == t.num_steps or (every > 0 and step % every == 0)
@@ -259,30 +265,39 @@ class _Run:
         )
 
     def _evaluate_and_save(self, step: int, due: _Due) -> None:
-        """Calls the hooks that are due and saves if that is due; the step must be settled."""
-        hooks, saved = self._hooks, False
+        """Calls the hooks that are due and saves if that is due; the step must be settled.
+
+        Once asked to stop it calls no more of them and saves in any case.
+        """
+        hooks, saved, scores = self._hooks, False, {}
+
+        def save() -> None:
+            nonlocal saved
+            saved = True
+            self._save(step, scores.get("eval_ce"))
+
         try:
-            scores = {}
-            if due.evaluate:
+            if due.evaluate and not self._stopping:
                 scores = hooks.evaluate(self._program.graph, self._state.params)
             if scores:
                 self._writer.write(step, scores | self._clock.taken("evaluation"))
-            if due.save:
-                saved = True
-                self._save(step, scores.get("eval_ce"))
-            if hooks.suites and due.suites:
+            if due.save or self._asked_to_stop(step):
+                save()
+            if hooks.suites and due.suites and not self._asked_to_stop(step):
                 with no_mesh():  # suites set the mesh themselves where they need it
                     tested = hooks.suites(self._model())
                 self._writer.write(step, tested | self._clock.taken("suites"))
-            if hooks.sample and due.sample:
+            if hooks.sample and due.sample and not self._asked_to_stop(step):
                 with no_mesh():  # a few rows of text do not divide over the mesh
                     self._writer.write_samples(step, hooks.sample(self._model()))
                 self._clock.spent_on("samples")
+            if not saved and self._asked_to_stop(step):
+                save()
         except Exception:
             # Save the step all the same. Not with several processes: others may not have failed,
             # and all must take part in a save.
             if not saved and jax.process_count() == 1:
-                self._save(step, None)
+                save()
             raise
         if due.evaluate or due.save or due.suites:
             if jax.process_index() == 0:
@@ -436,7 +451,7 @@ def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
         if has_steps(workdir):  # a run that saved nothing may begin otherwise
             config.check_resumable_from(json.loads(path.read_text()))
         _write_config(config, path)
-    require_shared(path)
+    require_shared(workdir)
 
 
 def _write_config(config: RunConfig, path: pathlib.Path) -> None:
