@@ -4,8 +4,9 @@
 
 Each gets the flags `--coordinator_address`, `--num_processes` and `--process_id` behind its own.
 Their output comes out line by line, marked with the process's number. SIGINT and SIGTERM go to all
-of them; when the terminal is closed they get SIGTERM. When one fails, the others have `--grace` seconds to end by themselves before they are
-killed, and the exit code is that of the first that failed.
+of them; when the terminal is closed they get SIGTERM. When one fails, the others have `--grace`
+seconds to end by themselves before they are killed, and the exit code is that of the first that
+failed.
 
 On CPUs this is how many machines are tried out on one. A machine with several GPUs or TPU chips
 needs no launcher: one process drives them all.
@@ -20,7 +21,6 @@ import sys
 import threading
 import time
 from typing import IO
-
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # which Windows does not have
 

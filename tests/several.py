@@ -82,7 +82,8 @@ def shared(folder):
 
 def basics(path):
     """In one start, as starting takes longer than all of them."""
-    for check in (exchange, lambda: first(path), differ, share, lambda: shared(pathlib.Path(path).parent)):
+    folder = pathlib.Path(path).parent
+    for check in (exchange, lambda: first(path), differ, share, lambda: shared(folder)):
         check()
         tell("--")
 

@@ -329,7 +329,14 @@ def test_a_run_s_config_survives_json():
         ({"precision__parameters": "bfloat16"}, "contradicts parameters='bfloat16'"),
         # Its config.json could not tell the run's experts from a dense model.
         ({"model__model_type": "qwen3"}, "=.* is not supported where model_type='qwen3', a dense"),
-        ({"mesh__moe_buffer_factor": float("nan")}, "moe_buffer_factor=nan has no room"),
+        (
+            {"mesh__moe_buffer_factor": float("nan")},
+            "moe_buffer_factor=nan must be a number",
+        ),
+        (
+            {"mesh__moe_buffer_factor": float("inf")},
+            "moe_buffer_factor=inf must be a number",
+        ),
         ({"evaluation__seed": -1}, "evaluation.seed=-1 must be at least 0"),
         ({"train__seed": 2**32}, r"train.seed=4294967296 must be below 2\*\*32"),
         ({"mesh__fsdp": -1}, "mesh.data and mesh.fsdp are all -1"),

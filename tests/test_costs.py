@@ -18,7 +18,7 @@ from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs
 from qwen3next_jax.plan.chips import CHIPS, parse_topology
-from qwen3next_jax.plan.search import abstract_mesh, rank
+from qwen3next_jax.plan.search import abstract_mesh, check_trains, rank
 from qwen3next_jax.training.program import make_program
 from qwen3next_jax.training.step import make_gradients
 
@@ -33,7 +33,7 @@ def run_config(name="tiny"):
 
 def test_parameters_are_those_of_the_released_model():
     config = ModelConfig.from_hf({**RELEASED, "mtp_steps": 1})
-    parts = costs.parameters(nnx.state(abstract_model(config)), config)
+    parts = costs.parameters(nnx.state(abstract_model(config)))
     assert round(sum(parts.values()) / 1e9, 2) == 81.32
     assert round(parts["MTP"] / 1e9, 2) == 1.65
     assert parts["embedding"] == parts["head"] == 151936 * 2048
@@ -46,7 +46,7 @@ def test_counts_of_parameters_and_state_are_those_of_eval_shape(name):
     program = make_program(config, abstract_mesh(ONE))
     model = nnx.state(abstract_model(config.model))
     size = sum(math.prod(x.shape) for x in jax.tree.leaves(model))
-    assert sum(costs.parameters(program.state.params, config.model).values()) == size
+    assert sum(costs.parameters(program.state.params).values()) == size
     laid_out = costs.weights(program.state.params, abstract_mesh(ONE))
     assert sum(p.own for p in laid_out) == size
     # Master copies and second moments are float32, first moments as the config says.
@@ -153,7 +153,7 @@ def test_ranking_prefers_what_fits_and_is_fast():
     )
     program = make_program(config, abstract_mesh(ONE))
     given = dict(optimizer_width=6.0)
-    found = rank(config, program.state.params, CHIPS["v5p"], 64, **given)
+    found = rank(config, program.state, CHIPS["v5p"], 64, **given)
     assert any(layout.mesh["expert"] == 64 for layout in found)  # as the config has it
     assert all(math.prod(layout.mesh.values()) == 64 for layout in found)
     assert all(layout.memory_bytes <= CHIPS["v5p"].hbm for layout in found)
@@ -161,7 +161,61 @@ def test_ranking_prefers_what_fits_and_is_fast():
         check_fits(layout.config, layout.mesh)  # training will take it
     times = [sum(layout.step_seconds) for layout in found]
     assert times == sorted(times)
-    assert not rank(config, program.state.params, CHIPS["v5e"], 16, **given)  # 0.8 TB of state
+    assert not rank(config, program.state, CHIPS["v5e"], 16, **given)  # 0.8 TB of state
+
+
+def test_ranking_leaves_out_meshes_on_which_too_much_is_whole():
+    config = run_config("qwen3_32b")
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, global_batch_size=64)
+    )
+    state = make_program(config, abstract_mesh(ONE)).state
+    with pytest.raises(ValueError, match=r"more than mesh\.max_replicated=0\.02"):
+        check_trains(config, state, {**ONE, "fsdp": 4, "tensor": 16})  # 8 KV heads
+    found = rank(config, state, CHIPS["v5p"], 64, optimizer_width=6.0)
+    assert found
+    assert all(layout.mesh["tensor"] < 16 for layout in found)
+
+
+def test_a_dense_layers_matrices_are_no_experts():
+    config = small_config(mlp_only_layers=(0,), intermediate_size=16)
+    model, c = nnx.state(abstract_model(config)), config
+    parts = costs.parameters(model)
+    D, dense = c.hidden_size, 3 * c.hidden_size * 16
+    experts = 3 * D * c.moe_intermediate_size * c.num_experts * (c.num_hidden_layers - 1)
+    assert (parts["feed-forward"], parts["experts"]) == (dense, experts)
+    rest = sum(parts.values()) - parts["embedding"] - experts
+    chosen = experts * c.num_experts_per_tok // c.num_experts
+    assert costs.active_parameters(model, c) == rest + D + chosen
+    # In a model without experts, an axis for them slices as fsdp does.
+    config = run_config("qwen3_32b")
+    params = make_program(config, abstract_mesh(ONE)).state.params
+    sent = []
+    for axis in ("fsdp", "expert"):
+        mesh = {**ONE, axis: 64}
+        sent.append(costs.communication(config, costs.weights(params, abstract_mesh(mesh)), mesh))
+    del sent[1]["tokens to experts and back"]
+    assert sent[0] == sent[1]
+
+
+def test_a_sum_of_gradients_is_held_beside_a_micro_batchs():
+    config = run_config("80b_a3b")
+    accumulated = dataclasses.replace(
+        config,
+        train=dataclasses.replace(
+            config.train,
+            global_batch_size=4 * config.train.global_batch_size,
+            gradient_accumulation_steps=4,
+        ),
+    )
+    mesh = {**ONE, "expert": 64}
+    params = make_program(config, abstract_mesh(ONE)).state.params
+    laid_out = costs.weights(params, abstract_mesh(mesh))
+    at_once, summed = (
+        sum(costs.memory(c, laid_out, mesh, optimizer_width=6.0).values())
+        for c in (config, accumulated)
+    )
+    assert summed - at_once == 4.0 * sum(p.own for p in laid_out)
 
 
 def test_small_config_has_a_part_for_every_parameter():
@@ -170,6 +224,4 @@ def test_small_config_has_a_part_for_every_parameter():
         small_config(mlp_only_layers=(0,), intermediate_size=16),
     ):
         model = nnx.state(abstract_model(config))
-        assert sum(costs.parameters(model, config).values()) == sum(
-            x.size for x in jax.tree.leaves(model)
-        )
+        assert sum(costs.parameters(model).values()) == sum(x.size for x in jax.tree.leaves(model))

@@ -24,6 +24,7 @@ from qwen3next_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from qwen3next_jax.evaluation.samples import samples
 from qwen3next_jax.parallel.mesh import make_mesh
 from qwen3next_jax.training import loop
+from qwen3next_jax.training.environment import keep_environment
 
 HERE = pathlib.Path(__file__).parent
 # Keys of `train` that no step reads.
@@ -170,6 +171,13 @@ def test_metrics_have_what_the_docs_promise(whole):
     assert {"eval_ce", "eval_bits_per_byte"} <= course(whole[0])[-1].keys()
     environment = (whole[0] / "environment.jsonl").read_text().splitlines()
     assert [json.loads(line)["jax"] for line in environment] == [jax.__version__]
+
+
+def test_half_a_line_of_a_start_on_a_full_disk_is_cut_off(tmp_path):
+    file = tmp_path / "environment.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "ti')
+    keep_environment(tmp_path, make_mesh(small_config(tmp_path).mesh), start_step=3)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 3]
 
 
 def test_every_second_between_two_lines_is_spent_on_one_thing(monkeypatch):

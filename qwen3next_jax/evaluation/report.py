@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3next_jax.command import write_whole
+from qwen3next_jax.command import check_writable, told_errors, write_whole
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig, flatten
 
 _CURVE_SPANS = 400  # at least, once there are as many; twice as many at most
@@ -485,10 +485,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     single = len(args.workdir) == 1
     output = pathlib.Path(args.workdir[0]) / "report.html" if single else "comparison.html"
     output = args.output or output
-    try:
+    with told_errors():
+        if args.output:
+            check_writable(pathlib.Path(output))
         Report(args.workdir, output).write()
-    except FileNotFoundError as error:
-        parser.exit(2, f"{error}\n")
     print(output)
 
 

@@ -20,7 +20,6 @@ from ml_collections import config_flags
 
 from qwen3next_jax.command import check_writable, known_keys, told_errors, write_whole
 from qwen3next_jax.config import ModelConfig, RunConfig
-from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
 from qwen3next_jax.plan.chips import Chip, parse_topology
@@ -63,16 +62,16 @@ def main(argv: list[str]) -> None:
             f"--compile asks the TPU compiler, which knows no {_TOPOLOGY.value}; leave it out for "
             "the plan by arithmetic"
         )
+    # Shapes are the same on every mesh.
+    program = make_program(config, search.abstract_mesh(dict.fromkeys(AXES, 1)))
     refusal = None
     try:
         mesh = axis_sizes(config.mesh, places)
-        check_fits(config, mesh)
+        search.check_trains(config, program.state, mesh)
     except ValueError as error:
         if not _SEARCH.value or _COMPILE.value:
             raise
         refusal = error  # what another mesh may mend
-    # Shapes are the same on every mesh.
-    program = make_program(config, search.abstract_mesh(dict.fromkeys(AXES, 1)))
     result = _model(config, program)
     if refusal is None:
         result.update(_layout(config, program, mesh, chip))
@@ -93,7 +92,7 @@ def _model(config: RunConfig, program: Program) -> dict[str, Any]:
     c, t = config.model, config.train
     s = t.sequence_length
     params = program.state.params
-    parts = costs.parameters(params, c)
+    parts = costs.parameters(params)
     total = sum(parts.values())
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
     print(f"Parameters: {total:,}, active for a token {costs.active_parameters(params, c):,}")
@@ -220,7 +219,7 @@ def _compiled(config: RunConfig, chip: Chip) -> dict[str, Any]:
 
 def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> list[dict[str, Any]]:
     width = _optimizer_width(program)
-    found = search.rank(config, program.state.params, chip, places, optimizer_width=width)
+    found = search.rank(config, program.state, chip, places, optimizer_width=width)
     if not found:
         print("\nBy arithmetic, no mesh holds this run: take more chips, or fewer tokens a step.")
         return []

@@ -22,14 +22,13 @@ from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
 from qwen3next_jax.plan.chips import Chip
 
-# Parts of the model, by what their parameters' names contain; the first match counts.
+# Parts of the model, by what their parameters' names contain; the first match counts. Experts are
+# told from other feed-forwards by their axes.
 _PARTS = (
     ("embed_tokens", "embedding"),
     ("lm_head", "head"),
     ("mtp/", "MTP"),
     ("shared_expert", "shared experts"),
-    ("mlp/gate_up_proj", "experts"),
-    ("mlp/down_proj", "experts"),
     ("mlp/router", "routers"),
     ("mlp/", "feed-forward"),
     ("linear_attn", "DeltaNet"),
@@ -38,33 +37,36 @@ _PARTS = (
 )
 
 
-def parameters(params: Any, config: ModelConfig) -> dict[str, int]:
-    """Counts parameters by part.
-
-    Args:
-      params: or their shapes.
-      config: tells a dense model's `mlp/down_proj` from experts.
-    """
+def parameters(params: nnx.State) -> dict[str, int]:
+    """Counts parameters, or shapes of them, by part."""
     parts: Counter[str] = Counter()
-    for name, x in named_leaves(params):
+    for name, x in _named(params):
         part = next(part for pattern, part in _PARTS if pattern in name)
-        if part == "experts" and not config.num_experts:
-            part = "feed-forward"
+        if part == "feed-forward" and _of_experts(x):
+            part = "experts"
         parts[part] += math.prod(x.shape)
     return dict(parts)
 
 
-def active_parameters(params: Any, config: ModelConfig) -> int:
+def active_parameters(params: nnx.State, config: ModelConfig) -> int:
     """Parameters that one token meets: of the experts its own, of the embedding one row."""
     total = 0
-    for name, x in named_leaves(params):
+    for name, x in _named(params):
         size = math.prod(x.shape)
         if "embed_tokens" in name and not config.tie_word_embeddings:
             size = config.hidden_size
-        elif config.num_experts and name.endswith(("mlp/gate_up_proj", "mlp/down_proj")):
+        elif _of_experts(x):
             size = size * config.num_experts_per_tok // config.num_experts
         total += size
     return total
+
+
+def _named(params: nnx.State) -> list[tuple[str, nnx.Variable]]:
+    return [("/".join(map(str, path)), param) for path, param in nnx.to_flat_state(params)]
+
+
+def _of_experts(param: nnx.Variable) -> bool:
+    return "experts" in param.axes  # dense layers' feed-forward has a `down_proj`, too
 
 
 def forward_flops(
@@ -168,14 +170,21 @@ class Weight(NamedTuple):
     size: int
     own: int  # entries that a device holds
     width: int  # bytes of an entry
+    experts: bool  # whether it holds experts' matrices
 
 
 def weights(params: nnx.State, mesh: Any) -> list[Weight]:
     """How a model's parameters lie on a mesh; it need not be of devices (`AbstractMesh`)."""
     places = dict(named_leaves(parameter_shardings(params, mesh)))
     return [
-        Weight(name, x.size, math.prod(places[name].shard_shape(x.shape)), x.dtype.itemsize)
-        for name, x in named_leaves(params)
+        Weight(
+            name=name,
+            size=math.prod(x.shape),
+            own=math.prod(places[name].shard_shape(x.shape)),
+            width=x.dtype.itemsize,
+            experts=_of_experts(x),
+        )
+        for name, x in _named(params)
     ]
 
 
@@ -222,7 +231,7 @@ def memory(
     copies = own * width if width < params[0].width else 0.0
 
     # What a layer goes back through, with its weights whole and their gradients.
-    gathered = sum(p.size / _kept_apart(p.name, mesh) for p in params if _stacked(p))
+    gathered = sum(p.size / _kept_apart(p, mesh) for p in params if _stacked(p))
     layer = max(layers) + (width + 4) * gathered / c.num_hidden_layers
     # At the head there are no gradients yet but its own, whole before it is shared out, and MTP has
     # one more; and logits and their gradient in float32.
@@ -234,13 +243,15 @@ def memory(
     # The embedding's gradient is whole, too. The update finds gradients as computed, clipped, and
     # chosen if they are finite. Activations and copies are gone by then.
     update = max(2 * gradients, 2 * 4 * vocabulary) - kept - copies
+    # A micro-batch's gradients come beside the sum of those before.
+    summed = gradients if config.train.gradient_accumulation_steps > 1 else 0.0
     return {
         "parameters": float(sum(p.own * p.width for p in params)),
         "optimizer state": own * optimizer_width,
         "gradients": gradients,
         "parameters to multiply with": copies,
         "kept activations": float(kept),
-        "a layer, the head or the update": max(layer, head, update),
+        "a layer, the head or the update": max(layer + summed, head + summed, update),
     }
 
 
@@ -282,12 +293,9 @@ def _stacked(param: Weight) -> bool:
     return param.name.startswith("groups/")
 
 
-def _kept_apart(name: str, mesh: Mapping[str, int]) -> int:
+def _kept_apart(param: Weight, mesh: Mapping[str, int]) -> int:
     """Ways in which a parameter stays split where it is used."""
-    split = mesh["tensor"]
-    if name.endswith(("mlp/gate_up_proj", "mlp/down_proj")):
-        split *= mesh["expert"]
-    return split
+    return mesh["tensor"] * (mesh["expert"] if param.experts else 1)
 
 
 def communication(
@@ -300,7 +308,7 @@ def communication(
     passes = 3 if config.train.remat != "none" else 2  # forward, again, backward
     sent: dict[str, float] = defaultdict(float)
     for p in params:
-        used = p.size / _kept_apart(p.name, mesh)
+        used = p.size / _kept_apart(p, mesh)
         if used > p.own:
             gathers = passes - 1 if _stacked(p) else 1
             sent["parameters gathered"] += parts * gathers * used * width
@@ -312,7 +320,8 @@ def communication(
         each = t * c.num_experts_per_tok * c.hidden_size * width
         away = (mesh["expert"] - 1) / mesh["expert"]
         # There and back, and so the gradients; what is computed again does not come back again.
-        trips = sparse * (2 * passes - (passes == 3)) + 4 * c.mtp_steps
+        trips = sparse * (2 * passes - (passes == 3))
+        trips += 4 * c.mtp_steps * c.mtp_layer[1]
         sent["tokens to experts and back"] += parts * away * each * trips
     if mesh["tensor"] > 1:
         sums = 2 * t * c.hidden_size * width

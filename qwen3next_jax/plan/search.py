@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 from jax.sharding import AbstractMesh
 
+from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import REMAT, RunConfig, divisors
-from qwen3next_jax.parallel.layout import check_fits
+from qwen3next_jax.parallel.layout import check_fits, describe_layout
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs
 from qwen3next_jax.plan.chips import Chip
+from qwen3next_jax.training.program import place_state
+from qwen3next_jax.training.step import TrainState
 
 
 class Candidate(NamedTuple):
@@ -32,35 +34,50 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=types)
 
 
+def check_trains(config: RunConfig, state: TrainState, sizes: dict[str, int]) -> None:
+    """Refuses a mesh as training does.
+
+    Args:
+      config: of the run.
+      state: shapes of its training state.
+      sizes: of the mesh axes.
+
+    Raises:
+      ValueError: the mesh cannot divide the run, or leaves too much of the state whole.
+    """
+    check_fits(config, sizes)
+    placed = named_leaves(place_state(state, abstract_mesh(sizes)))
+    describe_layout(placed, sizes, max_replicated=config.mesh.max_replicated)
+
+
 def rank(
-    config: RunConfig, params: nnx.State, chip: Chip, places: int, *, optimizer_width: float
+    config: RunConfig, state: TrainState, chip: Chip, places: int, *, optimizer_width: float
 ) -> list[Candidate]:
     """All meshes and choices of `train.remat` that fit, the fastest first.
 
     Args:
       config: of the run; its mesh and remat are what is searched.
-      params: shapes of the model's parameters.
+      state: shapes of its training state.
       chip: what a device is.
       places: how many of them there are.
       optimizer_width: bytes of optimizer state a parameter.
     """
     found = []
-    for mesh, remat in itertools.product(_meshes(places), REMAT):
-        changed = dataclasses.replace(
-            config,
-            train=dataclasses.replace(config.train, remat=remat),
-            mesh=dataclasses.replace(config.mesh, **mesh),
-        )
+    for mesh in _meshes(places):
+        on_mesh = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
         try:
-            check_fits(changed, axis_sizes(changed.mesh, places))
-            laid_out = costs.weights(params, abstract_mesh(mesh))
+            check_trains(on_mesh, state, axis_sizes(on_mesh.mesh, places))
         except ValueError:
-            continue  # training would refuse it too
-        memory = costs.memory(changed, laid_out, mesh, optimizer_width=optimizer_width)
-        total = sum(memory.values())
-        if total <= chip.hbm:
-            seconds = costs.step_seconds(changed, laid_out, mesh, chip)
-            found.append(Candidate(changed, mesh, total, seconds))
+            continue
+        laid_out = costs.weights(state.params, abstract_mesh(mesh))
+        for remat in REMAT:
+            train = dataclasses.replace(config.train, remat=remat)
+            changed = dataclasses.replace(on_mesh, train=train)
+            memory = costs.memory(changed, laid_out, mesh, optimizer_width=optimizer_width)
+            total = sum(memory.values())
+            if total <= chip.hbm:
+                seconds = costs.step_seconds(changed, laid_out, mesh, chip)
+                found.append(Candidate(changed, mesh, total, seconds))
     return sorted(found, key=lambda candidate: sum(candidate.step_seconds))
 
 

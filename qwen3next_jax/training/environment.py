@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from qwen3next_jax.command import write_whole
+
 _PACKAGES = (
     "qwen3next_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain",
     "numpy",
@@ -23,8 +25,10 @@ def keep_environment(workdir: pathlib.Path, mesh: Mesh, *, start_step: int) -> N
     if jax.process_index() > 0:
         return
     line = {"step": start_step, **environment(), "mesh": dict(mesh.shape)}
-    with (workdir / "environment.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    path = workdir / "environment.jsonl"
+    before = path.read_text() if path.exists() else ""
+    before = before[: before.rfind("\n") + 1]  # without half a line, where a disk was full
+    write_whole(path, before + json.dumps(line) + "\n")
 
 
 def environment() -> dict[str, Any]:

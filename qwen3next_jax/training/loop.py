@@ -269,7 +269,8 @@ class _Run:
 
         Once asked to stop it calls no more of them and saves in any case.
         """
-        hooks, saved, scores = self._hooks, False, {}
+        hooks, saved = self._hooks, False
+        scores: dict[str, Any] = {}
 
         def save() -> None:
             nonlocal saved

@@ -55,7 +55,7 @@ def make_program(config: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         donate_argnums=0,
         compiler_options=COMPILER_OPTIONS,
     )
-    state = _abstract_state(params, optimizer, mesh)
+    state = place_state(jax.eval_shape(lambda p: initial_state(p, optimizer), params), mesh)
     return Program(graph, optimizer, schedule, state, _abstract_batch(config, mesh), step)
 
 
@@ -76,20 +76,25 @@ def new_model(config: RunConfig) -> Qwen3Next:
     )
 
 
-def _abstract_state(
-    params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
-) -> TrainState:
-    """Shapes and shardings of the whole state; the optimizer's moments lie as their parameters."""
+def place_state(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Says where a state's arrays lie on a mesh: the optimizer's moments as their parameters.
+
+    Args:
+      state: shapes and dtypes; shardings of another mesh are replaced.
+      mesh: need not be of devices.
+
+    Raises:
+      ValueError: the mesh cannot divide a parameter.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    by_name = dict(named_leaves(parameter_shardings(params, mesh)))
-    shapes = {name: x.shape for name, x in named_leaves(params)}
+    by_name = dict(named_leaves(parameter_shardings(state.params, mesh)))
+    shapes = {name: x.shape for name, x in named_leaves(state.params)}
 
     def place(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         owner = next((p for p in by_name if name.endswith("/" + p) and shapes[p] == x.shape), None)
         sharding = everywhere if owner is None else by_name[owner]
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    state = jax.eval_shape(lambda p: initial_state(p, optimizer), params)
     placed = [place(name, x) for name, x in named_leaves(state)]
     return jax.tree.unflatten(jax.tree.structure(state), placed)
 
