@@ -787,8 +787,8 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         yield f"{' and '.join(greedy)} are all -1; only one axis can take what is left"
     if c.mesh.moe_buffer_factor != -1 and not 1 <= c.mesh.moe_buffer_factor < math.inf:
         yield (
-            f"mesh.moe_buffer_factor={c.mesh.moe_buffer_factor} must be a number from 1, which is room "
-            "for an even load, or -1 for whatever comes"
+            f"mesh.moe_buffer_factor={c.mesh.moe_buffer_factor} must be a number from 1, which is "
+            "room for an even load, or -1 for whatever comes"
         )
     for axis in (*axes, "num_slices"):
         if (size := getattr(c.mesh, axis)) < 1 and size != -1:
