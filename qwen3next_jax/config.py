@@ -214,7 +214,12 @@ class ModelConfig:
             path = path / "config.json" if path.is_dir() else path
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist; expected a model's config.json")
-            given = json.loads(path.read_text())
+            try:
+                given = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is no JSON: {error}") from error
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{path} holds a {type(given).__name__}; expected a JSON object")
         return cls._from_mapping(given, refuse_unknown=False)
 
     @classmethod
@@ -225,7 +230,9 @@ class ModelConfig:
                 f"model_type={model_type!r} is not supported; expected 'qwen3_next' or 'qwen3'"
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        kept = dict(given.get("extra") or {})  # a run's config keeps them apart
+        kept = given.get("extra") or {}  # a run's config keeps them apart
+        if not isinstance(kept, Mapping):
+            raise ValueError(f"extra={kept!r} must be a mapping")
         # A null counts as absent, except in keys that are only kept.
         read = fields.keys() | {"rope_parameters"}
         given = {
@@ -330,7 +337,10 @@ def _to_released_dialect(given: dict[str, Any]) -> None:
 def _fill_in_implied(given: dict[str, Any]) -> None:
     """Adds, in place, what other keys imply and some writers leave out."""
     if "mlp_only_layers" in given:
-        given["mlp_only_layers"] = tuple(given["mlp_only_layers"])
+        layers = given["mlp_only_layers"]
+        if not isinstance(layers, list | tuple) or any(type(i) is not int for i in layers):
+            raise ValueError(f"mlp_only_layers={layers!r} must be a list of layers' numbers")
+        given["mlp_only_layers"] = tuple(layers)
     # Released files give it although no layer uses it where all have experts.
     all_sparse = given.get("num_experts") and given.get("decoder_sparse_step", 1) == 1
     if all_sparse and not given.get("mlp_only_layers"):
@@ -362,7 +372,8 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
     for name in ("rope_theta", "rms_norm_eps"):
         if not 0 < getattr(c, name) < math.inf:
             yield f"{name}={getattr(c, name)} must be a positive number"
-    for name in ("initializer_range", "router_aux_loss_coef", "shared_expert_intermediate_size"):
+    for name in ("initializer_range", "router_aux_loss_coef", "shared_expert_intermediate_size",
+                 "num_experts"):  # fmt: skip
         if not 0 <= getattr(c, name) < math.inf:
             yield f"{name}={getattr(c, name)} must be a number of at least 0"
     if c.num_attention_heads % c.num_key_value_heads:
@@ -387,6 +398,8 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
                 f"rope_scaling.original_max_position_embeddings={original!r} must be a whole "
                 "number of at least 1"
             )
+        if c.rope_theta <= 1:
+            yield f"rope_theta={c.rope_theta} must be above 1 with YaRN, which divides by its log"
         for key in ("beta_fast", "beta_slow", "attention_factor"):
             value = c.rope_scaling.get(key)
             if value is not None and not _is_positive(value):
@@ -598,6 +611,13 @@ class RunConfig:
         """
         given = _as_mapping(given)
         names = ("model", *_SECTIONS)
+        if not isinstance(given, Mapping):
+            raise ValueError(f"The config is a {type(given).__name__}; expected a mapping")
+        wrong = [
+            name for name in names if not isinstance(_as_mapping(given.get(name, {})), Mapping)
+        ]
+        if wrong:
+            raise ValueError(f"The config's sections {', '.join(wrong)} must be mappings")
         problems = list(_unknown("keys in config", given, names))
         sections: dict[str, Any] = {}
         if "model" in given:
@@ -736,6 +756,8 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     for key, least in _LEAST.items():
         if not flat[key] >= least:
             yield f"{key}={flat[key]} must be at least {least}"
+        elif flat[key] == math.inf:
+            yield f"{key}=inf must be finite"
     for key in ("train.seed", "evaluation.seed"):
         if not flat[key] < 2**32:
             yield f"{key}={flat[key]} must be below 2**32"
@@ -745,8 +767,11 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     for key in _BELOW_ONE:
         if not 0 <= flat[key] < 1:
             yield f"{key}={flat[key]} must lie between 0 and 1, below 1"
-    if not c.optimizer.eps > 0:
-        yield f"optimizer.eps={c.optimizer.eps} must be above 0: rows without gradient divide by it"
+    if not 0 < c.optimizer.eps < math.inf:
+        yield (
+            f"optimizer.eps={c.optimizer.eps} must be above 0 and finite: rows without gradient "
+            "divide by it"
+        )
     train = c.train
     if train.gradient_accumulation_steps >= 1 and (
         train.global_batch_size % train.gradient_accumulation_steps
@@ -764,6 +789,8 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
             yield (
                 f"{key}={flat[key]} exceeds the model's context of {c.model.context_length} tokens"
             )
+    if any(length < 1 for length in c.evaluation.lengths):
+        yield f"evaluation.lengths={c.evaluation.lengths} must be at least 1"
     longest = max(c.evaluation.lengths, default=0)
     if c.model.rope_scaling is not None and longest > c.model.context_length:
         yield (

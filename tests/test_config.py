@@ -168,6 +168,19 @@ def test_a_missing_file_is_named(tmp_path):
         ModelConfig.from_hf(tmp_path)
 
 
+@pytest.mark.parametrize(("text", "message"), [("{not", "is no JSON"), ("[1]", "holds a list")])
+def test_a_file_that_is_no_config_is_named(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json {message}"):
+        ModelConfig.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("section", ["model", "data", "evaluation"])
+def test_sections_that_are_no_mappings_are_named(section):
+    with pytest.raises(ValueError, match=f"sections {section} must be mappings"):
+        RunConfig.from_dict({**run_dict(), section: None})
+
+
 def test_what_the_model_has_no_use_for_is_kept_and_written_back():
     written = ModelConfig.from_hf(RELEASED).to_hf()
     # All the released keys come back but those that say what is the only possibility, and null.
@@ -224,6 +237,14 @@ def test_transformers_builds_the_same_model_from_what_we_write():
         ({"layer_types": ["linear_attention", "full_attention"] * 2}, "must name 2 layers"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "must name 2 layers"),
         ({"mlp_only_layers": [0]}, "intermediate_size"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers=3 must be a list of layers' numbers"),
+        ({"mlp_only_layers": [True]}, r"mlp_only_layers=\[True\] must be a list"),
+        ({"extra": 3}, "extra=3 must be a mapping"),
+        ({"num_experts": -1}, "num_experts=-1 must be a number of at least 0"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_theta=1.0 must be above 1 with YaRN",
+        ),
         ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
         ({"mtp_steps": -1}, "mtp_steps=-1 must be at least 0"),
         ({"router_init": "zeros"}, "router_init='zeros' is unknown; expected 'normalized' or"),
@@ -304,6 +325,8 @@ def test_a_run_s_config_survives_json():
         ({"train__profile_steps": (5, 3)}, r"profile_steps=\(5, 3\) must be .* first <= last"),
         ({"train__profile_steps": (0, 3)}, r"profile_steps=\(0, 3\) must be .*1 <= first"),
         ({"optimizer__eps": 0.0}, "optimizer.eps=0.0 must be above 0"),
+        ({"optimizer__learning_rate": float("inf")}, "optimizer.learning_rate=inf must be finite"),
+        ({"evaluation__lengths": (-5,)}, r"evaluation.lengths=\(-5,\) must be at least 1"),
         ({"optimizer__b2": 1.0}, "optimizer.b2=1.0 must lie between 0 and 1, below 1"),
         ({"data__source": "text"}, "data.source='text' needs a path, such as"),
         ({"data__source": "web"}, "data.source='web' is unknown; expected 'stdlib' or"),

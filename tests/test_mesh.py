@@ -54,14 +54,13 @@ def test_a_dimension_that_does_not_divide_is_refused_with_a_choice():
         specs(small_config(hidden_size=36))
 
 
-def test_a_mesh_of_explicit_axes_is_refused_with_what_to_take():
+@pytest.mark.parametrize(("sizes", "axes"), [((8, 1, 1, 1, 1), AXES), ((8,), ("mine",))])
+def test_a_mesh_of_explicit_axes_is_refused_with_what_to_take(sizes, axes):
     explicit = jax.sharding.AbstractMesh(
-        (8, 1, 1, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 5
+        sizes, axes, axis_types=(jax.sharding.AxisType.Explicit,) * len(axes)
     )
-    with (
-        jax.sharding.use_abstract_mesh(explicit),
-        pytest.raises(ValueError, match=r"axes data, .* are explicit; make it by .*make_mesh"),
-    ):
+    named = rf"axes {axes[0]}.* are explicit; make it by .*make_mesh.* \* {len(axes)}"
+    with jax.sharding.use_abstract_mesh(explicit), pytest.raises(ValueError, match=named):
         active_mesh()
 
 

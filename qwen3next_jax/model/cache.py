@@ -87,7 +87,8 @@ def empty_cache(config: ModelConfig, mixer: str, *, batch: int, slots: int, dtyp
         def tail(heads, size):
             return jnp.zeros((batch, L, heads, size), dtype)
 
-        return DeltaCache(tail(K, H), tail(K, H), tail(N, P), jnp.zeros((batch, N, H, P)))
+        state = jnp.zeros((batch, N, H, P), jnp.float32)
+        return DeltaCache(tail(K, H), tail(K, H), tail(N, P), state)
     heads, size = config.num_key_value_heads, config.head_dim
     return AttentionCache(
         jnp.zeros((batch, heads, size, slots), dtype), jnp.zeros((batch, heads, slots, size), dtype)

@@ -18,12 +18,13 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.config import REMAT, ModelConfig
 from qwen3next_jax.model.cache import empty_cache
 from qwen3next_jax.model.decoder_layer import DecoderLayer
-from qwen3next_jax.model.layers import RMSNorm, check_shape, normal, project, weight
+from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP
 from qwen3next_jax.model.statistics import Observed, one_after_another
 from qwen3next_jax.ops.attention import KEPT
 from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.shapes import check_shape
 from qwen3next_jax.parallel.vocabulary import embed
 
 _MOST_UNROLLED = 4  # groups in a row, as what is unrolled is compiled anew each time

@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import AttentionCache, add_to_slots
-from qwen3next_jax.model.layers import RMSNorm, check_shape, normal, project, weight
+from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.rope import apply_rope
 from qwen3next_jax.model.statistics import Observed, sink_share, token_mean
 from qwen3next_jax.ops.attention import cached_attention
+from qwen3next_jax.ops.shapes import check_hidden
 from qwen3next_jax.parallel.context import attention
 from qwen3next_jax.parallel.mesh import gathered
 
@@ -63,7 +64,7 @@ class GatedAttention(nnx.Module):
           x: hidden states.
           segment_ids: documents packed in a row, 0 is padding; None: one document.
           positions: for the rotary embedding, and with a cache the slot of each token, T
-            neighbouring ones that exist; None: 0, 1, 2, ... along the row.
+            neighbouring ones that exist; None, without a cache: 0, 1, 2, ... along the row.
           cache: keys and values so far; then the result is (y, the next cache).
           implementation: of `ops.attention`, where there is no cache.
           observed: where given, gets the statistics `attention_sink` and `output_gate`.
@@ -72,11 +73,15 @@ class GatedAttention(nnx.Module):
           y [B, T, D] in x's dtype, or with a cache (y, cache).
 
         Raises:
-          ValueError: x is not [B, T, D].
+          ValueError: x is not [B, T, D] in floats, segment_ids or positions are not [B, T], or
+            there are no positions with a cache.
         """
-        check_shape("x", x, "B", "T", self.config.hidden_size)
+        given = dict(segment_ids=segment_ids, positions=positions)
+        check_hidden("x", x, self.config.hidden_size, **given)
         B, T, _ = x.shape
         if positions is None:
+            if cache is not None:
+                raise ValueError("With a cache give positions [B, T]: which slots x's tokens take")
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
 
         def projected(w):

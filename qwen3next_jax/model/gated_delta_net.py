@@ -22,7 +22,6 @@ from qwen3next_jax import ops
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import DeltaCache, DeltaDraft, next_tail
 from qwen3next_jax.model.layers import (
-    check_shape,
     constant,
     normal,
     project,
@@ -30,6 +29,7 @@ from qwen3next_jax.model.layers import (
     weight,
 )
 from qwen3next_jax.model.statistics import Observed, token_mean
+from qwen3next_jax.ops.shapes import check_hidden
 from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import gathered
 
@@ -44,7 +44,13 @@ class GatedDeltaNet(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
-        """Builds the layer from the `linear_*` fields of `config`."""
+        """Builds the layer from the `linear_*` fields of `config`.
+
+        Raises:
+          ValueError: the config is of a model without such layers, and leaves them 0.
+        """
+        if not config.linear_num_value_heads:
+            raise ValueError("This config has no linear_* sizes; give those of a GatedDeltaNet")
         D, W = config.hidden_size, config.linear_conv_kernel_dim
         K, H = config.linear_num_key_heads, config.linear_key_head_dim
         N, P = config.linear_num_value_heads, config.linear_value_head_dim
@@ -82,7 +88,7 @@ class GatedDeltaNet(nnx.Module):
           x: hidden states.
           segment_ids: documents packed in a row, 0 is padding; None: one document. With a cache:
             1 for tokens of the sequence, 0 for padding behind them.
-          positions: not used; the recurrence knows the order.
+          positions: [B, T] or None, not used; the recurrence knows the order.
           cache: the state so far; then the result is (y, the next cache).
           draft: with a cache, whether some of the tokens may be taken back; then the next cache is
             a `DeltaDraft`.
@@ -94,10 +100,9 @@ class GatedDeltaNet(nnx.Module):
           y [B, T, D] in x's dtype, or with a cache (y, cache).
 
         Raises:
-          ValueError: x is not [B, T, D].
+          ValueError: x is not [B, T, D] in floats, or segment_ids are not [B, T].
         """
-        del positions
-        check_shape("x", x, "B", "T", self.q_proj.shape[0])
+        check_hidden("x", x, self.q_proj.shape[0], segment_ids=segment_ids, positions=positions)
         B, T, _ = x.shape
 
         def projected(w, into=None):

@@ -51,25 +51,6 @@ def constant(value: float) -> Init:
     return lambda key, shape: jnp.full(shape, value, jnp.float32)
 
 
-def check_shape(name: str, x: Any, *axes: int | str) -> None:
-    """Refuses what is no array of these axes; a letter stands for any size.
-
-    Raises:
-      ValueError: gives the shape, or the type of what has none, and the shape expected.
-    """
-    shape = getattr(x, "shape", None)
-    if (
-        shape is None
-        or len(shape) != len(axes)
-        or any(
-            not isinstance(axis, str) and axis != size
-            for axis, size in zip(axes, shape, strict=True)
-        )
-    ):
-        given = f"a {type(x).__name__}" if shape is None else f"of shape {list(shape)}"
-        raise ValueError(f"{name} is {given}; expected an array [{', '.join(map(str, axes))}]")
-
-
 def project(
     x: Array,
     w: Array,

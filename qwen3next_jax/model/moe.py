@@ -19,11 +19,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.model.layers import MLP, check_shape, normal, project, weight
+from qwen3next_jax.model.layers import MLP, normal, project, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.ops.expert_mlp import expert_mlp
 from qwen3next_jax.ops.grouped_matmul import row_alignment
-from qwen3next_jax.ops.platform import platform, require_tokens
+from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.shapes import check_hidden
 from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
 from qwen3next_jax.parallel.mesh import (
     BATCH,
@@ -65,7 +66,12 @@ class SparseMoE(nnx.Module):
           param_dtype: of the stored parameters.
           moe_buffer_factor: where experts are split over devices, how many assignments a device can
             receive, as a multiple of an even load; -1: any number, so that none is ever dropped.
+
+        Raises:
+          ValueError: the config is of a dense model.
         """
+        if not config.num_experts:
+            raise ValueError("This config has num_experts=0; give that of a model with experts")
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
         self.config, self.moe_buffer_factor = config, moe_buffer_factor
         init = normal(config.initializer_range)
@@ -97,10 +103,9 @@ class SparseMoE(nnx.Module):
         `observed`, where given, gets the statistic `shared_gate`.
 
         Raises:
-          ValueError: x is not [B, T, D], or its rows hold no token.
+          ValueError: x is not [B, T, D] in floats or holds no token, or segment_ids are not [B, T].
         """
-        check_shape("x", x, "B", "T", self.config.hidden_size)
-        require_tokens(x.shape[1])
+        check_hidden("x", x, self.config.hidden_size, segment_ids=segment_ids)
         x = jnp.asarray(x)  # numpy's arrays have no `at`
         mesh = active_mesh()
         params = (self.router[...], self.gate_up_proj[...], self.down_proj[...])

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.decoder_layer import DecoderLayer
-from qwen3next_jax.model.layers import RMSNorm, check_shape, normal, project, weight
+from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.statistics import Observed
+from qwen3next_jax.ops.shapes import check_hidden, check_shape
 from qwen3next_jax.parallel.mesh import gathered
 
 
@@ -69,7 +70,7 @@ class MTP(nnx.Module):
         Raises:
           ValueError: hidden or next_embeddings is not [B, T, D].
         """
-        check_shape("hidden", hidden, "B", "T", self.fc.shape[1])
+        check_hidden("hidden", hidden, self.fc.shape[1])
         check_shape("next_embeddings", next_embeddings, *hidden.shape)
         fc = gathered(self.fc, hidden.dtype)
         x = project(self.pre_fc_norm_embedding(next_embeddings), fc[0])

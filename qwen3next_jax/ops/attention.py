@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.cpu import row_max, row_sum
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
-from qwen3next_jax.ops.platform import check_platform, is_hopper, platform, require_tokens
+from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
+from qwen3next_jax.ops.shapes import check_shape, require_tokens
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
 # Elsewhere a block's products must outlast what it takes to fetch the block: on a TPU v5p by its
@@ -74,18 +75,23 @@ def attention(
       Outputs in v's dtype.
 
     Raises:
-      ValueError: for rows without tokens, query heads that are no multiple of the KV heads, or an
-        implementation that is unknown or not for this platform.
+      ValueError: for arrays of other shapes, rows without tokens, query heads that are no multiple
+        of the KV heads, or an implementation that is unknown or not for this platform.
     """
+    check_shape("q", q, "B", "T", "N", "H")
     B, T, N, H = q.shape
+    check_shape("k", k, B, T, "K", H)
     K = k.shape[2]
+    check_shape("v", v, B, T, K, "P")
+    if segment_ids is not None:
+        check_shape("segment_ids", segment_ids, B, T)
     if implementation is None:
         implementation = default_implementation(T, H, v.shape[-1], q.dtype)
     if implementation not in ("chunked", "pallas", "cudnn", "reference"):
         raise ValueError(
             f"{implementation=} is unknown; expected 'chunked', 'pallas', 'cudnn' or 'reference'"
         )
-    require_tokens(T)
+    require_tokens(B, T)
     if N % K:
         raise ValueError(f"{N} query heads are not divisible by {K} KV heads")
     if implementation in ("pallas", "cudnn"):

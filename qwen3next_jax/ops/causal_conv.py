@@ -7,8 +7,6 @@ convolution primitive would be slower for depthwise filters of four taps. "palla
 TPUs, for which several passes over the activations become one (`pallas/causal_conv.py`).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -16,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.ops.pallas import causal_conv as kernels
 from qwen3next_jax.ops.platform import check_platform, platform
+from qwen3next_jax.ops.shapes import check_shape
 
 
 def default_implementation(taps: int, channels: tuple[int, ...]) -> str:
@@ -48,10 +47,13 @@ def causal_conv(
       Outputs in x's dtype; sums and what is done to them are in float32.
 
     Raises:
-      ValueError: the tail is of another length, the activation is unknown, or the implementation
-        is unknown or not for this platform or these arrays.
+      ValueError: an array is of another shape, the tail of another length, the activation is
+        unknown, or the implementation is unknown or not for this platform or these arrays.
     """
     W = kernel.shape[0]
+    check_shape("kernel", kernel, W, *x.shape[2:])
+    if segment_ids is not None:
+        check_shape("segment_ids", segment_ids, *x.shape[:2])
     if activation not in (None, "silu"):
         raise ValueError(f"{activation=} is unknown; expected 'silu' or None")
     if tail is not None and tail.shape[1] != W - 1:
@@ -62,8 +64,11 @@ def causal_conv(
         implementation = default_implementation(W, kernel.shape[1:]) if tail is None else "shifted"
     if implementation == "pallas":
         check_platform(implementation)
-        if tail is not None or kernel.ndim != 3:
-            raise ValueError("implementation='pallas' takes x [B, T, N, H] and no tail")
+        if tail is not None or kernel.ndim != 3 or not kernels.can_compile(W, kernel.shape[-1]):
+            raise ValueError(
+                "implementation='pallas' takes x [B, T, N, H] with heads of multiples of 128, "
+                f"filters of at most {kernels.MOST_TAPS} taps and no tail; use 'shifted'"
+            )
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
         return kernels.causal_conv(x, kernel, segment_ids, activation == "silu")
@@ -76,14 +81,18 @@ def causal_conv(
     return _shifted(padded, jnp.asarray(kernel), segment_ids, activation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _shifted(padded, kernel, segment_ids, activation):
+def _activated_sums(padded, kernel, segment_ids, activation):
     total = _sums(padded, kernel, segment_ids)
     return (total if activation is None else jax.nn.silu(total)).astype(padded.dtype)
 
 
+_shifted = jax.custom_vjp(_activated_sums, nondiff_argnums=(3,))
+
+
 def _shifted_forward(padded, kernel, segment_ids, activation):
-    return _shifted(padded, kernel, segment_ids, activation), (padded, kernel, segment_ids)
+    # By plain code, which can be differentiated once more.
+    out = _activated_sums(padded, kernel, segment_ids, activation)
+    return out, (padded, kernel, segment_ids)
 
 
 def _shifted_backward(activation, residuals, d_out):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.cpu import row_max, row_sum
-from qwen3next_jax.ops.platform import require_tokens
+from qwen3next_jax.ops.shapes import require_tokens
 
 
 def cross_entropy(
@@ -58,7 +58,7 @@ def summed_losses(hidden, head, targets, weights, *, chunk, vocab_axis=None):
         losses, *_ = _losses(x, y, head, vocab_axis)
         return total + (losses * w).sum(), losses
 
-    pieces = _pieces(chunk, hidden, targets, weights)
+    pieces = _pieces(chunk, hidden, targets, jnp.asarray(weights, jnp.float32))
     total, losses = jax.lax.scan(visit, jnp.zeros((), jnp.float32), pieces)
     return total, _join(losses, hidden.shape[1])
 
@@ -103,7 +103,7 @@ def losses_and_gradients(hidden, head, targets, weights, *, chunk, vocab_axis=No
         return (total + (losses * w).sum(), d_head), (losses, d_x)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
-    pieces = _pieces(chunk, hidden, targets, weights)
+    pieces = _pieces(chunk, hidden, targets, jnp.asarray(weights, jnp.float32))
     (total, d_head), (losses, d_hidden) = jax.lax.scan(visit, start, pieces)
     T = hidden.shape[1]
     d_hidden = _join(d_hidden, T)
@@ -144,8 +144,10 @@ def _losses(hidden, targets, head, vocab_axis):
 
 def _pieces(chunk, *arrays):
     """[B, T, ...] → [pieces, B, chunk, ...], padded with zeros, weights included."""
-    T = arrays[0].shape[1]
-    require_tokens(T)
+    B, T = arrays[0].shape[:2]
+    require_tokens(B, T)
+    if chunk < 1:
+        raise ValueError(f"{chunk=} must be at least 1")
     chunk = min(chunk, T)
 
     def split(x):

@@ -46,7 +46,8 @@ from qwen3next_jax.ops.cpu import axis_sum, small_products
 from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
-from qwen3next_jax.ops.platform import check_platform, is_hopper, platform, require_tokens
+from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
+from qwen3next_jax.ops.shapes import check_shape, require_tokens
 
 _BLOCK = 16  # rows of a diagonal block of L that is inverted row by row; larger ones by products
 # Gradients of exponents and the inverse depend on products inside a chunk, for which one bfloat16
@@ -95,8 +96,9 @@ def gated_delta_rule(
       Outputs in v's dtype, zero at padding, and the state after the last document in float32.
 
     Raises:
-      ValueError: for rows without tokens, value heads that are no multiple of the key heads, or an
-        implementation that is unknown or not for this platform or these heads.
+      ValueError: for arrays of other shapes, rows without tokens, value heads that are no multiple
+        of the key heads, or an implementation that is unknown or not for this platform or these
+        heads.
 
     Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
@@ -156,9 +158,18 @@ def gated_delta_rule_stretch(
 
 def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before):
     """Runs an implementation in float32; `before` [B] is the document before the first token's."""
-    B, T, K, H = k.shape
+    check_shape("q", q, "B", "T", "K", "H")
+    B, T, K, H = q.shape
+    require_tokens(B, T)
+    check_shape("k", k, B, T, K, H)
+    check_shape("v", v, B, T, "N", "P")
     N, P = v.shape[2:]
-    require_tokens(T)
+    check_shape("log_decay", log_decay, B, T, N)
+    check_shape("beta", beta, B, T, N)
+    if segment_ids is not None:
+        check_shape("segment_ids", segment_ids, B, T)
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, B, N, H, P)
     if N % K:
         raise ValueError(f"{N} value heads are not divisible by {K} key heads")
 
@@ -186,16 +197,17 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
     return out.astype(v.dtype), state
 
 
-@jax.custom_vjp
-def _where_real(x, real):
+def _masked(x, real):
     """Puts 0 at padding into x [B, T, N, P]."""
     # As large as x, the mask would be taken out of a scan over layers, or kept for each of them.
     x, real = jax.lax.optimization_barrier((x, real))
     return jnp.where(real[..., None, None], x, 0)
 
 
+# Both ways are plain code, which can be differentiated once more.
+_where_real = jax.custom_vjp(_masked)
 _where_real.defvjp(
-    lambda x, real: (_where_real(x, real), real), lambda real, d_x: (_where_real(d_x, real), None)
+    lambda x, real: (_masked(x, real), real), lambda real, d_x: (_masked(d_x, real), None)
 )
 
 

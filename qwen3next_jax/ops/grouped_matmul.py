@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import grouped_hopper
 from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
+from qwen3next_jax.ops.shapes import check_shape
 
 MOST_ROWS = 128  # of a block
 # Up to so many rows of a group a CPU takes each by itself (`expert_mlp`). Where matrices fit into
@@ -89,7 +90,8 @@ def grouped_matmul(
       Products in rows' dtype, accumulated in float32.
 
     Raises:
-      ValueError: for an unknown implementation, or rows that "blocked" cannot cut into blocks.
+      ValueError: for arrays of other shapes, an unknown implementation, or rows that "blocked"
+        cannot cut into blocks.
     """
     implementations: dict[str, Callable[..., Array]] = {
         "pallas": _pallas,
@@ -97,8 +99,11 @@ def grouped_matmul(
         "blocked": _realigned if block is None else lambda *args: _blocked(*args, block),
         "reference": _reference,
     }
+    check_shape("weights", weights, "E", "D", "F")
+    E, D, F = weights.shape
+    check_shape("rows", rows, "R", D)
+    check_shape("group_sizes", group_sizes, E)
     if implementation is None:
-        D, F = weights.shape[1:]
         implementation = default_implementation(D, F, rows.dtype, block)
     if implementation not in implementations:
         raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")

@@ -36,9 +36,3 @@ def check_platform(implementation: str) -> None:
             f"{implementation=} is for {platforms[0].upper()}s, and this is a {platform()}; leave "
             "it out for what suits the platform"
         )
-
-
-def require_tokens(tokens: int) -> None:
-    """Refuses rows of length 0, by a ValueError."""
-    if not tokens:
-        raise ValueError("The rows hold no token; give at least one")

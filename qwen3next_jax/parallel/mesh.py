@@ -189,14 +189,15 @@ def active_mesh() -> AbstractMesh | None:
       ValueError: the mesh has explicit axes, as `jax.make_mesh` makes them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.axis_names != AXES or mesh.size == 1 or mesh.manual_axes:
+    if mesh.size == 1 or mesh.manual_axes:
         return None
     if mesh.explicit_axes:
         raise ValueError(
             f"The mesh's axes {', '.join(mesh.explicit_axes)} are explicit; make it by "
-            "parallel.mesh.make_mesh, or give jax.make_mesh axis_types=(AxisType.Auto,) * 5"
+            "parallel.mesh.make_mesh, or give jax.make_mesh axis_types=(AxisType.Auto,) * "
+            f"{len(mesh.axis_names)}"
         )
-    return mesh
+    return mesh if mesh.axis_names == AXES else None
 
 
 def no_mesh() -> Any:

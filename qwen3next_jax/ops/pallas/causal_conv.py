@@ -23,13 +23,14 @@ from qwen3next_jax.ops.platform import platform
 
 _LANES = 128
 _HALO = 16  # tokens taken from a neighbouring block, the fewest that a bfloat16 block can have
+MOST_TAPS = _HALO
 _TOKENS = 512  # of a program
 _CHANNELS = 1024  # of a program, in bfloat16; its blocks fit the default share of a TPU's memory
 
 
 def can_compile(taps: int, head_size: int) -> bool:
     """Whether a TPU can take heads of this size and filters of this length."""
-    return head_size % _LANES == 0 and taps <= _HALO
+    return head_size % _LANES == 0 and taps <= MOST_TAPS
 
 
 def causal_conv(

@@ -1,0 +1,151 @@
+"""Modules and operations as others import them: what they refuse, and second derivatives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from oracles import small_config
+
+from qwen3next_jax import ops
+from qwen3next_jax.config import FULL, LINEAR
+from qwen3next_jax.model.cache import empty_cache
+from qwen3next_jax.model.gated_attention import GatedAttention
+from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
+from qwen3next_jax.model.moe import SparseMoE
+
+pytestmark = pytest.mark.usefixtures("untyped")
+
+B, T = 2, 6
+CONFIG = small_config()
+MODULES = (GatedAttention, GatedDeltaNet, SparseMoE)
+
+
+def make(module):
+    return module(CONFIG, rngs=nnx.Rngs(0))
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def call(module, x, **given):
+    return (module.with_stats if isinstance(module, SparseMoE) else module)(x, **given)
+
+
+X = drawn(B, T, CONFIG.hidden_size)
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    ("x", "given", "message"),
+    [
+        (X[0], {}, "x is of shape .* expected an array"),
+        (X[:0], {}, "0 rows of 6 tokens hold no token"),
+        (X.astype(jnp.int32), {}, "x is of int32; expected floats"),
+        (X, {"segment_ids": jnp.ones(T, jnp.int32)}, r"segment_ids is of shape \[6\]"),
+        (X, {"segment_ids": jnp.ones((1, T), jnp.int32)}, r"segment_ids is of shape \[1, 6\]"),
+        (X, {"segment_ids": [[1] * T] * B}, r"segment_ids is a list; expected an array \[2, 6\]"),
+    ],
+)
+def test_modules_refuse_what_is_no_batch(module, x, given, message):
+    with pytest.raises(ValueError, match=message):
+        call(make(module), x, **given)
+
+
+def test_attention_behind_a_cache_is_told_where_its_tokens_go():
+    module = make(GatedAttention)
+    cache = empty_cache(CONFIG, FULL, batch=B, slots=T, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="With a cache give positions"):
+        module(X[:, :1], cache=cache)
+    steps = []
+    for t in range(T):
+        y, cache = module(X[:, t : t + 1], positions=jnp.full((B, 1), t), cache=cache)
+        steps.append(y)
+    np.testing.assert_allclose(jnp.concatenate(steps, 1), module(X), atol=1e-5)
+
+
+def test_configs_without_such_layers_are_refused():
+    dense = small_config(
+        layer_types=(FULL,) * CONFIG.num_hidden_layers, linear_num_value_heads=0,
+        num_experts=0, intermediate_size=16,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"no linear_\* sizes"):
+        GatedDeltaNet(dense, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="num_experts=0; give that of a model with experts"):
+        SparseMoE(dense, rngs=nnx.Rngs(0))
+
+
+K, N, H, P = 2, 4, 5, 7
+RULE = dict(
+    q=drawn(B, T, K, H), k=drawn(B, T, K, H, seed=1), v=drawn(B, T, N, P, seed=2),
+    log_decay=-jnp.ones((B, T, N)), beta=jnp.full((B, T, N), 0.5),
+    segment_ids=jnp.ones((B, T), jnp.int32), initial_state=drawn(B, N, H, P, seed=3),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+@pytest.mark.parametrize(
+    ("name", "cut"),
+    [
+        ("k", lambda x: x[:1]),
+        ("v", lambda x: x[:, 1:]),
+        ("log_decay", lambda x: x[:, 1:]),
+        ("beta", lambda x: x[..., :1]),
+        ("segment_ids", lambda x: x[0]),
+        ("initial_state", lambda x: x.swapaxes(2, 3)),
+    ],
+)
+def test_the_delta_rule_refuses_arrays_that_do_not_belong_together(implementation, name, cut):
+    ops.gated_delta_rule(**RULE, implementation=implementation)
+    given = {**RULE, name: cut(RULE[name])}
+    with pytest.raises(ValueError, match=f"{name} is of shape .*; expected an array"):
+        ops.gated_delta_rule(**given, implementation=implementation)
+
+
+def test_other_operations_refuse_arrays_that_do_not_belong_together():
+    q, k, v = drawn(B, T, 4, 8), drawn(B, T, 2, 8), drawn(B, T, 2, 8)
+    for name, given in (("k", (q, k[:1], v)), ("v", (q, k, v[:, :, :1]))):
+        with pytest.raises(ValueError, match=f"{name} is of shape .*; expected an array"):
+            ops.attention(*given)
+    rows, weights = drawn(6, 8), drawn(3, 8, 4)
+    with pytest.raises(ValueError, match=r"group_sizes is of shape \[2\]; expected an array \[3\]"):
+        ops.grouped_matmul(rows, weights, jnp.array([3, 3]))
+    with pytest.raises(
+        ValueError, match=r"kernel is of shape \[4, 3\]; expected an array \[4, 5\]"
+    ):
+        ops.causal_conv(drawn(B, T, 5), drawn(4, 3))
+    targets = jnp.zeros((B, T), jnp.int32)
+    with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
+        ops.cross_entropy(X, drawn(X.shape[-1], 9), targets, jnp.ones((B, T)), chunk=0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("module", [GatedAttention, GatedDeltaNet])
+def test_hessian_vector_products_are_those_of_differences(module, packed):
+    graph, params = nnx.split(make(module))
+    segment_ids = jnp.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 3, 3]]) if packed else None
+
+    def gradient(x):
+        def loss(x):
+            return (nnx.merge(graph, params)(x, segment_ids=segment_ids) ** 2).sum()
+
+        return jax.grad(loss)(x)
+
+    direction = drawn(*X.shape, seed=1)
+    _, product = jax.jvp(gradient, (X,), (direction,))
+    h = 1e-2
+    difference = (gradient(X + h * direction) - gradient(X - h * direction)) / (2 * h)
+    scale = jnp.abs(difference).max()
+    assert jnp.abs(product - difference).max() < 1e-2 * scale
+    assert jnp.abs(product).max() > 0.5 * scale  # whatever its size
+
+
+def test_with_64_bits_states_and_losses_stay_of_32():
+    with jax.enable_x64(True):
+        cache = empty_cache(CONFIG, LINEAR, batch=B, slots=T, dtype=jnp.float32)
+        assert cache.state.dtype == jnp.float32
+        total, _ = ops.cross_entropy(
+            X, drawn(X.shape[-1], 9), jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
+        )
+        assert total.dtype == jnp.float32
