@@ -65,11 +65,13 @@ def rank(
     found = []
     for mesh in _meshes(places):
         on_mesh = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
+        sizes = axis_sizes(on_mesh.mesh, places)
         try:
-            check_trains(on_mesh, state, axis_sizes(on_mesh.mesh, places))
+            check_fits(on_mesh, sizes)
+            laid_out = costs.weights(state.params, abstract_mesh(mesh))
         except ValueError:
             continue
-        laid_out = costs.weights(state.params, abstract_mesh(mesh))
+        fitting = []
         for remat in REMAT:
             train = dataclasses.replace(config.train, remat=remat)
             changed = dataclasses.replace(on_mesh, train=train)
@@ -77,8 +79,18 @@ def rank(
             total = sum(memory.values())
             if total <= chip.hbm:
                 seconds = costs.step_seconds(changed, laid_out, mesh, chip)
-                found.append(Candidate(changed, mesh, total, seconds))
+                fitting.append(Candidate(changed, mesh, total, seconds))
+        if fitting and _trains(on_mesh, state, sizes):  # asked last, as it takes longest
+            found += fitting
     return sorted(found, key=lambda candidate: sum(candidate.step_seconds))
+
+
+def _trains(config: RunConfig, state: TrainState, sizes: dict[str, int]) -> bool:
+    try:
+        check_trains(config, state, sizes)
+    except ValueError:
+        return False
+    return True
 
 
 def _meshes(places: int) -> Iterator[dict[str, Any]]:
