@@ -169,12 +169,15 @@ def test_ranking_leaves_out_meshes_on_which_too_much_is_whole():
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, global_batch_size=64)
     )
+    # Nor does it stop at meshes whose slices do not divide `data`.
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, num_slices=2))
     state = make_program(config, abstract_mesh(ONE)).state
     with pytest.raises(ValueError, match=r"more than mesh\.max_replicated=0\.02"):
         check_trains(config, state, {**ONE, "fsdp": 4, "tensor": 16})  # 8 KV heads
     found = rank(config, state, CHIPS["v5p"], 64, optimizer_width=6.0)
     assert found
     assert all(layout.mesh["tensor"] < 16 for layout in found)
+    assert all(layout.mesh["data"] % 2 == 0 for layout in found)
 
 
 def test_a_dense_layers_matrices_are_no_experts():

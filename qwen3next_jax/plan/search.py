@@ -65,8 +65,8 @@ def rank(
     found = []
     for mesh in _meshes(places):
         on_mesh = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
-        sizes = axis_sizes(on_mesh.mesh, places)
         try:
+            sizes = axis_sizes(on_mesh.mesh, places)
             check_fits(on_mesh, sizes)
             laid_out = costs.weights(state.params, abstract_mesh(mesh))
         except ValueError:
