@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -147,7 +148,8 @@ def test_several_runs_lie_over_one_another_and_differences_come_first(tmp_path, 
 
 
 def test_what_is_no_run_is_named_and_what_is_no_file(tmp_path):
-    with pytest.raises(SystemExit, match=r"metrics\.jsonl does not exist; expected a work dir"):
+    message = re.escape(f"{tmp_path}/metrics.jsonl does not exist; expected a work dir")
+    with pytest.raises(SystemExit, match=message):
         main([str(tmp_path)])
     with pytest.raises(SystemExit, match="is a directory; name a file inside it"):
         main([str(tmp_path), f"--output={tmp_path}"])

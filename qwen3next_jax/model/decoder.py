@@ -24,7 +24,7 @@ from qwen3next_jax.model.mtp import MTP
 from qwen3next_jax.model.statistics import Observed, one_after_another
 from qwen3next_jax.ops.attention import KEPT
 from qwen3next_jax.ops.platform import platform
-from qwen3next_jax.ops.shapes import check_shape
+from qwen3next_jax.ops.shapes import check_rows, check_shape
 from qwen3next_jax.parallel.vocabulary import embed
 
 _MOST_UNROLLED = 4  # groups in a row, as what is unrolled is compiled anew each time
@@ -156,9 +156,7 @@ class Qwen3Next(nnx.Module):
         """
         self.require_stacked()
         check_shape("tokens", tokens, "B", "T")
-        for name, rows in (("segment_ids", segment_ids), ("positions", positions)):
-            if rows is not None:
-                check_shape(name, rows, *tokens.shape)
+        check_rows(tokens.shape, segment_ids=segment_ids, positions=positions)
         if positions is None:
             positions = default_positions(tokens, segment_ids)
         # Grouped by graph definition, by which a module that a user has replaced differs.

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.cpu import row_max, row_sum
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
 from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
-from qwen3next_jax.ops.shapes import check_shape, require_tokens
+from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
 # Elsewhere a block's products must outlast what it takes to fetch the block: on a TPU v5p by its
@@ -83,8 +83,7 @@ def attention(
     check_shape("k", k, B, T, "K", H)
     K = k.shape[2]
     check_shape("v", v, B, T, K, "P")
-    if segment_ids is not None:
-        check_shape("segment_ids", segment_ids, B, T)
+    check_rows((B, T), segment_ids=segment_ids)
     if implementation is None:
         implementation = default_implementation(T, H, v.shape[-1], q.dtype)
     if implementation not in ("chunked", "pallas", "cudnn", "reference"):

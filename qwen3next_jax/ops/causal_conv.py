@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.ops.pallas import causal_conv as kernels
 from qwen3next_jax.ops.platform import check_platform, platform
-from qwen3next_jax.ops.shapes import check_shape
+from qwen3next_jax.ops.shapes import check_rows, check_shape
 
 
 def default_implementation(taps: int, channels: tuple[int, ...]) -> str:
@@ -52,8 +52,7 @@ def causal_conv(
     """
     W = kernel.shape[0]
     check_shape("kernel", kernel, W, *x.shape[2:])
-    if segment_ids is not None:
-        check_shape("segment_ids", segment_ids, *x.shape[:2])
+    check_rows(x.shape[:2], segment_ids=segment_ids)
     if activation not in (None, "silu"):
         raise ValueError(f"{activation=} is unknown; expected 'silu' or None")
     if tail is not None and tail.shape[1] != W - 1:

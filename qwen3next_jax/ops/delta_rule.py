@@ -47,7 +47,7 @@ from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
 from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
-from qwen3next_jax.ops.shapes import check_shape, require_tokens
+from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
 
 _BLOCK = 16  # rows of a diagonal block of L that is inverted row by row; larger ones by products
 # Gradients of exponents and the inverse depend on products inside a chunk, for which one bfloat16
@@ -166,8 +166,7 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
     N, P = v.shape[2:]
     check_shape("log_decay", log_decay, B, T, N)
     check_shape("beta", beta, B, T, N)
-    if segment_ids is not None:
-        check_shape("segment_ids", segment_ids, B, T)
+    check_rows((B, T), segment_ids=segment_ids)
     if initial_state is not None:
         check_shape("initial_state", initial_state, B, N, H, P)
     if N % K:

@@ -46,6 +46,11 @@ def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
     require_tokens(*x.shape[:2])
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} is of {x.dtype}; expected floats, such as float32 or bfloat16")
-    for other, given in rows.items():
+    check_rows(x.shape[:2], **rows)
+
+
+def check_rows(shape: tuple[int, ...], **rows: Any) -> None:
+    """Refuses what is neither None nor of this shape, [B, T], by a ValueError that names it."""
+    for name, given in rows.items():
         if given is not None:
-            check_shape(other, given, *x.shape[:2])
+            check_shape(name, given, *shape)

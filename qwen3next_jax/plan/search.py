@@ -1,5 +1,6 @@
 """Ranks the ways to lay a run out on a machine by the arithmetic of `costs.py`."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -46,6 +47,10 @@ def check_trains(config: RunConfig, state: TrainState, sizes: dict[str, int]) ->
       ValueError: the mesh cannot divide the run, or leaves too much of the state whole.
     """
     check_fits(config, sizes)
+    _check_copies(config, state, sizes)
+
+
+def _check_copies(config: RunConfig, state: TrainState, sizes: dict[str, int]) -> None:
     placed = named_leaves(place_state(state, abstract_mesh(sizes)))
     describe_layout(placed, sizes, max_replicated=config.mesh.max_replicated)
 
@@ -80,17 +85,11 @@ def rank(
             if total <= chip.hbm:
                 seconds = costs.step_seconds(changed, laid_out, mesh, chip)
                 fitting.append(Candidate(changed, mesh, total, seconds))
-        if fitting and _trains(on_mesh, state, sizes):  # asked last, as it takes longest
-            found += fitting
+        if fitting:
+            with contextlib.suppress(ValueError):
+                _check_copies(on_mesh, state, sizes)  # last, as it takes longest
+                found += fitting
     return sorted(found, key=lambda candidate: sum(candidate.step_seconds))
-
-
-def _trains(config: RunConfig, state: TrainState, sizes: dict[str, int]) -> bool:
-    try:
-        check_trains(config, state, sizes)
-    except ValueError:
-        return False
-    return True
 
 
 def _meshes(places: int) -> Iterator[dict[str, Any]]:

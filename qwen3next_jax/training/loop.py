@@ -199,7 +199,8 @@ class _Run:
                 if profiled:
                     self._profile.close()
                 self._clock.spent_on("step")
-                self._evaluate_and_save(step, due)
+                if any(due) or self._stopping:
+                    self._evaluate_and_save(step, due)
                 if self._stopping:
                     raise Stopped(f"step {step} is saved in {self._workdir}")
         return self._model(), max(last - self._start, 0)
