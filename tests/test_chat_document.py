@@ -256,6 +256,21 @@ def test_a_template_that_drops_old_thoughts_is_refused_unless_only_the_last_is_l
             "message 1: the template writes '<assistant>' in front of an answer but .* ignores",
         ),
         (
+            {"messages": [assistant("y")]},
+            "{% generation %}{{ messages[0].content }}{% endgeneration %}",
+            "no message of the assistant to learn from",  # as nothing stands before its only token
+        ),
+        (
+            {"messages": [assistant("y"), user("x"), assistant("z")]},
+            "{{ messages[0].role }}: {% for m in messages %}{{ m.content }}{% endfor %}",
+            'message 0: the template cannot render what comes before .* "weight": 0',
+        ),
+        (
+            {"messages": [user("x"), assistant("y")], "chat_template_kwargs": {"compile": True}},
+            "{{ '{x}'.format() }}",
+            "The chat template cannot render these messages: 'x'",
+        ),
+        (
             {"messages": [user("x"), assistant("y")]},
             "{{ strftime_now('%Y') }}",
             "the template asks for the date, on which",

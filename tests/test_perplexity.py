@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hf_tokenizer import make_tokenizer_json
 from oracles import quick_jit, random_model, small_config
 
 from qwen3next_jax.data.sources import Record
@@ -80,6 +81,41 @@ def test_documents_are_told_by_length_and_tokens_by_position():
         got["domains"]["a"]["ce"],
         np.mean([x for text in texts["a"] for x in by_text[text]]), rtol=1e-5,
     )  # fmt: skip
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}{{ m.content }}"
+    "{% else %}{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_of_a_chat_the_answers_count(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer_json(tmp_path, chat_template=TEMPLATE))
+    messages, parts = [], []  # the text in parts, of which every second one is learnt
+    for question, answer in (("a", "hi"), ("b", "def f(x)")):
+        messages += [
+            {"role": "user", "content": question}, {"role": "assistant", "content": answer},
+        ]  # fmt: skip
+        parts += [f"<|im_start|>user\n{question}<|im_start|>assistant\n", f"{answer}<|im_end|>\n"]
+    model = random_model(small_config(vocab_size=tokenizer.vocab_size))
+    records = {"chats": [Record(name="a", messages=messages)]}
+    got = document_perplexity(Evaluator(model, tokenizer), records)
+
+    ids = [tokenizer.encode(part, parse_special=True) for part in parts]
+    whole = [i for part in ids for i in part]
+    assert whole == tokenizer.encode("".join(parts), parse_special=True)
+    assert whole[-1] != tokenizer.eos_id
+    logits = np.asarray(quick_jit(model)(jnp.asarray([whole])), np.float64)[0]
+    learnt = np.repeat([i % 2 for i in range(len(ids))], [len(part) for part in ids])
+    losses = [
+        np.log(np.exp(logits[at - 1]).sum()) - logits[at - 1, whole[at]]
+        for at in np.flatnonzero(learnt)
+    ]
+    assert got["tokens"] == len(losses)
+    np.testing.assert_allclose(got["ce"], np.mean(losses), rtol=1e-5)
+    size = len("hi\ndef f(x)\n")
+    np.testing.assert_allclose(got["bits_per_byte"], np.sum(losses) / math.log(2) / size, rtol=1e-5)
 
 
 def test_a_length_beyond_the_context_is_refused():

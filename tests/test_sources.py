@@ -276,6 +276,7 @@ BAD_LINES = [
     (b'{"text": null}', r"field 'text' is None"),
     (b'["a"]', r"expected an object with a field 'text', found \['a'\]"),
     (b'{"text": "\xff"}', r"is no UTF-8: byte 0xff at 10"),
+    (b'{"text": "a", "b": ' + b"[" * 10**5, r"is no JSON: maximum recursion depth"),
 ]
 
 
@@ -311,6 +312,47 @@ def test_bytes_that_are_no_utf8_are_named_in_every_format(tmp_path):
         opened = open_source(source, f"{tmp_path}/{name.split(':')[0]}", field=field)
         with pytest.raises(BadRecordError, match=rf"{name}: is no UTF-8: byte 0xff at 2"):
             opened[len(opened) - 1]
+
+
+def test_a_row_of_parquet_that_is_no_utf8_stays_one_record(tmp_path):
+    rows = [b"one", b'\xff\nline two\n{"text": "no record"}', b"three"]
+    column = pyarrow.array(rows, pyarrow.binary())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    source = open_source("parquet", f"{tmp_path}/a.parquet")
+    assert [len(source), source[0].text, source[2].text] == [3, "one", "three"]
+    with pytest.raises(BadRecordError, match=r"a\.parquet:2: is no UTF-8"):
+        source[1]
+
+
+def test_bytes_within_a_message_of_parquet_are_text(tmp_path):
+    message = pyarrow.struct({"role": pyarrow.binary(), "content": pyarrow.binary()})
+    column = pyarrow.array([[{"role": b"user", "content": "é".encode()}]], pyarrow.list_(message))
+    pyarrow.parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "a.parquet")
+    source = open_source("parquet", f"{tmp_path}/a.parquet", field="messages")
+    assert source[0].messages == [{"role": "user", "content": "é"}]
+
+
+def test_brackets_at_the_beginning_are_text_however_many(tmp_path):
+    text = "[" * 10**5
+    (tmp_path / "a.jsonl").write_text(json.dumps({"content": text}))
+    assert open_source("jsonl", f"{tmp_path}/a.jsonl", field="content")[0].text == text
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffone\ufeff", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "one"}\n', encoding="utf-8")
+    assert open_source("text", f"{tmp_path}/a.txt")[0].text == "one\ufeff"
+    assert open_source("jsonl", f"{tmp_path}/a.jsonl")[0].text == "one"
+
+
+def test_names_of_compressed_files_may_be_long_or_in_capitals(tmp_path):
+    content = gzip.compress(b'{"text": "one"}')
+    for name in ("n" * 240 + ".jsonl.gz", "N.JSONL.GZ"):
+        (tmp_path / name).write_bytes(content)
+        assert open_source("jsonl", f"{tmp_path}/{name}")[0].text == "one"
+    (tmp_path / "a.jsonl.bz2").write_bytes(content)
+    with pytest.raises(BadFileError, match=r"compressed as \.bz2, which is not read; pack it as"):
+        open_source("jsonl", f"{tmp_path}/a.jsonl.bz2")
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,13 @@ def test_a_tokenizer_json_without_or_with_an_unknown_eos_is_refused(tmp_path):
     make_tokenizer_json(tmp_path, eos_token="</s>")
     with pytest.raises(ValueError, match="lacks the eos_token '</s>'"):
         HuggingFaceTokenizer(path)
+    make_tokenizer_json(tmp_path, eos_token=None)
+    write(tmp_path, config={"eos_token_id": 99999})
+    with pytest.raises(ValueError, match=r"lacks the eos_token_id=99999 .* in \[0, 2\d\d\)"):
+        HuggingFaceTokenizer(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
+        HuggingFaceTokenizer(path)
 
 
 def test_padding_and_truncation_stored_in_the_file_are_not_applied(tmp_path):
@@ -305,6 +312,8 @@ def test_a_tokenizer_is_found_by_file_or_by_directory(tmp_path):
         (tmp_path / "bare").mkdir(exist_ok=True)
         write(tmp_path / "bare", config={"model": {}, "data": {"tokenizer": str(named)}})
         assert isinstance(load_tokenizer(tmp_path / "bare"), HuggingFaceTokenizer)
+    write(tmp_path / "bare", config={"model": {}, "data": {"tokenizer": "bytes"}})
+    assert load_tokenizer(tmp_path / "bare").encode("é") == load_tokenizer("bytes").encode("é")
 
 
 @pytest.mark.parametrize("config", [{}, {"bos_token": "<|endoftext|>"}])
@@ -336,6 +345,15 @@ def test_a_kept_tokenizer_is_the_same_wherever_its_tokens_were_named(config, tmp
     assert load_tokenizer(tmp_path / "new").chat_template == "{{ 1 }}"
     with pytest.raises(ValueError, match=r"tokenizer\.json is another than that of .*some\.model"):
         keep_tokenizer(train_tokenizer(TEXTS[:3], tmp_path / "some.model", vocab_size=300), copy)
+
+
+def test_a_tokenizer_with_several_chat_templates_is_kept_for_texts(tmp_path):
+    several = [{"name": "rag", "template": "{{ messages }}"}, {"name": "tools", "template": ""}]
+    path = make_tokenizer_json(tmp_path / "model", chat_template=several)
+    keep_tokenizer(HuggingFaceTokenizer(path), tmp_path / "run")
+    assert not (tmp_path / "run" / "chat_template.jinja").exists()
+    with pytest.raises(ValueError, match="no chat template 'default'; choose from"):
+        _ = load_tokenizer(tmp_path / "run").chat_template
 
 
 def test_texts_end_where_a_run_has_taught_its_model_to_end(tmp_path):

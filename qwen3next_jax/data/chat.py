@@ -74,12 +74,15 @@ def render_marked_chat(
 MARKS = ("\ufdd0", "\ufdd1")
 
 
-def _render(compile: Callable[[str], jinja2.Template], template: str, **variables: Any) -> str:
+def _render(compile: Callable[[str], jinja2.Template], template: str, /, **variables: Any) -> str:
     try:
         return compile(template).render({"documents": None, **variables})
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"Line {error.lineno} of the chat template: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+    except (
+        jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError,
+        MemoryError,
+    ) as error:  # fmt: skip
         # Python's words for what templates do: None + "<|im_end|>", "text".split(""), 1 / 0.
         raise ValueError(f"The chat template cannot render these messages: {error}") from error
 

@@ -168,8 +168,14 @@ def _span(
     messages: Sequence[Message], i: int, template: str, text: str, asked: Mapping[str, Any]
 ) -> tuple[int, int]:
     """Where in the text the template writes answer `i`, as far as its renderings tell."""
-    before = render_chat(messages[:i], template, add_generation_prompt=False, **asked)
-    prompt = render_chat(messages[:i], template, add_generation_prompt=True, **asked)
+    try:
+        before = render_chat(messages[:i], template, add_generation_prompt=False, **asked)
+        prompt = render_chat(messages[:i], template, add_generation_prompt=True, **asked)
+    except ValueError as error:
+        raise ValueError(
+            f"message {i}: the template cannot render what comes before this answer ({error}). "
+            f"{_REMEDY}"
+        ) from error
     through = render_chat(messages[: i + 1], template, add_generation_prompt=False, **asked)
     for what, part in (("before it, with the prompt for it,", prompt), ("through it", through)):
         if not text.startswith(part):

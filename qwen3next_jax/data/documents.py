@@ -70,7 +70,7 @@ def learnt_text(record: Record, document: Document, tokenizer: Tokenizer) -> str
     """The text that a document's loss is over: the record's, or of a chat the decoded targets."""
     if record.text is not None:
         return record.text
-    return tokenizer.decode(document["targets"][document["loss_weights"] > 0])
+    return tokenizer.decode(document["targets"][document["loss_weights"] > 0].tolist())
 
 
 def log_skipped(error: BadRecordError) -> None:

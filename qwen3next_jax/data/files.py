@@ -10,6 +10,7 @@ Whatever is wrong is an error: BadFileError for a file, BadValueError for one va
 the file; who reads it does.
 """
 
+import codecs
 import contextlib
 import errno
 import functools
@@ -77,7 +78,7 @@ class TextFile:
         return 1
 
     def __getitem__(self, number: int) -> str:
-        return decode_utf8(self._path.read_bytes())
+        return decode_utf8(self._path.read_bytes().removeprefix(codecs.BOM_UTF8))
 
 
 class PythonFile(TextFile):
@@ -108,16 +109,18 @@ class JsonLinesFile:
         start = int(self._ends[number - 1]) if number else 0
         with open(self._path, "rb") as file:
             file.seek(start)
-            line = decode_utf8(file.read(int(self._ends[number]) - start))
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise BadValueError(f"is no JSON: {error}") from error
+            line = file.read(int(self._ends[number]) - start)
+        if not number:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        return _parse_json(decode_utf8(line))
 
 
 def open_json_lines(name: str, path: epath.Path) -> JsonLinesFile:
     """A JSONL file, plain or compressed (`.gz`, `.zst`), local or not."""
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix in (".bz2", ".xz", ".zip"):
+        raise BadFileError(f"is compressed as {suffix}, which is not read; pack it as .gz or .zst")
+    if suffix == ".gz":
 
         def unpack(target: BinaryIO) -> None:
             try:
@@ -125,7 +128,7 @@ def open_json_lines(name: str, path: epath.Path) -> JsonLinesFile:
                     shutil.copyfileobj(content, target, _SCANNED)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise BadFileError(f"is truncated or no gzip: {error}") from error
-    elif path.suffix in (".zst", ".zstd"):
+    elif suffix in (".zst", ".zstd"):
         zstandard = import_extra("zstandard")
 
         def unpack(target: BinaryIO) -> None:
@@ -161,8 +164,8 @@ def open_parquet(name: str, path: epath.Path, *, field: str) -> JsonLinesFile:
         except (arrow.ArrowException, OSError) as error:
             raise BadFileError(f"is truncated or no Parquet: {error}") from error
 
-    # 2 is the version of the unpacked form, in which keys that a row lacks are left out.
-    return JsonLinesFile(name, _unpacked(path, unpack, extra=f"{field}\x002"))
+    # 3 is the version of the unpacked form: keys that a row lacks are left out, each row is a line.
+    return JsonLinesFile(name, _unpacked(path, unpack, extra=f"{field}\x003"))
 
 
 class ArrayRecordFile:
@@ -181,14 +184,8 @@ class ArrayRecordFile:
         with riegeli_errors("cannot be read"):
             content = self._records[number]
         text = decode_utf8(content)
-        if not self._as_json:
-            return text
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise BadValueError(
-                f"is no JSON: {error}; data.field='' reads records as they are"
-            ) from error
+        hint = "; data.field='' reads records as they are"
+        return _parse_json(text, hint) if self._as_json else text
 
 
 def open_array_record(path: epath.Path) -> grain.sources.ArrayRecordDataSource:
@@ -317,6 +314,13 @@ def decode_utf8(content: bytes) -> str:
         ) from error
 
 
+def _parse_json(text: str, hint: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter: a thousand brackets in brackets
+        raise BadValueError(f"is no JSON: {error}{hint}") from error
+
+
 def import_extra(module: str, *, extra: str = "data") -> Any:
     """Imports a module that only installations with this extra have."""
     import importlib
@@ -365,17 +369,20 @@ def _unpack_zstd(zstandard: Any, file: BinaryIO, target: BinaryIO) -> None:
 def _json_line(batch: Any, row: int) -> bytes:
     try:
         values = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
-        values = {k: v.decode() if isinstance(v, bytes) else _given(v) for k, v in values.items()}
+        values = {k: _given(v) for k, v in values.items()}
     except UnicodeDecodeError as error:
-        return error.object  # a line that is no UTF-8 either: the record is reported when it is met
+        # One line that is no UTF-8 either: the record is reported when it is met.
+        return error.object.replace(b"\n", b" ")
     return json.dumps(values, ensure_ascii=False, default=str).encode()
 
 
 def _given(value: Any) -> Any:
-    """Removes the None values that Arrow fills in for keys that only other rows have.
+    """Decodes bytes, and removes the None that Arrow fills in for keys that only other rows have.
 
     A message's content stays, which may be None by itself.
     """
+    if isinstance(value, bytes):
+        return value.decode()
     if isinstance(value, dict):
         return {k: _given(v) for k, v in value.items() if v is not None or k == "content"}
     return [_given(v) for v in value] if isinstance(value, list) else value
@@ -392,7 +399,8 @@ def _unpacked(
     where = os.path.abspath(path) if is_local(path) else os.fspath(path)
     identity = f"{where}\0{size}\0{changed}\0{extra}"
     folder = cache_folder() / "unpacked"
-    copy = folder / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}-{path.name}"
+    digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    copy = folder / f"{digest}-{path.name[-32:]}"  # a name has 255 bytes at most
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)
         logging.info("Unpacking %s to %s", path, copy)

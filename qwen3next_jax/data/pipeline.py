@@ -108,6 +108,13 @@ class Data:
                 while learnt and self.tokenizer.decode(learnt[-1:]).isspace():
                     learnt.pop()
                 ends += [i for i in learnt[-1:] if i in self.tokenizer.special_ids]
+                if learnt and learnt[-1] not in self.tokenizer.special_ids:
+                    logging.warning(
+                        "What is learnt of %s ends with %r, which is no special token of %s: texts "
+                        "will not know where to end; take a chat template of this tokenizer's own",
+                        part.records[i].name, self.tokenizer.decode(learnt[-8:]),
+                        self.tokenizer.path,
+                    )  # fmt: skip
                 break
         return list(dict.fromkeys(ends))
 

@@ -253,7 +253,7 @@ def _is_chat_as_text(text: str) -> bool:
         return False
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return bool(found) and all(isinstance(item, dict) and "role" in item for item in found)
 

@@ -84,9 +84,9 @@ def _tokenizer_file(directory: epath.Path) -> epath.Path:
             return run / name
     named = _read_json(run / "config.json").get("data", {}).get("tokenizer")
     if named:
-        return (
-            _tokenizer_file(epath.Path(named)) if epath.Path(named).is_dir() else epath.Path(named)
-        )
+        # A run that was started from Python has no copy.
+        path = _BYTES if named == "bytes" else epath.Path(named)
+        return _tokenizer_file(path) if path.is_dir() else path
     raise FileNotFoundError(f"{run} holds no tokenizer; expected tokenizer.json or tokenizer.model")
 
 
@@ -226,10 +226,10 @@ class HuggingFaceTokenizer:
 
     def __init__(self, path: str | os.PathLike):
         self.path = epath.Path(path)
-        content = self.path.read_text()
+        content = self.path.read_bytes()
         try:
-            self._parsing = tokenizers.Tokenizer.from_str(content)
-            self._literal = tokenizers.Tokenizer.from_str(content)
+            self._parsing = tokenizers.Tokenizer.from_buffer(content)
+            self._literal = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing more particular
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
         # A property of the whole tokenizer; two of them are safe where threads share this one.
@@ -249,6 +249,7 @@ class HuggingFaceTokenizer:
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
             if (token := config.get(name)) is not None
         }
+        self._vocab_size = 1 + max(self._parsing.get_vocab().values())
         eos = self._named("eos", ids)
         if eos is None:
             raise ValueError(
@@ -259,7 +260,6 @@ class HuggingFaceTokenizer:
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
         self.adds_bos: bool = bool(config.get("add_bos_token"))
-        self._vocab_size = 1 + max(self._parsing.get_vocab().values())
         named = (i for i in _as_list(ids[0].get("eos_token_id")) if 0 <= i < self._vocab_size)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([eos, *named]))
 
@@ -283,7 +283,15 @@ class HuggingFaceTokenizer:
                     "beside it names"
                 )
             return found
-        return next((i for given in ids for i in _as_list(given.get(f"{which}_token_id"))), None)
+        key = f"{which}_token_id"
+        named = [i for given in ids for i in _as_list(given.get(key))]
+        known = [i for i in named if 0 <= i < self._vocab_size]
+        if named and not known:
+            raise ValueError(
+                f"{self.path} lacks the {key}={named[0]} that a file beside it names: its ids lie "
+                f"in [0, {self._vocab_size}); name the {which}_token in tokenizer_config.json"
+            )
+        return known[0] if known else None
 
     @functools.cached_property
     def chat_template(self) -> str:
@@ -413,7 +421,8 @@ def keep_tokenizer(
     for name in BESIDE:
         if (file := tokenizer.path.parent / name).exists():
             contents[name] = file.read_bytes()
-    with contextlib.suppress(FileNotFoundError):
+    # There may be none, or several of which no chat chose one: texts need none.
+    with contextlib.suppress(FileNotFoundError, ValueError):
         contents["chat_template.jinja"] = tokenizer.chat_template.encode()
     if isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.names_delimiters():
         # A model's config.json did, which does not come along.
