@@ -472,6 +472,35 @@ def test_asked_to_stop_in_a_hook_a_run_saves_and_calls_no_other(corpus, tmp_path
     assert (tmp_path / "checkpoints/1").is_dir()
 
 
+def test_what_a_kill_left_undone_behind_a_checkpoint_is_made_up_for(corpus, tmp_path):
+    called, first = [], ["suites", "sample", "report"]
+
+    def suites(model):
+        called.append("suites")
+        if called == [*first, "suites"]:
+            raise KeyboardInterrupt  # like a kill: no handler saves
+        return {"score": 1.0}
+
+    def sample(model):
+        called.append("sample")
+        return [{"prompt": "", "text": "x"}]
+
+    hooks = dict(suites=suites, sample=sample, report=lambda: called.append("report"))
+    config = config_of(
+        corpus, 2, train__checkpoint_every=1, train__sample_every=1, evaluation__every=1
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, **hooks)
+    assert called == [*first, "suites"]
+    assert (tmp_path / "checkpoints/2").is_dir()
+    for again in (first, []):
+        before = len(called)
+        assert run(config, tmp_path, **hooks)[1] == 0
+        assert called[before:] == again
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "score" in line] == [1, 2]
+
+
 def test_mtp_and_router_weights_move_in_training(whole, corpus):
     config = config_of(corpus)
     program = loop.make_program(config, mesh := make_mesh(config.mesh))

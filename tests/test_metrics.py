@@ -129,17 +129,19 @@ def test_tensorboard_gets_the_same_numbers_and_hides_what_was_cut(tmp_path):
 
 
 def test_progress_is_plain_lines_where_stderr_is_no_terminal(capsys, monkeypatch):
-    clock = iter([100.0, 130.0, 190.0])  # 20 steps in 30 s, 60 in 90 s
+    clock = iter([100.0, 130.0, 190.0])  # 20 steps in 30 s, 60 in 90 s; compilation before them
     monkeypatch.setattr(metrics_module.time, "monotonic", lambda: next(clock))
     progress = Progress(200, start_step=40)
-    progress.update(60, loss=2.5, tokens_per_second=12345.6)
-    progress.update(100, loss=2.25, tokens_per_second=9.0)
+    progress.update(41, loss=3.0, tokens_per_second=0.0)
+    progress.update(61, loss=2.5, tokens_per_second=12345.6)
+    progress.update(101, loss=2.25, tokens_per_second=9.0)
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "step 60/200  loss 2.5000  12,346 tokens/s  03:30 left",
-        "step 100/200  loss 2.2500  9 tokens/s  02:30 left",
+        "step 41/200  loss 3.0000  compiled",
+        "step 61/200  loss 2.5000  12,346 tokens/s  03:28 left",
+        "step 101/200  loss 2.2500  9 tokens/s  02:28 left",
     ]
 
 

@@ -49,7 +49,7 @@ from qwen3next_jax.parallel.processes import (
 )
 from qwen3next_jax.training.diagnostics import for_all_layers
 from qwen3next_jax.training.environment import keep_environment
-from qwen3next_jax.training.metrics import reporters
+from qwen3next_jax.training.metrics import has_line, reporters
 from qwen3next_jax.training.program import Program, make_program, new_model
 from qwen3next_jax.training.step import TrainState, first_bad_parameter, initial_state
 
@@ -190,6 +190,10 @@ class _Run:
             closing(self._batches),
             closing(self._profile),
         ):
+            if any(left := self._left_undone()):
+                self._evaluate_and_save(self._start, left)
+                if self._stopping:
+                    raise Stopped(f"step {self._start} is saved in {self._workdir}")
             for step in range(self._start + 1, last + 1):
                 self._dispatch(step)
                 due, profiled = self._due(step), self._profile.ends_at(step)
@@ -265,18 +269,39 @@ class _Run:
             sample=hooks.sample is not None and due(t.sample_every),
         )
 
+    def _left_undone(self) -> _Due:
+        """What was due after the checkpoint that the run goes on from, and is in no file.
+
+        The run failed, was killed or asked to stop before.
+        """
+        step, folder = self._start, self._workdir
+        if not step:
+            return _Due(evaluate=False, save=False, suites=False, sample=False)
+        tested, written = exchange(
+            (
+                has_line(folder / "metrics.jsonl", step, "seconds/suites"),
+                has_line(folder / "samples.jsonl", step, "text"),
+            )
+        )[0]
+        due = self._due(step)
+        return _Due(
+            evaluate=False, save=False,
+            suites=due.suites and not tested, sample=due.sample and not written,
+        )  # fmt: skip
+
     def _evaluate_and_save(self, step: int, due: _Due) -> None:
         """Calls the hooks that are due and saves if that is due; the step must be settled.
 
         Once asked to stop it calls no more of them and saves in any case.
         """
-        hooks, saved = self._hooks, False
+        hooks, saved = self._hooks, step == self._start
         scores: dict[str, Any] = {}
 
         def save() -> None:
             nonlocal saved
-            saved = True
-            self._save(step, scores.get("eval_ce"))
+            if not saved:
+                saved = True
+                self._save(step, scores.get("eval_ce"))
 
         try:
             if due.evaluate and not self._stopping:
@@ -298,7 +323,7 @@ class _Run:
         except Exception:
             # Save the step all the same. Not with several processes: others may not have failed,
             # and all must take part in a save.
-            if not saved and jax.process_count() == 1:
+            if jax.process_count() == 1:
                 save()
             raise
         if due.evaluate or due.save or due.suites:

@@ -102,8 +102,9 @@ class Progress:
     """Loss, speed and time left: a bar on a terminal; elsewhere a plain line each time."""
 
     def __init__(self, num_steps: int, *, start_step: int = 0):
-        """Starts the clock at `start_step` of `num_steps`."""
-        self._num_steps, self._start_step, self._start = num_steps, start_step, time.monotonic()
+        """Shows `start_step` of `num_steps`."""
+        self._num_steps = num_steps
+        self._first: tuple[int, float] | None = None  # the first update, which compilation precedes
         self._bar = (
             tqdm.tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
             if sys.stderr.isatty()
@@ -112,24 +113,30 @@ class Progress:
 
     def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Shows where the run is, after `step` updates."""
-        loss_text, speed = f"loss {loss:.4f}", f"{tokens_per_second:,.0f} tokens/s"
+        loss_text = f"loss {loss:.4f}"
+        speed = f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second else "compiled"
         if self._bar is not None:
             self._bar.set_postfix_str(f"{loss_text}, {speed}", refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        done = max(1, step - self._start_step)
-        left = (time.monotonic() - self._start) / done * (self._num_steps - step)
-        print(
-            f"step {step}/{self._num_steps}  {loss_text}  {speed}  "
-            f"{tqdm.tqdm.format_interval(left)} left",
-            file=sys.stderr,
-            flush=True,
-        )
+        now = time.monotonic()
+        first, start = self._first = self._first or (step, now)
+        line = f"step {step}/{self._num_steps}  {loss_text}  {speed}"
+        if step > first:
+            left = (now - start) / (step - first) * (self._num_steps - step)
+            line += f"  {tqdm.tqdm.format_interval(left)} left"
+        print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+def has_line(path: pathlib.Path, step: int, name: str) -> bool:
+    """Whether a file of lines has one of this step that holds a value of this name."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return any(_step(line) == step and name in json.loads(line) for line in lines)
 
 
 def _open_cut_back(path: pathlib.Path, last_step: int) -> TextIO:
