@@ -142,7 +142,6 @@ def _evaluate(suite: str) -> None:
             domains,
             on_error=on_error,
         )
-    print(table(suite, results))
     if output:
         packages = ("qwen3next_jax", "jax", "jaxlib", "flax", "numpy", "lm_eval", "datasets")
         report = {
@@ -163,6 +162,7 @@ def _evaluate(suite: str) -> None:
         }
         text = json.dumps(report, indent=1, default=str) + "\n"
         write_whole(output, text)
+    print(table(suite, results))
 
 
 def _options() -> "EvaluationConfig":
@@ -186,6 +186,7 @@ def _domains(
     run: dict[str, Any], workdir: pathlib.Path | None, vocab_size: int, tokenizer: "Tokenizer"
 ) -> "Mapping[str, Records]":
     """The texts that --data names, or those that the run in the work directory held out."""
+    from qwen3next_jax.config import SOURCES
     from qwen3next_jax.data.pipeline import load_data
     from qwen3next_jax.data.prepared import check_prepared
     from qwen3next_jax.data.sources import open_source
@@ -193,6 +194,11 @@ def _domains(
     domains: dict[str, Any] = {}
     for given in _DATA.value:
         source, _, rest = given.partition(":")
+        if source not in SOURCES:
+            raise ValueError(
+                f"--data={given} names no source; give SOURCE:PATH, such as jsonl:/corpus/*.jsonl, "
+                f"where SOURCE is one of {', '.join(SOURCES)}"
+            )
         path, named, field = rest.partition("#")
         field = field if named else "text"  # an empty one: records that are texts themselves
         domains[given] = open_source(source, path, field=field, split=_SPLIT.value)

@@ -1,6 +1,7 @@
 """What the commands share: error messages without tracebacks, caches, and atomic writing."""
 
 import contextlib
+import io
 import os
 import pathlib
 import secrets
@@ -20,9 +21,13 @@ def told_errors(after: str = "") -> Iterator[None]:
     Expected are an OSError (such as a full disk) and what a `raise` statement in our own code
     raised: their messages say what is wrong and what to do, which a traceback would bury.
 
+    What the terminal's encoding cannot show is printed as "?".
+
     Args:
       after: a line to print behind the message, such as what was or was not done.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:

@@ -226,8 +226,12 @@ class ModelConfig:
     def _from_mapping(cls, given: dict[str, Any], *, refuse_unknown: bool) -> "ModelConfig":
         model_type = given.get("model_type")
         if model_type not in ("qwen3_next", "qwen3"):
+            ours = (
+                "; this is a work directory of ours, which load_checkpoint and convert to-hf read"
+            )
             raise ValueError(
                 f"model_type={model_type!r} is not supported; expected 'qwen3_next' or 'qwen3'"
+                + (ours if "model" in given else "")
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         kept = given.get("extra") or {}  # a run's config keeps them apart

@@ -315,6 +315,8 @@ def test_a_run_s_config_survives_json():
         ({"train__balance_scope": "batch"}, "train.balance_scope='batch' is unknown; expected"),
         ({"train__num_steps": 0}, "train.num_steps=0 must be at least 1"),
         ({"train__num_steps": "many"}, "train.num_steps='many' must be of type int"),
+        ({"train__num_steps": True}, "train.num_steps=True must be of type int"),
+        ({"train__sequence_length": 4097}, "sequence_length=4097 exceeds the model's context of 4"),
         ({"train__gradient_accumulation_steps": 3}, "global_batch_size=8 is not divisible by"),
         (
             {"train__sequence_length": 9000},
@@ -441,6 +443,10 @@ def test_a_run_that_met_a_bad_record_may_go_on_without_it():
     skipping = run_dict(data__packing="best_fit", data__on_error="skip")
     with pytest.raises(ValueError, match="too_long: was 'error', now 'truncate'"):
         after.check_resumable_from(RunConfig.from_dict(skipping).to_dict())
+    # Nor may those that were cut be refused from now on.
+    cutting = run_dict(data__packing="best_fit", data__too_long="truncate")
+    with pytest.raises(ValueError, match="too_long: was 'truncate', now 'error'"):
+        RunConfig.from_dict(strict).check_resumable_from(RunConfig.from_dict(cutting).to_dict())
 
 
 def test_what_may_change_are_keys_that_exist():
@@ -450,6 +456,18 @@ def test_what_may_change_are_keys_that_exist():
         for key in keys
     }
     assert set(RunConfig.MUTABLE) <= flat
+    # All else decides what is learnt: only how long, how split up, and what is told may change.
+    decides = {
+        key for key in flat if key.startswith(("model.", "data.", "optimizer.", "precision."))
+    }
+    assert not decides & set(RunConfig.MUTABLE)
+    assert {key for key in flat - decides if key not in RunConfig.MUTABLE} == {
+        f"train.{key}"
+        for key in (
+            "initial_checkpoint", "global_batch_size", "sequence_length", "seed", "balance_scope",
+            "gradient_accumulation_steps", "mtp_loss_weight", "router_z_loss_weight",
+        )
+    }  # fmt: skip
 
 
 def test_configs_cannot_be_changed_nor_shared_by_accident():

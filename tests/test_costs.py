@@ -13,6 +13,7 @@ from oracles import RELEASED, abstract_model, small_config
 from configs import tiny
 from qwen3next_jax.config import ModelConfig, RunConfig
 from qwen3next_jax.model import gated_attention, moe
+from qwen3next_jax.model.cache import AttentionCache, DeltaCache, empty_cache
 from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
@@ -190,6 +191,11 @@ def test_a_dense_layers_matrices_are_no_experts():
     rest = sum(parts.values()) - parts["embedding"] - experts
     chosen = experts * c.num_experts_per_tok // c.num_experts
     assert costs.active_parameters(model, c) == rest + D + chosen
+    # A tied embedding is the head too, which every token meets whole.
+    tied = small_config(tie_word_embeddings=True)
+    apart = small_config(tie_word_embeddings=False)
+    active = [costs.active_parameters(nnx.state(abstract_model(c)), c) for c in (tied, apart)]
+    assert active[1] - active[0] == tied.hidden_size  # a row of the other embedding
     # In a model without experts, an axis for them slices as fsdp does.
     config = run_config("qwen3_32b")
     params = make_program(config, abstract_mesh(ONE)).state.params
@@ -199,6 +205,16 @@ def test_a_dense_layers_matrices_are_no_experts():
         sent.append(costs.communication(config, costs.weights(params, abstract_mesh(mesh)), mesh))
     del sent[1]["tokens to experts and back"]
     assert sent[0] == sent[1]
+
+
+def test_serving_takes_what_the_caches_of_a_bfloat16_model_hold():
+    config = small_config()
+    caches = [empty_cache(config, m, batch=1, slots=128, dtype=jnp.bfloat16) for m in config.mixers]
+    per_token, states = costs.serving_bytes(config)
+    attention = [c for c in caches if isinstance(c, AttentionCache)]
+    delta = [c.state for c in caches if isinstance(c, DeltaCache)]
+    assert per_token * 128 == sum(x.size * x.dtype.itemsize for c in attention for x in c)
+    assert states == sum(x.size * x.dtype.itemsize for x in delta)
 
 
 def test_a_sum_of_gradients_is_held_beside_a_micro_batchs():

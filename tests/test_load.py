@@ -20,7 +20,13 @@ from test_loop import is_time
 
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint.hugging_face import parameter_shapes
-from qwen3next_jax.checkpoint.load import check_same_model, load_checkpoint, load_parameters
+from qwen3next_jax.checkpoint.load import (
+    as_trained,
+    check_same_model,
+    find_checkpoint,
+    load_checkpoint,
+    load_parameters,
+)
 from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
 from qwen3next_jax.convert import from_hf
 from qwen3next_jax.training.program import abstract_model
@@ -70,6 +76,19 @@ def test_a_model_is_loaded_unstacked_for_generation(name, tmp_path):
         model(jnp.ones((1, 4), jnp.int32))
     with pytest.raises(ValueError, match="without `unstacked`"):
         q3n.save_hf(model, tmp_path / "new")
+
+
+def test_a_run_is_loaded_to_compute_as_it_trained(tmp_path):
+    hf_directory.released(tmp_path / "hf")
+    from_hf(tmp_path / "hf", tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    precision = {"compute": "float32", "matmul": "highest"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "precision": precision}))
+    model = load_checkpoint(tmp_path / "ours")
+    assert (model.dtype, model.embed_tokens[...].dtype) == (jnp.float32, jnp.bfloat16)
+    assert load_checkpoint(tmp_path / "ours", dtype="bfloat16").dtype == jnp.bfloat16
+    with as_trained(find_checkpoint(tmp_path / "ours")):
+        assert jax.config.jax_default_matmul_precision == "highest"
 
 
 def test_yarn_is_switched_on_and_off_at_loading(tmp_path):

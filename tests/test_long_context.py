@@ -124,8 +124,9 @@ def test_every_task_length_and_depth_has_a_cell_and_unknown_tasks_the_nearest_na
     model = random_model(small_config(vocab_size=264), scale=0.3)
     evaluator = Evaluator(model, TOKENIZER)
     result = long_context(
-        evaluator, tasks=["niah_single", "common_words"], lengths=[512, 640], depths=2, samples=1
+        evaluator, tasks=["niah_single", "common_words"], lengths=[640, 512], depths=2, samples=1
     )
+    assert len(TOKENIZER.encode(result["examples"]["common_words"]["prompt"])) < 512
     places = [(c["task"], c["length"], c["depth"], c["yarn_factor"]) for c in result["cells"]]
     assert places == [
         ("niah_single", 512, 0.0, 0), ("niah_single", 512, 1.0, 0), ("common_words", 512, 0.0, 0),

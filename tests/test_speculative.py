@@ -43,7 +43,7 @@ def drafts_known_in_advance(monkeypatch):
         compiled.clear_cache()
 
 
-@pytest.mark.parametrize(("drafts", "penalty"), [(1, 1.3), (4, 1.0)])
+@pytest.mark.parametrize(("drafts", "penalty"), [(1, 1.3), (4, 1.0), (2, 0.6)])
 def test_greedy_tokens_are_the_same_whatever_is_drafted(
     model, drafts, penalty, drafts_known_in_advance
 ):

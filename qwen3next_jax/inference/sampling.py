@@ -6,6 +6,7 @@ likeliest token, so whatever compares or draws from distributions needs no secon
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -53,9 +54,9 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or be None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1], or be None")
-        if not self.repetition_penalty > 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be above 0 (1: none)"
+                f"repetition_penalty={self.repetition_penalty} must be a number above 0 (1: none)"
             )
 
     @property

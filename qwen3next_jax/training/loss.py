@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.model.decoder import Qwen3Next, default_positions
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.statistics import Mean, Observed, one_after_another, over_first_axis
+from qwen3next_jax.ops.shapes import check_rows, check_shape
 from qwen3next_jax.parallel.vocabulary import cross_entropy
 
 Batch = Mapping[str, Array]
@@ -223,7 +224,15 @@ def _or_one(x):
 def complete_batch(
     tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
 ) -> Batch:
-    """A batch from rows of tokens alone: each predicts its successor inside its document."""
+    """A batch from rows of tokens alone: each predicts its successor inside its document.
+
+    Raises:
+      ValueError: tokens are no array [B, T] of integers, or segment_ids are none of that shape.
+    """
+    check_shape("tokens", tokens, "B", "T")
+    check_rows(tokens.shape, segment_ids=segment_ids)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens is of {tokens.dtype}; expected integers")
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens)
     after = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
