@@ -53,6 +53,46 @@ def test_modules_refuse_what_is_no_batch(module, x, given, message):
         call(make(module), x, **given)
 
 
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(part):
+                yield from equations(getattr(part, "jaxpr", part))
+
+
+def is_jaxpr(x):
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+@pytest.mark.parametrize("module", [GatedAttention, GatedDeltaNet])
+def test_what_bends_is_computed_in_float32_whatever_the_activations_are(module):
+    jaxpr = jax.make_jaxpr(make(module))(X.astype(jnp.bfloat16))
+    bent = {"logistic", "exp", "exp2", "log1p", "rsqrt", "sqrt", "tanh"}
+    found = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in bent]
+    assert {"logistic", "rsqrt"} <= {e.primitive.name for e in found}
+    assert {str(e.invars[0].aval.dtype) for e in found} == {"float32"}
+
+
+def test_the_delta_rules_gates_are_not_rounded_where_activations_are_bfloat16():
+    module, observed = make(GatedDeltaNet), {}
+    x = X[:1, :1].astype(jnp.bfloat16)
+    module(x, observed=observed)
+
+    def product(w):
+        row, matrix = (np.asarray(a.astype(jnp.bfloat16), np.float64) for a in (x[0, 0], w[...]))
+        return row @ matrix
+
+    want = {
+        "beta": 1 / (1 + np.exp(-product(module.b_proj))),
+        "decay": np.exp(np.asarray(module.A_log[...], np.float64))
+        * np.log1p(np.exp(product(module.a_proj) + np.asarray(module.dt_bias[...]))),
+    }
+    for name, values in want.items():
+        # As float32 sums of exact products are; rounded to bfloat16 they are off by 1e-4.
+        np.testing.assert_allclose(observed[name].total, values, rtol=1e-6)
+
+
 def test_attention_behind_a_cache_is_told_where_its_tokens_go():
     module = make(GatedAttention)
     cache = empty_cache(CONFIG, FULL, batch=B, slots=T, dtype=jnp.float32)

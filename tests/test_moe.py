@@ -81,6 +81,8 @@ def test_statistics_count_each_row_without_its_padding():
         stats.probabilities, (probabilities * real[..., None]).sum(1), atol=1e-5
     )
     np.testing.assert_allclose(stats.squared_log_norms, (log_norms**2 * real).sum(1), rtol=1e-5)
+    entropies = -(probabilities * np.log(probabilities)).sum(-1)
+    np.testing.assert_allclose(stats.entropies, (entropies * real).sum(1), rtol=1e-5)
     # Padding is routed like any token: it is only not counted.
     unpadded = with_stats(jnp.asarray(x, jnp.float32), jnp.ones((2, 11), jnp.int32))
     np.testing.assert_array_equal(out, unpadded[0])

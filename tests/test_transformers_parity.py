@@ -41,7 +41,8 @@ CASES = {
         2, 63, dict(norm_topk_prob=False, linear_num_value_heads=8, linear_conv_kernel_dim=3)
     ),
     "length 130, a dense layer": Case(
-        1, 130, dict(mlp_only_layers=[1], intermediate_size=40, num_key_value_heads=1)
+        1, 130,
+        dict(mlp_only_layers=[1], intermediate_size=40, num_key_value_heads=1, rms_norm_eps=1e-3),
     ),
     "length 65, every other layer dense, tied": Case(
         2, 65,
