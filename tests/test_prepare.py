@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hf_tokenizer import CHATML, make_tokenizer_json
 
+from qwen3next_jax.data import prepare as prepare_module
 from qwen3next_jax.data.files import BadFileError
 from qwen3next_jax.data.pipeline import evaluation_batches, load_data, training_batches
 from qwen3next_jax.data.prepare import Job, main, make_shard, prepare
@@ -309,6 +310,29 @@ def test_a_bad_record_is_named_and_what_is_finished_stays(workers, folder, tmp_p
     assert json.loads((tmp_path / MANIFEST).read_text())["skipped"] == 3
     with pytest.raises(SystemExit, match="on_error: was 'skip', now 'raise'"):
         main(given)
+
+
+def die(job, k):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_told_as_one_and_notes_without_content_count_for_nothing(
+    folder, tmp_path, monkeypatch
+):
+    given = ["--source=jsonl", f"--path={folder}/*.jsonl", f"--tokenizer={folder}/tokenizer",
+             "--num_shards=3", "--on_error=skip", f"--output={tmp_path}"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "make_shard", die)
+        with pytest.raises(SystemExit, match=r"killed, perhaps for lack of memory: .* --workers"):
+            main([*given, "--workers=2"])
+    # As after a power cut.
+    (tmp_path / "shard-00001-of-00003.array_record").touch()
+    (tmp_path / "shard-00001-of-00003.array_record.json").touch()
+    main([*given, "--workers=1"])
+    assert json.loads((tmp_path / MANIFEST).read_text())["skipped"] == 3
+    (tmp_path / MANIFEST).write_text("")
+    with pytest.raises(SystemExit, match=f"{MANIFEST} cannot be read .* begin anew"):
+        main([*given, "--workers=1"])
 
 
 @pytest.mark.parametrize(

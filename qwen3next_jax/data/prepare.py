@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import tqdm
@@ -224,6 +225,10 @@ def _in_processes(
         try:
             for future in as_completed(futures):
                 done(future.result())
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "A worker process was killed, perhaps for lack of memory: take fewer --workers"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)  # those under way are finished
             raise
@@ -289,7 +294,10 @@ def _is_made(job: Job, k: int) -> bool:
     shard = epath.Path(job.output) / _shard_name(job, k)
     if not (_note(job, k).exists() and shard.exists()):
         return False
-    return json.loads(_note(job, k).read_text())["bytes"] == size_and_time(shard)[0]
+    try:
+        return json.loads(_note(job, k).read_text())["bytes"] == size_and_time(shard)[0]
+    except ValueError:  # a file without content
+        return False
 
 
 def _content(record: Record) -> bytes:
@@ -333,7 +341,13 @@ def _check_plan(output: epath.Path, plan: dict[str, Any]) -> None:
     for name in (_PLAN, MANIFEST):
         if not (output / name).exists():
             continue
-        before = json.loads((output / name).read_text())
+        try:
+            before = json.loads((output / name).read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{output / name} cannot be read ({error}), so what is there cannot be trusted; "
+                f"remove {output} and begin anew"
+            ) from error
         if name == _PLAN and (before.get("on_error"), plan["on_error"]) == ("raise", "skip"):
             before["on_error"] = "skip"  # what is finished has no bad record
         differing = [
