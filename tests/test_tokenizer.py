@@ -356,7 +356,7 @@ def test_a_tokenizer_with_several_chat_templates_is_kept_for_texts(tmp_path):
         _ = load_tokenizer(tmp_path / "run").chat_template
 
 
-def test_texts_end_where_a_run_has_taught_its_model_to_end(tmp_path):
+def test_texts_end_where_a_run_has_taught_its_model_to_end(tmp_path, caplog):
     tokenizer = load_tokenizer(make_tokenizer_json(tmp_path / "base", eos_token="<|endoftext|>"))
     (tmp_path / "base" / "chat_template.jinja").write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -375,6 +375,15 @@ def test_texts_end_where_a_run_has_taught_its_model_to_end(tmp_path):
             keep_tokenizer(data.tokenizer, tmp_path / name, ends=data.ends())
         assert load_tokenizer(tmp_path / name).stop_ids == ends
     assert tokenizer.stop_ids == (0,)
+    assert not caplog.records
+    # To a tokenizer without that mark it is text as any other.
+    data = load_data(
+        source="jsonl", path=f"{tmp_path}/chats.jsonl", field="messages", vocab_size=300,
+        tokenizer="bytes", chat_template=str(tmp_path / "base" / "chat_template.jinja"),
+        trained_tokenizer=tmp_path / "unused", holdout_fraction=0.5,
+    )  # fmt: skip
+    assert data.ends() == []
+    assert "ends with 'im_end|>', which is no special token" in caplog.text
 
 
 def test_a_sentencepiece_model_is_kept_and_has_a_template_only_where_one_is_given(tmp_path):

@@ -107,8 +107,9 @@ class Data:
                 # Marks of a template may include the line end behind the token.
                 while learnt and self.tokenizer.decode(learnt[-1:]).isspace():
                     learnt.pop()
-                ends += [i for i in learnt[-1:] if i in self.tokenizer.special_ids]
-                if learnt and learnt[-1] not in self.tokenizer.special_ids:
+                known = {*self.tokenizer.special_ids, *self.tokenizer.stop_ids}
+                ends += [i for i in learnt[-1:] if i in known]
+                if learnt and learnt[-1] not in known:
                     logging.warning(
                         "What is learnt of %s ends with %r, which is no special token of %s: texts "
                         "will not know where to end; take a chat template of this tokenizer's own",

@@ -233,7 +233,7 @@ def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> lis
         row: dict[str, Any] = dict(mesh=candidate.mesh, remat=remat, memory_bytes=memory,
                    step_seconds=high)  # fmt: skip
         print(f"{i + 1:3} {low:7.2f} to {high:6.2f} s  {memory / 1e9:6.1f} GB  "
-              f"remat={remat:19}  {used}")  # fmt: skip
+              f"remat={remat:19}  {used}", flush=True)  # fmt: skip
         rows.append(row)
     for i, row in enumerate(rows[: 0 if chip.is_gpu else _BEST.value]):
         try:
