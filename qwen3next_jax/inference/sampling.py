@@ -56,7 +56,7 @@ class Sampling:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1], or be None")
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be a number above 0 (1: none)"
+                f"repetition_penalty={self.repetition_penalty} must be above 0 and finite (1: none)"
             )
 
     @property
