@@ -115,6 +115,17 @@ def test_long_corpora_are_sampled_evenly(tmp_path, monkeypatch):
     assert (tmp_path / "sampled").read_bytes() == (tmp_path / "direct").read_bytes()
 
 
+def test_a_text_that_cannot_be_read_is_told_as_such(tmp_path):
+    class Texts(list):
+        def __getitem__(self, i):
+            if i == 1502:
+                raise BadRecordError("a.jsonl:1503: is no JSON")
+            return super().__getitem__(i)
+
+    with pytest.raises(BadRecordError, match=r"^a\.jsonl:1503: is no JSON$"):
+        train_tokenizer(Texts(["a text"] * 3000), tmp_path / "a.model", vocab_size=300)
+
+
 def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt

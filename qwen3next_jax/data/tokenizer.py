@@ -21,7 +21,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import sentencepiece
@@ -363,11 +363,20 @@ def train_tokenizer(
     sample = range(0, len(texts), max(1, len(texts) // _SAMPLE))
     characters = sum(len(texts[i]) for i in sample) * len(texts) // max(1, len(sample))
     stride = -(-characters // _TRAINING_CHARACTERS) or 1
-    chosen = (texts[i] for i in range(0, len(texts), stride))
+    unread: list[Exception] = []  # the library would tell it as an error of its own
+
+    def chosen() -> Iterator[str]:
+        try:
+            for i in range(0, len(texts), stride):
+                yield texts[i].replace(_RESERVED, " ")
+        except Exception as error:
+            unread.append(error)
+            raise
+
     model = _Bytes()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(text.replace(_RESERVED, " ") for text in chosen),
+            sentence_iterator=chosen(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -383,6 +392,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if unread:
+            raise unread[0] from None
         raise ValueError(_explain(str(error), vocab_size, len(texts))) from error
     write_whole(epath.Path(path), model.content)
     return SentencePieceTokenizer(path)
