@@ -470,6 +470,11 @@ def test_what_may_change_are_keys_that_exist():
     }  # fmt: skip
 
 
+def test_a_work_directorys_config_is_known_for_one():
+    with pytest.raises(ValueError, match=r"model_type=None .* is a work directory of ours, which"):
+        ModelConfig.from_hf(RunConfig.from_dict(run_dict()).to_dict())
+
+
 def test_configs_cannot_be_changed_nor_shared_by_accident():
     given = copy.deepcopy(RELEASED)
     config = ModelConfig.from_hf(given)

@@ -254,3 +254,22 @@ def test_evaluation_takes_the_next_token_alone_whatever_the_chunk():
         assert dropped == 0
         np.testing.assert_allclose(got, want, atol=1e-5)  # losses of size 4 in float32
         np.testing.assert_allclose(got.sum() / LABELS, metrics()["ce"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "segment_ids", "message"),
+    [
+        (jnp.ones(3, jnp.int32), None, r"tokens is of shape \[3\]; expected an array \[B, T\]"),
+        ([[1, 2]], None, r"tokens is a list; expected an array \[B, T\]"),
+        (jnp.ones((1, 3)), None, "tokens is of float32; expected integers"),
+        (
+            jnp.ones((1, 3), jnp.int32),
+            jnp.ones((1, 2), jnp.int32),
+            r"segment_ids is of .* \[1, 2\]",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_rows_of_tokens_makes_no_batch(tokens, segment_ids, message):
+    with pytest.raises(ValueError, match=message):
+        complete_batch(tokens, segment_ids)

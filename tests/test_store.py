@@ -155,7 +155,8 @@ def test_saving_an_earlier_step_leaves_the_later_course(tmp_path):
 
 def test_the_best_stay_besides_the_newest(tmp_path):
     store = CheckpointStore(tmp_path, keep=1, keep_best=2)
-    metrics = {1: float("nan"), 2: 1.0, 3: None, 4: float("nan"), 5: 2.0, 6: 4.0, 7: 5.0}
+    nan = float("nan")
+    metrics = {0: nan, 1: 3.0, 2: 1.0, 3: None, 4: nan, 5: 2.0, 6: 4.0, 7: 5.0}
     for step, metric in metrics.items():
         store.save(step, make_state(step), {}, metric=metric)
     assert store.steps() == [7, 5, 2]

@@ -97,6 +97,7 @@ class Data:
         They are EOS, or of chats the token that their template ends an answer with.
         """
         ends = []
+        known = {*self.tokenizer.special_ids, *self.tokenizer.stop_ids}
         for part in self.train:
             for i in range(min(len(part.records), _LOOKED_AT)):
                 try:
@@ -107,9 +108,9 @@ class Data:
                 # Marks of a template may include the line end behind the token.
                 while learnt and self.tokenizer.decode(learnt[-1:]).isspace():
                     learnt.pop()
-                known = {*self.tokenizer.special_ids, *self.tokenizer.stop_ids}
-                ends += [i for i in learnt[-1:] if i in known]
-                if learnt and learnt[-1] not in known:
+                if learnt and learnt[-1] in known:
+                    ends.append(learnt[-1])
+                elif learnt:
                     logging.warning(
                         "What is learnt of %s ends with %r, which is no special token of %s: texts "
                         "will not know where to end; take a chat template of this tokenizer's own",

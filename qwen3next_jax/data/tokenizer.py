@@ -55,10 +55,7 @@ def load_tokenizer(
       FileNotFoundError: there is nothing of this kind at `path`.
       ValueError: the file is of another kind, or says too little; see the two classes.
     """
-    # The bytes are a tokenizer.json like any other, so they travel with a run like any other.
-    file = _BYTES if path == "bytes" else epath.Path(path)
-    if file.is_dir():
-        file = _tokenizer_file(file)
+    file = _tokenizer_file(path)
     if not file.exists():
         raise FileNotFoundError(
             f"{file} does not exist; expected {_EXPECTED}, a directory, or 'bytes'"
@@ -75,7 +72,14 @@ _EXPECTED = "a SentencePiece model or a tokenizer.json"
 _BYTES = epath.Path(__file__).parent / "bytes_tokenizer"
 
 
-def _tokenizer_file(directory: epath.Path) -> epath.Path:
+def _tokenizer_file(path: str | os.PathLike) -> epath.Path:
+    """The file that a name stands for: itself, the bytes', or the one that a directory holds."""
+    # The bytes are a tokenizer.json like any other, so they travel with a run like any other.
+    file = _BYTES if path == "bytes" else epath.Path(path)
+    return _file_within(file) if file.is_dir() else file
+
+
+def _file_within(directory: epath.Path) -> epath.Path:
     run = directory
     if directory.name.isdigit() and directory.parent.name == "checkpoints":
         run = directory.parent.parent  # a step folder
@@ -83,10 +87,8 @@ def _tokenizer_file(directory: epath.Path) -> epath.Path:
         if (run / name).exists():
             return run / name
     named = _read_json(run / "config.json").get("data", {}).get("tokenizer")
-    if named:
-        # A run that was started from Python has no copy.
-        path = _BYTES if named == "bytes" else epath.Path(named)
-        return _tokenizer_file(path) if path.is_dir() else path
+    if named:  # a run that was started from Python has no copy
+        return _tokenizer_file(named)
     raise FileNotFoundError(f"{run} holds no tokenizer; expected tokenizer.json or tokenizer.model")
 
 
