@@ -251,10 +251,14 @@ def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> lis
             print(f"{i + 1:3} by the compiler: {low:.2f} to {high:.2f} s, {memory / 1e9:.1f} GB",
                   flush=True)  # fmt: skip
     taken = [row for row in rows if isinstance(row.get("compiled"), dict)]
-    best = min(taken, key=lambda row: row["compiled"]["step_seconds"]) if taken else rows[0]
-    sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in best["mesh"].items())
-    how = "of the compiled" if taken else "by arithmetic"
-    print(f"Fastest {how}: --config.train.remat={best['remat']} {sizes}")
+    untried = [row for row in rows if "compiled" not in row]  # the others were refused
+    if taken:
+        how, best = "of the compiled", min(taken, key=lambda row: row["compiled"]["step_seconds"])
+    elif untried:
+        how, best = "by arithmetic", untried[0]
+    if taken or untried:
+        sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in best["mesh"].items())
+        print(f"Fastest {how}: --config.train.remat={best['remat']} {sizes}")
     return rows
 
 
