@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.layers import MLP, normal, project, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
+from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.ops.expert_mlp import expert_mlp
 from qwen3next_jax.ops.grouped_matmul import row_alignment
 from qwen3next_jax.ops.platform import platform
@@ -203,15 +204,22 @@ class SparseMoE(nnx.Module):
         real = (segment_ids != 0).astype(jnp.float32)
         log_norms = jax.nn.logsumexp(logits, axis=-1)
         entropies = jax.lax.stop_gradient(log_norms - (probabilities * logits).sum(-1))
+        # `once`, because the gradients of these sums are slices of an array of all layers. Fused
+        # into the softmax's gradient they would make its kernels different ones in each layer, and
+        # XLA:CPU compiles equal kernels only once.
         stats = RouterStats(
             counts=(chosen * real[..., None, None]).sum((1, 2)),
-            probabilities=(probabilities * real[..., None]).sum(1),
-            squared_log_norms=(log_norms**2 * real).sum(1),
+            probabilities=once(_sum_over_tokens, probabilities, real),
+            squared_log_norms=once(_sum_over_tokens, log_norms**2, real),
             entropies=(entropies * real).sum(1),
             tokens=real.sum(1),
             dropped=jnp.zeros((1, 1)),
         )
         return experts, weights, stats
+
+
+def _sum_over_tokens(x, weights):
+    return (x * jnp.expand_dims(weights, range(2, x.ndim))).sum(1)
 
 
 def _float32() -> jax.lax.Precision:

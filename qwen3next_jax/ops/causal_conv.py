@@ -81,7 +81,7 @@ def causal_conv(
 
 
 def _activated_sums(padded, kernel, segment_ids, activation):
-    total = _sums(padded, kernel, segment_ids)
+    total = _sums(padded, kernel, _same_document(segment_ids, len(kernel)))
     return (total if activation is None else jax.nn.silu(total)).astype(padded.dtype)
 
 
@@ -97,18 +97,19 @@ def _shifted_forward(padded, kernel, segment_ids, activation):
 def _shifted_backward(activation, residuals, d_out):
     padded, kernel, segment_ids = residuals
     W, T = len(kernel), d_out.shape[1]
+    same = _same_document(segment_ids, W)
 
     def gradient_of_sums(padded, kernel, d_out):
         d_out = d_out.astype(jnp.float32)
         if activation is None:
             return d_out
-        return jax.vjp(jax.nn.silu, _sums(padded, kernel, segment_ids))[1](d_out)[0]
+        return jax.vjp(jax.nn.silu, _sums(padded, kernel, same))[1](d_out)[0]
 
     # Each tap reads them, for its inputs and for its part of the kernel.
     d_total = once(gradient_of_sums, padded, kernel, d_out)
     d_padded, d_kernel = jnp.zeros(padded.shape, jnp.float32), []
     for w in range(W):
-        d_tap = _in_document(d_total, segment_ids, W - 1 - w)
+        d_tap = _in_document(d_total, same[w])
         d_kernel.append((d_tap * padded[:, w : w + T].astype(jnp.float32)).sum((0, 1)))
         around = [(0, 0), (w, W - 1 - w), *[(0, 0)] * (padded.ndim - 2)]
         d_padded += jnp.pad(d_tap * _taps(kernel, w, d_tap), around)
@@ -118,14 +119,14 @@ def _shifted_backward(activation, residuals, d_out):
 _shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
-def _sums(padded, kernel, segment_ids):
+def _sums(padded, kernel, same):
     """Of W − 1 inputs more than outputs, in float32."""
     W = len(kernel)
     T = padded.shape[1] - (W - 1)
     total = jnp.zeros((padded.shape[0], T, *padded.shape[2:]), jnp.float32)
     for w in range(W):
         inputs = padded[:, w : w + T].astype(jnp.float32)
-        total += _in_document(inputs * _taps(kernel, w, total), segment_ids, W - 1 - w)
+        total += _in_document(inputs * _taps(kernel, w, total), same[w])
     return total
 
 
@@ -133,10 +134,19 @@ def _taps(kernel, w, like):
     return jnp.broadcast_to(kernel[w].astype(jnp.float32), like.shape)  # see `RMSNorm`
 
 
-def _in_document(tap, segment_ids, shift):
-    """A tap [B, T, ...] where the token `shift` before is of the same document, else 0."""
-    if segment_ids is None or not shift:
+def _same_document(segment_ids, W):
+    """For each tap a mask [B, T]: is its input of the token's own document? None: all are."""
+    if segment_ids is None:
+        return [None] * W
+    masks = []
+    for shift in range(W - 1, 0, -1):
+        earlier = jnp.pad(segment_ids, ((0, 0), (shift, 0)), mode="edge")[:, :-shift]
+        masks.append(earlier == segment_ids)
+    return [*masks, None]
+
+
+def _in_document(tap, same):
+    """A tap [B, T, ...] where its input is of the token's own document, else 0."""
+    if same is None:
         return tap
-    earlier = jnp.pad(segment_ids, ((0, 0), (shift, 0)), mode="edge")[:, : tap.shape[1]]
-    same = (earlier == segment_ids).reshape(*segment_ids.shape, *[1] * (tap.ndim - 2))
-    return jnp.where(same, tap, 0)
+    return jnp.where(same.reshape(*same.shape, *[1] * (tap.ndim - 2)), tap, 0)
