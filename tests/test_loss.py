@@ -50,11 +50,14 @@ def with_mtp():
 
 
 @functools.cache
+def value_and_metrics():
+    graph, _ = with_mtp()
+    return quick_jit(lambda p, b: q3n.loss(nnx.merge(graph, p), b, z_weight=0.5))
+
+
+@functools.cache
 def metrics():
-    graph, params = with_mtp()
-    value, metrics = quick_jit(lambda p, b: q3n.loss(nnx.merge(graph, p), b, z_weight=0.5))(
-        params, make_batch()
-    )
+    value, metrics = value_and_metrics()(with_mtp()[1], make_batch())
     return {**metrics, "loss": value}
 
 
@@ -65,6 +68,15 @@ def test_the_loss_is_the_sum_of_its_terms_with_their_weights():
     # The MTP module is one more layer, whose two steps take the tokens with one or two after them.
     tokens = [int((make_batch()["segment_ids"] > 0).sum()), LABELS + LABELS - DOCUMENTS]
     np.testing.assert_array_equal(m["assignments"].sum(1), A * np.array(tokens))
+
+
+def test_a_mean_is_over_the_weights_of_its_labels_and_not_over_their_number():
+    batch = make_batch()
+    weights = 0.25 * batch["loss_weights"]
+    _, lighter = value_and_metrics()(with_mtp()[1], {**batch, "loss_weights": weights})
+    for term in ("ce", "mtp_ce"):
+        # A power of two changes no digit of a product or a sum.
+        np.testing.assert_allclose(lighter[term], metrics()[term], rtol=1e-6, err_msg=term)
 
 
 def test_four_micro_batches_give_the_gradients_of_one_batch():
@@ -195,6 +207,26 @@ def with_router(params, change):
         for path, p in nnx.to_flat_state(params)
     ]
     return nnx.from_flat_state(flat)
+
+
+def test_a_row_of_padding_counts_in_no_mean_over_rows():
+    _, params = without_mtp()
+    padded = {name: x.at[1].set(0) for name, x in make_batch().items()}
+    got, _ = balance("sequence")(params, padded, jnp.zeros((2, E)))
+    rest = [0, 2, 3]
+    counts, probabilities, tokens = statistics()
+    counts, probabilities, tokens = counts[:, rest], probabilities[:, rest], tokens[rest, None]
+    share = counts / counts.sum(-1, keepdims=True)
+    np.testing.assert_allclose(
+        got, (E * (share * probabilities / tokens).sum(-1)).mean(), rtol=1e-5
+    )
+
+
+def test_an_even_router_has_the_z_loss_of_equal_logits_in_each_layer():
+    # They are 0, and log Σ exp of E such is log E: for all tokens of all layers, the MTP's as well.
+    even = with_router(with_mtp()[1], jnp.zeros_like)
+    _, found = value_and_metrics()(even, make_batch())
+    np.testing.assert_allclose(found["router_z_loss"], np.log(E) ** 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["global", "micro_batch", "sequence"])

@@ -5,19 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from oracles import quick_jit, random_module, relative_error
 from small_run import small_config
 
 from qwen3next_jax.training import step
+from qwen3next_jax.training.loss import complete_batch, loss
 from qwen3next_jax.training.optimizer import make_optimizer
+from qwen3next_jax.training.program import abstract_model
+from qwen3next_jax.training.step import make_gradients
 
 
 @pytest.fixture
-def train_step(monkeypatch):
-    """A step whose batch holds the gradients and the loss; and its first state."""
+def make_step(monkeypatch):
+    """Makes a step whose batch holds the gradients and the metrics; and its first state."""
     monkeypatch.setattr(
         step, "make_gradients", lambda graph, config: lambda params, batch: (batch[0], batch[1])
     )
-    config = small_config("unread", train__diagnostics=False)
+    return first_step
+
+
+def first_step(**changes):
+    config = small_config("unread", train__diagnostics=False, **changes)
     rng = np.random.default_rng(0)
     params = nnx.State(
         {name: jnp.float32(rng.normal(size=(64, 32))) for name in ("embed_tokens", "lm_head")}
@@ -27,8 +35,14 @@ def train_step(monkeypatch):
     return take, step.initial_state(params, optimizer)
 
 
-def batch_of(state, loss=1.0, gradient=0.5):
-    return jax.tree.map(lambda p: jnp.full_like(p, gradient), state.params), {"loss": loss}
+@pytest.fixture
+def train_step(make_step):
+    return make_step()
+
+
+def batch_of(state, loss=1.0, gradient=0.5, **metrics):
+    grads = jax.tree.map(lambda p: jnp.full_like(p, gradient), state.params)
+    return grads, {"loss": loss, **metrics}
 
 
 @pytest.mark.parametrize("bad", [dict(loss=np.nan), dict(gradient=np.inf)])
@@ -47,8 +61,67 @@ def test_what_is_not_finite_changes_no_parameter_then_or_later(train_step, bad):
             np.testing.assert_array_equal(halted.params[name], p)
 
 
+@pytest.mark.parametrize(("on_overflow", "halts"), [("error", True), ("drop", False)])
+def test_a_token_without_place_halts_a_run_unless_such_are_to_be_dropped(
+    make_step, on_overflow, halts
+):
+    take, before = make_step(mesh__on_overflow=on_overflow, mesh__moe_buffer_factor=2.0)
+    whole, metrics = take(before, batch_of(before, dropped_assignments=0.0))
+    assert (bool(metrics["halted"]), int(whole.step)) == (False, 1)
+    after, metrics = take(before, batch_of(before, dropped_assignments=1.0))
+    assert (bool(metrics["halted"]), int(after.step)) == (halts, 0 if halts else 1)
+    for name, p in after.params.items():
+        np.testing.assert_array_equal(p, (before if halts else whole).params[name])
+
+
 def test_donated_state_is_updated_where_it_lies(train_step):
     take, state = train_step
     text = jax.jit(take, donate_argnums=0).lower(state, batch_of(state)).compile().as_text()
     # XLA copies what two kernels read if one of them overwrites it.
     assert not [line for line in text.splitlines() if "f32[64,32]" in line and " copy(" in line]
+
+
+def accumulating(parts):
+    """A step's gradients and metrics, with every term of the loss at a weight that shows."""
+    return small_config(
+        "nowhere", model__num_hidden_layers=1, model__layer_types=("full_attention",),
+        model__router_aux_loss_coef=0.2, model__mtp_steps=1, train__global_batch_size=4,
+        train__sequence_length=12, train__gradient_accumulation_steps=parts,
+        train__mtp_loss_weight=0.5, train__router_z_loss_weight=0.3,
+        train__balance_scope="sequence", train__diagnostics=False, train__loss_chunk=4,
+    )  # fmt: skip
+
+
+def rows_of_as_many_tokens():
+    """And documents; but of one row, as of a chat, little is learnt."""
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 12), dtype=np.int32)
+    segments = np.ones((4, 12), np.int32)
+    segments[0, 6:] = segments[1, 3:] = segments[2, 8:] = segments[3, 5:] = 2
+    batch = complete_batch(jnp.asarray(tokens), jnp.asarray(segments))
+    return {**batch, "loss_weights": batch["loss_weights"].at[1, :9].set(0)}
+
+
+def test_micro_batches_give_gradients_and_metrics_of_the_whole_batch_with_the_config_s_weights():
+    # The router's means are over rows and tokens, of which each micro-batch has as many.
+    graph, shapes = abstract_model(accumulating(1))
+    params = nnx.state(random_module(nnx.merge(graph, shapes), scale=0.3))
+    batch = rows_of_as_many_tokens()
+
+    def whole(params):
+        return loss(
+            nnx.merge(graph, params), batch, mtp_weight=0.5, z_weight=0.3, balance_scope="sequence"
+        )
+
+    (value, want), want_grads = quick_jit(jax.value_and_grad(whole, has_aux=True))(params)
+    grads, found = quick_jit(make_gradients(graph, accumulating(2)))(params, batch)
+    for name, x in {**want, "loss": value}.items():
+        if name != "assignments":
+            np.testing.assert_allclose(found[name], x, rtol=1e-5, err_msg=name)
+    # The loads are those of all micro-batches: the busiest of a layer's experts over the mean.
+    loads = np.asarray(want["assignments"])
+    busiest = (loads.max(-1) / loads.mean(-1)).max()
+    np.testing.assert_allclose(found["expert_load_max"], busiest, rtol=1e-6)
+    # Float32 sums in another order, measured by the whole gradient where a part is near zero.
+    floor = 1e-3 * np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(want_grads)))
+    errors = jax.tree.map(lambda a, b: relative_error(a, b, floor), grads, want_grads)
+    assert max(jax.tree.leaves(errors)) < 1e-5
