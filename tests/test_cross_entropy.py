@@ -89,6 +89,25 @@ def test_bfloat16_hidden_states_get_float32_losses():
     np.testing.assert_allclose(np.asarray(gradient, np.float32), d_hidden, atol=0.05)
 
 
+def test_the_head_s_gradient_is_summed_in_float32_though_hidden_states_are_bfloat16():
+    def rounded(x):
+        return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+    hidden, head, targets, weights = make()
+    hidden, head = rounded(hidden), rounded(head)
+    logits = hidden @ head
+    softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = np.arange(V) == targets[..., None]
+    # What goes back through the logits is rounded; sums over tokens are not.
+    want = np.einsum("btd,btv->dv", hidden, rounded(weights[..., None] * (softmax - chosen)))
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights)
+    gradient = quick_jit(jax.grad(lambda head: cross_entropy(hidden, head, targets, weights)[0]))
+    got = gradient(jnp.asarray(head, jnp.float32))
+    # A few entries are rounded the other way; sums rounded to 8 bits would be off by 1e-3.
+    assert np.linalg.norm(got - want) < 2e-4 * np.linalg.norm(want)
+
+
 def test_all_is_float32_where_double_precision_is_allowed():
     with jax.enable_x64(True):
         hidden, head, targets, weights = (jnp.asarray(x) for x in make())
