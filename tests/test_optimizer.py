@@ -9,9 +9,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from small_run import small_config
 
 from qwen3next_jax.config import OptimizerConfig
+from qwen3next_jax.parallel.mesh import AXES
+from qwen3next_jax.plan.search import abstract_mesh
 from qwen3next_jax.training.optimizer import MUON_RMS, make_optimizer, make_schedule
+from qwen3next_jax.training.program import make_program
 
 CONFIG = OptimizerConfig(
     name="adamw", learning_rate=1e-2, schedule="constant", warmup_steps=0, decay_fraction=0.2,
@@ -275,6 +279,23 @@ def test_muon_updates_a_stack_of_experts_as_each_expert_alone():
         np.testing.assert_allclose(stacked[one], alone, atol=1e-5)
 
 
+def test_muon_turns_around_when_nesterov_s_momentum_of_0_95_does():
+    grad = np.random.default_rng(0).standard_normal((D, F), np.float32)
+    tree = {"mlp": {"up_proj": jnp.asarray(grad)}}
+    config = dataclasses.replace(MUON, weight_decay=0.0)
+    optimizer, _ = make_optimizer(config, 20, tree)
+    state, update = optimizer.init(tree), jax.jit(optimizer.update)
+    momentum, want, got = 0.0, [], []
+    for sign in [1] * 10 + [-1] * 10:
+        # Jordan's: M ← 0.95 M + G, and what is made orthogonal is G + 0.95 M.
+        momentum = 0.95 * momentum + sign
+        want.append(bool(sign + 0.95 * momentum > 0))
+        updates, state = update(jax.tree.map(lambda g, sign=sign: sign * g, tree), state, tree)
+        got.append(bool((updates["mlp"]["up_proj"] * grad).sum() < 0))
+    assert want.index(False) == 15  # the sixth that points the other way
+    assert got == want
+
+
 def test_muon_updates_are_as_large_as_those_of_adamw():
     # Adam's root mean square is 0.2 to 0.4 in training (Liu et al., arXiv:2502.16982); Muon's
     # singular values lie in about [0.7, 1.2], so the same factor is around 0.2.
@@ -300,6 +321,13 @@ def test_schedules_at_their_key_points():
         schedule = make_schedule(config, steps)
         for step, share in {0: 1 / 11, 4: 5 / 11, 9: 10 / 11, **points}.items():
             assert float(schedule(step)) == pytest.approx(share * peak, rel=1e-5), (kind, step)
+
+
+def test_a_decay_over_all_steps_begins_where_the_rise_ends():
+    config = dataclasses.replace(CONFIG, schedule="wsd", warmup_steps=10, decay_fraction=1.0)
+    schedule = make_schedule(config, 100)
+    for step, share in {9: 10 / 11, 10: 1.0, 55: 0.55, 100: 0.1}.items():
+        assert float(schedule(step)) == pytest.approx(share * CONFIG.learning_rate, rel=1e-5), step
 
 
 def test_schedules_without_warmup_start_at_the_peak():
@@ -340,6 +368,29 @@ def test_clipping_zero_is_no_clipping():
     # The norm of [V, D] equal entries x is x · sqrt(V · D).
     clipped = 0.02 / np.sqrt(V * D)
     assert float(second_update(0.02)) == pytest.approx(adam(clipped, clipped), rel=1e-5)
+
+
+def test_epsilon_dampens_what_is_no_larger():
+    # The first direction of AdamW is g / (|g| + eps).
+    grads = {"embed_tokens": jnp.full((V, D), 3e-4)}
+    config = dataclasses.replace(CONFIG, eps=1e-4, weight_decay=0.0)
+    updates = updates_of(config, jax.tree.map(jnp.zeros_like, grads), grads)
+    np.testing.assert_allclose(updates["embed_tokens"], -0.75 * CONFIG.learning_rate, rtol=1e-5)
+
+
+@pytest.mark.parametrize("zero_centered", [True, False])
+def test_a_run_s_optimizer_knows_its_norms_and_the_dtype_of_its_moments(zero_centered):
+    config = small_config(
+        "unread", model__zero_centered_norm=zero_centered, precision__optimizer="bfloat16"
+    )
+    program = make_program(config, abstract_mesh(dict.fromkeys(AXES, 1)))
+    mu = [m for _, m in optax.tree.get_all_with_path(program.state.opt_state, "mu")]
+    assert {x.dtype.name for x in jax.tree.leaves(mu)} == {"bfloat16"}
+    # Without a gradient only decay changes anything.
+    params = {"norm": {"weight": jnp.ones(D)}, "embed_tokens": jnp.ones((V, D))}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = program.optimizer.update(grads, program.optimizer.init(params), params)
+    assert changed(updates) == {"embed_tokens": True, "norm/weight": zero_centered}
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
