@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import random
+import re
 import subprocess
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 
 from qwen3next_jax.data.pipeline import (
     Data,
+    check_same_data,
     evaluation_batches,
     input_metrics,
     load_data,
@@ -150,11 +152,28 @@ def test_rows_are_shuffled_by_the_window(texts, data_of):
         return [row.tobytes() for _ in range(8) for row in next(batches)["tokens"]]
 
     packed, shuffled, other = rows(0, 1), rows(0, 6), rows(1, 6)
+    orders = set()
     for start in range(0, 24, 6):
         window = slice(start, start + 6)
         assert sorted(packed[window]) == sorted(shuffled[window])
         assert packed[window] != shuffled[window]
+        orders.add(tuple(packed[window].index(row) for row in shuffled[window]))
+    assert len(orders) == 4  # each window has one of its own
     assert shuffled != other
+
+
+def test_each_part_is_in_an_order_of_its_own_in_each_shard(tokenizer):
+    parts = [TrainingPart(name, records_of([f"{name} {i:02}" for i in range(40)])) for name in "ab"]
+    data = Data(train=parts, held_out=[], tokenizer=tokenizer, num_shards=2, window_rows=1)
+    batches = training_batches(data, batch_size=2, sequence_length=64, seed=0)
+    rows = np.concatenate([next(batches)["targets"] for _ in range(8)], axis=1).tolist()
+    orders = set()
+    for shard, row in enumerate(rows):
+        for name in "ab":
+            numbers = [int(n) for n in re.findall(rf"{name} (\d\d)", tokenizer.decode(row))[:20]]
+            assert sorted(numbers) == list(range(shard, 40, 2))
+            orders.add(tuple(n // 2 for n in numbers))
+    assert len(orders) == 4  # else neighbours in the source would meet in the same batch
 
 
 # One token a row makes every row end a document or be cut from one; two rows of 700 tokens are a
@@ -325,6 +344,37 @@ def corpus(tmp_path, texts):
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
     return dict(source="text", path=str(tmp_path / "*.txt"), holdout_fraction=0.3)
+
+
+def test_the_parts_of_a_mixture_are_read_and_weighed_as_told(tmp_path):
+    for name, field in (("a", "text"), ("b", "body")):
+        lines = (json.dumps({field: f"{name} {i}", "other": "none"}) for i in range(20))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    mixture = {
+        "few": {"weight": 1, "path": f"{tmp_path}/a.jsonl", "source": "jsonl"},
+        "many": {"weight": 3, "path": f"{tmp_path}/b.jsonl", "source": "jsonl", "field": "body"},
+    }
+    data = load_data(source="mixture", mixture=mixture, tokenizer="bytes", holdout_fraction=0.25,
+                     vocab_size=258, trained_tokenizer=tmp_path / "none")  # fmt: skip
+    assert {part.name: part.weight for part in data.train} == {"few": 1.0, "many": 3.0}
+    for part, name in zip(data.train, "ab", strict=True):
+        held_out = data.held_out_parts[part.name]
+        assert {r.text for r in (*part.records, *held_out)} == {f"{name} {i}" for i in range(20)}
+        assert len(part.records) + len(held_out) == part.fingerprint[0] == 20
+
+
+def test_records_that_moved_to_another_file_are_other_data(tmp_path):
+    def load(*lengths):
+        for name, n in zip("ab", lengths, strict=True):
+            lines = [json.dumps({"text": f"{name} {i}"}) for i in range(n)]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        return load_data(source="jsonl", path=f"{tmp_path}/*.jsonl", tokenizer="bytes",
+                         holdout_fraction=0.25, vocab_size=258, trained_tokenizer="")  # fmt: skip
+
+    began_with = json.loads(json.dumps(load(12, 8).fingerprint()))
+    check_same_data(load(12, 8), began_with)
+    with pytest.raises(ValueError, match="20 records then, 20 now, in other files"):
+        check_same_data(load(8, 12), began_with)
 
 
 def test_the_first_run_trains_a_tokenizer_and_the_next_reuses_it(corpus, tmp_path):

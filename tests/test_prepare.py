@@ -17,6 +17,7 @@ import pytest
 from hf_tokenizer import CHATML, make_tokenizer_json
 
 from qwen3next_jax.data import prepare as prepare_module
+from qwen3next_jax.data.chat_document import chat_document
 from qwen3next_jax.data.files import BadFileError
 from qwen3next_jax.data.pipeline import evaluation_batches, load_data, training_batches
 from qwen3next_jax.data.prepare import Job, main, make_shard, prepare
@@ -72,8 +73,8 @@ def described(kind, folder):
 
 
 def job_of(kind, folder, output, **more):
-    return Job(**described(kind, folder), tokenizer=f"{folder}/tokenizer", output=str(output),
-               **{"num_shards": 7, **more})  # fmt: skip
+    given = {"tokenizer": f"{folder}/tokenizer", "num_shards": 7, **more}
+    return Job(**described(kind, folder), output=str(output), **given)
 
 
 def data_of(tmp_path, packing="concatenate", **given):
@@ -212,6 +213,16 @@ def ready(folder, tmp_path):
     return tmp_path / "ready"
 
 
+def test_the_manifest_tells_chats_and_how_much_of_them_is_learnt(ready, folder):
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    documents = [chat_document(chat(i), tokenizer, CHATML) for i in range(60)]
+    manifest = json.loads((ready / MANIFEST).read_text())
+    assert manifest["chats"] == 60
+    assert manifest["tokens"] == sum(len(d["tokens"]) for d in documents)
+    assert manifest["learnt"] == sum(d["loss_weights"].sum() for d in documents)
+    assert 0 < manifest["learnt"] < manifest["tokens"]
+
+
 def test_truncated_missing_and_exchanged_shards_are_refused_by_name(ready):
     shards = sorted(ready.glob("shard-*"))
     last, content = shards[-1], shards[-1].read_bytes()
@@ -266,6 +277,20 @@ def test_another_tokenizer_or_template_is_refused(ready, folder, tmp_path):
     make_tokenizer_json(tmp_path / "third", texts=("another text" * 9,))
     with pytest.raises(ValueError, match=r"prepared with another tokenizer .*: sha256 was"):
         data_of(tmp_path, tokenizer=str(tmp_path / "third"), **data)
+
+
+def test_parts_of_a_mixture_that_were_prepared_with_different_tokenizers_are_refused(
+    ready, folder, tmp_path
+):
+    make_tokenizer_json(tmp_path / "third", texts=("another text" * 9,))
+    job = job_of("text", folder, tmp_path / "texts", tokenizer=f"{tmp_path}/third")
+    prepare(job, here)
+    parts = {
+        path.name: {"weight": 1.0, "source": "prepared", "path": str(path)}
+        for path in (ready, tmp_path / "texts")
+    }
+    with pytest.raises(ValueError, match=r"texts was prepared with another tokenizer"):
+        data_of(tmp_path, source="mixture", mixture=parts, tokenizer="", on_error="raise")
 
 
 def test_what_was_begun_otherwise_is_not_gone_on_with(ready, folder):

@@ -183,6 +183,20 @@ def test_a_document_longer_than_a_row_is_named_where_documents_stay_whole(tmp_pa
         next(batches)
 
 
+def test_a_truncated_document_keeps_as_many_of_its_tokens_as_a_row_has(tmp_path, tokenizer_file):
+    text = " ".join(f"word {i}" for i in range(60))
+    write_lines(tmp_path / "a.jsonl", [text] * 20, [])
+    data = load_data(source="jsonl", path=f"{tmp_path}/a.jsonl", tokenizer=tokenizer_file,
+                     holdout_fraction=0.2, vocab_size=300, trained_tokenizer="",
+                     packing="best_fit", too_long="truncate")  # fmt: skip
+    batch = next(training_batches(data, batch_size=1, sequence_length=64, seed=0))
+    ids = data.tokenizer.encode(text)
+    assert len(ids) > 64
+    np.testing.assert_array_equal(batch["tokens"], [[data.tokenizer.bos_id, *ids[:63]]])
+    np.testing.assert_array_equal(batch["targets"], [ids[:64]])
+    assert (batch["loss_weights"] == 1).all()
+
+
 def test_a_shard_without_a_usable_record_ends_the_run(tmp_path, tokenizer_file):
     write_lines(tmp_path / "a.jsonl", [], [(0, "bad")] * 20)
     data = load_data(source="jsonl", path=f"{tmp_path}/a.jsonl", tokenizer=tokenizer_file,
