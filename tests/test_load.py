@@ -1,5 +1,6 @@
 """A run begins with given weights: exactly these, where they belong, and of the same model."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -144,6 +145,30 @@ def test_all_that_differs_from_the_checkpoint_is_named(tmp_path):
     free = {"max_position_embeddings": 9999, "router_aux_loss_coef": 0.5, "mtp_steps": 2,
             "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}  # fmt: skip
     check_same_model(tmp_path / "with", q3n.ModelConfig.from_hf({**config.to_hf(), **free}))
+
+
+# By hand: what changes the meaning of weights that fit all the same.
+ANOTHER_MEANING = {
+    "rope_theta": 5.0, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "norm_topk_prob": False,
+    "num_experts_per_tok": 2, "zero_centered_norm": False, "attention_output_gate": False,
+    "tie_word_embeddings": False, "intermediate_size": 48, "mlp_only_layers": (0,),
+    "layer_types": ("full_attention", "linear_attention"),
+}  # fmt: skip
+
+
+def test_what_changes_the_meaning_of_weights_is_no_run_s_to_choose(tmp_path):
+    hf_directory.released(tmp_path / "hf", name="one dense layer, tied", mtp=False)
+    config = q3n.ModelConfig.from_hf(tmp_path / "hf")
+    for key, value in ANOTHER_MEANING.items():
+        changed = dataclasses.replace(config, **{key: value})
+        with pytest.raises(ValueError, match=rf"\n  model\.{key}=") as error:
+            check_same_model(tmp_path / "hf", changed)
+        assert str(error.value).count("model.") == 1
+    # The same layers may be said otherwise; a width that none has says nothing.
+    check_same_model(tmp_path / "hf", dataclasses.replace(config, layer_types=config.mixers))
+    hf_directory.released(tmp_path / "sparse", mtp=False)
+    sparse = q3n.ModelConfig.from_hf(tmp_path / "sparse")
+    check_same_model(tmp_path / "sparse", dataclasses.replace(sparse, intermediate_size=48))
 
 
 @pytest.fixture(scope="module")
