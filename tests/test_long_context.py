@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from hf_tokenizer import CHATML
 from oracles import random_model, small_config
 
 from qwen3next_jax.data.tokenizer import load_tokenizer
@@ -117,6 +118,49 @@ def test_a_length_that_is_too_long_is_refused_before_shorter_ones_are_read(monke
     evaluator = Evaluator(with_yarn(random_model(small_config()), 4), TOKENIZER)
     with pytest.raises(ValueError, match="2049 exceeds the context"):
         long_context(evaluator, tasks=["niah_single"], lengths=[512, 2049], depths=1, samples=1)
+
+
+def test_scores_are_of_what_was_written_for_their_own_prompts(tmp_path, monkeypatch):
+    """By a model that reads: it finds words near the beginning, and all but one common word."""
+    seen = []
+
+    def generate(evaluator, prompts, *, max_new_tokens):
+        factor = (evaluator.model.config.rope_scaling or {}).get("factor", 0)
+        for prompt in prompts:
+            text = TOKENIZER.decode(prompt)
+            seen.append((factor, len(prompt) + max_new_tokens, text))
+            body = text[: text.rindex("\nWhat")]
+            if "frequent" in text:
+                words = re.findall(r"\w+", body)
+                answer = ", ".join(sorted(WORDS, key=words.count)[-2:])
+            else:
+                needle = re.search(r"magic word of \w+ is (\w+)\.", body)
+                answer = needle[1] if needle.start() < len(body) / 2 else "nothing"
+            yield TOKENIZER.encode(" " + answer)[:max_new_tokens]
+
+    monkeypatch.setattr(Evaluator, "generate", generate)
+    evaluator = Evaluator(random_model(small_config(max_position_embeddings=1024)), TOKENIZER)
+    asked = dict(tasks=["niah_single", "common_words"], depths=2, samples=2)
+    found = long_context(evaluator, **asked, lengths=[2048, 1024])
+    # A sentence more would not have fitted.
+    assert {(length, factor) for factor, length, _ in seen} <= {
+        (n - i, 0 if n == 1024 else 2) for n in (1024, 2048) for i in range(1, 40)
+    }
+    scores = {(c["task"], c["length"], c["depth"]): c["score"] for c in found["cells"]}
+    for length in (1024, 2048):
+        assert scores["niah_single", length, 0.0] == 1
+        assert scores["niah_single", length, 1.0] == 0
+        assert scores["common_words", length, 0.0] == pytest.approx(2 / 3)
+    assert (found["niah_single"], found["common_words"]) == pytest.approx((1 / 2, 2 / 3))
+    assert found["score"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+
+    # Lengths are powers of two from a quarter of a short context; a chat has its template's marks.
+    (tmp_path / "template").write_text(CHATML)
+    chatting = load_tokenizer("bytes", chat_template=tmp_path / "template")
+    evaluator, asked["tasks"] = Evaluator(evaluator.model, chatting), ["niah_single"]
+    found = long_context(evaluator, **asked, chat=True)
+    assert [c["length"] for c in found["cells"]] == [256, 256, 512, 512, 1024, 1024]
+    assert all(text.startswith("<|im_start|>user\n") for *_, text in seen[-12:])
 
 
 @pytest.mark.slow
