@@ -1,13 +1,13 @@
-"""The state of a layer between calls while text is generated.
+"""The state of a layer between calls during generation.
 
 Each row of a batch is one sequence, whose tokens occupy slots 0, 1, 2, ... without gaps. A call
-adds the tokens whose segment id is not 0; padding behind them is ignored, so that prompts of
+adds the tokens whose segment id is not 0; padding after them is ignored, so that prompts of
 unequal lengths can share a batch.
 
-Speculative decoding must be able to take tokens back. In an attention layer that is free: slots
-beyond the sequence are never read, and are overwritten. The state of a delta layer cannot be rolled
-back, so with `draft=True` the layer returns a `DeltaDraft`: the cache from before the call, and all
-that is needed to apply the first few of the call's tokens to it.
+Speculative decoding must be able to reject tokens. In an attention layer that is free: slots beyond
+the sequence are never read, and are overwritten later. The state of a delta layer cannot be rolled
+back, so with `draft=True` the layer returns a `DeltaDraft`: the cache from before the call and the
+inputs of the call's tokens, from which the accepted ones are applied once they are known.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from qwen3next_jax.ops.delta_rule import gated_delta_rule
 
 
 class AttentionCache(NamedTuple):
-    """Keys and values of the tokens so far, by slot, as the two products of attention read them."""
+    """Keys and values by slot, each in the layout that its product in attention reads."""
 
     k: Float[Array, "B K H S"]
     v: Float[Array, "B K S H"]
@@ -37,20 +37,25 @@ class DeltaCache(NamedTuple):
 
 
 class DeltaDraft(NamedTuple):
-    """A delta layer's cache, and tokens behind it of which the first few will be kept."""
+    """A delta layer's cache, and T further tokens of which a prefix will be accepted.
+
+    `k`, `v`, `log_decay` and `beta` are inputs of the delta rule, `conv_inputs` of the convolutions
+    of q, k and v.
+    """
 
     before: DeltaCache
     conv_inputs: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"], Float[Array, "B T N P"]]
-    k: Float[Array, "B T K H"]  # these four as the delta rule takes them
+    k: Float[Array, "B T K H"]
     v: Float[Array, "B T N P"]
     log_decay: Float[Array, "B T N"]
     beta: Float[Array, "B T N"]
 
-    def keep(self, lengths: Int[Array, "B"]) -> DeltaCache:
-        """The cache after the first `lengths` of the drafted tokens of each row."""
-        kept = (jnp.arange(self.k.shape[1]) < lengths[:, None]).astype(jnp.int32)
+    def accept(self, lengths: Int[Array, "B"]) -> DeltaCache:
+        """The cache after the first `lengths` of each row's tokens, at most T."""
+        accepted = (jnp.arange(self.k.shape[1]) < lengths[:, None]).astype(jnp.int32)
         _, state = gated_delta_rule(
-            self.k, self.k, self.v, log_decay=self.log_decay, beta=self.beta, segment_ids=kept,
+            self.k,  # in place of q: only the final state is used, so any q will do
+            self.k, self.v, log_decay=self.log_decay, beta=self.beta, segment_ids=accepted,
             initial_state=self.before.state, implementation="reference",
         )  # fmt: skip
         q_tail, k_tail, v_tail = (
@@ -60,24 +65,26 @@ class DeltaDraft(NamedTuple):
         return DeltaCache(q_tail, k_tail, v_tail, state)
 
 
-def keep(cache: Any, lengths: Int[Array, "B"]) -> Any:
-    """Replaces all drafts in a cache by the caches after the first `lengths` tokens of each row."""
+def accept(cache: Any, lengths: Int[Array, "B"]) -> Any:
+    """Replaces each `DeltaDraft` in a tree of caches by its cache after `lengths` tokens a row."""
 
     def is_draft(x):
         return isinstance(x, DeltaDraft)
 
-    return jax.tree.map(lambda x: x.keep(lengths) if is_draft(x) else x, cache, is_leaf=is_draft)
+    return jax.tree.map(lambda x: x.accept(lengths) if is_draft(x) else x, cache, is_leaf=is_draft)
 
 
-def empty_cache(config: ModelConfig, mixer: str, *, batch: int, slots: int, dtype=jnp.float32):
+def empty_cache(
+    config: ModelConfig, mixer: str, *, batch: int, slots: int, dtype=jnp.float32
+) -> AttentionCache | DeltaCache:
     """The cache of one layer before the first token.
 
     Args:
-      config: the model's.
+      config: the model's config.
       mixer: "linear_attention" or "full_attention".
-      batch: sequences.
-      slots: tokens a sequence can have; the delta rule's cache does not depend on it.
-      dtype: of keys, values and convolution inputs; the activations' own.
+      batch: number of sequences.
+      slots: most tokens of a sequence; the cache of a delta layer does not depend on it.
+      dtype: dtype of keys, values and convolution inputs, which is that of the activations.
     """
     if mixer == LINEAR:
         K, H = config.linear_num_key_heads, config.linear_key_head_dim
@@ -101,9 +108,10 @@ def add_to_slots(
     v: Float[Array, "B T K H"],
     first: Int[Array, "B"],
 ) -> AttentionCache:
-    """Writes T tokens' keys and values into the slots from `first` on, of each row.
+    """Writes each row's T keys and values into the slots from `first` on.
 
-    All T slots must exist: what would lie beyond the last one is moved back over earlier tokens.
+    All T slots must exist: `dynamic_update_slice` moves a write that would end beyond the last slot
+    back, over earlier tokens.
     """
 
     @jax.vmap
@@ -120,7 +128,7 @@ def add_to_slots(
 def next_tail(
     tail: Float[Array, "B L *C"], x: Float[Array, "B T *C"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B L *C"]:
-    """The last L inputs after `lengths` of the tokens in x were added to those in tail."""
+    """The last L inputs of each row after appending the first `lengths` tokens of x to `tail`."""
     joined = jnp.concatenate([tail, x.astype(tail.dtype)], axis=1)
     index = lengths[:, None] + jnp.arange(tail.shape[1])
     return jnp.take_along_axis(joined, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)

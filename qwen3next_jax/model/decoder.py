@@ -1,9 +1,9 @@
-"""The whole model: embedding, groups of layers, final norm, head, and the MTP module beside it.
+"""The whole model: embedding, groups of layers, final norm, head, and the MTP module.
 
 The pattern of layers repeats (three Gated DeltaNet layers, then one of full attention), so one
-group is compiled once and scanned over the stacked parameters of all: compile time does not grow
-with depth. Rematerialisation is per layer: with it the backward pass keeps the inputs of the layers
-and computes the rest again.
+group is compiled and scanned over the stacked parameters of all groups: compile time does not grow
+with depth. Rematerialisation is per layer: only the layers' inputs are saved for the backward pass,
+which recomputes the rest.
 """
 
 import itertools
@@ -27,10 +27,10 @@ from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.ops.shapes import check_rows, check_shape
 from qwen3next_jax.parallel.vocabulary import embed
 
-_MOST_UNROLLED = 4  # groups in a row, as what is unrolled is compiled anew each time
+_MOST_UNROLLED = 4  # groups; every unrolled copy costs compile time
 
 
-class Group(nnx.Module):
+class _Group(nnx.Module):
     """The smallest block of layers that repeats; its parameters are stacked over the repeats."""
 
     def __init__(self, config: ModelConfig, **options: Any):
@@ -56,13 +56,13 @@ class Qwen3Next(nnx.Module):
         """Builds the model with initial weights.
 
         Args:
-          config: its shape.
+          config: sizes and options of the model.
           rngs: keys for the initial weights.
-          param_dtype: of the stored parameters; `A_log` and `dt_bias` are float32 anyway.
-          dtype: of activations and matrix products; None: `param_dtype`.
-          remat: what the backward pass computes again: "none", each "layer", or
-            "layer_but_attention": each but for attention's scores, whose results it keeps.
-          moe_buffer_factor: where experts are split over devices, see `SparseMoE`.
+          param_dtype: dtype of the parameters; `A_log` and `dt_bias` are float32 in any case.
+          dtype: dtype of activations and matrix products; None: `param_dtype`.
+          remat: what the backward pass recomputes: "none", each "layer", or "layer_but_attention":
+            each layer except the outputs of attention, which are saved.
+          moe_buffer_factor: room for experts' rows on each device, see `SparseMoE`.
 
         Raises:
           ValueError: for an unknown `remat`.
@@ -80,7 +80,7 @@ class Qwen3Next(nnx.Module):
         @nnx.split_rngs(splits=repeats)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stacked(rngs):
-            return Group(config, rngs=rngs, **options)
+            return _Group(config, rngs=rngs, **options)
 
         self.embed_tokens = weight(rngs, init, param_dtype, vocab=V, embed=D)
         self.groups = stacked(rngs)
@@ -102,15 +102,15 @@ class Qwen3Next(nnx.Module):
 
         Args:
           tokens: in [0, vocab_size).
-          segment_ids: documents packed in a row, each a contiguous run of one id, no id twice; 0 is
-            padding. None: each row is one document.
-          positions: for the rotary embedding; None: they restart in each document.
+          segment_ids: which document each token belongs to. Each document of a row is a contiguous
+            run of an id of its own; 0 is padding. None: each row is one document.
+          positions: positions for the rotary embedding; None: they restart in each document.
 
         Returns:
           Logits, float32.
 
         Raises:
-          ValueError: one of them is no array [B, T].
+          ValueError: an argument is not of shape [B, T].
         """
         return self.logits(self.hidden_states(tokens, segment_ids, positions)[0])
 
@@ -119,16 +119,16 @@ class Qwen3Next(nnx.Module):
         return embed(tokens, self.embed_tokens[...], dtype=self.dtype)
 
     def head(self) -> Float[Array, "D V"]:
-        """The output embedding, which may be the transposed input embedding."""
+        """The output head; with tied embeddings, the transposed input embedding."""
         return self.embed_tokens[...].T if self.lm_head is None else self.lm_head[...]
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Applies the head to final hidden states; float32."""
         head = self.head().astype(hidden.dtype)
         if platform() == "cpu":
-            # XLA would fuse the end of the last layer into this product and compute it for each
-            # tile of the vocabulary. It removes optimization barriers before that, so this is a
-            # select that it cannot remove, as it cannot know that no entry of the head is NaN.
+            # XLA:CPU would fuse the end of the last layer into this product and recompute it for
+            # each tile of the vocabulary. An optimization barrier does not help: XLA:CPU drops it
+            # before it fuses. It must keep this select, because the entry might be NaN.
             entry = jax.lax.stop_gradient(head[0, 0])
             hidden = jnp.where(jnp.isnan(entry), entry, hidden)
         return project(hidden, head, into=jnp.float32)
@@ -143,29 +143,30 @@ class Qwen3Next(nnx.Module):
         """Runs all layers.
 
         Args:
-          tokens, segment_ids, positions: as in a call.
-          observed: where given, gets the layers' statistics, each stacked over those that know it.
+          tokens, segment_ids, positions: as in `__call__`.
+          observed: dict to which the layers' statistics are added, each stacked over the layers
+            that have it; None: statistics are not computed.
 
         Returns:
-          Hidden states after the final norm; router statistics of the L layers with experts, their
-          fields [L, B, ...], None where no layer has any.
+          Hidden states after the final norm; router statistics of the L layers with experts, with
+          fields [L, B, ...], or None if no layer has experts.
 
         Raises:
-          ValueError: tokens, segment_ids or positions are no array [B, T]; or the model is an
-            `unstacked` one.
+          ValueError: tokens, segment_ids or positions are not of shape [B, T], or the model is
+            `unstacked`.
         """
         self.require_stacked()
         check_shape("tokens", tokens, "B", "T")
         check_rows(tokens.shape, segment_ids=segment_ids, positions=positions)
         if positions is None:
             positions = default_positions(tokens, segment_ids)
-        # Grouped by graph definition, by which a module that a user has replaced differs.
+        # By graph definition, so that a layer whose module a user has replaced stands apart.
         alike = [list(same) for _, same in itertools.groupby(self.groups.layers, nnx.graphdef)]
         graphs = [nnx.graphdef(layers[0]) for layers in alike]
         params: list[Any] = [[nnx.state(layer) for layer in layers] for layers in alike]
         if self.remat != "none":
-            # `_run_alike` scans over them. Stacked inside the scan over groups, they would be kept
-            # for the backward pass a second time.
+            # `_run_alike` scans over the layers. If it stacked their parameters, inside the scan
+            # over groups, the stacked copies would be saved for the backward pass as well.
             params = [
                 jax.tree.map(lambda *p: jnp.stack(p, axis=1), *of_layers) for of_layers in params
             ]
@@ -182,7 +183,7 @@ class Qwen3Next(nnx.Module):
             joined = jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats) if all_stats else None
             return x, (joined, one_after_another(all_seen))
 
-        # On a CPU, a loop copies each group's residuals into an array of all groups' residuals.
+        # On a CPU, a loop copies each group's residuals into the stacked array of all groups'.
         unroll = _MOST_UNROLLED if platform() == "cpu" else 1
         x, by_group = jax.lax.scan(group, self.embed(tokens), params, unroll=unroll)
         # [groups, layers of a group that have it, ...] → [layers that have it, ...]
@@ -209,16 +210,17 @@ class Qwen3Next(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], list[Any]]:
         """Runs all layers over the next tokens of sequences.
 
-        Layers are not scanned here but follow one another: a scan would copy every parameter and
-        every cached key at each token.
+        The layers are unrolled: a scan would copy every parameter and every cached key at each
+        token.
 
         Args:
           tokens: in [0, vocab_size).
-          segment_ids: 1 for tokens, 0 for padding behind them.
-          positions: of each row, T neighbouring positions from where its sequence goes on; the
-            cache must have slots for all of them, padding included.
-          cache: from `empty_cache`, or the last call's.
-          draft: some of the tokens may be taken back: `cache.keep` says how many stay.
+          segment_ids: 1 for tokens, 0 for padding after them.
+          positions: the next T positions of each row's sequence; the cache must have slots for all
+            of them, padding included.
+          cache: the layers' caches, from `empty_cache` or the last call.
+          draft: whether some of the tokens may be rejected; then pass the next cache to
+            `cache.accept` with the number of tokens accepted.
 
         Returns:
           Hidden states after the final norm, and the next cache.
@@ -233,7 +235,7 @@ class Qwen3Next(nnx.Module):
 
     def _layers(self) -> Iterator[DecoderLayer]:
         """All layers in order, as `extend` needs them."""
-        for group in self.groups if self.is_unstacked else _apart(self.groups):
+        for group in self.groups if self.is_unstacked else _split_groups(self.groups):
             yield from group.layers
 
     @property
@@ -242,7 +244,7 @@ class Qwen3Next(nnx.Module):
         return isinstance(self.groups, nnx.List)
 
     def require_stacked(self) -> None:
-        """Refuses, by a ValueError, an `unstacked` copy."""
+        """Raises a ValueError if this is an `unstacked` copy."""
         if self.is_unstacked:
             raise ValueError(
                 "An unstacked model is for generation alone; load or build it without `unstacked`"
@@ -251,26 +253,26 @@ class Qwen3Next(nnx.Module):
     def unstacked(self) -> "Qwen3Next":
         """A copy for `extend`, with each group's parameters in arrays of their own.
 
-        Cut out of the stacked arrays at each call, they would be copied each time. A checkpoint can
-        be loaded in this form (`load_checkpoint`), which takes the memory of one copy.
+        Slicing them from the stacked arrays would copy them at each call. `load_checkpoint` can
+        load a checkpoint in this form, which takes the memory of one copy only.
         """
         graph, params = nnx.split(self)
         model = nnx.merge(graph, params)
-        model.groups = nnx.List(_apart(self.groups))
+        model.groups = nnx.List(_split_groups(self.groups))
         return model
 
     def _run_alike(self, graph, params, x, segment_ids, positions, observing):
         """Runs neighbouring layers that have the same graph definition.
 
         Args:
-          graph: that of each layer.
-          params: of the layers, a list; with rematerialisation one state, stacked.
-          x, segment_ids, positions: as the layers take them.
+          graph: graph definition of each layer.
+          params: list of the layers' states; with rematerialisation, one stacked state.
+          x, segment_ids, positions: the layers' inputs.
           observing: whether to collect statistics.
 
         Returns:
-          x behind the last layer; the router's statistics and the observed ones of all layers,
-          stacked, None without experts and {} unless `observing`.
+          The last layer's output; the layers' router statistics, stacked, None without experts;
+          their observed statistics, stacked, {} unless `observing`.
         """
 
         def run(x, params):
@@ -285,16 +287,17 @@ class Qwen3Next(nnx.Module):
                 x, of_layer = run(x, layer_params)
                 by_layer.append(of_layer)
             return x, *jax.tree.map(lambda *s: jnp.stack(s), *by_layer)
-        # Compiled once for all of them. The barriers that `checkpoint` sets make a layer wait for
-        # its turn in the backward pass: left to itself, a TPU's scheduler computes a whole group
-        # again before it uses any of it.
+        # The scan compiles one layer for all of them. `checkpoint` inserts optimization barriers,
+        # which delay a layer's recomputation until the backward pass reaches it; without them the
+        # TPU compiler's scheduler recomputes a whole group before it uses any of it.
         kept = (KEPT,) if self.remat == "layer_but_attention" else ()
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
         x, (stats, seen) = jax.lax.scan(jax.checkpoint(run, policy=policy), x, params)
         return x, stats, seen
 
 
-def _apart(stacked: Group) -> list[Group]:
+def _split_groups(stacked: _Group) -> list[_Group]:
+    """Each group with parameters of its own, sliced from the stacked ones."""
     graph, params = nnx.split(stacked)
     repeats = jax.tree.leaves(params)[0].shape[0]
     return [nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], params)) for i in range(repeats)]

@@ -16,7 +16,7 @@ from qwen3next_jax.parallel.mesh import constrain
 
 
 class DecoderLayer(nnx.Module):
-    """A token mixer and a feed-forward, each behind a norm and beside a residual."""
+    """A token mixer and a feed-forward, each after a norm and with a residual connection."""
 
     def __init__(
         self,
@@ -31,26 +31,26 @@ class DecoderLayer(nnx.Module):
         """Builds a layer.
 
         Args:
-          config: the model's.
+          config: the model's config.
           mixer: "linear_attention" (Gated DeltaNet) or "full_attention".
-          sparse: experts rather than a dense feed-forward.
+          sparse: whether the feed-forward is a mixture of experts rather than dense.
           rngs: keys for the initial weights.
-          param_dtype: of the stored parameters.
+          param_dtype: dtype of the parameters.
           moe_buffer_factor: see `SparseMoE`.
         """
-        made = dict(rngs=rngs, param_dtype=param_dtype)
+        options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.input_layernorm = RMSNorm(config, param_dtype=param_dtype)
         if mixer == LINEAR:
-            self.linear_attn = GatedDeltaNet(config, **made)
+            self.linear_attn = GatedDeltaNet(config, **options)
         else:
-            self.self_attn = GatedAttention(config, **made)
+            self.self_attn = GatedAttention(config, **options)
         self.post_attention_layernorm = RMSNorm(config, param_dtype=param_dtype)
         if sparse:
             self.mlp: SparseMoE | MLP = SparseMoE(
-                config, moe_buffer_factor=moe_buffer_factor, **made
+                config, moe_buffer_factor=moe_buffer_factor, **options
             )
         else:
-            self.mlp = MLP(config, config.intermediate_size, **made)
+            self.mlp = MLP(config, config.intermediate_size, **options)
 
     def __call__(
         self,
@@ -62,19 +62,26 @@ class DecoderLayer(nnx.Module):
         draft: bool = False,
         observed: Observed | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, Any]:
-        """Returns the next hidden states, the router's statistics and the next cache, or None.
+        """Runs the layer.
 
-        With `draft`, which needs a cache, the next cache can give tokens back (`model/cache.py`).
-        `observed`, where given, gets the statistics of the modules and `activation_max`, the
-        largest entry of the next hidden states.
+        Args:
+          x: hidden states.
+          segment_ids, positions, cache: as the mixer takes them.
+          draft: with a cache, whether some of the tokens may be rejected (`model/cache.py`).
+          observed: dict to which the modules' statistics are added, and `activation_max`, the
+            largest absolute entry of the next hidden states.
+
+        Returns:
+          The next hidden states; the router's statistics, None without experts; the next cache,
+          None without one.
         """
-        given: dict[str, Any] = dict(
+        inputs: dict[str, Any] = dict(
             segment_ids=segment_ids, positions=positions, cache=cache, observed=observed
         )
         if hasattr(self, "linear_attn"):
-            mixed = self.linear_attn(self.input_layernorm(x), draft=draft, **given)
+            mixed = self.linear_attn(self.input_layernorm(x), draft=draft, **inputs)
         else:
-            mixed = self.self_attn(self.input_layernorm(x), **given)
+            mixed = self.self_attn(self.input_layernorm(x), **inputs)
         if cache is not None:
             mixed, cache = mixed
         x = constrain(x + mixed, "batch", "tokens", "hidden")

@@ -3,11 +3,11 @@
     q, gate, k, v = projections of x;  q, k = rope(norm(q)), rope(norm(k))
     y = (attention(q, k, v) · sigmoid(gate)) W_o
 
-The gate (Qiu et al., arXiv:2505.06708) lets a head say nothing, which plain softmax cannot: without
-it heads park their weight on the first token and activations grow large.
+The gate (Qiu et al., arXiv:2505.06708) lets a head output zero. Softmax weights sum to 1, so a head
+without a gate cannot: it puts its weight on the first token instead, and activations grow large.
 """
 
-from typing import Any
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,30 @@ class GatedAttention(nnx.Module):
         self.q_norm = RMSNorm(config, H, param_dtype=param_dtype)
         self.k_norm = RMSNorm(config, H, param_dtype=param_dtype)
 
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: None = None,
+        implementation: str | None = None,
+        observed: Observed | None = None,
+    ) -> Float[Array, "B T D"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"],
+        cache: AttentionCache,
+        implementation: str | None = None,
+        observed: Observed | None = None,
+    ) -> tuple[Float[Array, "B T D"], AttentionCache]: ...
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -57,27 +81,26 @@ class GatedAttention(nnx.Module):
         cache: AttentionCache | None = None,
         implementation: str | None = None,
         observed: Observed | None = None,
-    ) -> Any:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionCache]:
         """Mixes tokens within their documents.
 
         Args:
           x: hidden states.
-          segment_ids: documents packed in a row, 0 is padding; None: one document.
-          positions: for the rotary embedding, and with a cache the slot of each token, T
-            neighbouring ones that exist; None, without a cache: 0, 1, 2, ... along the row.
-          cache: keys and values so far; then the result is (y, the next cache).
-          implementation: of `ops.attention`, where there is no cache.
-          observed: where given, gets the statistics `attention_sink` and `output_gate`.
+          segment_ids: document of each token, 0 for padding; None: each row is one document.
+          positions: positions for the rotary embedding; None, without a cache only: 0, 1, 2, ...
+            With a cache they are also the tokens' slots: consecutive ones, all within the cache.
+          cache: keys and values of the earlier tokens, if any.
+          implementation: implementation of `ops.attention`; not used with a cache.
+          observed: dict to which the statistics `attention_sink` and `output_gate` are added.
 
         Returns:
-          y [B, T, D] in x's dtype, or with a cache (y, cache).
+          y [B, T, D] in x's dtype, or with a cache (y, the next cache).
 
         Raises:
-          ValueError: x is not [B, T, D] in floats, segment_ids or positions are not [B, T], or
-            there are no positions with a cache.
+          ValueError: x is not a float array [B, T, D], segment_ids or positions are not [B, T], or
+            there is a cache and no positions.
         """
-        given = dict(segment_ids=segment_ids, positions=positions)
-        check_hidden("x", x, self.config.hidden_size, **given)
+        check_hidden("x", x, self.config.hidden_size, segment_ids=segment_ids, positions=positions)
         B, T, _ = x.shape
         if positions is None:
             if cache is not None:
@@ -97,8 +120,8 @@ class GatedAttention(nnx.Module):
         else:
             lengths = positions[:, 0]
             out = cached_attention(q, k, v, cached_k=cache.k, cached_v=cache.v, lengths=lengths)
-            # Padding is written too, behind the sequence, where nothing looks before the next
-            # tokens overwrite it.
+            # Padding is written too, into slots after the sequence, which are not read before the
+            # next tokens overwrite them.
             cache = add_to_slots(cache, k, v, _after(lengths, out))
         out = out.astype(x.dtype)
         if self.gate_proj is not None:
@@ -111,10 +134,11 @@ class GatedAttention(nnx.Module):
 
 
 def _after(lengths, out):
-    """The lengths, unchanged, but dependent on `out`, so that they are computed after it.
+    """The lengths, unchanged, but with a data dependence on `out`.
 
-    Unless the write to the cache depends on all reads, XLA's CPU backend copies the whole cache at
-    each token. It removes optimization barriers before it decides that, so this is a select that it
-    cannot remove. (If `out` is NaN the lengths are wrong, but then the sequence is lost anyway.)
+    Unless the write to the cache depends on every read of it, XLA:CPU copies the whole cache at
+    each token. An optimization barrier does not help: XLA:CPU drops it before it decides on copies.
+    It must keep this select, because `out` might be NaN. (If it is, the lengths are wrong, but then
+    the sequence is lost anyway.)
     """
     return jnp.where(jnp.isnan(out[:, 0, 0, 0]), 0, lengths)

@@ -1,17 +1,17 @@
-"""Gated DeltaNet: three of four layers' mixer, whose memory does not grow with the text.
+"""Gated DeltaNet: the mixer of three in four layers, whose state does not grow with the text.
 
     q, k, v = silu(conv(projections of x));  q, k = q / |q| · H^−½, k / |k|
     β = sigmoid(b);  g = −exp(A_log) · softplus(a + dt_bias)
     y = (norm(delta_rule(q, k, v, g, β)) · silu(z)) W_o
 
-β, g, both norms and silu(z) are float32 whatever x is: rounding a gate to bfloat16 is rounding how
+β, g, both norms and silu(z) are float32 whatever x is: to round a gate to bfloat16 is to round how
 long the layer remembers. `A_log` and `dt_bias` are float32 parameters for the same reason, and
 A_log is drawn in float32, where log U(0.01, 16) cannot become log 0.
 
 Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
 """
 
-from typing import Any
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +21,27 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax import ops
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.cache import DeltaCache, DeltaDraft, next_tail
-from qwen3next_jax.model.layers import (
-    constant,
-    normal,
-    project,
-    rms_normalize,
-    weight,
-)
+from qwen3next_jax.model.layers import constant, normal, project, rms_normalize, weight
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.ops.shapes import check_hidden
 from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import gathered
 
-_FEW = 8  # tokens, for which the recurrence is less work than a chunk
+_RECURRENT_TOKENS = 8  # up to so many tokens, the recurrence is less work than a chunk
 
 
 class GatedDeltaNet(nnx.Module):
-    """The gated delta rule with short convolutions before it and a gated norm behind it.
+    """The gated delta rule with short convolutions before it and a gated norm after it.
 
-    Key head i serves the neighbouring value heads from i · N / K on. Projections are kept apart by
-    what they make, so that all of a head's weights, gates and filters can live on one device.
+    Key head i serves the N / K value heads from i · N / K on. Each projection has a parameter of
+    its own, so that all of a head's weights, gates and filters can be placed on one device.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         """Builds the layer from the `linear_*` fields of `config`.
 
         Raises:
-          ValueError: the config is of a model without such layers, and leaves them 0.
+          ValueError: the config has no `linear_*` sizes, as that of a model without such layers.
         """
         if not config.linear_num_value_heads:
             raise ValueError("This config has no linear_* sizes; give those of a GatedDeltaNet")
@@ -71,6 +65,32 @@ class GatedDeltaNet(nnx.Module):
         self.norm = nnx.Dict(weight=weight(None, constant(1.0), param_dtype, norm=P))
         self.out_proj = weight(rngs, init, param_dtype, value_heads=N, head_dim=P, embed=D)
 
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: None = None,
+        draft: bool = False,
+        implementation: str | None = None,
+        observed: Observed | None = None,
+    ) -> Float[Array, "B T D"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        cache: DeltaCache,
+        draft: bool = False,
+        implementation: str | None = None,
+        observed: Observed | None = None,
+    ) -> tuple[Float[Array, "B T D"], DeltaCache | DeltaDraft]: ...
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -81,26 +101,26 @@ class GatedDeltaNet(nnx.Module):
         draft: bool = False,
         implementation: str | None = None,
         observed: Observed | None = None,
-    ) -> Any:
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], DeltaCache | DeltaDraft]:
         """Mixes tokens within their documents.
 
         Args:
           x: hidden states.
-          segment_ids: documents packed in a row, 0 is padding; None: one document. With a cache:
-            1 for tokens of the sequence, 0 for padding behind them.
-          positions: [B, T] or None, not used; the recurrence knows the order.
-          cache: the state so far; then the result is (y, the next cache).
-          draft: with a cache, whether some of the tokens may be taken back; then the next cache is
-            a `DeltaDraft`.
-          implementation: of `ops.gated_delta_rule`; a few tokens behind a cache take the recurrence
-            itself.
-          observed: where given, gets the statistics `decay` and `beta` of each head.
+          segment_ids: document of each token, 0 for padding; None: each row is one document. With
+            a cache: 1 for tokens of the sequence, 0 for padding after them.
+          positions: [B, T] or None; not used, since the recurrence has no need of positions.
+          cache: the layer's state after the earlier tokens, if any.
+          draft: with a cache, whether some of the tokens may be rejected; then the next cache is a
+            `DeltaDraft`.
+          implementation: implementation of `ops.gated_delta_rule`; up to `_RECURRENT_TOKENS` tokens
+            with a cache always take the recurrence.
+          observed: dict to which the statistics `decay` and `beta` of each head are added.
 
         Returns:
-          y [B, T, D] in x's dtype, or with a cache (y, cache).
+          y [B, T, D] in x's dtype, or with a cache (y, the next cache).
 
         Raises:
-          ValueError: x is not [B, T, D] in floats, or segment_ids are not [B, T].
+          ValueError: x is not a float array [B, T, D], or segment_ids or positions are not [B, T].
         """
         check_hidden("x", x, self.q_proj.shape[0], segment_ids=segment_ids, positions=positions)
         B, T, _ = x.shape
@@ -111,10 +131,10 @@ class GatedDeltaNet(nnx.Module):
         inputs = [projected(w) for w in (self.q_proj, self.k_proj, self.v_proj)]
         kernels = [w[...] for w in (self.q_conv, self.k_conv, self.v_conv)]
         tails = [None] * 3 if cache is None else cache[:3]
-        # Tokens behind a cache are too few to be split over devices.
-        mixing = context if cache is None else ops
+        # With a cache there are too few tokens to split them over devices.
+        implementations = context if cache is None else ops
         q, k, v = (
-            mixing.causal_conv(x, w, activation="silu", segment_ids=segment_ids, tail=tail)
+            implementations.causal_conv(x, w, activation="silu", segment_ids=segment_ids, tail=tail)
             for x, w, tail in zip(inputs, kernels, tails, strict=True)
         )
         beta = jax.nn.sigmoid(projected(self.b_proj, into=jnp.float32))
@@ -124,16 +144,12 @@ class GatedDeltaNet(nnx.Module):
         if observed is not None:
             observed["decay"] = token_mean(-log_decay, segment_ids)
             observed["beta"] = token_mean(beta, segment_ids)
-        out, state = mixing.gated_delta_rule(
-            q,
-            k,
-            v,
-            log_decay=log_decay,
-            beta=beta,
-            segment_ids=segment_ids,
-            initial_state=None if cache is None else cache.state,
-            implementation="reference" if cache is not None and T <= _FEW else implementation,
-        )
+        if cache is not None and T <= _RECURRENT_TOKENS:
+            implementation = "reference"
+        out, state = implementations.gated_delta_rule(
+            q, k, v, log_decay=log_decay, beta=beta, segment_ids=segment_ids,
+            initial_state=None if cache is None else cache.state, implementation=implementation,
+        )  # fmt: skip
         out = rms_normalize(out, self.eps) * self.norm.weight[...].astype(jnp.float32)
         out = out * jax.nn.silu(projected(self.z_proj).astype(jnp.float32))
         y = project(out.astype(x.dtype), gathered(self.out_proj, x.dtype), over=2)

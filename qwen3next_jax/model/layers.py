@@ -1,7 +1,7 @@
 """The small parts every layer is made of: how a weight is declared, norms, and the dense MLP.
 
 `weight` is the one place where a parameter gets its shape, dtype, initial values and the names of
-its axes; which mesh axis a name is split over is said in `parallel/mesh.py` alone. Modules compute
+its axes; `parallel/mesh.py` alone says over which mesh axis each name is sharded. Modules compute
 in the dtype of their input and cast weights to it where they are used.
 """
 
@@ -30,11 +30,11 @@ def weight(
     """Declares a parameter.
 
     Args:
-      rngs: keys for `init`; None where it draws nothing.
-      init: from a key and a shape to float32 values.
-      dtype: of the stored parameter.
-      axes: in order, each axis's logical name and size. A name in use twice takes a suffix after
-        two underscores, which is dropped.
+      rngs: keys for `init`; None if it draws nothing.
+      init: initialiser, from a key and a shape to float32 values.
+      dtype: dtype of the parameter.
+      axes: logical name and size of each axis, in order. To use a name twice, append two
+        underscores and a suffix, which are removed from the logical name.
     """
     names = tuple(name.split("__")[0] for name in axes)
     key = jax.random.key(0) if rngs is None else rngs.params()
@@ -59,22 +59,23 @@ def project(
     into: Any = None,
     precision: jax.lax.Precision | None = None,
 ) -> Array:
-    """Multiplies each token by a matrix whose rows or columns may have several axes.
+    """Multiplies each token by a matrix whose rows or columns may span several axes.
 
     Args:
-      x: [B, T, C...].
-      w: [C..., F...], in x's dtype.
-      over: how many axes C are.
-      into: dtype of the products; None: x's.
-      precision: of the products; None: `precision.matmul` says.
+      x: tokens, [B, T, C...].
+      w: matrix [C..., F...], in x's dtype.
+      over: number of axes C to contract.
+      into: dtype of the result; None: x's.
+      precision: precision of the products; None: JAX's default, which `precision.matmul` sets.
 
     Returns:
       [B, T, F...].
     """
     if platform() != "cpu" or active_mesh() is not None:
         return jnp.tensordot(x, w, axes=over, preferred_element_type=into, precision=precision)
-    # As two plain matrices. Where the gradient of w sums over two axes of x, XLA turns x or its
-    # gradient around for a CPU, which takes longer than the product. On a mesh x stays as it lies.
+    # As a product of two plain matrices: if w's gradient contracts two axes of x, XLA:CPU first
+    # transposes x or the cotangent, which takes longer than the product. On a mesh x is not
+    # reshaped, to keep its sharding.
     rows = x.reshape(-1, math.prod(w.shape[:over]))
     w_matrix = w.reshape(rows.shape[1], -1)
     y = jnp.matmul(rows, w_matrix, preferred_element_type=into, precision=precision)
@@ -90,8 +91,8 @@ def rms_normalize(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
 class RMSNorm(nnx.Module):
     """x / rms(x) · (1 + w) with w starting at 0; float32 inside, cast once at the end.
 
-    "Zero-centred" says that the weight is, so that weight decay pulls the factor to 1. With
-    `config.zero_centered_norm` off it is x / rms(x) · w, starting at 1.
+    It is w that is zero-centred, so that weight decay pulls the factor to 1. Without
+    `config.zero_centered_norm` it is x / rms(x) · w, with w starting at 1.
     """
 
     def __init__(
@@ -111,8 +112,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalises the last axis."""
         scale = self.weight[...].astype(jnp.float32) + self.zero_centered
-        # Spread out here, so that its gradient is one sum over all leading axes. By `*` alone it
-        # would leave out those of size 1, which takes a CPU twenty times as long.
+        # An explicit broadcast, whose transpose is one sum over all leading axes. The broadcast
+        # implied by `*` leaves axes of size 1 out of that sum, which takes XLA:CPU 20 times as
+        # long.
         scale = jnp.broadcast_to(scale, x.shape)
         return (rms_normalize(x, self.eps) * scale).astype(x.dtype)
 

@@ -1,13 +1,13 @@
-"""The ultra-sparse mixture of experts: of E experts each token uses A, and one shared by all.
+"""The ultra-sparse mixture of experts: each token uses A of E experts, and one shared by all.
 
     p = softmax(x W_r);  y = Σ_{e in top A of p} (p_e / Σ p) expert_e(x) + sigmoid(x w_s) shared(x)
 
-The router is float32 throughout. Its rows start with equal norms, so that no expert is favoured
-before anything is learnt.
+The router is float32 throughout. With `router_init` "normalized" its columns, one an expert, start
+with equal norms, so that initially no expert is favoured.
 
-On a mesh each device routes its own tokens and sorts them for itself; the tokens then travel to
-their experts' devices (`parallel/expert.py`), or where each device has all experts, only the
-experts' matrices are put together from their slices. The shared expert waits for none of that.
+On a mesh each device routes and sorts its own tokens, which are then sent to their experts' devices
+(`parallel/expert.py`). If each device has all experts, no tokens are sent: only the shards of the
+experts' matrices are gathered. The shared expert depends on none of that.
 """
 
 import functools
@@ -38,14 +38,14 @@ from qwen3next_jax.parallel.mesh import (
 
 
 class RouterStats(NamedTuple):
-    """What the router did, by row of the batch, padding not counted; the loss makes more of it."""
+    """What the router did, summed over the tokens of each row; padding is not counted."""
 
     counts: Float[Array, "*L B E"]  # assignments to each expert
     probabilities: Float[Array, "*L B E"]  # sums of the router's probabilities
     squared_log_norms: Float[Array, "*L B"]  # sums of logsumexp(logits)², for the z-loss
     entropies: Float[Array, "*L B"]  # sums of the entropies of the probabilities, in nats
-    tokens: Float[Array, "*L B"]
-    dropped: Float[Array, "*L B_ways T_ways"]  # of each device's assignments, those without place
+    tokens: Float[Array, "*L B"]  # number of tokens
+    dropped: Float[Array, "*L B_ways T_ways"]  # dropped assignments of each device's tokens
 
 
 class SparseMoE(nnx.Module):
@@ -62,10 +62,10 @@ class SparseMoE(nnx.Module):
         """Builds the layer.
 
         Args:
-          config: its expert fields are read.
+          config: the model's config, of which the expert fields are used.
           rngs: keys for the initial weights.
-          param_dtype: of the stored parameters.
-          moe_buffer_factor: where experts are split over devices, how many assignments a device can
+          param_dtype: dtype of the parameters.
+          moe_buffer_factor: if experts are sharded over devices, how many assignments a device can
             receive, as a multiple of an even load; -1: any number, so that none is ever dropped.
 
         Raises:
@@ -76,10 +76,9 @@ class SparseMoE(nnx.Module):
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
         self.config, self.moe_buffer_factor = config, moe_buffer_factor
         init = normal(config.initializer_range)
-        router = (
-            _equal_rows(config.initializer_range) if config.router_init == "normalized" else init
-        )
-        self.router = weight(rngs, router, param_dtype, embed=D, router=E)
+        normalized = config.router_init == "normalized"
+        router_init = _equal_norm_columns(config.initializer_range) if normalized else init
+        self.router = weight(rngs, router_init, param_dtype, embed=D, router=E)
         self.gate_up_proj = weight(
             rngs, init, param_dtype, experts=E, pair=2, embed=D, expert_mlp=F
         )
@@ -89,7 +88,7 @@ class SparseMoE(nnx.Module):
             self.shared_expert_gate = weight(rngs, init, param_dtype, embed=D)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Maps each token by itself; `with_stats` also tells what the router did."""
+        """Maps each token by itself; `with_stats` also returns what the router did."""
         return self.with_stats(x)[0]
 
     def with_stats(
@@ -99,12 +98,19 @@ class SparseMoE(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         observed: Observed | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Like a call, with the router's statistics over all tokens but padding (segment id 0).
+        """Maps each token by itself.
 
-        `observed`, where given, gets the statistic `shared_gate`.
+        Args:
+          x: hidden states.
+          segment_ids: 0 for padding, which is not counted in statistics; None: no padding.
+          observed: dict to which the statistic `shared_gate` is added.
+
+        Returns:
+          y in x's dtype, and the router's statistics.
 
         Raises:
-          ValueError: x is not [B, T, D] in floats or holds no token, or segment_ids are not [B, T].
+          ValueError: x is not a float array [B, T, D] or has no tokens, or segment_ids are not
+            [B, T].
         """
         check_hidden("x", x, self.config.hidden_size, segment_ids=segment_ids)
         x = jnp.asarray(x)  # numpy's arrays have no `at`
@@ -113,39 +119,44 @@ class SparseMoE(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
         if mesh is None:
-            y, stats = self._on_one_device(x, segment_ids, *params)
+            y, stats = self._single_device(x, segment_ids, *params)
         else:
-            y, stats = self._on_mesh(mesh, x, segment_ids, *params)
+            y, stats = self._sharded(mesh, x, segment_ids, *params)
         if self.config.shared_expert_intermediate_size:
             gate_row = gathered(self.shared_expert_gate, jnp.float32)
-            gate = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), gate_row, precision=_float32()))
+            logit = jnp.dot(x.astype(jnp.float32), gate_row, precision=_router_precision())
+            gate = jax.nn.sigmoid(logit)
             y += (gate[..., None] * self.shared_expert(x)).astype(x.dtype)
             if observed is not None:
                 observed["shared_gate"] = token_mean(gate, segment_ids)
         return y, stats
 
-    def _on_one_device(self, x, segment_ids, router, gate_up, down):
+    def _single_device(self, x, segment_ids, router, gate_up, down):
         experts, weights, stats = self._route(x, segment_ids, router)
         tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
         alignment = self._alignment(len(tokens))
-        compute = self._compute(gate_up, down, tokens, alignment)
         y = apply_experts(
-            tokens, experts, weights, compute,
+            tokens, experts, weights, self._compute(gate_up, down, len(tokens), alignment),
             num_experts=self.config.num_experts, alignment=alignment,
         )  # fmt: skip
         return y.reshape(x.shape), stats
 
-    def _compute(self, gate_up, down, tokens, alignment):
-        expected = len(tokens) * self.config.num_experts_per_tok
-        return functools.partial(
-            _experts, gate_up=gate_up, down=down, block=alignment, expected_rows=expected
-        )
+    def _compute(self, gate_up, down, num_tokens, alignment):
+        """The function that `apply_experts` applies to the sorted rows."""
 
-    def _alignment(self, tokens):
+        def compute(rows, weights, group_sizes):
+            return expert_mlp(
+                rows, weights, gate_up.astype(rows.dtype), down.astype(rows.dtype), group_sizes,
+                block=alignment, expected_rows=num_tokens * self.config.num_experts_per_tok,
+            )  # fmt: skip
+
+        return compute
+
+    def _alignment(self, num_tokens):
         E, A = self.config.num_experts, self.config.num_experts_per_tok
-        return row_alignment(mean=tokens * A / E, most=tokens)
+        return row_alignment(mean=num_tokens * A / E, most=num_tokens)
 
-    def _on_mesh(self, mesh, x, segment_ids, *params):
+    def _sharded(self, mesh, x, segment_ids, *params):
         def spec(*axes, of):
             return partition("mlp", axes, of.shape, mesh.shape)
 
@@ -156,12 +167,12 @@ class SparseMoE(nnx.Module):
         )
         stats_specs = RouterStats._make((row, row, row, row, row, BATCH))
         return jax.shard_map(
-            functools.partial(self._on_a_device, specs=specs),
+            functools.partial(self._shard_body, specs=specs),
             in_specs=(rows, rows, *specs), out_specs=(rows, stats_specs), check_vma=False,
         )(x, segment_ids, *params)  # fmt: skip
 
-    def _on_a_device(self, x, segment_ids, *params, specs):
-        """Inside `shard_map`: this device's tokens, and its slices of the parameters."""
+    def _shard_body(self, x, segment_ids, *params, specs):
+        """Runs inside `shard_map`, on a device's tokens and its shards of the parameters."""
         router = gather_slices(params[0].astype(jnp.float32), specs[0])
         gate_up, down = (
             gather_slices(w.astype(x.dtype), spec, keep=("expert",))
@@ -169,22 +180,23 @@ class SparseMoE(nnx.Module):
         )
         experts, weights, stats = self._route(x, segment_ids, router)
         tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
-        # A device's experts get rows from all devices that share the experts out.
+        # A device's experts receive rows from all devices along the mesh axis `expert`.
         alignment = self._alignment(len(tokens) * jax.lax.axis_size("expert"))
-        compute = self._compute(gate_up, down, tokens, alignment)
-        given: dict[str, Any] = dict(num_experts=self.config.num_experts, alignment=alignment)
+        compute = self._compute(gate_up, down, len(tokens), alignment)
+        options: dict[str, Any] = dict(num_experts=self.config.num_experts, alignment=alignment)
         if jax.lax.axis_size("expert") == 1:
-            y, dropped = apply_experts(tokens, experts, weights, compute, **given), jnp.zeros(())
+            y, dropped = apply_experts(tokens, experts, weights, compute, **options), jnp.zeros(())
         else:
-            # Padding, all of it alike, would fill the buffers of the same few devices.
+            # Padding is not sent: all of it would be routed alike, and fill the receive buffers of
+            # the same few devices.
             real = segment_ids.reshape(-1, 1) != 0
             experts = jnp.where(real, experts, self.config.num_experts)
             y, dropped = apply_split_experts(
                 tokens, experts, weights, compute, axis="expert",
                 buffer_factor=self.moe_buffer_factor,
-                exchange="dense" if platform() == "cpu" else "ragged", **given,
+                exchange="dense" if platform() == "cpu" else "ragged", **options,
             )  # fmt: skip
-        # Each device of `tensor` has made its columns' share of y, from all of its row's tokens.
+        # Each device along `tensor` holds partial sums of y, over its columns of the experts.
         y = sum_columns(y.reshape(x.shape))
         by_row = jax.tree.map(lambda s: jax.lax.psum(s, "context"), stats)
         return y, by_row._replace(dropped=dropped.astype(jnp.float32).reshape(1, 1))
@@ -192,10 +204,10 @@ class SparseMoE(nnx.Module):
     def _route(self, x, segment_ids, router):
         E, A = self.config.num_experts, self.config.num_experts_per_tok
         x, router = x.astype(jnp.float32), router.astype(jnp.float32)
-        logits = project(x, router, precision=_float32())
+        logits = project(x, router, precision=_router_precision())
         probabilities = jax.nn.softmax(logits)
         experts = jax.lax.top_k(jax.lax.stop_gradient(probabilities), A)[1]
-        # Selecting by a mask keeps scatters out of the gradient.
+        # A mask rather than a gather, whose gradient would be a scatter.
         chosen = experts[..., None] == jnp.arange(E)
         weights = (probabilities[:, :, None] * chosen).sum(-1)
         if self.config.norm_topk_prob:
@@ -222,22 +234,15 @@ def _sum_over_tokens(x, weights):
     return (x * jnp.expand_dims(weights, range(2, x.ndim))).sum(1)
 
 
-def _float32() -> jax.lax.Precision:
-    """The precision at which products keep float32 weights; the default rounds them."""
-    # HIGH is TF32 on a GPU. On a TPU it is three passes, which take all of a bfloat16 token and 16
-    # bits of the weights; HIGHEST would be six.
+def _router_precision() -> jax.lax.Precision:
+    """The precision of products with float32 weights, which the default precision would round."""
+    # On a TPU, HIGH is three bfloat16 passes, which use all bits of a bfloat16 token and 16 bits of
+    # the weights; HIGHEST would be six. On a GPU, HIGH would be TF32.
     return jax.lax.Precision.HIGH if platform() == "tpu" else jax.lax.Precision.HIGHEST
 
 
-def _experts(rows, weights, group_sizes, *, gate_up, down, block, expected_rows):
-    gate_up, down = gate_up.astype(rows.dtype), down.astype(rows.dtype)
-    return expert_mlp(
-        rows, weights, gate_up, down, group_sizes, block=block, expected_rows=expected_rows
-    )
-
-
-def _equal_rows(stddev):
-    """Normal directions, each expert's of the length that N(0, stddev²) entries have on average."""
+def _equal_norm_columns(stddev):
+    """Gaussian columns, all scaled to the root mean square norm of N(0, stddev²) columns."""
 
     def init(key, shape):
         directions = jax.random.normal(key, shape)

@@ -1,8 +1,8 @@
-"""Multi-token prediction: one more layer that looks a token further ahead.
+"""Multi-token prediction: one more layer that predicts the token after the next.
 
-At position t it joins the embedding of token t + 1 with the main model's final hidden state and
-predicts token t + 2; unrolled, it joins token t + 2 with its own hidden state and predicts token
-t + 3, with the same weights. Embedding and output head are the main model's.
+At position t it combines the embedding of token t + 1 with the main model's final hidden state and
+predicts token t + 2; unrolled, it combines token t + 2 with its own hidden state and predicts token
+t + 3, with the same weights. Embedding and output head are shared with the main model.
 
     h' = norm(layer(W_e norm(embed(next token)) + W_h norm(h)))
 
@@ -60,8 +60,8 @@ class MTP(nnx.Module):
 
         Args:
           hidden: the main model's hidden states after its final norm, or the last step's result.
-          next_embeddings: of each position, the embedding of the next token not yet in `hidden`.
-          segment_ids, positions, cache, observed: as the decoder's layers take them.
+          next_embeddings: at each position, the embedding of the first token not yet in `hidden`.
+          segment_ids, positions, cache, observed: as `DecoderLayer.__call__` takes them.
 
         Returns:
           The next hidden states, for the shared head and for a further step; the router's

@@ -1,8 +1,8 @@
 """Rotary position embedding on the first entries of each head, and YaRN for longer contexts.
 
-Entry i and entry i + r/2 of the r rotated ones form a pair that turns by position · θ^(−2i/r). YaRN
-(Peng et al., arXiv:2309.00071) slows the pairs that turn too seldom within the original context to
-have been seen all around, keeps the fast ones, and blends between.
+Of the r rotated entries, i and i + r/2 form a pair that is rotated by position · θ^(−2i/r). YaRN
+(Peng et al., arXiv:2309.00071) slows down the pairs too slow to complete a turn within the original
+context, in training, keeps the fast ones, and interpolates in between.
 """
 
 import math
@@ -20,7 +20,7 @@ def apply_rope(
 ) -> Float[Array, "B T N H"]:
     """Rotates the first `config.rotary_dim` entries of each head; angles are float32.
 
-    Source: Su et al., RoFormer, arXiv:2104.09864; YaRN where `config.rope_scaling` says so.
+    Source: Su et al., RoFormer, arXiv:2104.09864; with `config.rope_scaling`, YaRN.
     """
     frequencies, magnitude = _frequencies(config)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
@@ -29,8 +29,8 @@ def apply_rope(
     a, b, rest = jnp.split(whole, [half, 2 * half], axis=-1)
     if platform() != "tpu":
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
-    # A TPU would copy all heads to cut off the entries that stay as they are, and to join them
-    # again. So these are multiplied by 1, and get 0 added; a CPU takes half as long again for that.
+    # To split off and rejoin the entries that are not rotated, the TPU compiler would copy all
+    # heads. So they are multiplied by 1 and 0 is added, which on a CPU takes 1.5 times as long.
     padding = [(0, 0)] * (x.ndim - 1) + [(0, rest.shape[-1])]
     cos = jnp.pad(jnp.concatenate([cos, cos], -1), padding, constant_values=1)
     turned = jnp.pad(jnp.concatenate([-b * sin, a * sin], -1), padding)
@@ -38,7 +38,7 @@ def apply_rope(
 
 
 def describe_positions(config: ModelConfig) -> str:
-    """One line for the log: how far positions reach, and by what YaRN."""
+    """One line for the log: the context length, and how YaRN extends it."""
     if config.rope_scaling is None:
         return f"Positions to {config.context_length}, without YaRN"
     scaling = config.rope_scaling
@@ -49,10 +49,10 @@ def describe_positions(config: ModelConfig) -> str:
 
 
 def _frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Angle per position of each pair, and the factor on queries and keys alike."""
+    """Radians per position of each pair, and the factor by which queries and keys are scaled."""
     r, theta = config.rotary_dim, config.rope_theta
-    # Rounded to float32 where PyTorch rounds, since the released models learnt those angles: at
-    # position 10⁶ the last bit of a frequency is worth up to 0.03 radians.
+    # Rounded to float32 where PyTorch rounds, since the released models were trained with those
+    # angles: at position 10⁶ the last bit of a frequency is worth up to 0.03 radians.
     exponents = np.arange(0, r, 2, dtype=np.float32) / np.float32(r)
     periods = np.power(float(theta), exponents, dtype=np.float64).astype(np.float32)
     frequencies = 1 / periods
@@ -62,7 +62,7 @@ def _frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     factor = scaling["factor"]
 
     def pair_turning(turns: float) -> float:
-        """Which pair turns this many times within the original context."""
+        """Index of the pair that makes so many turns within the original context."""
         return r * math.log(config.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     fast = max(math.floor(pair_turning(float(scaling.get("beta_fast") or 32))), 0)

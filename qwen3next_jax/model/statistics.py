@@ -1,9 +1,9 @@
 """Optional statistics of layers: means and maxima over the tokens of a batch.
 
-A module that is given a dict, `observed`, adds its statistics to it under their names; without one
-it computes none. A mean is kept as its sum and its count, so that parts (micro-batches, unrolled
-MTP steps) can be combined exactly, each weighted by its tokens. Padding is left out and no gradient
-flows. On a mesh the modules see global arrays, so the statistics are global as well.
+A module that receives a dict, `observed`, adds its statistics to it under their names; without one
+it computes none. A mean is kept as a sum and a count, so that parts (micro-batches, unrolled MTP
+steps) can be combined exactly, each weighted by its tokens. Padding is left out, and no gradient
+flows through statistics. On a mesh the modules see global arrays, so the statistics are global.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_SINK_QUERIES = 16  # of each row; all of them would cost a second attention
+_SINK_QUERIES = 16  # per row; with all queries it would cost as much as attention itself
 
 
 class Mean(NamedTuple):
-    """A mean as `total / tokens`; the count has the leading axes of the total."""
+    """A mean as `total / tokens`; `tokens` has the leading axes of `total`."""
 
     total: Array
     tokens: Float[Array, "*L"]
@@ -33,14 +33,14 @@ Observed = dict[str, Mean | Largest]
 
 
 def token_mean(x: Float[Array, "B T *N"], segment_ids: Int[Array, "B T"] | None) -> Mean:
-    """The mean over the tokens, for each of the further entries by itself."""
+    """The mean over all tokens, separately for each entry of the trailing axes."""
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     real = _real(x, segment_ids)
     return Mean(jnp.einsum("bt...,bt->...", x, real), real.sum())
 
 
 def largest(x: Float[Array, "B T *N"], segment_ids: Int[Array, "B T"] | None) -> Largest:
-    """The largest absolute value of all entries of all tokens."""
+    """The largest absolute value among all entries of all tokens."""
     x = jnp.abs(jax.lax.stop_gradient(x)).astype(jnp.float32)
     each = x.max(tuple(range(2, x.ndim)))
     return Largest((each * _real(x, segment_ids)).max())
@@ -51,10 +51,10 @@ def sink_share(
     k: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None,
 ) -> Mean:
-    """How much of its attention a token pays to the first token of its document.
+    """The share of a token's attention that goes to the first token of its document.
 
-    The mean over heads and over some queries, evenly spaced in each row; those that are the first
-    token themselves are left out.
+    The mean is over heads and over some queries, evenly spaced in each row; queries that are the
+    first token themselves are left out.
     """
     q, k = jax.lax.stop_gradient((q, k))
     B, T, N, H = q.shape
@@ -64,7 +64,7 @@ def sink_share(
     first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=1)
     step = max(T // _SINK_QUERIES, 1)
 
-    def sampled(x):  # the last of each stretch; stretches lie within the devices of a mesh
+    def sampled(x):  # the last token of each stretch; no stretch spans two devices of a mesh
         x = x[:, : T // step * step]
         return x.reshape(B, T // step, step, *x.shape[2:])[:, :, -1]
 
@@ -82,7 +82,7 @@ def sink_share(
 
 
 def over_first_axis(observed: Observed) -> Observed:
-    """Combines the parts of statistics that are stacked along the first axis."""
+    """Combines parts that are stacked along the first axis: sums of means, maxima of maxima."""
     return {
         name: Mean(x.total.sum(0), x.tokens.sum(0))
         if isinstance(x, Mean)
@@ -94,7 +94,7 @@ def over_first_axis(observed: Observed) -> Observed:
 def one_after_another(parts: Sequence[Observed]) -> Observed:
     """Concatenates statistics of layers along the first axis.
 
-    A name that only some of the layers have gets the values of those, in order.
+    A statistic that only some of the layers have is concatenated over those, in order.
     """
     names = dict.fromkeys(name for part in parts for name in part)
     return {
