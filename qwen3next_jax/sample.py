@@ -1,10 +1,10 @@
-"""Writes text from a checkpoint, to the terminal while it comes.
+"""Generates text from a checkpoint, and prints it as it is generated.
 
     python -m qwen3next_jax.sample --checkpoint=DIR --prompt="Once upon a time"
     python -m qwen3next_jax.sample --checkpoint=DIR --chat --prompt="Who are you?" --temperature=0.7
 
-The text goes to stdout and nothing else does; what is said about it goes to stderr. A reader that
-has had enough, such as `head`, ends the text.
+Only the text goes to stdout; log and statistics go to stderr. Generation ends when the reader of
+stdout closes it, as `head` does.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     if _DRAFTS.value is not None and _SPECULATIVE.value is False:
         raise app.UsageError(f"--nospeculative contradicts --drafts={_DRAFTS.value}")
     keep_compiled_programs()
-    # What is quick to be found wrong comes before the model is read.
+    # Everything that can be checked quickly is checked before the model is loaded.
     sampling = Sampling(
         temperature=_TEMPERATURE.value,
         top_k=_TOP_K.value,
@@ -113,8 +113,8 @@ def main(argv: list[str]) -> None:
         try:
             speed = _write(generation, streams)
             sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads on
-            # What is still in the buffer must go somewhere when Python flushes it at exit.
+        except BrokenPipeError:  # the reader has closed the pipe
+            # Python flushes the buffer at exit, which would fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
     print(_report(speed, generation), file=sys.stderr)
@@ -135,13 +135,13 @@ def _prompt_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
 @dataclasses.dataclass(frozen=True)
 class _Speed:
     tokens: int
-    later_tokens: int  # after the first ones, which wait for the prompt and for compilation
+    later_tokens: int  # without the first ones, whose time includes prefill and compilation
     first_seconds: float
     later_seconds: float
 
 
 def _write(generation: Generation, streams: Sequence[TextStream]) -> _Speed:
-    """Prints the rows' texts: a single one while it comes, several at the end."""
+    """Prints the rows' texts: a single one as it is generated, several at the end."""
     single = len(streams) == 1
     start = first = time.perf_counter()
     tokens = first_tokens = 0

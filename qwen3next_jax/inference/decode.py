@@ -1,13 +1,13 @@
-"""Text from a model: read the prompts in pieces, then a few tokens a pass, all from one cache.
+"""Generation: prefill the prompts in pieces, then decode a few tokens a pass, with one cache.
 
-The state of all sequences is one pytree that stays on the devices; its buffers are reused from pass
-to pass. A pass runs the model over each sequence's newest token and the K tokens that were drafted
-after it (K = 0 without speculation), keeps the drafts that are accepted, and drafts again. Several
-passes run between two looks of the host, as many as fit into a tenth of a second.
+The state of all sequences is one pytree that stays on the devices; its buffers are donated from
+pass to pass. A pass runs the model over each sequence's newest token and the K tokens drafted after
+it (K = 0 without speculation), verifies the drafts, and drafts again. Several passes run between
+two host syncs, as many as fit into a tenth of a second.
 
-A sequence's tokens depend on its prompt and the seed, not on how often the host looks. Rows of a
-batch do not see each other, but they share the key of the random numbers: with sampling, the same
-prompt in another batch gives another sample.
+A sequence's tokens depend on its prompt and the seed, not on the number of host syncs. Rows of a
+batch do not attend to each other, but they share the PRNG key: with sampling, the same prompt in
+another batch gives another sample.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from qwen3next_jax.config import FULL, ModelConfig
 from qwen3next_jax.inference.sampling import Sampling, require_integers
 from qwen3next_jax.inference.speculative import draft, verify
-from qwen3next_jax.model.cache import empty_cache, keep
+from qwen3next_jax.model.cache import accept, empty_cache
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.parallel.mesh import ROWS, no_mesh
 from qwen3next_jax.parallel.processes import exchange
 
-DRAFTS = 2  # by default, where the model can draft
-_PREFILL = 512  # tokens of each prompt read at a time
-_SLOTS = 128  # caches grow by so many slots, so that similar requests share a compiled program
-_PASSES = 32  # at most, between two looks of the host
-_LOOK_EVERY = 0.1  # seconds
+DRAFTS = 2  # tokens drafted at a time by default, if the model has an MTP module
+_PREFILL = 512  # tokens of each prompt in one prefill step
+_SLOTS = 128  # caches are rounded up to multiples of this, so that requests share compiled programs
+_MAX_PASSES = 32  # between two host syncs
+_SYNC_SECONDS = 0.1  # aimed at between two host syncs
 
 
 def generate(
@@ -55,23 +55,23 @@ def generate(
     """Continues each prompt.
 
     Args:
-      model: any of ours, on any mesh.
-      prompts: token lists, of unequal lengths as they come, none empty.
-      max_new_tokens: the most that is added to each.
-      temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
-      stop_tokens: end a continuation; the stop token itself is not returned.
-      seed: of the sampling.
-      speculative: whether the MTP module drafts tokens, or how many; None: where the model has one.
-        It changes how fast tokens come, not which: greedy ones stay the same but for near ties,
-        sampled ones keep their distribution.
+      model: the model, on one device or a mesh.
+      prompts: token lists, possibly of unequal lengths, none empty.
+      max_new_tokens: most tokens to add to each prompt.
+      temperature, top_k, top_p, min_p, repetition_penalty: fields of `Sampling`.
+      stop_tokens: tokens that end a continuation; they are not returned.
+      seed: PRNG seed for sampling, in [0, 2**32).
+      speculative: whether the MTP module drafts tokens, or how many at a time; None: if the model
+        has one. Speculation changes the speed, not the result: greedy tokens stay the same except
+        at near ties, sampled ones keep their distribution.
 
     Returns:
       The new tokens of each prompt.
 
     Raises:
-      ValueError: for tokens or numbers that are no integers, an empty prompt, one that leaves the
-        model's context, an unknown token, a seed or a sampling option out of range, or speculation
-        without an MTP module.
+      ValueError: tokens, sizes or the seed are not integers; a prompt is empty, exceeds the model's
+        context or has an unknown token; the seed or a sampling option is out of range; or
+        speculation is asked of a model without an MTP module.
     """
     generation = Generation(
         model,
@@ -94,12 +94,12 @@ def generate(
 
 
 class Generation:
-    """Continues prompts step by step: each iteration gives each row's new tokens.
+    """Continues prompts step by step: each iteration yields each row's new tokens.
 
     Attributes:
-      passes: how often the model was run over new tokens, reading the prompts aside.
-      drafted, accepted: for each place in a draft, how many tokens were drafted there and how many
-        were kept; empty without speculation.
+      passes: number of decoding passes so far; prefill is not counted.
+      drafted, accepted: for each position in a draft, how many tokens were drafted and how many of
+        them were accepted; empty without speculation.
     """
 
     def __init__(
@@ -118,9 +118,12 @@ class Generation:
 
         Args:
           model, prompts, max_new_tokens, stop_tokens, seed, speculative: as `generate` takes them.
-          slots: at least so many tokens of room for each row: requests of unlike lengths that get
-            the same share compiled programs.
+          slots: least number of cache slots of a row. Requests of unlike lengths share compiled
+            programs if they are allotted the same number.
           sampling: fields of `Sampling`.
+
+        Raises:
+          ValueError: as `generate`.
         """
         self._rules = _Rules(
             sampling=Sampling(**sampling),
@@ -146,19 +149,19 @@ class Generation:
         self.accepted = [0] * self._rules.drafts
 
     def stop(self, row: int) -> None:
-        """Ends a row: it gets no more tokens."""
+        """Ends a row: no more tokens are added to it."""
         self._ended.add(row)
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        """Yields, until all rows have ended, a list of each row's new tokens, which may be none."""
+        """Yields each row's new tokens, possibly none, until all rows have ended."""
         if not self._prompts or self._max_new_tokens == 0:
             return
-        # A few rows, and a token at a time, do not divide over a mesh that the caller may have set.
+        # A few rows of one token each cannot be sharded over a mesh that the caller may have set.
         with no_mesh():
             structure, params = _for_decoding(self._model)
             state, tokens = self._read_prompts(structure, params)
         yield _rows(tokens, state.made)
-        passes = 1
+        max_passes = 1
         while True:
             ended = np.isin(np.arange(len(self._prompts)), sorted(self._ended))
             state = state._replace(budget=jnp.where(ended, 0, state.budget))
@@ -166,19 +169,19 @@ class Generation:
                 return
             start = time.monotonic()
             with no_mesh():
-                state, out, ran = _run(structure, self._rules, params, state, passes)
+                state, out, passes_run = _run(structure, self._rules, params, state, max_passes)
             new = _rows(out, state.made)
-            self.passes += int(ran)
+            self.passes += int(passes_run)
             self.drafted = np.asarray(state.drafted).tolist()
             self.accepted = np.asarray(state.accepted).tolist()
-            # The first time it also compiled, and then one pass is the next guess as well.
-            passes = int(passes * _LOOK_EVERY / (time.monotonic() - start))
-            # Of several processes all take as many: passes are collectives.
-            passes = exchange(min(max(passes, 1), _PASSES))[0]
+            # The first time this includes compilation, and one pass is tried again.
+            max_passes = int(max_passes * _SYNC_SECONDS / (time.monotonic() - start))
+            # A pass has collectives, so all processes must run the same number of passes.
+            max_passes = exchange(min(max(max_passes, 1), _MAX_PASSES))[0]
             yield new
 
     def _read_prompts(self, structure, params):
-        """Reads the prompts and draws each row's first token; gives the state and those tokens."""
+        """Reads the prompts and draws each row's first token; returns the state and the tokens."""
         lengths = np.array([len(p) for p in self._prompts], np.int32)
         B, longest = len(lengths), int(lengths.max())
         pieces = _pieces(longest)
@@ -200,7 +203,7 @@ class Generation:
             row[: len(prompt)] = prompt
         start = 0
         for width in pieces:
-            # A row that has been read sits out, behind its last token.
+            # A row that has been read starts after its last token, so that it has only padding.
             first = np.minimum(lengths, start)
             index = first[:, None] + np.arange(width + 1)
             tokens = place(jnp.asarray(np.take_along_axis(padded, index, axis=1)))
@@ -225,7 +228,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    """What a compiled program depends on."""
+    """Static arguments of the compiled programs."""
 
     sampling: Sampling
     drafts: int
@@ -233,35 +236,35 @@ class _Rules:
 
 
 class _State(NamedTuple):
-    """All sequences, between two passes."""
+    """The state of all sequences between two passes."""
 
-    cache: Any
-    mtp_cache: Any  # None without speculation
-    length: Int[Array, "B"]  # tokens in the cache
-    newest: Int[Array, "B"]  # the token behind them
-    drafts: Int[Array, "B K"]  # and what may follow it,
-    q: Float[Array, "B K V"]  # drawn from these
-    seen: Bool[Array, "B V"] | None
+    cache: Any  # caches of the decoder's layers
+    mtp_cache: Any  # cache of the MTP module; None without speculation
+    length: Int[Array, "B"]  # number of tokens in the cache
+    newest: Int[Array, "B"]  # last accepted token, not yet in the cache
+    drafts: Int[Array, "B K"]  # proposed continuation of `newest`
+    q: Float[Array, "B K V"]  # distributions that `drafts` were drawn from
+    seen: Bool[Array, "B V"] | None  # tokens in the sequence; None without a repetition penalty
     budget: Int[Array, "B"]  # tokens that may still be added; 0: the row has ended
-    made: Int[Array, "B"]  # tokens added since the host last looked
-    key: Key[Array, ""]
-    drafted: Int[Array, "K"]
-    accepted: Int[Array, "K"]
+    made: Int[Array, "B"]  # tokens added since the last host sync
+    key: Key[Array, ""]  # PRNG key, split at each use
+    drafted: Int[Array, "K"]  # tokens drafted so far, by position in the draft
+    accepted: Int[Array, "K"]  # tokens accepted so far, by position in the draft
 
 
 @functools.partial(
     jax.jit, static_argnums=0, donate_argnums=(2, 3), compiler_options=COMPILER_OPTIONS
 )
 def _prefill(structure, params, caches, last_hidden, tokens, *, first, length):
-    """Reads a piece of each prompt, and keeps the hidden state of its last token.
+    """Reads a piece of each prompt, and keeps the hidden state of the prompt's last token.
 
     Args:
       structure, params: the model.
-      caches: the model's, and that of its MTP module, None without speculation.
-      last_hidden: [B, D], of the last tokens of those prompts that have been read to the end.
-      tokens: [B, T + 1], the piece and the token after it.
-      first: [B], the position of the piece's first token.
-      length: [B], of the prompts.
+      caches: caches of the decoder and of its MTP module, the latter None without speculation.
+      last_hidden: hidden states [B, D] of the last tokens of the prompts read to the end.
+      tokens: the piece and the token after it, [B, T + 1].
+      first: position [B] of the piece's first token.
+      length: lengths [B] of the prompts.
 
     Returns:
       The next `caches` and `last_hidden`.
@@ -273,8 +276,8 @@ def _prefill(structure, params, caches, last_hidden, tokens, *, first, length):
     real = positions < length[:, None]
     hidden, cache = model.extend(tokens, real.astype(jnp.int32), positions, cache)
     if mtp_cache is not None:
-        # The token behind a prompt's last one is not known yet; what is written there now will be
-        # overwritten when it is.
+        # The token after a prompt's last one is not known yet: the cache entry written for it now
+        # is overwritten once it is.
         _, _, mtp_cache = model.mtp(
             hidden, model.embed(following), positions=positions, cache=mtp_cache
         )
@@ -289,7 +292,7 @@ def _prefill(structure, params, caches, last_hidden, tokens, *, first, length):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _begin(structure, rules, params, caches, last_hidden, *, length, seen, budget, key):
-    """Draws the first token of each row, from the hidden state of its prompt's last one."""
+    """Draws the first token of each row, from the hidden state of the prompt's last token."""
     model, K = structure.model(params), rules.drafts
     key, draw_key = jax.random.split(key)
     cache, mtp_cache = caches
@@ -312,72 +315,78 @@ def _begin(structure, rules, params, caches, last_hidden, *, length, seen, budge
         accepted=jnp.zeros(K, jnp.int32),
     )
     state = _add(state, rules, tokens, jnp.zeros_like(length))
-    state = _draft(model, rules, state, hidden, tokens, length[:, None] - 1, 0 * length)
+    none_accepted = jnp.zeros_like(length)
+    state = _draft(model, rules, state, hidden, tokens, length[:, None] - 1, none_accepted)
     return state, tokens
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _run(structure, rules, params, state, passes):
-    """Takes passes until all rows have ended, `passes` at most; see `_PASSES`."""
+def _run(structure, rules, params, state, max_passes):
+    """Runs passes until all rows have ended, `max_passes` at most.
+
+    Returns:
+      The state, the new tokens [B, ...] of which each row's first `state.made` count, and the
+      number of passes run.
+    """
     model = structure.model(params)
     width = rules.drafts + 1
     B = len(state.length)
 
-    def go_on(carry):
+    def cond(carry):
         i, state, _ = carry
-        return (i < passes) & (state.budget > 0).any()
+        return (i < max_passes) & (state.budget > 0).any()
 
-    def go(carry):
+    def body(carry):
         i, state, out = carry
         made = state.made
         state, tokens = _pass(model, rules, state)
-        # What lies beyond a row's new tokens is overwritten by its next ones.
+        # The entries beyond a row's new tokens are overwritten by the row's next ones.
         write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
         return i + 1, state, write(out, tokens, made)
 
     state = state._replace(made=jnp.zeros_like(state.made))
-    out = jnp.zeros((B, _PASSES * width), jnp.int32)
-    ran, state, out = jax.lax.while_loop(go_on, go, (0, state, out))
-    return state, out, ran
+    out = jnp.zeros((B, _MAX_PASSES * width), jnp.int32)
+    passes_run, state, out = jax.lax.while_loop(cond, body, (0, state, out))
+    return state, out, passes_run
 
 
 def _pass(model, rules, state):
-    """One pass of the model over the newest tokens and the drafts behind them."""
+    """Runs the model over the newest tokens and their drafts; returns the state and new tokens."""
     K, B = rules.drafts, len(state.length)
     tokens = jnp.concatenate([state.newest[:, None], state.drafts], axis=1)
     positions = state.length[:, None] + jnp.arange(K + 1)
-    going = state.budget > 0
-    segments = jnp.broadcast_to(going[:, None], tokens.shape).astype(jnp.int32)
+    active = state.budget > 0
+    segments = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
     hidden, cache = model.extend(tokens, segments, positions, state.cache, draft=K > 0)
 
     seen = state.seen
-    if seen is not None:  # at each place, also the drafts before it
+    if seen is not None:  # at each position, including the drafts before it
         drafted = jax.nn.one_hot(state.drafts, seen.shape[1], dtype=jnp.int32).cumsum(1) > 0
         seen = seen[:, None] | jnp.pad(drafted, ((0, 0), (1, 0), (0, 0)))
     p = rules.sampling.probabilities(model.logits(hidden), seen)
     key, verify_key = jax.random.split(state.key)
-    tokens, kept = verify(state.drafts, state.q, p, sampling=rules.sampling, key=verify_key)
+    tokens, count = verify(state.drafts, state.q, p, sampling=rules.sampling, key=verify_key)
 
+    added = jnp.where(active, count + 1, 0)
     if K:
-        cache = keep(cache, jnp.where(going, kept + 1, 0))
-    place = jnp.arange(K)
+        cache = accept(cache, added)
+    accepted = active[:, None] & (jnp.arange(K) < count[:, None])
     state = state._replace(
         cache=cache,
-        length=jnp.where(going, state.length + kept + 1, state.length),
-        newest=tokens[jnp.arange(B), kept],
+        length=state.length + added,
+        newest=tokens[jnp.arange(B), count],
         key=key,
-        drafted=state.drafted + going.sum(dtype=jnp.int32),
-        accepted=state.accepted
-        + (going[:, None] & (place < kept[:, None])).sum(0, dtype=jnp.int32),
+        drafted=state.drafted + active.sum(dtype=jnp.int32),
+        accepted=state.accepted + accepted.sum(0, dtype=jnp.int32),
     )
-    state = _add(state, rules, tokens, kept)
-    return _draft(model, rules, state, hidden, tokens, positions, kept), tokens
+    state = _add(state, rules, tokens, count)
+    return _draft(model, rules, state, hidden, tokens, positions, count), tokens
 
 
-def _add(state, rules, tokens, kept):
-    """Counts the new tokens [B, T], of which the first kept + 1 are real, and ends rows."""
+def _add(state, rules, tokens, accepted):
+    """Counts the new tokens [B, T], of which the first `accepted` + 1 are real, and ends rows."""
     index = jnp.arange(tokens.shape[1])
-    real = (index <= kept[:, None]) & (index < state.budget[:, None])
+    real = (index <= accepted[:, None]) & (index < state.budget[:, None])
     stops = real & jnp.isin(tokens, jnp.array(rules.stop_tokens, jnp.int32))
     added = (real & (jnp.cumsum(stops, axis=1) == 0)).sum(1, dtype=jnp.int32)
     seen = state.seen
@@ -391,20 +400,29 @@ def _add(state, rules, tokens, kept):
     )
 
 
-def _draft(model, rules, state, hidden, tokens, positions, kept):
-    """Drafts behind the newest tokens, whose predecessors' hidden states are now known."""
+def _draft(model, rules, state, hidden, tokens, positions, last):
+    """Drafts a continuation of the newest tokens.
+
+    Args:
+      model, rules: the model and the static arguments.
+      state: state after `_add`.
+      hidden: hidden states [B, T, D] of the tokens before `tokens`.
+      tokens: the new tokens [B, T].
+      positions: positions [B, T] of the hidden states.
+      last: index [B] in T of each row's newest token.
+    """
     if not rules.drafts:
         return state
     key, draft_key = jax.random.split(state.key)
     drafts, q, mtp_cache = draft(
-        model, hidden, tokens, positions, kept, state.mtp_cache,
+        model, hidden, tokens, positions, last, state.mtp_cache,
         count=rules.drafts, sampling=rules.sampling, seen=state.seen, key=draft_key,
     )  # fmt: skip
     return state._replace(drafts=drafts, q=q, mtp_cache=mtp_cache, key=key)
 
 
 class _Structure:
-    """A model's graph definition, hashed once: it takes half a millisecond each time."""
+    """A model's graph definition with its hash, which takes half a millisecond to compute."""
 
     def __init__(self, graph: nnx.GraphDef):
         self.graph, self._hash = graph, hash(graph)
@@ -420,7 +438,7 @@ class _Structure:
 
 
 def _for_decoding(model: Qwen3Next) -> tuple[_Structure, nnx.State]:
-    """The model in two parts, as the compiled programs take it."""
+    """The model, unstacked, as the structure and parameters that the compiled programs take."""
     graph, params = nnx.split(model)
     structure = _Structure(graph)
     return (structure, params) if model.is_unstacked else _unstacking(structure)(params)
@@ -428,25 +446,25 @@ def _for_decoding(model: Qwen3Next) -> tuple[_Structure, nnx.State]:
 
 @functools.lru_cache(maxsize=8)
 def _unstacking(stacked: _Structure):
-    """Takes the parameters of a model of this structure; gives the unstacked model in two parts."""
+    """A function from the parameters of a stacked model to structure and parameters, unstacked."""
     structure = None
 
     @jax.jit
     def unstack(params):
-        nonlocal structure  # known once this is traced
-        graph, apart = nnx.split(stacked.model(params).unstacked())
+        nonlocal structure  # set when this is traced
+        graph, unstacked = nnx.split(stacked.model(params).unstacked())
         structure = _Structure(graph)
-        return apart
+        return unstacked
 
-    def both(params):
-        apart = unstack(params)
-        return structure, apart
+    def split(params):
+        unstacked = unstack(params)
+        return structure, unstacked
 
-    return both
+    return split
 
 
 def _pieces(longest: int) -> list[int]:
-    """Widths in which prompts are read: few different ones, since each is compiled."""
+    """Widths of the prefill steps; few different ones, since each is compiled."""
     whole, rest = divmod(longest, _PREFILL)
     last = [max(16, 1 << (rest - 1).bit_length())] if rest else []
     return [_PREFILL] * whole + last
@@ -458,21 +476,29 @@ def _rows(tokens, counts) -> list[list[int]]:
 
 
 def _placement(params, batch: int):
-    """How arrays with a batch axis in front are placed: with a mesh, split where they can be."""
+    """A function that puts arrays with a leading batch axis on the mesh, sharded if possible."""
     sharding = jax.tree.leaves(params)[0].sharding
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return lambda tree: tree
     ways = 1
     for axis in ROWS:
         ways *= sharding.mesh.shape[axis]
-    # Each of several processes reads all rows.
+    # With several processes rows are not sharded, since each process reads all of them.
     split = batch % ways == 0 and jax.process_count() == 1
     spec = PartitionSpec(ROWS) if split else PartitionSpec()
     return lambda tree: jax.device_put(tree, NamedSharding(sharding.mesh, spec))
 
 
 def number_of_drafts(config: ModelConfig, speculative: bool | int | None) -> int:
-    """How many tokens are drafted at a time; refuses, by a ValueError, what a model cannot do."""
+    """How many tokens are drafted at a time.
+
+    Args:
+      config: the model's config.
+      speculative: as in `generate`.
+
+    Raises:
+      ValueError: `speculative` is negative, or the model has no MTP module to draft with.
+    """
     has_mtp = config.mtp_steps > 0
     if speculative is None or speculative is True:
         drafts = DRAFTS if has_mtp or speculative else 0
@@ -489,21 +515,26 @@ def number_of_drafts(config: ModelConfig, speculative: bool | int | None) -> int
     return drafts
 
 
-def _tokens(name: str, given: Any) -> list[int]:
-    """A list of integers; refuses all else."""
+def _tokens(name: str, value: Any) -> list[int]:
+    """The value as a list of integers; a ValueError if it is none."""
     try:
-        tokens = np.asarray(given if hasattr(given, "shape") else list(given))
+        tokens = np.asarray(value if hasattr(value, "shape") else list(value))
     except (TypeError, ValueError):
         tokens = np.empty(())
     if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
-        raise ValueError(f"{name} must be a list of tokens such as [1, 2, 3], got {given!r}")
+        raise ValueError(f"{name} must be a list of tokens such as [1, 2, 3], got {value!r}")
     return [int(token) for token in tokens]
 
 
 def check_prompts(
     config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
-    """Refuses, by a ValueError that names the first, prompts that a model cannot go on from."""
+    """Checks prompts before a model is loaded.
+
+    Raises:
+      ValueError: a prompt is empty, has an unknown token, or exceeds the context with its new
+        tokens; or `max_new_tokens` is negative.
+    """
     if max_new_tokens < 0:
         raise ValueError(f"{max_new_tokens=} must be at least 0")
     vocabulary, context = config.vocab_size, config.context_length

@@ -1,8 +1,8 @@
 """From logits to the distribution that the next token is drawn from.
 
 The options are applied in the order that transformers applies them: repetition penalty,
-temperature, top-k, top-p, min-p. Greedy decoding is the distribution that has all its mass on the
-likeliest token, so whatever compares or draws from distributions needs no second case for it.
+temperature, top-k, top-p, min-p. Greedy decoding is the distribution with all its mass on the
+likeliest token, so code that compares distributions or draws from them needs no special case.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: keep the k likeliest tokens.
+      temperature: divisor of the logits, at least 0; 0 takes the likeliest token.
+      top_k: number of likeliest tokens to keep; None: all.
       top_p: keep the likeliest tokens that together have this probability (Holtzman et al.,
-        arXiv:1904.09751).
+        arXiv:1904.09751), in (0, 1].
       min_p: keep tokens of at least this share of the likeliest one's probability (Nguyen et al.,
-        arXiv:2407.01082).
+        arXiv:2407.01082), in [0, 1].
       repetition_penalty: logits of tokens already in the sequence, the prompt included, are
-        divided by it where positive and multiplied where negative (Keskar et al.,
+        divided by it if positive and multiplied by it if negative (Keskar et al.,
         arXiv:1909.05858); 1 changes nothing.
 
     Raises:
-      ValueError: for a value out of range.
+      ValueError: a value is out of range.
     """
 
     temperature: float = 0.0
@@ -61,22 +61,22 @@ class Sampling:
 
     @property
     def needs_seen(self) -> bool:
-        """Whether the distribution depends on which tokens came before."""
+        """Whether `probabilities` needs to know which tokens the sequence has."""
         return self.repetition_penalty != 1
 
     @property
     def _is_greedy(self) -> bool:
-        """Whether the temperature is 0, or so small that float32 would make it 0."""
+        """Whether the temperature is 0, or so small that float32 flushes it to 0."""
         return self.temperature < float(jnp.finfo(jnp.float32).tiny)
 
     def probabilities(
         self, logits: Float[Array, "*B V"], seen: Bool[Array, "*B V"] | None = None
     ) -> Float[Array, "*B V"]:
-        """The distribution, float32.
+        """The distribution that tokens are drawn from, float32.
 
         Args:
-          logits: of the model, float32.
-          seen: which tokens the sequence holds already; only a repetition penalty needs it.
+          logits: the model's logits, float32.
+          seen: which tokens the sequence has already; only a repetition penalty needs it.
         """
         if self.needs_seen:
             penalty = self.repetition_penalty
@@ -84,8 +84,9 @@ class Sampling:
             logits = jnp.where(jnp.asarray(seen), penalized, logits)
         if self._is_greedy:
             return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1])
-        # A small temperature makes logits so large that their last bit is worth many nats, which
-        # the softmax's own subtraction, fused with the division, would raise to infinity.
+        # The maximum is subtracted before the division, since a small temperature makes logits so
+        # large that their last bit is worth many nats: the softmax's own subtraction, fused with
+        # the division, would leave differences whose exponentials are infinite.
         logits = (logits - logits.max(-1, keepdims=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             least = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
@@ -99,14 +100,14 @@ class Sampling:
         return probabilities
 
     def draw(self, weights: Float[Array, "*B V"], key: Key[Array, ""]) -> Int[Array, "*B"]:
-        """Draws tokens, each with a probability in proportion to its weight."""
+        """Draws tokens with probabilities proportional to `weights`."""
         if self._is_greedy:
             return weights.argmax(-1).astype(jnp.int32)
         return jax.random.categorical(key, jnp.log(weights)).astype(jnp.int32)
 
 
 def require_integers(**values: Any) -> None:
-    """Raises a ValueError for the first argument that is no integer, Python's or numpy's."""
+    """Raises a ValueError for the first argument that is not an `int` or a numpy integer."""
     for name, value in values.items():
         if not isinstance(value, int | np.integer):
             raise ValueError(f"{name}={value!r} must be an integer")
@@ -120,8 +121,8 @@ def _at_least(probabilities, least):
 def _least_of_top(probabilities, mass):
     """The smallest probability among the likeliest tokens that together have `mass`.
 
-    Found bit by bit, from the highest: a float that is not negative is ordered as its bits are,
-    and 31 sums cost less than sorting the vocabulary.
+    Non-negative floats are ordered as their bits are, so the result is determined bit by bit from
+    the highest. These 31 sums cost less than sorting the vocabulary.
     """
 
     def try_bit(i, least):

@@ -1,11 +1,11 @@
-"""Speculative decoding: the MTP module drafts several tokens, the model checks them in one pass.
+"""Speculative decoding: the MTP module drafts several tokens, the model verifies them in one pass.
 
 Drafts cost little, and a pass over a few tokens costs little more than a pass over one, so each
-draft that is accepted is a token almost for free. Which tokens come out does not change: a drafted
-token x, drawn from the draft's distribution q, is kept with probability min(1, p(x) / q(x)) for the
-model's own p, and the first one refused is replaced by a draw from max(p − q, 0), normalised. The
-token that is written then follows p exactly. With greedy decoding p and q have one token each, and
-the rule says: keep what the model would have chosen.
+accepted draft is a token almost for free. The distribution of the output does not change: a token x
+drafted from q is accepted with probability min(1, p(x) / q(x)), where p is the model's own
+distribution, and the first rejected one is replaced by a draw from max(p − q, 0), normalised. The
+resulting token then follows p exactly. With greedy decoding p and q have all their mass on one
+token, and a draft is accepted if it is the token that the model would have chosen.
 
 Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
 """
@@ -35,20 +35,20 @@ def draft(
     """Drafts K = `count` tokens after a sequence.
 
     Args:
-      model: one with an MTP module.
-      hidden: the model's final hidden states of its newest tokens, padding behind them.
-      next_tokens: the token after each of those.
-      positions: of those tokens.
-      last: of each row, the index in T of its last real token.
-      cache: the MTP module's, over all earlier tokens.
-      count: tokens to draft.
-      sampling: how the model's own tokens are chosen; drafts are chosen likewise.
-      seen: see `Sampling.probabilities`.
-      key: for drawing.
+      model: a model with an MTP module.
+      hidden: final hidden states of the newest tokens, followed by padding.
+      next_tokens: the token after each of those tokens.
+      positions: positions of those tokens.
+      last: index in T of each row's last token that is not padding.
+      cache: the MTP module's cache of all earlier tokens.
+      count: number of tokens to draft.
+      sampling: how tokens are drawn, drafts as well as the model's own.
+      seen: tokens that the sequence has already, for `Sampling.probabilities`.
+      key: PRNG key.
 
     Returns:
-      The drafts, the distributions they were drawn from, and the next cache. What it holds of
-      drafts will be overwritten once the real tokens are known.
+      The drafts, the distributions they were drawn from, and the next cache. The cache entries of
+      drafts are overwritten once the real tokens are known.
     """
     assert model.mtp is not None
     row = jnp.arange(len(hidden))
@@ -78,18 +78,18 @@ def verify(
     sampling: Sampling,
     key: Key[Array, ""],
 ) -> tuple[Int[Array, "B K+1"], Int[Array, "B"]]:
-    """Accepts drafts up to the first one refused, and adds a token of the model's own.
+    """Accepts drafts up to the first rejected one, and adds a token of the model's own.
 
     Args:
       drafts: drafted tokens.
-      q: what each was drawn from.
-      p: the model's distribution of the token at each of these places, and at the one after.
-      sampling: says how to draw.
-      key: for drawing.
+      q: distributions that the drafts were drawn from.
+      p: the model's distributions at the positions of the drafts and at the one after them.
+      sampling: how tokens are drawn.
+      key: PRNG key.
 
     Returns:
-      Tokens, and for each row the number of drafts kept: so many of the tokens are drafts, the next
-      is the model's own, the rest mean nothing.
+      Tokens, and the number n of accepted drafts of each row: the first n tokens are drafts, the
+      next one is the model's own, the others are meaningless.
     """
     B, K = drafts.shape
     coin_key, draw_key = jax.random.split(key)
@@ -97,9 +97,9 @@ def verify(
     p_draft = jnp.take_along_axis(p[:, :K], chosen, axis=2)[..., 0]
     q_draft = jnp.take_along_axis(q, chosen, axis=2)[..., 0]
     accepted = jax.random.uniform(coin_key, (B, K)) * q_draft < p_draft
-    kept = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
-    # After the last draft nothing was drafted, and q is zero.
-    left = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
-    own = sampling.draw(left[jnp.arange(B), kept], draw_key)
+    count = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
+    # At the position after the last draft nothing was drafted, so q is zero there.
+    residual = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
+    own = sampling.draw(residual[jnp.arange(B), count], draw_key)
     tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
-    return jnp.where(jnp.arange(K + 1) == kept[:, None], own[:, None], tokens), kept
+    return jnp.where(jnp.arange(K + 1) == count[:, None], own[:, None], tokens), count
