@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
 def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
     """Holds the work directory and trains; returns whether it was stopped before the end."""
     from qwen3next_jax.evaluation.suites import check_suites
-    from qwen3next_jax.training.loop import alone_in
+    from qwen3next_jax.training.workdir import workdir_lock
 
     check_suites(config.evaluation.suites, config.evaluation)
     # What follows a colon is the config's argument.
@@ -91,7 +91,7 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
             "give the path there"
         )
     workdir = pathlib.Path(_WORKDIR.value or os.path.join("runs", name))
-    with alone_in(workdir):
+    with workdir_lock(workdir):
         return run_in(workdir, config, should_stop)
 
 
@@ -106,10 +106,11 @@ def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop"
     from qwen3next_jax.evaluation.samples import check_samples, samples
     from qwen3next_jax.evaluation.suites import check_usable, suites_in_training
     from qwen3next_jax.parallel.processes import process_0_first
-    from qwen3next_jax.training.loop import Stopped, begin_anew, has_steps, train
+    from qwen3next_jax.training.loop import Stopped, train
+    from qwen3next_jax.training.workdir import discard_unstarted_run, has_steps
 
     with process_0_first():  # it may train the tokenizer
-        begin_anew(config, workdir)
+        discard_unstarted_run(config, workdir)
         data = load_data(
             **dataclasses.asdict(config.data),
             vocab_size=config.model.vocab_size,

@@ -19,6 +19,7 @@ from qwen3next_jax.data.pipeline import evaluation_batches, load_data  # noqa: E
 from qwen3next_jax.evaluation.perplexity import perplexity  # noqa: E402
 from qwen3next_jax.evaluation.suites import suites_in_training  # noqa: E402
 from qwen3next_jax.training import loop  # noqa: E402
+from qwen3next_jax.training.workdir import workdir_lock  # noqa: E402
 
 
 def write_corpus(folder):
@@ -52,7 +53,7 @@ def small_config(corpus, **changes):
 
 def run(config, workdir, **hooks):
     workdir = pathlib.Path(workdir)
-    with loop.alone_in(workdir):
+    with workdir_lock(workdir):
         return _run(config, workdir, **hooks)
 
 

@@ -38,7 +38,7 @@ def shared_programs():
     What stands on disk is all that a later run has of an earlier one: a program holds no values.
     """
     programs, states = {}, {}
-    make_program, first_state = loop.make_program, loop._first_state
+    make_program, first_state = loop.make_program, loop._random_state
 
     def shared_program(config, mesh):
         key = flatten(config.to_dict())
@@ -60,7 +60,7 @@ def shared_programs():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_program", shared_program)
-        patch.setattr(loop, "_first_state", shared_state)
+        patch.setattr(loop, "_random_state", shared_state)
         yield
 
 
@@ -178,33 +178,6 @@ def test_half_a_line_of_a_start_on_a_full_disk_is_cut_off(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2, "ti')
     keep_environment(tmp_path, make_mesh(small_config(tmp_path).mesh), start_step=3)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 3]
-
-
-def test_every_second_between_two_lines_is_spent_on_one_thing(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    clock = loop._Clock(100)
-
-    def spend(seconds, what):
-        now[0] += seconds
-        clock.spent_on(what)
-
-    spend(3, "data")
-    spend(20, "step")
-    clock.compiled(200)
-    first = clock.read(200)
-    assert first["seconds/compile"] == 23
-    assert first["tokens_per_second"] == 0  # no step but the one that compiled
-    for _ in range(2):
-        spend(1, "data")
-        spend(4, "step")
-    now[0] += 7
-    assert clock.taken("evaluation") == {"seconds/evaluation": 7}
-    spend(2, "checkpoint")
-    assert clock.read(500) == {
-        "tokens_per_second": 30, "data_wait": 0.2, "seconds/data": 2, "seconds/step": 8,
-        "seconds/checkpoint": 2,
-    }  # fmt: skip
 
 
 def test_samples_and_reports_come_at_their_steps_and_change_no_loss(whole, corpus, tmp_path):
@@ -347,42 +320,6 @@ def test_a_run_that_never_trained_may_begin_otherwise(corpus, tmp_path, monkeypa
         run(config_of(corpus), tmp_path)
 
 
-def test_a_tokenizer_is_made_anew_for_other_texts_while_nothing_is_saved(corpus, tmp_path):
-    config = config_of(corpus)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    kept = tmp_path / "tokenizer.model"
-    kept.write_text("made of these texts")
-    for same in (dict(train__global_batch_size=4), dict(data__window_rows=7)):
-        loop.begin_anew(config_of(corpus, **same), tmp_path)
-        assert kept.exists()
-    given = config_of(corpus, data__holdout_fraction=0.3, data__tokenizer=str(kept))
-    loop.begin_anew(given, tmp_path)  # somebody's own
-    assert kept.exists()
-    other = config_of(corpus, data__holdout_fraction=0.3)
-    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    loop.begin_anew(other, tmp_path)
-    assert kept.exists()
-    (tmp_path / "checkpoints" / "1").rmdir()
-    loop.begin_anew(other, tmp_path)
-    assert not kept.exists()
-
-
-def test_a_start_that_failed_leaves_no_tokenizer_to_another_one(corpus, tmp_path):
-    workdir, copied = tmp_path / "run", tmp_path / "run" / "tokenizer.json"
-    workdir.mkdir()
-    copied.write_text("somebody's own")
-    loop.begin_anew(config_of(corpus), workdir)  # and then it failed, before it wrote anything
-    assert copied.exists()
-    loop.begin_anew(config_of(corpus, data__holdout_fraction=0.3), workdir)
-    assert not copied.exists()
-    # The same file may hold another tokenizer, or another chat template, by now.
-    given = config_of(corpus, data__tokenizer=str(tmp_path / "tokenizer.json"))
-    loop.begin_anew(given, workdir)
-    copied.write_text("a copy")
-    loop.begin_anew(given, workdir)
-    assert not copied.exists()
-
-
 def test_a_directory_that_is_no_run_s_is_not_written_over(corpus, tmp_path):
     given = '{"model_type": "qwen3_next"}'
     for name in ("config.json", "tokenizer.json"):
@@ -505,7 +442,7 @@ def test_mtp_and_router_weights_move_in_training(whole, corpus):
     config = config_of(corpus)
     program = loop.make_program(config, mesh := make_mesh(config.mesh))
     with jax.set_mesh(mesh):
-        start = dict(named_leaves(loop._first_state(config, program).params))
+        start = dict(named_leaves(loop._random_state(config, program).params))
     end = dict(named_leaves(nnx.state(whole[1])))
     for name in ("mtp/fc", "mtp/layer/mlp/router", "groups/layers/0/mlp/router"):
         assert np.abs(np.asarray(end[name]) - np.asarray(start[name])).max() > 1e-4, name

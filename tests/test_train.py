@@ -20,7 +20,7 @@ from qwen3next_jax.command import told_errors
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.inference.decode import Generation, generate
-from qwen3next_jax.training.loop import alone_in
+from qwen3next_jax.training.workdir import workdir_lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -107,7 +107,7 @@ def test_a_refused_run_changes_nothing_in_the_directory(tmp_path):
     config = RunConfig.from_dict(tiny.get_config().to_dict())
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     (tmp_path / "tokenizer.model").write_text("of the run that holds the directory")
-    with alone_in(tmp_path):
+    with workdir_lock(tmp_path):
         result = train("--config.model.vocab_size=300", workdir=tmp_path)
     assert result.returncode == 1
     assert "Another process is training in" in result.stderr

@@ -1,14 +1,15 @@
-"""What a researcher of this architecture watches, a number for each layer or part of the model.
+"""Metrics of the architecture, with a number for each layer or part of the model.
 
     load_max, load_entropy     are the experts evenly used?
-    router_entropy             does the router still decide by the token?
+    router_entropy             does the router's choice still depend on the token?
     decay_*, beta_*            how long do delta layers remember, how strongly do they write?
     output_gate, shared_gate   how open are the gates?
-    attention_sink             do heads park their weight on the first token?
-    activation_max             does the residual stream grow outliers?
-    update_ratio               is each part of the model learning at a sensible rate?
+    attention_sink             do heads put their weight on the first token?
+    activation_max             does the residual stream have outliers?
+    update_ratio               does each part of the model learn at a sensible rate?
 
-The modules collect sums and maxima (`model/statistics.py`), from which the metrics are made here.
+The modules collect sums and maxima (`model/statistics.py`), from which the metrics are computed
+here.
 """
 
 import re
@@ -24,7 +25,7 @@ from qwen3next_jax.model.statistics import Largest, Observed
 from qwen3next_jax.parallel.mesh import constrain
 from qwen3next_jax.training.norm import norm
 
-# The first match counts.
+# Parts of the model by their parameters' names; the first match counts.
 _PARTS = {
     "mtp": r"mtp/.*",
     "embedding": r"embed_tokens",
@@ -47,15 +48,15 @@ def layer_metrics(
     """Metrics `layers/NAME`, each an array with a number for each layer that NAME applies to.
 
     Args:
-      observed: of the whole step, its arrays [layers that have it, ...].
-      assignments: to each expert in the whole step, of the layers with experts.
+      observed: statistics of the whole step, each stacked over the layers that have it.
+      assignments: assignments to each expert in the whole step, of the layers with experts.
     """
     metrics = {}
     for name, x in observed.items():
         value = x.value if isinstance(x, Largest) else _divided(x.total, x.tokens)
         if value.ndim == 1:
             metrics[name] = value
-        else:  # by head
+        else:  # a value for each head
             metrics[f"{name}_mean"] = value.mean(-1)
             metrics[f"{name}_min"], metrics[f"{name}_max"] = value.min(-1), value.max(-1)
     if assignments is not None:
@@ -64,18 +65,23 @@ def layer_metrics(
         metrics["load_max"] = share.max(-1) * assignments.shape[-1]
         metrics["load_entropy"] = jax.scipy.special.entr(share).sum(-1) / even
         metrics["router_entropy"] /= even
-    # Whole on every device, so that every process can read them.
+    # Replicated, so that every process can read them.
     return {f"layers/{name}": constrain(value, "layers") for name, value in metrics.items()}
 
 
 def for_all_layers(config: ModelConfig, name: str, values: list[float]) -> list[float | None]:
     """Spreads the numbers of `layers/NAME` over all layers, the MTP module last.
 
+    Args:
+      config: the model's config.
+      name: name of the metric, with or without "layers/".
+      values: a number for each layer that NAME applies to.
+
     Returns:
-      A number for each layer, None where NAME does not apply to it.
+      A number for each layer, None if NAME does not apply to it.
     """
-    name, found = name.removeprefix("layers/"), iter(values)
-    return [next(found) if _has(name, *layer) else None for layer in config.all_layers]
+    name, remaining = name.removeprefix("layers/"), iter(values)
+    return [next(remaining) if _has(name, *layer) else None for layer in config.all_layers]
 
 
 def _has(name: str, mixer: str, sparse: bool) -> bool:
@@ -89,14 +95,18 @@ def _has(name: str, mixer: str, sparse: bool) -> bool:
 def update_ratios(
     updates: Any, params: Any, *, zero_centered_norm: bool
 ) -> dict[str, Float[Array, ""]]:
-    """`update_ratio/PART`: the norm of a step's updates over that of the parameters.
+    """Metrics `update_ratio/PART`: the norm of a step's updates over that of the parameters.
 
-    Where norms multiply by 1 + w, their weights count as 1 + w, since w starts at 0.
+    Args:
+      updates: the step's updates.
+      params: the parameters before the step.
+      zero_centered_norm: whether norms multiply by 1 + w; then 1 + w is taken as the parameter,
+        since w starts at 0.
     """
     parts: dict[str, tuple[list[Array], list[Array]]] = {}
     for (name, u), (_, p) in zip(named_leaves(updates), named_leaves(params), strict=True):
         part = next((k for k, pattern in _PARTS.items() if re.fullmatch(pattern, name)), "other")
-        # The delta layers' gated norms multiply by w itself.
+        # The gated norms of delta layers multiply by w in any case.
         centred = zero_centered_norm and re.fullmatch(r"(?!.*/linear_attn/).*norm\w*/weight", name)
         p = p.astype(jnp.float32) + (1 if centred else 0)
         of_updates, of_params = parts.setdefault(part, ([], []))

@@ -1,4 +1,4 @@
-"""Where a run ran: `environment.jsonl`, a line for each start."""
+"""The environment of a run: `environment.jsonl`, with a line for each start."""
 
 import json
 import pathlib
@@ -21,18 +21,18 @@ _PACKAGES = (
 
 
 def keep_environment(workdir: pathlib.Path, mesh: Mesh, *, start_step: int) -> None:
-    """Adds a line: when and from which step on, what machines, versions and command."""
+    """Adds a line: the time, the step that the run starts from, machines, versions and command."""
     if jax.process_index() > 0:
         return
     line = {"step": start_step, **environment(), "mesh": dict(mesh.shape)}
     path = workdir / "environment.jsonl"
     before = path.read_text() if path.exists() else ""
-    before = before[: before.rfind("\n") + 1]  # without half a line, where a disk was full
+    before = before[: before.rfind("\n") + 1]  # without an incomplete line from a full disk
     write_whole(path, before + json.dumps(line) + "\n")
 
 
 def environment() -> dict[str, Any]:
-    """The time in UTC, the command, the machine and the versions of what computes."""
+    """The time in UTC, the command, the machine, the devices and the packages' versions."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(sys.argv),
@@ -45,11 +45,11 @@ def environment() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Python's version, and those of the packages that are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of those packages that are installed."""
+    installed = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

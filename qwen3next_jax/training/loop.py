@@ -4,16 +4,13 @@ A step depends only on the parameters, the optimizer's state and the next batch 
 iterator. A checkpoint holds all three, so a resumed run computes what an uninterrupted run would,
 bit for bit on the same devices. A step draws no random numbers.
 
-With several processes, each runs this loop on its own rows of the same batches. Everything that
-decides what happens next is the same in all of them. Process 0 alone writes config and metrics.
+With several processes, each runs this loop on its own rows of the same batches, and control flow
+depends only on values that are the same in all of them. Process 0 alone writes config and metrics.
 """
 
-import contextlib
-import json
 import pathlib
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,15 +23,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
 from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
-from qwen3next_jax.command import write_whole
 from qwen3next_jax.config import RunConfig
-from qwen3next_jax.data.pipeline import (
-    Data,
-    check_same_data,
-    input_metrics,
-    training_batches,
-)
-from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
+from qwen3next_jax.data.pipeline import Data, check_same_data, input_metrics, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.context import implementations
 from qwen3next_jax.parallel.layout import describe_layout
@@ -45,13 +35,14 @@ from qwen3next_jax.parallel.processes import (
     compiled_together,
     exchange,
     require_same,
-    require_shared,
 )
 from qwen3next_jax.training.diagnostics import for_all_layers
 from qwen3next_jax.training.environment import keep_environment
 from qwen3next_jax.training.metrics import has_line, reporters
 from qwen3next_jax.training.program import Program, make_program, new_model
 from qwen3next_jax.training.step import TrainState, first_bad_parameter, initial_state
+from qwen3next_jax.training.timing import Clock, Profile
+from qwen3next_jax.training.workdir import has_steps, keep_config, last_step
 
 Evaluate = Callable[[nnx.GraphDef, nnx.State], dict[str, Any]]
 Sample = Callable[[Qwen3Next], list[dict[str, Any]]]
@@ -59,15 +50,15 @@ Suites = Callable[[Qwen3Next], dict[str, Any]]
 
 
 class Stopped(Exception):
-    """The run was asked to stop; its state is saved. The same command goes on from there."""
+    """The run was asked to stop; its state is saved, and the same command resumes it."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or a gradient was not finite; the message says where, and what is left."""
+    """The loss or a gradient was not finite; the message says where, and how to go on."""
 
 
 class ExpertOverflowError(RuntimeError):
-    """Tokens found no place at their experts; the message says how many, and what helps."""
+    """Assignments of tokens to experts were dropped; the message says how many, and what helps."""
 
 
 def train(
@@ -84,34 +75,35 @@ def train(
     """Trains until `config.train.num_steps`, from the work directory's last checkpoint if any.
 
     Args:
-      config: of the run; `workdir/config.json` keeps it.
-      workdir: holds or will hold config.json, environment.jsonl, metrics.jsonl, samples.jsonl,
-        checkpoints/ and tensorboard/. All processes must see the same one; the caller holds it by
-        `alone_in`.
-      data: what to train on.
+      config: the run's config, which is written to `workdir/config.json`.
+      workdir: directory for config.json, environment.jsonl, metrics.jsonl, samples.jsonl,
+        checkpoints/ and tensorboard/, shared by all processes. The caller holds its
+        `workdir.workdir_lock`.
+      data: the training data.
       evaluate: from a split model to metrics; called every `eval_every` steps and at the end.
       sample: from the model to lines for samples.jsonl; called every `sample_every` steps and at
         the end. None: no samples.
       suites: from the model to more metrics; called every `evaluation.every` steps and at the end.
+        None: no suites.
       report: called in process 0 after each evaluation and each checkpoint, the last ones included.
-      should_stop: called with each step but the last after it was taken, and again when the other
-        hooks have taken their time; true means to save and leave. See `processes.joined`.
+      should_stop: whether to save and leave. Called with the step after each step but the last, and
+        again after each slow hook. See `processes.joined`.
 
     Returns:
-      The trained model, and how many steps this call took: 0 for a run that was finished.
+      The trained model, and how many steps this call took: 0 if the run was already finished.
 
     Raises:
-      ValueError: if the directory holds a run of another config, of other data or of another
+      ValueError: the directory holds a run of another config, of other data or of another
         tokenizer, `initial_checkpoint` is of another model, or the processes differ in config, code
         or versions.
-      FileNotFoundError: if there is no `initial_checkpoint`.
-      DamagedCheckpointError: if all checkpoints are damaged.
-      Stopped: `should_stop` was true.
-      ExpertOverflowError: if rows found no place and `mesh.on_overflow` is "error".
-      NonFiniteLossError: with the step, the first bad parameter and the last good checkpoint.
+      FileNotFoundError: `initial_checkpoint` does not exist.
+      DamagedCheckpointError: all checkpoints are damaged.
+      Stopped: `should_stop` returned true.
+      ExpertOverflowError: assignments were dropped and `mesh.on_overflow` is "error".
+      NonFiniteLossError: names the step, the first bad parameter and the last good checkpoint.
     """
     mesh = make_mesh(config.mesh)
-    # Evaluations and samples compute as the steps do.
+    # Evaluations and samples use the same precision as the steps.
     precision = jax.default_matmul_precision(config.precision.matmul)
     with jax.set_mesh(mesh), precision:
         hooks = _Hooks(evaluate, sample, suites, report, should_stop)
@@ -143,11 +135,11 @@ class _Run:
     ):
         t = config.train
         self._config, self._workdir, self._data, self._hooks = config, workdir, data, hooks
-        # Refuse what can be refused before the config is written to the directory.
+        # All checks that need no data come before the config is written to the directory.
         require_same(config.to_dict())
         _check_beginning(config, workdir)
         self._program = make_program(config, mesh)
-        _keep_config(config, workdir)
+        keep_config(config, workdir)
         _log_program(config, mesh, self._program.state)
         shape = (t.global_batch_size, t.sequence_length)
         self._share = BatchShare(NamedSharding(mesh, BATCH), shape)
@@ -159,30 +151,30 @@ class _Run:
             hosts=self._share.hosts,
             host=self._share.host,
         )
-        # Now, and not at each checkpoint: the tokenizer's file may be gone by then.
+        # Taken now rather than at each checkpoint, when the tokenizer's file may be gone.
         self._began_with = data.fingerprint()
         self._store = CheckpointStore(
             workdir / "checkpoints", keep=t.keep_checkpoints, keep_best=t.keep_best
         )
-        self._start, self._tokens, self._state = _beginning(
+        self._start, self._tokens, self._state = _restore_or_initialize(
             config, self._program, self._store, data, self._batches
         )
         keep_environment(workdir, mesh, start_step=self._start)
         self._writer, self._progress = reporters(workdir, t.num_steps, start_step=self._start)
         self._train_step = compiled_together(self._program.step)
         self._unsettled: deque[tuple[int, dict[str, jax.Array], Any, Any]] = deque()
-        # The metrics of a step are read once the next step was dispatched, so that the devices
-        # never wait for the host. Not so on virtual devices of a CPU, which share its threads: two
-        # steps with collectives could wait for each other.
+        # The metrics of a step are read once the next step is dispatched, so that the devices never
+        # wait for the host. Virtual devices of a CPU share its threads, so two steps with
+        # collectives could deadlock: there a step is read before the next one.
         self._ahead = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 1
         self._stopping = False
-        self._clock = _Clock(self._tokens)
-        self._profile = _Profile(workdir / "profile", t.profile_steps, t.num_steps)
+        self._clock = Clock(self._tokens)
+        self._profile = Profile(workdir / "profile", t.profile_steps, t.num_steps)
 
     def take_steps(self) -> tuple[Qwen3Next, int]:
-        """Takes all steps that are left; see `train`."""
+        """Takes the remaining steps; returns what `train` returns."""
         last = self._config.train.num_steps
-        # However the loop ends, a save under way is completed and the metrics are on disk.
+        # However the loop ends, a pending save is completed and the metrics are on disk.
         with (
             closing(self._store),
             closing(self._writer),
@@ -190,8 +182,8 @@ class _Run:
             closing(self._batches),
             closing(self._profile),
         ):
-            if any(left := self._left_undone()):
-                self._evaluate_and_save(self._start, left)
+            if any(missed := self._missed_hooks()):
+                self._evaluate_and_save(self._start, missed)
                 if self._stopping:
                     raise Stopped(f"step {self._start} is saved in {self._workdir}")
             for step in range(self._start + 1, last + 1):
@@ -220,7 +212,7 @@ class _Run:
         self._unsettled.append((step, metrics, batch, self._batches.get_state()))
 
     def _settle(self, step: int, metrics: dict[str, jax.Array], batch: Any, read: Any) -> None:
-        """Reads the metrics of a step that was dispatched: logs them, or ends the run."""
+        """Reads the metrics of a dispatched step: logs them, or ends the run."""
         t = self._config.train
         if np.asarray(metrics.pop("halted")):
             self._halt(step, _on_host(metrics), batch)
@@ -242,7 +234,7 @@ class _Run:
 
     def _halt(self, step: int, values: dict[str, Any], batch: Any) -> NoReturn:
         """Ends the run at a step that was halted."""
-        # NaN activations all go to the same experts and overflow them: report the NaN instead.
+        # NaN activations are all routed to the same experts and overflow them: report the NaN.
         finite = np.isfinite([values["loss"], values["grad_norm"]]).all()
         if finite and values.get("dropped_assignments"):
             raise _overflow(step, values["dropped_assignments"], self._config)
@@ -251,7 +243,7 @@ class _Run:
         raise _non_finite(step, values, bad, self._store.latest_step(), self._workdir)
 
     def _asked_to_stop(self, step: int) -> bool:
-        """Whether to save and leave after this step; the last one is ended as if not asked."""
+        """Whether to save and leave after this step; never after the last step."""
         if not self._stopping and step < self._config.train.num_steps:
             self._stopping = self._hooks.should_stop(step)
         return self._stopping
@@ -269,10 +261,10 @@ class _Run:
             sample=hooks.sample is not None and due(t.sample_every),
         )
 
-    def _left_undone(self) -> _Due:
-        """What was due after the checkpoint that the run goes on from, and is in no file.
+    def _missed_hooks(self) -> _Due:
+        """The hooks due at the step that the run resumes from whose results are in no file.
 
-        The run failed, was killed or asked to stop before.
+        They are missing if the run failed, was killed or was asked to stop before they ran.
         """
         step, folder = self._start, self._workdir
         if not step:
@@ -290,9 +282,10 @@ class _Run:
         )  # fmt: skip
 
     def _evaluate_and_save(self, step: int, due: _Due) -> None:
-        """Calls the hooks that are due and saves if that is due; the step must be settled.
+        """Calls the hooks that are due, and saves if that is due; the step must be settled.
 
-        Once asked to stop it calls no more of them and saves in any case.
+        Once the run is asked to stop, no further hooks are called, and the step is saved in any
+        case.
         """
         hooks, saved = self._hooks, step == self._start
         scores: dict[str, Any] = {}
@@ -311,18 +304,18 @@ class _Run:
             if due.save or self._asked_to_stop(step):
                 save()
             if hooks.suites and due.suites and not self._asked_to_stop(step):
-                with no_mesh():  # suites set the mesh themselves where they need it
+                with no_mesh():  # suites set the mesh themselves if they need it
                     tested = hooks.suites(self._model())
                 self._writer.write(step, tested | self._clock.taken("suites"))
             if hooks.sample and due.sample and not self._asked_to_stop(step):
-                with no_mesh():  # a few rows of text do not divide over the mesh
+                with no_mesh():  # a few rows of text cannot be sharded over the mesh
                     self._writer.write_samples(step, hooks.sample(self._model()))
                 self._clock.spent_on("samples")
             if not saved and self._asked_to_stop(step):
                 save()
         except Exception:
-            # Save the step all the same. Not with several processes: others may not have failed,
-            # and all must take part in a save.
+            # Save the step all the same; but not with several processes, since all must take part
+            # in a save and the others may not have failed.
             if jax.process_count() == 1:
                 save()
             raise
@@ -342,28 +335,28 @@ class _Run:
 
 
 def _check_beginning(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Checks that the run can begin with what it is given, or be resumed from what is there."""
+    """Checks `initial_checkpoint` of a new run, or the steps of a run to be resumed."""
     t = config.train
     if t.initial_checkpoint and not has_steps(workdir):
         check_same_model(t.initial_checkpoint, config.model)
-    if (last := _last_step(workdir)) > t.num_steps:
+    if (last := last_step(workdir)) > t.num_steps:
         raise ValueError(
             f"train.num_steps={t.num_steps} lies before the checkpoint of step {last} in "
             f"{workdir}; give at least that, or begin another run in another --workdir"
         )
 
 
-def _beginning(
+def _restore_or_initialize(
     config: RunConfig, program: Program, store: CheckpointStore, data: Data, batches: Any
 ) -> tuple[int, int, TrainState]:
-    """The step after which this call begins, the tokens so far, and the state.
+    """The number of steps taken so far, of tokens trained on, and the state.
 
-    They are those of the newest good checkpoint, and `batches` is set to its place in the data. A
-    run without checkpoints begins with the weights that it is given, or with random ones.
+    They are those of the newest good checkpoint, and `batches` is set to its position in the data.
+    A run without checkpoints starts from the weights of `initial_checkpoint`, or from random ones.
     """
     if store.latest_step() is None:
-        first_state = _given_state if config.train.initial_checkpoint else _first_state
-        return 0, 0, first_state(config, program)
+        load = bool(config.train.initial_checkpoint)
+        return 0, 0, (_loaded_state if load else _random_state)(config, program)
     start, state, extras = store.restore_latest(program.state)
     if start < config.train.num_steps:
         check_same_data(data, extras)
@@ -373,132 +366,24 @@ def _beginning(
 
 
 def _of_all_processes(shards: dict[str, Any]) -> dict[str, Any]:
-    """The states of all the data's shards, of which each process has some."""
+    """The states of all shards of the data, gathered from the processes."""
     return {shard: state for states in exchange(shards) for shard, state in states.items()}
 
 
-@contextlib.contextmanager
-def alone_in(workdir: pathlib.Path) -> Iterator[None]:
-    """Locks a work directory, since two runs in one would delete each other's files.
-
-    Makes the directory if needed. The lock ends with the process, even if that is killed.
-
-    Raises:
-      ValueError: in all processes, if another run holds the directory, or what it holds is no run.
-    """
-    lock, problem = None, None
-    if jax.process_index() == 0 and not (problem := _no_run(workdir)):
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / "lock").open("w")
-        try:
-            import fcntl  # which Windows does not have
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = (
-                f"Another process is training in {workdir}; wait for it, stop it, or choose "
-                "another --workdir"
-            )
-        except (ImportError, OSError) as error:
-            logging.warning("%s cannot be locked (%s); start no other run in it", workdir, error)
-    try:
-        if problem := exchange(problem)[0]:
-            raise ValueError(problem)
-        # Where the others do not see process 0's directory, `require_shared` will say so.
-        workdir.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def _no_run(workdir: pathlib.Path) -> str | None:
-    """Why a run may not use a directory; None if it may."""
-    path = workdir / "config.json"
-    if not path.exists():
-        if not has_steps(workdir):
-            return None
-        return (
-            f"{workdir} holds checkpoints but no config.json, which says of what run; put it back, "
-            "or choose another --workdir"
-        )
-    try:
-        if "train" in json.loads(path.read_text()):
-            return None
-    except ValueError:  # not even JSON
-        pass
-    return f"{path} is not a run's, and would be written over; choose another --workdir"
-
-
-_DECIDE_THE_TOKENIZER = (  # keys of `data`
-    "source", "path", "field", "split", "mixture", "tokenizer", "chat_template",
-    "holdout_fraction", "on_error",
-)  # fmt: skip
-
-
-def begin_anew(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Makes a directory without checkpoints that of a run with this config.
-
-    Removes the tokenizer that an earlier start left, if it was a copy, which may have changed, or
-    if its texts or vocabulary differ; not where the config names a file in that directory, which
-    somebody has put there. Writes the config, so that the next start can tell, however far this
-    one comes. Call it before the data is loaded; it does nothing but in process 0.
-    """
-    if jax.process_index() or has_steps(workdir):
-        return
-    path = workdir / "config.json"
-    named = [name for name in (config.data.tokenizer, config.data.chat_template) if name]
-    own = any(pathlib.Path(name).resolve().is_relative_to(workdir.resolve()) for name in named)
-    if path.exists() and not own:
-        before, now = json.loads(path.read_text()), config.to_dict()
-        differs = before["model"]["vocab_size"] != now["model"]["vocab_size"] or any(
-            before["data"].get(key) != now["data"][key] for key in _DECIDE_THE_TOKENIZER
-        )
-        if named or differs:
-            for name in TOKENIZER_FILES:
-                (workdir / name).unlink(missing_ok=True)
-    _write_config(config, path)
-
-
-def has_steps(workdir: pathlib.Path) -> bool:
-    """Whether a run has saved anything there, good or damaged."""
-    return _last_step(workdir) >= 0
-
-
-def _last_step(workdir: pathlib.Path) -> int:
-    """The newest step that was saved there; -1 for none."""
-    names = (path.name for path in (workdir / "checkpoints").glob("*"))
-    return max((int(name) for name in names if name.isdigit()), default=-1)
-
-
-def _keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Writes the config; where there are checkpoints, it may differ in a few keys only."""
-    path = workdir / "config.json"
-    if jax.process_index() == 0:
-        if has_steps(workdir):  # a run that saved nothing may begin otherwise
-            config.check_resumable_from(json.loads(path.read_text()))
-        _write_config(config, path)
-    require_shared(workdir)
-
-
-def _write_config(config: RunConfig, path: pathlib.Path) -> None:
-    write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
-
-
-def _first_state(config: RunConfig, program: Program) -> TrainState:
-    """Draws the parameters straight to their devices: none ever holds the whole model."""
+def _random_state(config: RunConfig, program: Program) -> TrainState:
+    """Draws the parameters in their final sharding: no device ever holds the whole model."""
 
     def create() -> TrainState:
         return initial_state(nnx.state(new_model(config)), program.optimizer)
 
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
-    # It runs once, and a CPU would spend half a minute optimising the random number generators.
+    # It runs once, and XLA:CPU would spend half a minute optimising the random number generators.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
 
-def _given_state(config: RunConfig, program: Program) -> TrainState:
-    """Reads the parameters straight to their devices, beside a new optimizer state."""
+def _loaded_state(config: RunConfig, program: Program) -> TrainState:
+    """Loads the parameters in their final sharding, with a new optimizer state."""
     logging.info("Beginning with the weights of %s", config.train.initial_checkpoint)
     params = load_parameters(config.train.initial_checkpoint, config.model, program.state.params)
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
@@ -509,7 +394,7 @@ def _given_state(config: RunConfig, program: Program) -> TrainState:
 
 
 def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
-    """Logs sizes, where the state lies, and the implementations in use."""
+    """Logs sizes, the placement of the state, and the implementations in use."""
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     logging.info(
         "%s parameters, %s of training state, on %d %s devices, mesh %s",
@@ -554,68 +439,6 @@ def _non_finite(
         f"The loss or its gradient is not finite at step {step} (loss {values['loss']}, gradient "
         f"norm {values['grad_norm']}). The first to be so is {bad}. {left}"
     )
-
-
-class _Profile:
-    """A profiler trace of the steps from `steps[0]` to `steps[1]`, of those that are taken."""
-
-    def __init__(self, directory: pathlib.Path, steps: tuple[int, ...], last: int):
-        self._directory, self._tracing = directory, False
-        self._first, self._last = (steps[0], min(steps[1], last)) if steps else (0, -1)
-
-    def before(self, step: int) -> None:
-        """Starts the trace before its first step."""
-        if not self._tracing and self._first <= step <= self._last:
-            jax.profiler.start_trace(str(self._directory))
-            self._tracing = True
-
-    def ends_at(self, step: int) -> bool:
-        """Whether a step is the last to be traced."""
-        return self._tracing and step == self._last
-
-    def close(self) -> None:
-        """Ends the trace and writes it, if it is running."""
-        if self._tracing:
-            self._tracing = False
-            jax.profiler.stop_trace()
-
-
-class _Clock:
-    """Measures how the time is spent: every second belongs to one activity."""
-
-    def __init__(self, tokens: int):
-        self._last, self._tokens = time.monotonic(), tokens
-        self._spent: dict[str, float] = {}
-
-    def spent_on(self, what: str) -> None:
-        """Books the time since the last call on an activity."""
-        now = time.monotonic()
-        self._spent[what] = self._spent.get(what, 0.0) + now - self._last
-        self._last = now
-
-    def compiled(self, tokens: int) -> None:
-        """Books all time so far as the first step's, which compiles and is no measure of speed."""
-        self.spent_on("step")
-        self._spent = {"compile": self._spent["step"] + self._spent.get("data", 0.0)}
-        self._tokens = tokens
-
-    def taken(self, what: str) -> dict[str, float]:
-        """Books the time since the last call; returns it as a metric, which `read` leaves out."""
-        self.spent_on(what)
-        return {f"seconds/{what}": self._spent.pop(what)}
-
-    def read(self, tokens: int) -> dict[str, float]:
-        """tokens_per_second, data_wait (its share of the steps' time), and seconds/WHAT."""
-        self.spent_on("step")
-        step, data = self._spent["step"], self._spent.get("data", 0.0)
-        seconds = {f"seconds/{what}": value for what, value in self._spent.items()}
-        speed = (tokens - self._tokens) / max(step + data, 1e-9)
-        self._tokens, self._spent = tokens, {}
-        return {
-            "tokens_per_second": speed,
-            "data_wait": data / max(step + data, 1e-9),
-            **seconds,
-        }
 
 
 def _on_host(metrics: dict[str, jax.Array]) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
     loss = ce + w_mtp · mtp_ce + c · balance_loss + w_z · router_z_loss
 
-- `ce`: nats a token, next token only; what evaluation reports, alone.
-- `mtp_ce`: the same for the tokens beyond the next, the mean over MTP steps of each step's mean
-  over its own tokens. Labels are shifted inside a document only: its last tokens have none.
+- `ce`: cross-entropy of the next token, in nats a token; evaluation reports only this term.
+- `mtp_ce`: cross-entropy of the tokens after the next, the mean over MTP steps of each step's mean
+  over its own labels. Labels are shifted inside a document only: its last tokens have none.
 - `balance_loss`: per layer E · Σ_e f_e P_e with f the share of assignments and P the mean
-  probability of each expert; the mean over layers, the MTP module's among them. It is 1 when loads
-  are even. Over which tokens f is taken decides whether experts may specialise (Qiu et al.,
-  arXiv:2501.11873): "global" takes the whole step, that is all devices and the micro-batches seen
-  so far; "micro_batch" one micro-batch; "sequence" each row by itself.
+  probability of each expert; the mean over layers, including the MTP module's. It is 1 when loads
+  are even. The tokens over which f is computed decide whether experts may specialise (Qiu et al.,
+  arXiv:2501.11873): with "global" those of the whole step, that is all devices and the
+  micro-batches seen so far; with "micro_batch" one micro-batch; with "sequence" each row.
 - `router_z_loss`: the mean of logsumexp(router logits)² (Zoph et al., arXiv:2202.08906).
 """
 
@@ -30,7 +30,7 @@ Batch = Mapping[str, Array]
 
 
 class TokenCounts(NamedTuple):
-    """How many labels each mean is over."""
+    """The number of labels in each mean: of the next token, and of each MTP step."""
 
     ce: Float[Array, ""]
     mtp: Float[Array, "steps"]
@@ -53,26 +53,29 @@ def loss(
 
         (value, metrics), grads = nnx.value_and_grad(lambda m: loss(m, batch), has_aux=True)(model)
 
-    NNX differentiates no function that has options, hence the lambda.
+    The lambda is needed because `nnx.value_and_grad` refuses functions with keyword parameters.
 
     Args:
-      model: its config gives the coefficient of the balance loss, `router_aux_loss_coef`.
-      batch: tokens, targets, loss_weights, segment_ids, positions, each [B, T].
-      mtp_weight: of mtp_ce.
-      z_weight: of the router's z-loss.
+      model: the model; its config has the coefficient of the balance loss, `router_aux_loss_coef`.
+      batch: arrays tokens, targets, loss_weights, segment_ids, positions, each [B, T].
+      mtp_weight: weight of mtp_ce.
+      z_weight: weight of router_z_loss.
       balance_scope: "global", "micro_batch" or "sequence".
-      chunk: positions of a row whose logits exist at a time.
-      counts: what to divide by, where the batch is one of several micro-batches; None: its own.
-      earlier_assignments: to each expert of each layer, in this step's earlier micro-batches.
-      router_share: factor on the router's terms, 1 / the number of micro-batches.
-      observe: whether the metrics hold `observed`, the layers' statistics, the MTP module's last.
+      chunk: positions of a row whose logits are materialised at a time.
+      counts: number of labels in the whole step, if the batch is one of several micro-batches;
+        None: those of the batch.
+      earlier_assignments: assignments to each expert of each layer in this step's earlier
+        micro-batches.
+      router_share: factor on the router's losses, 1 / the number of micro-batches.
+      observe: whether to add `observed` to the metrics, the layers' statistics with the MTP
+        module's last.
 
     Returns:
-      The loss, and the metrics ce, mtp_ce, balance_loss, router_z_loss, dropped_assignments (those
-      the model has) and assignments [L, E], the earlier ones included. All float32.
+      The loss, and the metrics ce, mtp_ce, balance_loss, router_z_loss, dropped_assignments (as far
+      as the model has them) and assignments [L, E], the earlier ones included. All float32.
 
     Raises:
-      ValueError: for an unknown `balance_scope`.
+      ValueError: `balance_scope` is unknown.
     """
     if balance_scope not in ("global", "micro_batch", "sequence"):
         raise ValueError(
@@ -128,8 +131,9 @@ def _mtp_terms(
     """Unrolls the MTP module.
 
     Returns:
-      mtp_ce; and of all steps together, as of one more layer, because they share one module: the
-      router's statistics, None without experts, and the observed ones, {} unless `observe`.
+      mtp_ce; the router's statistics, None without experts; the observed statistics, {} unless
+      `observe`. Statistics of all steps are combined into those of one layer, since the steps share
+      one module.
     """
     assert model.mtp is not None
     mtp_ce, all_stats, all_observed = jnp.zeros(()), [], []
@@ -154,12 +158,17 @@ def _mtp_terms(
 def next_token_losses(
     model: Qwen3Next, batch: Batch, *, chunk: int = 512
 ) -> tuple[Float[Array, "B T"], Float[Array, ""]]:
-    """What evaluation sums up.
+    """The cross-entropy of each next token, for evaluation.
+
+    Args:
+      model: the model.
+      batch: as in `loss`.
+      chunk: positions of a row whose logits are materialised at a time.
 
     Returns:
-      Cross-entropy of each position in nats, 0 where its weight is 0, without gradient (to train on
-      a function of them see docs/training.md, "A loss of your own"); and how many assignments of
-      tokens to experts found no place (`mesh.moe_buffer_factor`).
+      Weighted cross-entropies in nats, without gradient (docs/training.md, "A loss of your own",
+      shows how to train on a function of them); and the number of dropped assignments of tokens to
+      experts (`mesh.moe_buffer_factor`).
     """
     hidden, stats = model.hidden_states(batch["tokens"], batch["segment_ids"], batch["positions"])
     _, losses = cross_entropy(
@@ -170,14 +179,14 @@ def next_token_losses(
 
 
 def count_labels(batch: Batch, mtp_steps: int) -> TokenCounts:
-    """Sums the weights of the next-token labels and of each MTP step's; 1 for none."""
+    """Sums the weights of the next-token labels and of each MTP step's labels; 1 in place of 0."""
     ahead = [_ahead(batch, step)["loss_weights"].sum() for step in range(1, mtp_steps + 1)]
     mtp = jnp.stack(ahead) if ahead else jnp.zeros(0)
     return TokenCounts(_or_one(batch["loss_weights"].sum()), _or_one(mtp))
 
 
 def _ahead(batch: Batch, step: int) -> dict[str, Array]:
-    """What an MTP step reads and predicts at t: the batch at t + step, inside t's document."""
+    """The inputs and labels of an MTP step: at t, the batch at t + step in t's document."""
 
     def shift(x):
         return jnp.pad(x, ((0, 0), (0, step)))[:, step:]
@@ -188,8 +197,8 @@ def _ahead(batch: Batch, step: int) -> dict[str, Array]:
         "tokens": shift(batch["tokens"]),
         "targets": shift(batch["targets"]),
         "loss_weights": jnp.where(inside, shift(batch["loss_weights"]), 0),
-        # The last positions of a document have nothing to read: they count as padding. Nothing
-        # behind them in the document could have attended to them.
+        # The last positions of a document have no input: they become padding. No later position
+        # of the document exists that could have attended to them.
         "segment_ids": jnp.where(inside, segments, 0),
     }
 
@@ -217,17 +226,21 @@ def _balance_loss(
 
 
 def _or_one(x):
-    """What to divide by: 1 where there is nothing to average."""
+    """A divisor: x, or 1 where x is 0."""
     return jnp.where(x > 0, x, 1)
 
 
 def complete_batch(
     tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
 ) -> Batch:
-    """A batch from rows of tokens alone: each predicts its successor inside its document.
+    """A batch from rows of tokens, in which each token predicts the next one of its document.
+
+    Args:
+      tokens: rows of tokens.
+      segment_ids: document of each token, 0 for padding; None: each row is one document.
 
     Raises:
-      ValueError: tokens are no array [B, T] of integers, or segment_ids are none of that shape.
+      ValueError: tokens are not an integer array [B, T], or segment_ids not of that shape.
     """
     check_shape("tokens", tokens, "B", "T")
     check_rows(tokens.shape, segment_ids=segment_ids)

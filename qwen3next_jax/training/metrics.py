@@ -1,10 +1,10 @@
-"""What a run reports: files of lines, TensorBoard's event files, and a line on the terminal.
+"""Metrics of a run: JSON lines, TensorBoard's event files, and progress on the terminal.
 
 `metrics.jsonl` and `samples.jsonl` hold one JSON object a line, whose first key is `step`. When a
 run is resumed from a checkpoint, the lines of later steps are removed. Most metrics are numbers; a
 metric with a value for each layer is a list, with null for layers to which it does not apply. JSON
 has no non-finite numbers; they are written as the strings "nan", "inf" and "-inf", which `float`
-reads.
+parses.
 """
 
 import json
@@ -25,7 +25,7 @@ import tqdm
 def reporters(
     workdir: str | pathlib.Path, num_steps: int, *, start_step: int
 ) -> "tuple[MetricWriter | Silent, Progress | Silent]":
-    """What reports a run that begins after `start_step`: in process 0; the others are silent."""
+    """The writer and progress of a run that starts after `start_step`; silent but in process 0."""
     if jax.process_index() > 0:
         return Silent(), Silent()
     writer = MetricWriter(workdir, start_step=start_step)
@@ -33,7 +33,7 @@ def reporters(
 
 
 class Silent:
-    """A `MetricWriter` and a `Progress` that say nothing."""
+    """A `MetricWriter` and a `Progress` that do nothing."""
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes nothing."""
@@ -49,22 +49,22 @@ class Silent:
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl`, `samples.jsonl` and `tensorboard/`; one a run, in process 0."""
+    """Appends to `metrics.jsonl`, `samples.jsonl` and `tensorboard/`; in process 0 only."""
 
     def __init__(self, workdir: str | pathlib.Path, *, start_step: int = 0):
         """Opens the files of a work directory.
 
         Args:
-          workdir: is made where needed.
-          start_step: the step that the run goes on from: later lines are cut off, and with them
-            what is not JSON, such as the half line of a killed run.
+          workdir: the run's directory, created if needed.
+          start_step: step that the run resumes from. Lines of later steps are removed, and lines
+            that are not JSON, such as an incomplete one of a killed run.
         """
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         self._lines = _open_cut_back(workdir / "metrics.jsonl", start_step)
         self._samples = _open_cut_back(workdir / "samples.jsonl", start_step)
-        # TensorBoard's files can't be cut; a mark in them hides what was written of later steps.
-        # Their names hold the second they were opened, too coarse to tell two courses apart.
+        # TensorBoard's files can't be truncated; `purge_step` hides what they have of later steps.
+        # The suffix is needed because two files opened in the same second would share a name.
         first = start_step + 1
         self._events = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first, filename_suffix=f".{first}"
@@ -74,8 +74,8 @@ class MetricWriter:
         """Adds a line and flushes it.
 
         Args:
-          step: the number of updates made.
-          metrics: numbers, arrays of one, or lists; TensorBoard gets a list's numbers one by one,
+          step: number of updates made.
+          metrics: numbers, arrays of one number, or lists; TensorBoard gets the numbers of a list
             as NAME/0, NAME/1, ...
         """
         values = {name: _on_host(value) for name, value in metrics.items()}
@@ -99,12 +99,12 @@ class MetricWriter:
 
 
 class Progress:
-    """Loss, speed and time left: a bar on a terminal; elsewhere a plain line each time."""
+    """Loss, speed and time left: a bar on a terminal, otherwise a line for each update."""
 
     def __init__(self, num_steps: int, *, start_step: int = 0):
-        """Shows `start_step` of `num_steps`."""
+        """Starts at `start_step` of `num_steps`."""
         self._num_steps = num_steps
-        self._first: tuple[int, float] | None = None  # the first update, which compilation precedes
+        self._first: tuple[int, float] | None = None  # of the first update, after compilation
         self._bar = (
             tqdm.tqdm(total=num_steps, initial=start_step, unit="step", dynamic_ncols=True)
             if sys.stderr.isatty()
@@ -112,7 +112,7 @@ class Progress:
         )
 
     def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        """Shows where the run is, after `step` updates."""
+        """Shows the progress after `step` updates."""
         loss_text = f"loss {loss:.4f}"
         speed = f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second else "compiled"
         if self._bar is not None:
@@ -128,21 +128,21 @@ class Progress:
         print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Closes the bar and leaves it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 def has_line(path: pathlib.Path, step: int, name: str) -> bool:
-    """Whether a file of lines has one of this step that holds a value of this name."""
+    """Whether a file of JSON lines has a line of this step with a value of this name."""
     lines = path.read_text().splitlines() if path.exists() else []
     return any(_step(line) == step and name in json.loads(line) for line in lines)
 
 
 def _open_cut_back(path: pathlib.Path, last_step: int) -> TextIO:
-    """Opens a file behind its lines of steps up to `last_step`; later ones are cut off.
+    """Removes the lines of steps after `last_step`, and opens the file for appending.
 
-    A kill leaves the old file or the new one.
+    The file is replaced atomically: a kill leaves the old file or the new one.
     """
     if not path.exists():
         return path.open("a")

@@ -1,4 +1,4 @@
-"""The norm of many arrays at once, as of all gradients."""
+"""The norm of a tree of arrays, such as all gradients."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ def norm(tree: Any) -> Float[Array, ""]:
     arrays = [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
     if platform() != "cpu" or active_mesh() is not None:
         return jnp.sqrt(sum(((x * x).sum() for x in arrays), jnp.zeros(())))
-    # XLA for CPUs compiles each array's sum by itself, which takes a tenth of the time to compile
-    # the tiny model's step; so what is small is put together. A large one is summed by rows: at
-    # once it takes three times as long.
+    # XLA:CPU compiles each array's sum separately, which takes a tenth of the compile time of the
+    # tiny model's step; so small arrays are concatenated. Large ones are summed by rows, since one
+    # sum over a whole array takes three times as long.
     small = [x.ravel() for x in arrays if x.size <= _SMALL]
     large = [x for x in arrays if x.size > _SMALL]
     total = jnp.zeros(())

@@ -1,11 +1,11 @@
-"""How parameters change: one ordered table says, for each, whether it decays and how Muon sees it.
+"""The optimizer: an ordered table of rules says which parameters decay, and which use Muon.
 
     u = direction(clip(g));  p ← p − rate(step) · (u + weight_decay · p)
 
-AdamW's direction is that of Adam. Muon's is the momentum with its singular values set near 1, for
-each matrix by itself; scaled to AdamW's typical size, so that learning rates carry over. What is
-not a matrix between hidden activations keeps AdamW. All of it is float32, also where parameters
-are bfloat16: with 8 bits, a running mean of squares stops moving.
+AdamW's direction is that of Adam. Muon's is the momentum with the singular values of each matrix
+set near 1, scaled to the typical size of AdamW's, so that learning rates carry over. Parameters
+other than matrices between hidden activations use AdamW. All of it is float32, even if parameters
+are bfloat16: with 8 bits of precision, a running mean of squares stops moving.
 """
 
 import math
@@ -23,8 +23,8 @@ from qwen3next_jax.config import OptimizerConfig
 from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.training.norm import norm
 
-# Of Muon, as published (Jordan, 2024; Liu et al., arXiv:2502.16982): its momentum, and the root
-# mean square of its updates, which is about AdamW's.
+# As published (Jordan, 2024; Liu et al., arXiv:2502.16982): Muon's momentum, and the root mean
+# square that its updates are scaled to, which is about AdamW's.
 MUON_MOMENTUM, MUON_RMS = 0.95, 0.2
 
 
@@ -39,12 +39,12 @@ def make_optimizer(
     """Builds the optimizer of a run.
 
     Args:
-      config: name, schedule and coefficients.
-      num_steps: of the whole run, where the schedule ends.
+      config: name, schedule and coefficients of the optimizer.
+      num_steps: number of steps of the whole run, where the schedule ends.
       params: the model's parameters, or their shapes; only names and numbers of axes are used.
-      moment_dtype: of first moments; second moments are float32.
-      zero_centered_norm: whether norms multiply by 1 + w. Where they multiply by w, decay would
-        pull the factor to 0, so their weights don't decay.
+      moment_dtype: dtype of first moments; second moments are float32.
+      zero_centered_norm: whether norms multiply by 1 + w. If they multiply by w, their weights
+        don't decay, since decay would pull the factor to 0.
 
     Returns:
       The optimizer, whose updates are float32 and for `optax.apply_updates`; and its schedule, from
@@ -90,10 +90,10 @@ def make_optimizer(
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """From the number of updates made so far to the learning rate.
+    """The learning rate as a function of the number of updates made so far.
 
-    It rises linearly and is at the peak once `warmup_steps` updates are made. It ends at
-    `num_steps`, one past the last update, and starts above 0, so that no update is without effect.
+    It rises linearly and reaches the peak once `warmup_steps` updates are made. It ends at
+    `num_steps`, one past the last update, and starts above 0, so that every update has an effect.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     end, rest = peak * config.final_fraction, max(1, num_steps - warmup)
@@ -111,15 +111,15 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 class Rule(NamedTuple):
-    """What is done with the parameters whose names end in a match of `pattern`."""
+    """How to update the parameters whose names end in a match of `pattern`."""
 
     pattern: str
     decays: bool
-    matrix: Matrix | None  # Muon's view: axes in, axes out; None: AdamW
+    matrix: Matrix | None  # input and output axes of a matrix for Muon; None: AdamW
 
 
-# Axes of ONE matrix, from the end; those left over (layer groups, experts, the pair of gate and up)
-# count matrices. Heads are no such axis: a projection to all heads is one matrix.
+# Axes of a single matrix, counted from the end; the remaining ones (layer groups, experts, the pair
+# of gate and up) are batch axes. Heads are not: a projection to all heads is one matrix.
 _MATRIX = Matrix((-2,), (-1,))  # [D, F]
 _TO_HEADS = Matrix((-3,), (-2, -1))  # [D, N, H]
 _FROM_HEADS = Matrix((-3, -2), (-1,))  # [N, P, D]
@@ -128,16 +128,16 @@ _NORM = r"norm\w*/weight$"
 
 # The first match counts.
 _RULES = (
-    # Rates of forgetting, and a norm that multiplies by w: 0 is no natural value of theirs.
+    # Decay rates, and a norm that multiplies by w: decay would pull them to 0, which means nothing.
     Rule(r"linear_attn/(A_log|dt_bias|norm/weight)", False, None),
-    # Without decay, zero-centred norm weights were seen to grow without bound.
+    # Without decay, zero-centred norm weights have been seen to grow without bound.
     Rule(r"\w*norm\w*/weight", True, None),
     # A token's row has a gradient only where the token occurs: one-hot inputs and outputs have no
     # geometry that orthogonal updates would respect.
     Rule(r"embed_tokens|lm_head", True, None),
-    # One filter a channel: vectors, however they are stored.
+    # One filter for each channel: vectors, though stored as matrices.
     Rule(r"linear_attn/[qkv]_conv", True, None),
-    # Gates: each column is a scalar of its own, on a saturating scale.
+    # Gates: each column yields an independent scalar that goes through a saturating function.
     Rule(r"linear_attn/[ab]_proj|mlp/shared_expert_gate", True, None),
     # A rarely chosen expert's column has a small, noisy gradient; equal singular values would
     # make it as large as the others'.
@@ -145,7 +145,7 @@ _RULES = (
     Rule(r"linear_attn/[qkvz]_proj|self_attn/(q|k|v|gate)_proj", True, _TO_HEADS),
     Rule(r"linear_attn/out_proj|self_attn/o_proj", True, _FROM_HEADS),
     Rule(r"mlp/(shared_expert/)?(gate|up|gate_up|down)_proj", True, _MATRIX),
-    # [2, D, D]: two vectors side by side go in.
+    # [2, D, D]: the input is two concatenated vectors.
     Rule(r"mtp/fc", True, _FROM_HEADS),
 )
 
@@ -162,14 +162,16 @@ def _rule(name: str) -> Rule:
 
 
 def _check_matrices(params: Any) -> None:
-    """Refuses what a module of one's own has under a name of ours, but with other axes.
+    """Raises a ValueError for parameters of a custom module that match a rule but not its axes.
 
-    Counted from the end, axes in and out would reach the layer groups: one matrix of all layers.
+    Counted from the end, the rule's axes would include that of the layer groups, and Muon would
+    treat all layers as one matrix.
     """
     unlike = []
     for name, x in named_leaves(params):
         matrix = _rule(name).matrix
-        # Of [D, F] there may be any number, as experts are; of projections to or from heads not.
+        # [D, F] may have any number of batch axes, as experts do; projections to or from heads may
+        # not.
         heads = matrix in (_TO_HEADS, _FROM_HEADS)
         if heads and x.ndim - name.startswith("groups/") != 3:
             unlike.append(f"{name} {list(x.shape)}")
@@ -185,7 +187,7 @@ def _map_names(f: Callable[[str], Any], tree: Any) -> Any:
 
 
 def _scale_to_adamw(updates: Any, params: Any) -> Any:
-    """Semi-orthogonal [m, n] has a root mean square of max(m, n)**-0.5; makes it MUON_RMS."""
+    """Scales semi-orthogonal [m, n], whose root mean square is max(m, n)**-0.5, to MUON_RMS."""
     del params
 
     def scale(path, u):
@@ -198,16 +200,15 @@ def _scale_to_adamw(updates: Any, params: Any) -> Any:
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
-    """Scales all gradients down together, to a norm of at most `max_norm`.
+    """Scales all gradients by one factor, to a global norm of at most `max_norm`.
 
-    `optax.clip_by_global_norm` divides and selects entry by entry, which XLA for CPUs does in a
-    pass of its own; it multiplies by one factor on the way.
+    `optax.clip_by_global_norm` divides and selects entry by entry, for which XLA:CPU makes a
+    separate pass over the gradients; it fuses the multiplication by a factor into the update.
     """
 
     def update(updates, params):
         del params
-        found = norm(updates)
-        factor = once(lambda found: jnp.minimum(1, max_norm / found), found)
+        factor = once(lambda global_norm: jnp.minimum(1, max_norm / global_norm), norm(updates))
         return jax.tree.map(lambda g: factor * g, updates)
 
     return optax.stateless(update)

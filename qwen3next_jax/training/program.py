@@ -1,7 +1,7 @@
-"""What a run compiles: the model's structure, the shapes and places of its state, and the step.
+"""What a run compiles: the model's structure, its state's shapes and shardings, and the step.
 
 Nothing here is allocated: training draws or restores the state in these shapes, and the plan
-compiles the same step for machines that are not there.
+compiles the same step for machines that need not be present.
 """
 
 from typing import Any, NamedTuple
@@ -23,23 +23,25 @@ from qwen3next_jax.training.step import TrainState, initial_state, make_train_st
 
 
 class Program(NamedTuple):
-    """A run's step on a mesh, and what goes into it."""
+    """A run's step on a mesh, and its abstract arguments."""
 
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     state: TrainState  # shapes, dtypes and shardings
-    batch: dict[str, jax.ShapeDtypeStruct]  # the same of a step's batch
-    step: Any  # jitted; from a state, which it consumes, and a batch to the next and metrics
+    batch: dict[str, jax.ShapeDtypeStruct]  # shapes, dtypes and shardings
+    step: Any  # jitted `make_train_step`, which donates the state
 
 
 def make_program(config: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     """Builds the step of a run, to be called (or lowered) under `jax.set_mesh(mesh)`.
 
-    An abstract mesh will do for the shapes and places of the state.
+    Args:
+      config: the run's config.
+      mesh: the mesh; an abstract one suffices for the state's shapes and shardings.
 
     Raises:
-      ValueError: if the run does not fit the mesh, or no rule updates a parameter.
+      ValueError: the run does not fit the mesh, or no rule updates a parameter.
     """
     check_fits(config, mesh.shape)
     graph, params = abstract_model(config)
@@ -77,14 +79,14 @@ def new_model(config: RunConfig) -> Qwen3Next:
 
 
 def place_state(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
-    """Says where a state's arrays lie on a mesh: the optimizer's moments as their parameters.
+    """Gives a state's arrays their shardings; moments are sharded like their parameters.
 
     Args:
       state: shapes and dtypes; shardings of another mesh are replaced.
-      mesh: need not be of devices.
+      mesh: the mesh, possibly abstract.
 
     Raises:
-      ValueError: the mesh cannot divide a parameter.
+      ValueError: a parameter is not divisible by its mesh axes.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_name = dict(named_leaves(parameter_shardings(state.params, mesh)))

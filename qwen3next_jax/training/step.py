@@ -5,10 +5,10 @@ any number of micro-batches gives the update of the one big batch. The balance l
 over tokens: with scope "global" each micro-batch is balanced against the loads of the step so far,
 its own included, and the terms are averaged.
 
-A step changes no parameter if its loss or gradient is not finite, or if tokens found no place at
-their experts and `mesh.on_overflow` is "error". From then on no step changes one, because the host
-notices only after it has dispatched the next step, and must still find the parameters from before,
-to name what is wrong. The optimizer's state is not kept: nobody goes on from there.
+A step is halted, that is, it changes no parameter, if its loss or gradient is not finite, or if
+assignments were dropped and `mesh.on_overflow` is "error". All later steps are halted as well: the
+host notices only after it has dispatched the next step, and needs the parameters from before to
+name the one at fault. The optimizer's state is not preserved, since no run resumes from there.
 """
 
 from collections.abc import Callable
@@ -28,12 +28,12 @@ from qwen3next_jax.training.norm import norm
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """The arrays that a step updates."""
 
-    step: Int[Array, ""]  # steps taken
-    halted: Bool[Array, ""]  # something was not finite or overflowed; `step` was not taken
+    step: Int[Array, ""]  # number of steps taken
+    halted: Bool[Array, ""]  # whether this or an earlier step was halted
     params: nnx.State
-    opt_state: Any  # of no more use once halted
+    opt_state: Any  # invalid once halted
 
 
 def initial_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
@@ -46,12 +46,12 @@ def make_gradients(
 ) -> Callable[[nnx.State, Batch], tuple[nnx.State, dict[str, Array]]]:
     """Returns a function from parameters and a step's batch to gradients and metrics.
 
-    Gradients are float32. Metrics: loss and its terms, tokens (labels of the next-token term) and,
-    with experts, expert_load_max, the busiest expert's load over the mean load, the worst layer's,
-    and dropped_share, of the assignments those without place; with `train.diagnostics` those of
-    `training/diagnostics.py` by layer.
+    Gradients are float32. The metrics are loss and its terms; tokens, the number of next-token
+    labels; with experts, expert_load_max, the load of the busiest expert over the mean load, in the
+    worst layer, and dropped_share, the share of assignments that were dropped; with
+    `train.diagnostics`, the metrics of `diagnostics.layer_metrics`.
     """
-    parts = config.train.gradient_accumulation_steps
+    micro_batches = config.train.gradient_accumulation_steps
 
     def micro_loss(params, micro_batch, counts, earlier):
         return loss(
@@ -63,7 +63,7 @@ def make_gradients(
             chunk=config.train.loss_chunk,
             counts=counts,
             earlier_assignments=earlier,
-            router_share=1 / parts,
+            router_share=1 / micro_batches,
             observe=config.train.diagnostics,
         )
 
@@ -76,10 +76,11 @@ def make_gradients(
         return grads, metrics.pop("assignments", None), {**metrics, "loss": value}
 
     def accumulated(params, batch, counts):
-        """The same over all micro-batches of a step."""
-        # Rows are dealt out in turn, so that each device's rows of every micro-batch are its own.
-        micro_batches = jax.tree.map(
-            lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        """Gradients, assignments and metrics, summed over the micro-batches of a step."""
+        # Micro-batch i has rows i, i + n, i + 2n, ...: then each device has rows of every
+        # micro-batch already, and none is sent to another device.
+        split = jax.tree.map(
+            lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
         )
 
         def accumulate(carry, micro_batch):
@@ -90,17 +91,17 @@ def make_gradients(
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         routed = sum(sparse for _, sparse in config.model.all_layers)
         no_loads = jnp.zeros((routed, config.model.num_experts)) if routed else None
-        (grads, assignments), metrics = jax.lax.scan(accumulate, (zeros, no_loads), micro_batches)
+        (grads, assignments), metrics = jax.lax.scan(accumulate, (zeros, no_loads), split)
         observed = metrics.pop("observed", None)
         combined = {} if observed is None else {"observed": over_first_axis(observed)}
         for name, x in metrics.items():
-            # Loss terms of one step add up; the router's are means.
+            # Cross-entropy terms add up to those of the step; the router's losses are averaged.
             combined[name] = x.mean() if name in ("balance_loss", "router_z_loss") else x.sum()
         return grads, assignments, combined
 
     def gradients(params, batch):
         counts = count_labels(batch, config.model.mtp_steps)
-        if parts == 1:
+        if micro_batches == 1:
             grads, assignments, metrics = micro_gradients(params, batch, counts, None)
         else:
             grads, assignments, metrics = accumulated(params, batch, counts)
@@ -123,8 +124,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns the step: from a state and a batch to the next state and metrics.
 
-    Metrics are those of `make_gradients`, grad_norm (before clipping), halted and, with
-    `train.diagnostics`, the updates over the parameters by part of the model.
+    The metrics are those of `make_gradients`, grad_norm (before clipping), halted and, with
+    `train.diagnostics`, those of `diagnostics.update_ratios`.
     """
     gradients = make_gradients(graph, config)
 
@@ -140,8 +141,8 @@ def make_train_step(
         halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
         if config.mesh.on_overflow == "error":
             halted |= metrics.get("dropped_assignments", 0) > 0
-        # Moments are not chosen from old and new ones: XLA for CPUs would compute new ones twice,
-        # for the choice and in the update, and copy the old ones first, as both read them.
+        # There is no such select for the moments: XLA:CPU would compute the new ones twice, for the
+        # select and in the update, and first copy the old ones, because both read them.
         step, params = jax.tree.map(
             lambda new, old: jnp.where(halted, old, new),
             (state.step + 1, params),
@@ -156,7 +157,7 @@ def make_train_step(
 def first_bad_parameter(
     graph: nnx.GraphDef, config: RunConfig, params: nnx.State, batch: Batch
 ) -> str:
-    """Names the first parameter that is not finite, or whose gradient on this batch is not."""
+    """Names the first parameter whose value, or else gradient on this batch, is not finite."""
 
     @jax.jit
     def finite(params, batch):
