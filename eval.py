@@ -70,7 +70,7 @@ _DEPTHS = flags.DEFINE_integer("depths", 5, "long_context: how many.", lower_bou
 _CHAT = flags.DEFINE_bool("chat", False, "lm_eval, long_context: ask through the chat template.")
 _DRAFTS = flags.DEFINE_integer("drafts", 2, "speculation: tokens drafted at a time.", lower_bound=1)
 
-# The suites that read a flag; all read the others.
+# The suites that read a flag; a flag that is not listed is read by all suites.
 _READ_BY = {
     "data": ("perplexity", "speculation"),
     "split": ("perplexity", "speculation"),
@@ -83,6 +83,7 @@ _READ_BY = {
     "depths": ("long_context",),
     "chat": ("lm_eval", "long_context"),
     "drafts": ("speculation",),
+    "seed": ("lm_eval", "long_context"),
 }
 
 
@@ -110,7 +111,7 @@ def _evaluate(suite: str) -> None:
     from qwen3next_jax.parallel.mesh import fsdp_mesh
     from qwen3next_jax.training.environment import versions
 
-    # What is quick to be found wrong comes before the model is read.
+    # Everything that can be checked quickly is checked before the model is loaded.
     options = _options()
     check_suites([suite], options)
     for name, suites in _READ_BY.items():
@@ -185,23 +186,23 @@ def _options() -> "EvaluationConfig":
 def _domains(
     run: dict[str, Any], workdir: pathlib.Path | None, vocab_size: int, tokenizer: "Tokenizer"
 ) -> "Mapping[str, Records]":
-    """The texts that --data names, or those that the run in the work directory held out."""
+    """The texts that --data names, or else the held-out texts of the run in the work directory."""
     from qwen3next_jax.config import SOURCES
     from qwen3next_jax.data.pipeline import load_data
     from qwen3next_jax.data.prepared import check_prepared
     from qwen3next_jax.data.sources import open_source
 
     domains: dict[str, Any] = {}
-    for given in _DATA.value:
-        source, _, rest = given.partition(":")
+    for text in _DATA.value:
+        source, _, rest = text.partition(":")
         if source not in SOURCES:
             raise ValueError(
-                f"--data={given} names no source; give SOURCE:PATH, such as jsonl:/corpus/*.jsonl, "
+                f"--data={text} names no source; give SOURCE:PATH, such as jsonl:/corpus/*.jsonl, "
                 f"where SOURCE is one of {', '.join(SOURCES)}"
             )
         path, named, field = rest.partition("#")
-        field = field if named else "text"  # an empty one: records that are texts themselves
-        domains[given] = open_source(source, path, field=field, split=_SPLIT.value)
+        field = field if named else "text"  # empty if the records are texts themselves
+        domains[text] = open_source(source, path, field=field, split=_SPLIT.value)
         if source == "prepared":
             check_prepared(path, tokenizer)
     if domains:
@@ -210,7 +211,7 @@ def _domains(
         raise ValueError(
             "Which text? Give --data=SOURCE:PATH, such as jsonl:/corpus/*.jsonl, or --data=stdlib"
         )
-    # The tokenizer that travelled with the run, wherever it came from.
+    # The run's own copy of its tokenizer, wherever that came from.
     kept = {**run["data"], "tokenizer": _TOKENIZER.value or str(workdir), "chat_template": ""}
     data = load_data(**kept, vocab_size=vocab_size, trained_tokenizer=workdir / "tokenizer.model")
     return data.held_out_parts
@@ -218,7 +219,7 @@ def _domains(
 
 if __name__ == "__main__":
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        # Large arrays on huge pages; see train.py.
+        # Large arrays on huge pages, as in train.py.
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     app.run(main)

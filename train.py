@@ -29,7 +29,7 @@ _ROOT = os.path.dirname(os.path.abspath(__file__))
 
 @contextlib.contextmanager
 def _known_keys():
-    """`command.known_keys`, imported only where there is something to tell: it takes seconds."""
+    """`command.known_keys`, imported only if there is an error: the import takes seconds."""
     try:
         yield
     except (AttributeError, KeyError):
@@ -39,7 +39,7 @@ def _known_keys():
             raise
 
 
-with _known_keys():  # keys of the default config are looked up here, those of another at the start
+with _known_keys():  # absl looks up keys of the default config here, those of others at the start
     _CONFIG = config_flags.DEFINE_config_file("config", os.path.join(_ROOT, "configs", "tiny.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/CONFIG when not given.")
 _COORDINATOR = flags.DEFINE_string(
@@ -77,12 +77,12 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
-    """Holds the work directory and trains; returns whether it was stopped before the end."""
+    """Locks the work directory and trains; returns whether it was stopped before the end."""
     from qwen3next_jax.evaluation.suites import check_suites
     from qwen3next_jax.training.workdir import workdir_lock
 
     check_suites(config.evaluation.suites, config.evaluation)
-    # What follows a colon is the config's argument.
+    # After a colon follows the config's argument.
     file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     name = os.path.splitext(os.path.basename(file))[0]
     if "://" in (_WORKDIR.value or ""):

@@ -1,16 +1,16 @@
-"""The makers' claim, measured: a sparse hybrid against a dense model of equal quality.
+"""Measures the authors' claim: a sparse hybrid against a dense model of equal quality.
 
     python benchmarks/claims.py --contexts=1024,4096,16384
     python benchmarks/claims.py --contexts=65536 --measure=read,decode
 
 Qwen3-Next-80B-A3B is said to match Qwen3-32B with less than a tenth of its training and, beyond 32K
-tokens of context, more than ten times its throughput. Here the small sparse hybrid meets a dense
-model with the same share of its parameters (`shapes.py`), in one run: a training step of one row,
-by turns, and one after the other the reading of a prompt and a further token behind it. Whether
-small models of these sizes are equal in quality is not measured. Beside it stands the arithmetic of
-the full sizes: operations a token, and bytes of weights and cache that a further token reads. A
-small sparse model wins less than the large one: 0.24 of its parameters are active, of the 80B's
-0.05. Medians over --rounds. With --json the last line is one JSON object.
+tokens of context, more than ten times its throughput. Here the small sparse hybrid is compared with
+a dense model with the same ratio of parameters (`shapes.py`): a training step of one row, in
+alternation, then prefill and decoding of one side after the other. Whether small models of these
+sizes are equal in quality is not measured. With it comes the arithmetic of the full sizes:
+operations a token, and bytes of weights and cache that decoding a token reads. A small sparse model
+gains less than the large one, since 0.24 of its parameters are active, but only 0.05 of the 80B
+model's. Medians over --rounds. With --json the last line is one JSON object.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--measure", default=",".join(UNITS), help=f"of {', '.join(UNITS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--remat", default="none", help='"layer" to train on long rows')
-    parser.add_argument("--new", type=int, default=32, help="tokens written behind a prompt")
+    parser.add_argument("--new", type=int, default=32, help="tokens generated after a prompt")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if unknown := set(args.measure.split(",")) - set(UNITS):
@@ -64,24 +64,24 @@ def main():
 
 def measure(args, context):
     """Tokens a second of both sides, by measure."""
-    wanted, found = args.measure.split(","), {}
+    wanted, rates = args.measure.split(","), {}
     if "train" in wanted:
-        found["train"] = {n: context / t for n, t in training_times(args, context).items()}
+        rates["train"] = {n: context / t for n, t in training_times(args, context).items()}
     if {"read", "decode"} & set(wanted):
         times = {name: text_times(shape, context, args) for name, shape in SIDES.items()}
-        found["read"] = {name: context / first for name, (first, _) in times.items()}
-        found["decode"] = {name: 1 / step for name, (_, step) in times.items()}
-    return {name: found[name] for name in wanted}
+        rates["read"] = {name: context / first for name, (first, _) in times.items()}
+        rates["decode"] = {name: 1 / step for name, (_, step) in times.items()}
+    return {name: rates[name] for name in wanted}
 
 
 def training_times(args, context):
     rng, sides = np.random.default_rng(0), {}
     for name, shape in SIDES.items():
-        given = argparse.Namespace(
+        options = argparse.Namespace(
             shape=shape, batch=1, seq=context, compute="float32", remat=args.remat, mesh="",
             forward=False, only=None,
         )  # fmt: skip
-        sides[name] = Apart(Ours, given, None)
+        sides[name] = Apart(Ours, options, None)
         sides[name].call("prepare", rng.integers(0, config(shape).vocab_size, (1, context)))
     times = {name: [] for name in sides}
     for i in range(args.rounds):
@@ -99,7 +99,7 @@ def text_times(shape, context, args):
 
 
 def arithmetic(context):
-    """How many times more the dense model of full size needs, at bfloat16."""
+    """The ratios of dense to hybrid at full size, in bfloat16."""
     runs = {name: full_size(module) for name, module in FULL.items()}
     needs = {
         "operations a token": lambda run: train_flops(run.model, context),
@@ -109,13 +109,13 @@ def arithmetic(context):
 
 
 def full_size(module):
-    given = importlib.import_module(module).get_config()
-    given.model.mtp_steps = 0
-    return RunConfig.from_dict(given.to_dict())
+    run = importlib.import_module(module).get_config()
+    run.model.mtp_steps = 0
+    return RunConfig.from_dict(run.to_dict())
 
 
 def bytes_read(run, context):
-    """Of active weights and of the cache, for one more token of one sequence."""
+    """Bytes of active weights and of the cache, to decode one more token of one sequence."""
     per_token, states = serving_bytes(run.model)
     cache = per_token * context + 2 * states  # states are read and written
     return 2 * active_parameters(abstract_model(run)[1], run.model) + cache

@@ -1,15 +1,14 @@
-"""How fast text becomes tokens, and tokens become batches.
+"""Speed of tokenisation in preparing data, and of reading batches.
 
     python benchmarks/data.py --repeat=8 --workers=1,2
 
-Python's own library, several times over as JSON lines, is prepared by the command as a user types
-it, start and manifest included, beside what the bare tokenizer takes for the same texts in one
-thread of one process: it is timed before and after, so that the machine can be seen to be the same.
-`busy` is the share of the time in which the workers, once the first shard is there, ran or waited
-for a core, by Linux's own account; tokens per second of processor time compare the work itself.
-Both hold also on a machine that is not idle. Then batches of the tiny config
-are read from the prepared data and from the JSON lines. With --json the last line is one JSON
-object.
+The command `data.prepare` prepares Python's standard library, --repeat times as JSON lines, timed
+with its start and manifest. The bare tokenizer on the same texts, in one thread of one process, is
+timed before and after, to show whether the machine's speed has changed. `busy` is the share of the
+time after the first shard in which the workers ran or waited for a core, according to Linux; tokens
+per second of processor time compare the work itself. Both are valid on a busy machine as well. Then
+batches of the tiny config are read from the prepared data and from the JSON lines. With --json the
+last line is one JSON object.
 """
 
 import argparse
@@ -110,19 +109,19 @@ def prepare(corpus, tokenizer, output, workers):
 
 
 def workers_of(pid):
-    """Of each child that works: the time, and how long it has run or waited for a core."""
-    found = {}
+    """For each worker process, the time, and how long it has run or waited for a core."""
+    accounts = {}
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             if parent != pid or "spawn_main" not in (path.parent / "cmdline").read_text():
                 continue
-            accounts = (path.parent / "task").glob("*/schedstat")
-            waited = sum(int(x) for a in accounts for x in a.read_text().split()[:2])
-            found[int(path.parent.name)] = (time.monotonic(), waited / 1e9)
+            threads = (path.parent / "task").glob("*/schedstat")
+            nanoseconds = sum(int(x) for file in threads for x in file.read_text().split()[:2])
+            accounts[int(path.parent.name)] = (time.monotonic(), nanoseconds / 1e9)
         except OSError:
-            continue  # it has ended
-    return found
+            continue  # the process has ended
+    return accounts
 
 
 def reading_speed(source, path, args, vocab_size):

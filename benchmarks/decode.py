@@ -4,9 +4,8 @@
     python benchmarks/decode.py --contexts=1024,4096,16384,65536  time per token over the context
     python benchmarks/decode.py --checkpoint=runs/tiny            with and without speculation
 
-Times of decoding are those of `--new` tokens less those of one token, both with the prompt read
-first; medians over `--rounds`, in which the sides alternate. With --json the last line is one JSON
-object.
+Decoding time is that of `--new` tokens less that of one token, both including the prefill; medians
+over `--rounds`, in which the sides alternate. With --json the last line is one JSON object.
 """
 
 import argparse
@@ -122,7 +121,7 @@ def curve(args):
 
 
 def decode_times(model, prompts, args):
-    """Seconds to the first token, and per further step: of `rounds` times `new` of them."""
+    """Median seconds to the first token, and per further step, over `rounds` generations."""
     firsts, steps = [], []
     for round_ in range(args.rounds + 1):
         generation = Generation(model, prompts, max_new_tokens=args.new, speculative=False)
@@ -148,25 +147,27 @@ def speculation(args):
         for options in ({}, {"temperature": 0.8, "top_p": 0.95}):
             runs = {}
             for drafts in range(4):
-                seconds_, made, generation = [], 0, None
+                times, new_tokens, generation = [], 0, None
                 for seed in range(args.rounds + 1):
                     generation = Generation(
                         model, prompts[:batch], max_new_tokens=args.new, speculative=drafts,
                         seed=seed, **options,
                     )  # fmt: skip
                     parts = iter(generation)
-                    made, start = 0, (next(parts), time.monotonic())[1]
-                    made = sum(len(row) for part in parts for row in part)
-                    if seed:
-                        seconds_.append((time.monotonic() - start) / made)
+                    next(parts)
+                    start = time.monotonic()
+                    new_tokens = sum(len(row) for part in parts for row in part)
+                    if seed:  # the first one compiles
+                        times.append((time.monotonic() - start) / new_tokens)
                 accepted = [
                     a / d for a, d in zip(generation.accepted, generation.drafted, strict=True)
                 ]
-                runs[drafts] = 1 / statistics.median(seconds_)
+                runs[drafts] = 1 / statistics.median(times)
+                tokens_per_pass = new_tokens / generation.passes / batch
                 result["runs"].append(
                     {
                         "batch": batch, **options, "drafts": drafts, "acceptance": accepted,
-                        "tokens_per_pass": made / generation.passes / batch,
+                        "tokens_per_pass": tokens_per_pass,
                         "tokens_per_second": runs[drafts],
                     }
                 )  # fmt: skip
@@ -174,7 +175,7 @@ def speculation(args):
                 print(
                     f"batch {batch}, {kind}, {drafts} drafts: {runs[drafts]:.0f} tokens/s "
                     f"({runs[drafts] / runs[0]:.2f} times none), "
-                    f"{made / generation.passes / batch:.2f} tokens a pass, accepted by place "
+                    f"{tokens_per_pass:.2f} tokens a pass, accepted by place "
                     + (", ".join(f"{share:.0%}" for share in accepted) or "-")
                 )
     return result
@@ -185,8 +186,8 @@ def reference(shape):
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(0)
-    given = {**config(shape).to_hf(), "eos_token_id": None}
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**given)).eval()
+    fields = {**config(shape).to_hf(), "eos_token_id": None}
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**fields)).eval()
 
 
 def reference_tokens(model, prompts, new):

@@ -1,10 +1,10 @@
-"""What `train.diagnostics` costs: the step with it and without, in turn, in one process.
+"""Cost of `train.diagnostics`: the step with it and without, alternating in one process.
 
     python benchmarks/diagnostics.py [--config=tiny] [--steps=20] [--config.KEY=V ...]
 
-Both programs are compiled first. Then they take a step each, in turn and in changing order, on the
-same batch, from the same state; the cost is the median over pairs of the ratio of their times.
-Compilation is timed as well. The batch is random tokens in documents of 128.
+Both programs are compiled first. Then they take steps in pairs, in alternating order, on the same
+batch and from the same initial state; the cost is the median over pairs of the ratio of their
+times. Compilation is timed as well. The batch is random tokens in documents of 128.
 """
 
 import argparse
@@ -41,17 +41,17 @@ def main():
         section, name = key.split(".")
         config[section][name] = type(config[section][name])(value)
 
-    made = {}
+    sides = {}
     for on in (True, False):
         config.train.diagnostics = on
         run = RunConfig.from_dict(config.to_dict())
         mesh = make_mesh(run.mesh)
         with jax.set_mesh(mesh):
-            made[on] = prepare(run, mesh)
+            sides[on] = prepare(run, mesh)
     times = {True: [], False: []}
     for i in range(args.steps):
         for on in (True, False) if i % 2 else (False, True):
-            times[on].append(take(made[on]))
+            times[on].append(take(sides[on]))
     on, off = (np.array(times[key]) for key in (True, False))
     ratios = on / off - 1
     result = {
@@ -60,8 +60,8 @@ def main():
         "cost": float(np.median(ratios)),
         "cost_of_fastest": float(on.min() / off.min() - 1),
         "cost_quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
-        "compile_seconds_on": made[True]["seconds"],
-        "compile_seconds_off": made[False]["seconds"],
+        "compile_seconds_on": sides[True]["seconds"],
+        "compile_seconds_off": sides[False]["seconds"],
     }
     for name, value in result.items():
         print(f"{name:22} {value}")
@@ -81,15 +81,15 @@ def prepare(config, mesh):
     start = time.perf_counter()
     compiled = program.step.lower(state, batch).compile()
     seconds = time.perf_counter() - start
-    made = {"step": compiled, "state": state, "batch": batch, "seconds": seconds}
-    take(made), take(made)
-    return made
+    side = {"step": compiled, "state": state, "batch": batch, "seconds": seconds}
+    take(side), take(side)
+    return side
 
 
-def take(made):
+def take(side):
     start = time.perf_counter()
-    made["state"], metrics = made["step"](made["state"], made["batch"])
-    jax.block_until_ready((made["state"], metrics))
+    side["state"], metrics = side["step"](side["state"], side["batch"])
+    jax.block_until_ready((side["state"], metrics))
     return time.perf_counter() - start
 
 

@@ -1,12 +1,12 @@
-"""What batches cost: memory over many of them, and how full their rows are.
+"""Memory of reading many batches, and how full their rows are.
 
     python benchmarks/input.py --batches=100000      resident memory as batches are read
     python benchmarks/input.py --packing             packers against the fewest rows possible
 
-Batches are of the synthetic source, with its bytes as tokens: a tokenizer's cache would grow, up to
-its bound, and hide what else does. Packers are given documents of
-log-normal length, median 400 and mean about 900 tokens, cut at a row: web pages and chats have such
-lengths. The fewest rows possible are the tokens over a row's length, rounded up.
+Batches are of the synthetic source with bytes as tokens: a tokenizer's cache would grow up to its
+bound, and hide other growth. Packers are tested on documents of log-normal length, median 400 and
+mean about 900 tokens, cut at the length of a row, like web pages and chats. The fewest rows
+possible are the tokens over a row's length, rounded up.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main():
 
 
 class Bytes:
-    """What a document's ids need of a tokenizer."""
+    """The part of a tokenizer's interface that documents need."""
 
     bos_id, eos_id, vocab_size = 256, 257, 258
 
@@ -78,7 +78,7 @@ def packing():
         fewest = -(-sum(lengths) // size)
         for name, rows in (
             ("best_fit, windows of 128", sum(len(best_fit(w, size)) for w in windows)),
-            ("concatenate", len(concatenate(lengths, size))),  # windows are no boundary to it
+            ("concatenate", len(concatenate(lengths, size))),  # it ignores windows
             ("Grain's best-fit, 128 bins", rows_of_grain(lengths, size)),
         ):
             share = sum(lengths) / (rows * size)

@@ -1,16 +1,16 @@
-"""How fast each operation is, in each of its implementations, beside what the device can do.
+"""Speed of each operation in each of its implementations, relative to the device's peaks.
 
     python benchmarks/ops.py                                   the small model's sizes, float32
     python benchmarks/ops.py --shape=80b --dtype=bfloat16 --batch=4 --tokens=4096   on a TPU or GPU
     python benchmarks/ops.py --ops=delta_rule,attention --json
 
-Operations are those that the mathematics asks for, whatever an implementation executes to get them,
-so rates of implementations compare: 8 H P a token and value head for the delta rule, half of all
-scores for causal attention, and forward and backward together three times forward. Bytes are those
-of inputs and outputs, once. The ceilings are measured in the same run: a square matrix product in
-the same dtype, and a copy of an array too large for the caches. Medians over `--rounds`, in which
-the implementations take turns. Kernels for TPUs are interpreted on a CPU, so they are not timed
-there. With --json the last line is one JSON object.
+Operations are counted from the mathematics, whatever an implementation executes, so that rates are
+comparable: 8 H P a token and value head for the delta rule, half of all scores for causal
+attention, and for forward and backward three times the forward pass. Bytes are those of inputs and
+outputs, once. The peaks are measured in the same run: a square matrix product in the same dtype,
+and a copy of an array too large for the caches. Medians over `--rounds`, in which the
+implementations alternate. TPU kernels are not timed on a CPU, where they are interpreted. With
+--json the last line is one JSON object.
 """
 
 import argparse
@@ -71,8 +71,8 @@ def measure(name, args, peak_flops, peak_bandwidth):
     times = seconds({key: (run, arrays) for key, run in runs.items()}, args.rounds)
     for (implementation, direction), taken in times.items():
         whole = direction != "forward"
-        made = jax.tree.leaves(jax.eval_shape(runs[implementation, direction], *arrays))
-        moved = sum(x.size * x.dtype.itemsize for x in (*arrays, *made))
+        outputs = jax.tree.leaves(jax.eval_shape(runs[implementation, direction], *arrays))
+        moved = sum(x.size * x.dtype.itemsize for x in (*arrays, *outputs))
         row = {
             "op": name, "implementation": implementation, "direction": direction,
             "seconds": taken,
@@ -102,8 +102,8 @@ def delta_rule(args):
             q, k, v, log_decay=g, beta=beta, implementation=name
         )
 
-    kept = 4 * args.batch * args.tokens * N * H * P  # the states that its backward pass needs
-    names = ["reference"] * (kept < 8e9) + ["chunked", *_kernels("hopper")]
+    saved = 4 * args.batch * args.tokens * N * H * P  # bytes of states for the backward pass
+    names = ["reference"] * (saved < 8e9) + ["chunked", *_kernels("hopper")]
     return {n: of(n) for n in names}, 8 * H * P * N * args.batch * args.tokens, arrays, 5
 
 
@@ -152,7 +152,7 @@ def causal_conv(args):
 
 
 def cross_entropy(args):
-    """Its forward pass with gradients computes them all; the one without, losses alone."""
+    """Differentiated, the forward pass computes the gradients too; otherwise losses only."""
     c, random = config(args.shape), normal(args)
     D, V, rng = c.hidden_size, c.vocab_size, np.random.default_rng(1)
     head = rng.standard_normal((D, V), np.float32).astype(jnp.dtype(args.dtype))
@@ -177,7 +177,7 @@ def _kernels(on_gpu=None):
 
 
 def normal(args):
-    """Draws [batch, tokens, ...] of the run's dtype."""
+    """A function that draws normal arrays [batch, tokens, ...] of the run's dtype."""
     rng, dtype = np.random.default_rng(0), jnp.dtype(args.dtype)
     return lambda *shape: rng.standard_normal((args.batch, args.tokens, *shape), np.float32).astype(
         dtype
@@ -185,21 +185,21 @@ def normal(args):
 
 
 def ceilings(dtype, rounds):
-    """Operations and bytes a second: of a matrix product, and of a copy (read and written)."""
+    """Peak operations a second, of a matrix product, and bytes a second, of a copy."""
     array = jnp.ones(1 << (26 if jax.default_backend() == "cpu" else 29), jnp.float32)
     copy = seconds({"copy": (jax.jit(lambda x: x + 1), [array])}, rounds)["copy"]
     return product_ceiling(dtype, rounds), 2 * array.nbytes / copy
 
 
 def product_ceiling(dtype, rounds):
-    """Operations a second of a large square product, of random numbers: of ones it is faster."""
+    """Operations a second of a large square product of random numbers; ones would be faster."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
     return 2 * size**3 / seconds({0: (jax.jit(lambda x: x @ x), [matrix])}, rounds)[0]
 
 
 def seconds(runs, rounds):
-    """Median seconds of a call of each of the functions with their arguments, by turns."""
+    """Median seconds of a call of each function with its arguments; the functions alternate."""
     taken = {name: [] for name in runs}
     for round_ in range(rounds + 1):
         for name, (function, arrays) in runs.items():

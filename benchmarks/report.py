@@ -1,9 +1,9 @@
-"""What a report costs: its size and the time to write it, of a run of 100,000 steps.
+"""Size of a report, and the time to write it, for a run of 100,000 steps.
 
     python benchmarks/report.py [--steps=100000] [--log_every=1] [--layers=48] [--every=1000]
 
-The metrics are made up, in the number that a run of so many layers writes. The report is written
-every so many steps, as training does it at checkpoints, and once by a process that reads all.
+The metrics are random, as many as a run with --layers layers writes. The report is written every
+--every steps, as training does at checkpoints, and once by a `Report` that reads all lines.
 """
 
 import argparse

@@ -45,12 +45,12 @@ FULL = {
     "shared_expert_intermediate_size": 512,
 }
 
-# The 80B's layers, as many and with as many experts as one GPU of 140 GB trains: 4.4 billion
-# parameters, of which a token meets 1.4 billion.
+# Layers of the 80B model, but only as many, and with as many experts, as one GPU of 140 GB can
+# train: 4.4 billion parameters, of which a token uses 1.4 billion.
 CARD = {**FULL, "num_hidden_layers": 16, "num_experts": 64}
 
-# A dense model that is to the small one what Qwen3-32B is to the 80B model, 0.41 of its parameters:
-# the two pairs that the makers call equal in quality.
+# A dense model with 0.41 of the small one's parameters. That is also the ratio of Qwen3-32B to the
+# 80B model, which its authors call equal in quality.
 DENSE = {
     "model_type": "qwen3",
     "vocab_size": 4096,

@@ -1,4 +1,4 @@
-"""How fast a model trains: a whole step, or its forward pass, beside transformers' on request.
+"""Training speed of a whole step or of the forward pass, optionally against transformers.
 
     python benchmarks/train_step.py --batch=4 --seq=512 --vs=transformers
     python benchmarks/train_step.py --batch=1 --seq=4096 --vs=transformers --forward
@@ -6,15 +6,15 @@
     python benchmarks/train_step.py --batch=1 --contexts=1024,65536 --only=delta    one layer alone
     python benchmarks/train_step.py --batch=1 --contexts=1024,65536 --steps=0       memory, no step
 
-A step is forward, backward, clipping and AdamW, without MTP, as `train.py` compiles it, on random
-tokens, diagnostics left out. With --vs both sides begin with the same weights, their first losses
-are compared, and they then take turns of three steps each, the first of which is not counted;
-medians over --steps. Each side has a process of its own, as in use, with large pages asked for as
-`train.py` does. --mesh=data=2 splits the step over as many devices; on a CPU they come from
-XLA_FLAGS=--xla_force_host_platform_device_count=2. MFU counts the operations that the model needs
-(`plan/costs.py`) against what one large matrix product reaches here, measured in the same run. The
-memory is what the compiled step allocates, its state included. With --json the last line is one
-JSON object.
+A step is forward, backward, clipping and AdamW, without MTP and diagnostics, as `train.py` compiles
+it, on random tokens. With --vs both sides start from the same weights, their first losses are
+compared, and they then alternate in turns of three steps, the first of which is not counted;
+medians over --steps. Each side has a process of its own, as in use, with huge pages enabled as in
+`train.py`. --mesh=data=2 shards the step over two devices; on a CPU they come from
+XLA_FLAGS=--xla_force_host_platform_device_count=2. MFU is the rate of the operations that the model
+needs (`plan/costs.py`) over that of one large matrix product, measured in the same run. The memory
+is what the compiled step allocates, including its state. With --json the last line is one JSON
+object.
 """
 
 import argparse
@@ -47,6 +47,7 @@ from qwen3next_jax.config import RunConfig
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.parallel.mesh import make_mesh
 from qwen3next_jax.plan.costs import train_flops
+from qwen3next_jax.training.loss import complete_batch
 from qwen3next_jax.training.program import make_program, new_model
 from qwen3next_jax.training.step import initial_state
 
@@ -99,7 +100,8 @@ def compare(args):
     times = {name: [] for name in sides}
     for turn in range(-(-args.steps // _IN_A_ROW)):
         for name in sorted(sides, reverse=turn % 2 == 1):
-            # A run does not pause: what memory costs that was given back meanwhile is not counted.
+            # Not counted, since memory released during the other side's turn is allocated again,
+            # which does not happen in a run.
             sides[name].call("step_seconds")
             times[name] += [sides[name].call("step_seconds") for _ in range(_IN_A_ROW)]
     count, ceiling = tokens.size, ours.call("ceiling")
@@ -141,15 +143,15 @@ def curve(args):
         side.call("prepare", rows, args.steps > 0)
         tokens, memory = args.batch * seq, side.call("facts")["peak_memory_bytes"]
         point = {"seq": seq, "peak_memory_bytes": memory}
-        told = f"{memory / 1e6:.0f} MB, {memory / tokens / 1e3:.0f} KB a token"
+        line = f"{memory / 1e6:.0f} MB, {memory / tokens / 1e3:.0f} KB a token"
         if args.steps:
             step = statistics.median(side.call("step_seconds") for _ in range(args.steps))
             point["step_seconds"] = step
-            told = f"{1e6 * step / tokens:.0f} µs a token, {told}"
+            line = f"{1e6 * step / tokens:.0f} µs a token, {line}"
         device = side.call("facts")["device"]
         side.stop()
         points.append(point)
-        print(f"{seq:>7} tokens a row: {told}")
+        print(f"{seq:>7} tokens a row: {line}")
     facts = {"device": device, "batch": args.batch, "shape": args.shape, "only": args.only}
     return {**facts, "curve": points}
 
@@ -160,11 +162,11 @@ def model_config(args):
 
 
 class Apart:
-    """A side in a process of its own, and calls of its methods there."""
+    """A side in a process of its own, where its methods are called."""
 
     def __init__(self, side, *args, profile=False):
-        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read at its start
-        if profile:  # else a CPU's operations leave no trace
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # read at process start
+        if profile:  # otherwise operations on a CPU are not traced
             os.environ["XLA_FLAGS"] = (
                 os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_xprof_traceme=true"
             )
@@ -172,10 +174,10 @@ class Apart:
         self.pipe, far_end = context.Pipe()
         self.process = context.Process(target=serve, args=(far_end, side, *args), daemon=True)
         self.process.start()
-        far_end.close()  # so that the end of the process ends a call
+        far_end.close()  # so that a call fails if the process ends
 
     def call(self, method, *args):
-        """What the method returns."""
+        """Calls a method and returns its result."""
         self.pipe.send((method, args))
         return self.pipe.recv()
 
@@ -187,30 +189,30 @@ class Apart:
 
 def serve(pipe, side, *args):
     side = side(*args)
-    with contextlib.suppress(EOFError):  # nobody asks any more
+    with contextlib.suppress(EOFError):  # the parent has ended
         while True:
-            method, given = pipe.recv()
-            pipe.send(getattr(side, method)(*given))
+            method, arguments = pipe.recv()
+            pipe.send(getattr(side, method)(*arguments))
 
 
 class Ours:
     """The step of `train.py`, or the model's forward pass."""
 
     def __init__(self, args, tensors):
-        given = tiny.get_config()
-        given.model = ConfigDict(dataclasses.asdict(model_config(args)))
-        # Products of fewer rows are slow; logits of more take memory.
+        run = tiny.get_config()
+        run.model = ConfigDict(dataclasses.asdict(model_config(args)))
+        # Products of fewer rows are slow; logits of more rows take memory.
         loss_chunk = args.loss_chunk or max(128, 512 // args.batch)
-        given.train.update(
+        run.train.update(
             global_batch_size=args.batch, sequence_length=args.seq, remat=args.remat,
             loss_chunk=min(loss_chunk, args.seq), diagnostics=False,
         )  # fmt: skip
-        given.data.num_shards = 1
-        given.precision.compute = args.compute
+        run.data.num_shards = 1
+        run.precision.compute = args.compute
         sizes = dict(axis.split("=") for axis in args.mesh.split(",") if axis)
-        given.mesh.update({axis: int(size) for axis, size in sizes.items()})
+        run.mesh.update({axis: int(size) for axis, size in sizes.items()})
         self.devices = jax.devices() if sizes else jax.devices()[:1]
-        self.config, self.forward = RunConfig.from_dict(given.to_dict()), args.forward
+        self.config, self.forward = RunConfig.from_dict(run.to_dict()), args.forward
         self.dtype = jnp.dtype(args.compute)
         self.model = new_model(self.config)
         self.measured = {"device": jax.devices()[0].device_kind}
@@ -218,7 +220,7 @@ class Ours:
             load_tensors(self.model, tensors)
 
     def prepare(self, tokens, run=True):
-        """Compiles, and returns the cross-entropy of a first step; None of a forward pass."""
+        """Compiles and takes a step; returns its cross-entropy, None for a forward pass."""
         graph, params = nnx.split(self.model)
         del self.model
         mesh = make_mesh(self.config.mesh, self.devices)
@@ -235,7 +237,7 @@ class Ours:
             else:
                 program = make_program(self.config, mesh)
                 compiled = program.step.lower(program.state, program.batch).compile()
-                batch = placed(training_batch(tokens), program.batch)
+                batch = placed(complete_batch(jnp.asarray(tokens, jnp.int32)), program.batch)
                 self.state = placed(initial_state(params, program.optimizer), program.state)
 
                 def step():
@@ -245,7 +247,7 @@ class Ours:
                 self.step = step
             self.measured["compile_seconds"] = time.perf_counter() - start
         memory = compiled.memory_analysis()
-        # For a CPU, XLA's peak leaves most out; elsewhere the sum counts buffers of loops twice.
+        # XLA:CPU's peak leaves most memory out; elsewhere the sum counts buffers of loops twice.
         self.measured["peak_memory_bytes"] = memory.peak_memory_in_bytes
         if jax.default_backend() == "cpu":
             self.measured["peak_memory_bytes"] = (
@@ -256,19 +258,19 @@ class Ours:
         return None if self.forward or first is None else float(first["ce"])
 
     def step_seconds(self):
-        """What one step takes."""
+        """Seconds of one step."""
         return seconds(self.step)
 
     def facts(self):
-        """The device, what compilation took, and what a step allocates."""
+        """The device, the compile time, and the memory that a step allocates."""
         return self.measured
 
     def ceiling(self):
-        """Operations a second of one large product; measured here, where the memory is."""
+        """Operations a second of one large product, measured in this process."""
         return product_ceiling(self.dtype, rounds=5)
 
     def profile(self):
-        """Prints what the operations of one more step take, the longest first."""
+        """Prints the times of one more step's operations, the longest first."""
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 self.step()
@@ -276,7 +278,7 @@ class Ours:
             data = jax.profiler.ProfileData.from_file(str(next(traces)))
         taken, calls = collections.Counter(), collections.Counter()
         for line in (line for plane in data.planes for line in plane.lines):
-            # A GPU's kernels, or what a CPU's threads call: loops and branches hold other events.
+            # A GPU's kernels, or calls of a CPU's threads; loops and branches contain other events.
             if not line.name.startswith(("Stream", "tf_XLAEigen")):
                 continue
             for event in line.events:
@@ -289,7 +291,7 @@ class Ours:
 
 
 class Theirs:
-    """The same with transformers' modules and PyTorch's AdamW."""
+    """The step, or the forward pass, of transformers' model with PyTorch's AdamW."""
 
     def __init__(self, args):
         import torch
@@ -298,11 +300,11 @@ class Theirs:
         self.model = reference(args.shape).train().to(getattr(torch, args.compute))
 
     def tensors(self):
-        """Its weights, by name."""
+        """The weights by name."""
         return {k: p.detach().float().numpy() for k, p in self.model.state_dict().items()}
 
     def prepare(self, tokens):
-        """As `Ours.prepare`."""
+        """Takes a step; returns its cross-entropy, None for a forward pass."""
         ids = self.torch.tensor(tokens)
         optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95))
 
@@ -323,23 +325,12 @@ class Theirs:
         return None if self.forward else first.item()
 
     def step_seconds(self):
-        """What one step takes."""
+        """Seconds of one step."""
         return seconds(self.step)
 
 
 def placed(arrays, like):
     return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), arrays, like)
-
-
-def training_batch(tokens):
-    whole = np.ones(tokens.shape, np.int32)
-    return {
-        "tokens": tokens.astype(np.int32),
-        "targets": np.roll(tokens, -1, 1).astype(np.int32),
-        "loss_weights": (np.arange(tokens.shape[1]) < tokens.shape[1] - 1) * whole.astype("f4"),
-        "segment_ids": whole,
-        "positions": whole * np.arange(tokens.shape[1], dtype=np.int32),
-    }
 
 
 if __name__ == "__main__":

@@ -7,31 +7,31 @@ A Gated DeltaNet layer keeps one matrix S for all it has read, and updates it to
     S_t = exp(g_t) (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ
           the decay   the delta term            the write
 
-The write alone is linear attention: whatever was stored before stays in S and is read along with
-the new. The delta term first removes what S holds under *this* key. The decay fades what S holds
-under *every* key. So each should win where its kind of forgetting is asked for. A row of a task is
-8 writes (a key token, a value token), then 16 questions (a key token, to which the model is to
-answer the value):
+The write alone is linear attention: all earlier values stay in S and are read along with new ones.
+The delta term first removes what S stores under *this* key. The decay shrinks what S stores under
+*every* key. So each should win on tasks that need its kind of forgetting. A row of a task is 8
+writes (a key token, a value token), then 16 questions (a key token, to which the model is to answer
+the value):
 
 - recall: multi-query associative recall (MQAR, Arora et al., arXiv:2312.04927). Each key is bound
-  once. Up to 8 keys out of 16 share heads of 8 dimensions, where no 16 keys are orthogonal, so one
-  binding is heard in the answer of another. The delta term should help: it writes only what
-  differs from what is there.
+  once. Up to 8 keys out of 16 share heads of 8 dimensions, in which 16 keys cannot be orthogonal,
+  so bindings interfere. The delta term should help: it writes only the difference from the value
+  already stored.
 - rebinding: a few keys are bound again and again, and the latest value counts. Forgetting one
   binding without its neighbours is what the delta term does; a decay forgets them all alike.
-- reset: a reset token voids all that was written before it. Keys not bound since are to be answered
-  "none". One token with a large decay does that, whereas the delta term erases one key at a time.
+- reset: a reset token voids all earlier writes. The answer to keys not bound since is "none". One
+  token with a large decay does that, whereas the delta term erases one key at a time.
 
-The stack is two layers, mixer(norm(x)) beside a residual and no feed-forward, so that whatever is
-remembered, the mixers remember it. The kinds: the gated delta rule as the library has it, the same
-without the delta term (gated linear attention), without the decay (DeltaNet), without both (linear
-attention), the hybrid (one delta layer, one of gated attention), and gated attention alone; then
-one layer instead of two, with the decay and without, since a second layer can find ways around.
+The stack is two layers, x + mixer(norm(x)) without feed-forward, so that all memory is in the
+mixers. The variants: the library's gated delta rule; without the delta term (gated linear
+attention); without the decay (DeltaNet); without both (linear attention); the hybrid (one delta
+layer, one of gated attention); gated attention alone; and one layer instead of two, with the decay
+and without, since a second layer may make up for what the first cannot do.
 
-What came out (benchmarks/results/2026-11-23-associative-recall.md): rebinding needs the delta term,
-as expected. Recall did not profit from it, and the reset did not need the decay: in two layers the
-full rule scored lower on both than the rule without decay. All are trained briefly, with one
-learning rate and two seeds, so that a low number may mean slow to learn rather than unable.
+Results (benchmarks/results/2026-11-23-associative-recall.md): rebinding needs the delta term, as
+expected. Recall did not profit from it, and the reset did not need the decay: with two layers the
+full rule scored lower on both than the rule without decay. All variants are trained briefly, with
+one learning rate and two seeds, so a low number may mean slow to learn rather than unable.
 """
 
 import argparse
@@ -82,19 +82,19 @@ def make_batch(task, key, batch):
     ks = jax.random.split(key, 5)
     level = jax.random.randint(ks[0], (batch,), 0, len(LEVELS[task]))
     amount = jnp.array(LEVELS[task])[level][:, None]
-    names = _permutation(ks[1], batch, KEYS)  # which keys the row uses: the first few of these
+    names = _permutation(ks[1], batch, KEYS)  # the row uses the first few of these keys
     values = jax.random.randint(ks[2], (batch, WRITES), 0, VALUES)
     slot = jnp.arange(WRITES)
     blank = reset = jnp.zeros((batch, WRITES), bool)
-    if task == "recall":  # `amount` pairs, behind blanks
+    if task == "recall":  # `amount` pairs, after blanks
         blank = slot < WRITES - amount
         written = jnp.broadcast_to(slot, (batch, WRITES))
         asked = jax.random.randint(ks[3], (batch, QUESTIONS), WRITES - amount, WRITES)
-    elif task == "rebinding":  # all writes go to `amount` keys, of which those written are asked
+    elif task == "rebinding":  # all writes go to `amount` keys; questions are about written keys
         written = jax.random.randint(ks[4], (batch, WRITES), 0, amount)
         asked = jax.random.randint(ks[3], (batch, QUESTIONS), 0, WRITES)
         asked = jnp.take_along_axis(written, asked, axis=1)
-    else:  # a reset with `amount` writes behind it; any of the four keys may be asked
+    else:  # a reset followed by `amount` writes; questions are about any of four keys
         written = jax.random.randint(ks[4], (batch, WRITES), 0, 4)
         reset = slot == WRITES - 1 - amount
         asked = jax.random.randint(ks[3], (batch, QUESTIONS), 0, 4)
@@ -103,8 +103,8 @@ def make_batch(task, key, batch):
     matches = (written[:, None] == asked[..., None]) & ~reset[:, None]  # [B, questions, writes]
     last = jnp.where(matches, slot, -1).max(-1)
     valid = last > jnp.where(reset, slot, -1).max(-1, keepdims=True)
-    found = jnp.take_along_axis(values, last, axis=1) + FIRST_VALUE
-    targets = jnp.where(valid, found, NONE)
+    answers = jnp.take_along_axis(values, last, axis=1) + FIRST_VALUE
+    targets = jnp.where(valid, answers, NONE)
 
     pairs = jnp.stack([_named(names, written) + FIRST_KEY, values + FIRST_VALUE], axis=-1)
     pairs = jnp.where(blank[..., None], BLANK, jnp.where(reset[..., None], RESET, pairs))
@@ -129,7 +129,7 @@ def _named(names, index):
 
 
 class AblatedDeltaNet(q3n.GatedDeltaNet):
-    """The library's layer with parts of its rule taken out; the same parameters otherwise."""
+    """The library's layer, with the same parameters, but without parts of its rule."""
 
     def __init__(self, config, *, rngs, delta=True, decay=True):
         super().__init__(config, rngs=rngs)
@@ -172,7 +172,7 @@ def gated_linear_attention(q, k, v, *, log_decay, beta):
 
 
 class Stack(nnx.Module):
-    """Token mixers one above the other, each behind a norm and beside a residual."""
+    """A stack of token mixers, each after a norm and with a residual connection."""
 
     def __init__(self, mixers, rngs):
         init = nnx.initializers.normal(0.1)
@@ -193,15 +193,15 @@ class Stack(nnx.Module):
 
 
 def _start_small(layer):
-    """Initial values for a stack of four small heads, applied to all delta variants alike.
+    """Initial values for a stack of four small heads, the same for all delta variants.
 
-    With the released ones most heads start with a memory of less than a token (g is −10 in the
-    median), and filters of small random taps hardly tell a token from the one before it: stacks
-    of this size then stay at chance for hundreds of steps.
+    With the library's initial values most heads remember less than one token (the median of g is
+    −10), and filters with small random taps hardly distinguish a token from the one before it:
+    stacks of this size then stay at chance for hundreds of steps.
     """
     layer.dt_bias[...] = jnp.linspace(-7.0, -3.0, layer.dt_bias.shape[0])  # median g −0.007, −0.4
     for taps in (layer.q_conv, layer.k_conv, layer.v_conv):
-        # The token itself, and something of the three before it.
+        # Mostly the token itself, with a little of the three before it.
         taps[...] = (4 * taps[...]).at[-1].add(1.0)
 
 
@@ -221,9 +221,9 @@ VARIANTS = {
 
 
 def make_trainer(mixers, *, steps, learning_rate):
-    """Returns init, step and accuracy of one kind of stack, each over several seeds at once.
+    """Returns init, step and accuracy of a stack, each mapped over seeds.
 
-    Several models that differ in their seed alone are one `vmap`: compiled once, trained together.
+    Models that differ only in their seed are mapped by `vmap`: compiled once, trained together.
     """
     graph = nnx.graphdef(Stack(mixers, nnx.Rngs(0)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
@@ -250,7 +250,7 @@ def make_trainer(mixers, *, steps, learning_rate):
 
 
 def study(*, steps=700, batch=32, seeds=2, learning_rate=1e-2, variants=tuple(VARIANTS)):
-    """Trains every variant on every task; a list of records, one a variant and task."""
+    """Trains every variant on every task; returns a record for each variant and task."""
     records = []
     for name in variants:
         trainer = make_trainer(VARIANTS[name], steps=steps, learning_rate=learning_rate)
@@ -267,7 +267,7 @@ def study(*, steps=700, batch=32, seeds=2, learning_rate=1e-2, variants=tuple(VA
 
 
 def train(trainer, task, *, steps, batch, seeds):
-    """Trains one kind of stack on one task; accuracy [seeds, levels] and some of the losses."""
+    """Trains a stack on a task; returns accuracies [seeds, levels] and some of the losses."""
     init, step, correct = trainer
     draw = jax.jit(jax.vmap(functools.partial(make_batch, task, batch=batch)))
     params, state = init(jax.random.split(jax.random.key(0), seeds))
@@ -300,7 +300,7 @@ def without_memory(task):
 
 
 def table(records):
-    """Accuracy by variant, task and level as Markdown: the mean over seeds (lowest–highest)."""
+    """A Markdown table of accuracy by variant, task and level: mean over seeds (range)."""
     lines = [[""], ["---"], ["guess"]]
     for task, levels in LEVELS.items():
         lines[0] += [f"{task}: {level} {MEANING[task]}" for level in levels]
@@ -314,7 +314,7 @@ def table(records):
 
 
 def plot(records, path):
-    """Draws accuracy over difficulty: a panel a task, a line a variant, dots for guessing."""
+    """Plots accuracy over difficulty: a panel for each task, a line for each variant."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -2,11 +2,11 @@
 
     python examples/modules_in_linen.py
 
-`flax.nnx.bridge.ToLinen(Module, args=..., kwargs=...)` makes a Linen module of an NNX one. Linen
-hands it its own random keys, hence no `rngs` here, and the parameters appear in
-`variables["params"]`, boxed with their axes' names as by `nn.with_partitioning`: init, apply and
-optax stay as they were, and `nn.meta.unbox` gives plain arrays. The task is that of
-modules_in_nnx.py, letters tagged by a table.
+`flax.nnx.bridge.ToLinen(Module, args=..., kwargs=...)` wraps an NNX module as a Linen module. Linen
+supplies the random keys, hence no `rngs` here, and the parameters are in `variables["params"]`,
+boxed with their axes' names as by `nn.with_partitioning`: init, apply and optax are used as always,
+and `nn.meta.unbox` gives plain arrays. The task is that of modules_in_nnx.py, letters tagged by a
+table.
 """
 
 import flax.linen as nn

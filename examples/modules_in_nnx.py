@@ -2,10 +2,10 @@
 
     python examples/modules_in_nnx.py
 
-The modules take a config and `rngs`, map [B, T, D] to [B, T, D], and know nothing of the rest of
-the library: no mesh, no data format, no training loop. The toy task: each letter of a random
-string gets a tag, which a fixed random table decides from the letter and the one before it; so the
-mixer has to bring two letters together and the experts have to learn the table.
+The modules take a config and `rngs`, map [B, T, D] to [B, T, D], and need nothing else of the
+library: no mesh, no data format, no training loop. The toy task: each letter of a random string has
+a tag, which a fixed random table gives for the letter and the one before it; so the mixer has to
+combine two letters and the experts have to learn the table.
 """
 
 import jax
@@ -17,8 +17,8 @@ import qwen3next_jax as q3n
 LETTERS = 16
 TABLE = jax.random.randint(jax.random.key(0), (LETTERS, LETTERS), 0, LETTERS)
 
-# The sizes are those of a whole Qwen3-Next; each module reads its own. A released model's
-# config.json, or a dict that starts from one, serves as well.
+# A config has the sizes of a whole Qwen3-Next, of which each module reads its own. A released
+# model's config.json, or a dict based on one, works as well.
 CONFIG = q3n.ModelConfig.from_hf(
     dict(
         model_type="qwen3_next", vocab_size=LETTERS, hidden_size=64, num_hidden_layers=1,
@@ -26,10 +26,10 @@ CONFIG = q3n.ModelConfig.from_hf(
         # Gated DeltaNet: two heads, each with a memory of 32 × 32.
         linear_conv_kernel_dim=4, linear_num_key_heads=2, linear_num_value_heads=2,
         linear_key_head_dim=32, linear_value_head_dim=32,
-        # Experts: each token uses two of eight, and a shared one.
+        # Experts: each token uses two of eight, and the shared one.
         num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
         shared_expert_intermediate_size=32, router_aux_loss_coef=1e-3,
-        # Full attention, which this model does not use.
+        # Full attention, not used by this model.
         num_attention_heads=2, num_key_value_heads=1, head_dim=32,
         rope_theta=10_000.0, partial_rotary_factor=0.25,
     )
@@ -37,7 +37,7 @@ CONFIG = q3n.ModelConfig.from_hf(
 
 
 class Block(nnx.Module):
-    """Any residual block; the two marked lines are all there is to using the modules."""
+    """Any residual block; the two marked lines are all that the modules need."""
 
     def __init__(self, width, *, rngs):
         self.mixer = q3n.GatedDeltaNet(CONFIG, rngs=rngs)  # <--
@@ -69,8 +69,8 @@ class Model(nnx.Module):
 def balance_loss(stats):
     """E · Σ_e f_e P_e from the router's statistics: 1 when every expert gets its share.
 
-    f_e is the share of the assignments that went to expert e, P_e its mean probability; without
-    this term a few experts tend to get all the tokens.
+    f_e is the share of assignments to expert e, P_e its mean probability; without this term a few
+    experts tend to get all the tokens.
     """
     share = stats.counts.sum(0) / stats.counts.sum()
     mean_probability = stats.probabilities.sum(0) / stats.tokens.sum()
@@ -78,7 +78,7 @@ def balance_loss(stats):
 
 
 def make_batch(key, batch=32, length=32):
-    """Random letters, and for each the tag that the table has for it and the letter before it."""
+    """Random letters, and the table's tag for each of them and the letter before it."""
     letters = jax.random.randint(key, (batch, length + 1), 0, LETTERS)
     return letters, TABLE[letters[:, :-1], letters[:, 1:]]
 

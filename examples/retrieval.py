@@ -1,17 +1,17 @@
-"""A model that learns to look things up, and how far beyond its training it still can.
+"""Trains a model on retrieval, and evaluates it far beyond the length of its training.
 
     python examples/retrieval.py [--workdir=DIR] [--steps=N]
 
-trains two layers, one Gated DeltaNet and one of gated attention, for minutes on two CPU cores. A
-row is a text in which magic words are bound to things, among sentences that say nothing, then
-questions about them; learnt are the answers only. No row is longer than 256 tokens. Then the suite
-`long_context` asks it, from 128 tokens on to many times 256, with YaRN beyond 256, and a picture
-shows its score over length and depth.
+This trains two layers, one Gated DeltaNet and one of gated attention, for minutes on two CPU cores.
+A row is a text in which sentences bind magic words to things, among sentences of noise, followed by
+questions about them; only the answers are in the loss. No row is longer than 256 tokens. Then the
+suite `long_context` evaluates the model from 128 tokens to many times 256, with YaRN beyond 256,
+and a figure shows its score by length and depth.
 
 One layer is not enough: the delta layer's convolution tells each word what stands before it, and
-only then can attention find the word behind the thing that is asked for.
+only then can attention find the word that follows the thing in question.
 
-The work directory is one like any other; the same evaluation is
+The work directory is an ordinary one; the same evaluation is
 
     python eval.py --workdir=DIR --suite=long_context --tasks=niah_single,niah_multikey
 """
@@ -38,11 +38,12 @@ from qwen3next_jax.data.tokenizer import keep_tokenizer, load_tokenizer  # noqa:
 from qwen3next_jax.evaluation import long_context as suite  # noqa: E402
 from qwen3next_jax.evaluation.evaluator import Evaluator  # noqa: E402
 from qwen3next_jax.training.loop import train  # noqa: E402
+from qwen3next_jax.training.workdir import workdir_lock  # noqa: E402
 
 CONTEXT = 256  # tokens of a row
 TASKS = ("niah_single", "niah_multikey")
 
-# A question follows the text as the suite asks it, and an answer the question.
+# The user's message is the text with its question, exactly as the suite asks it.
 TEMPLATE = """\
 {%- for message in messages %}
     {%- if message.role == 'user' %}
@@ -66,11 +67,11 @@ def write_tokenizer(folder):
         texts += [*question.found, *question.distractors, question.question, *question.noise]
     for word in re.findall(r"\w+|[^\w\s]+", " ".join(texts)):
         words.setdefault(word, len(words))
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.add_special_tokens(["<eos>"])
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<eos>"])
     folder.mkdir(parents=True, exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<eos>", "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -85,7 +86,8 @@ def write_chats(path, *, rows):
             keys = int(rng.integers(1, 9))
             names, words = rng.permutation(suite.KEYS)[:keys], rng.permutation(suite.WORDS)[:keys]
             bindings = [suite.magic_word_is(n, w) for n, w in zip(names, words, strict=True)]
-            # As many sentences as leave room for the questions, often few: short texts teach fast.
+            # At most as many sentences as leave room for the questions, but mostly few, since the
+            # model learns fastest from short texts.
             most = (CONTEXT - 25 * keys - 10) // 7
             noise = [str(x) for x in rng.choice(suite.NOISE, int(most ** rng.uniform(0, 1)))]
             for binding in bindings:
@@ -100,8 +102,8 @@ def write_chats(path, *, rows):
 
 
 def config(folder, tokenizer, *, steps):
-    made = tiny.get_config()
-    made.model.update(
+    run = tiny.get_config()
+    run.model.update(
         vocab_size=-(-tokenizer.vocab_size // 8) * 8, hidden_size=64, num_hidden_layers=2,
         full_attention_interval=2, max_position_embeddings=CONTEXT, initializer_range=0.08,
         num_attention_heads=2, num_key_value_heads=2, head_dim=32,
@@ -109,20 +111,20 @@ def config(folder, tokenizer, *, steps):
         linear_value_head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
         shared_expert_intermediate_size=32, mtp_steps=0,
     )  # fmt: skip
-    made.data.update(
+    run.data.update(
         source="jsonl", path=str(folder / "chats.jsonl"), field="messages",
         tokenizer=str(folder / "tokenizer.json"), packing="best_fit", holdout_fraction=0.01,
     )  # fmt: skip
-    made.optimizer.update(name="muon", learning_rate=1e-2, warmup_steps=30, weight_decay=0.01)
-    made.train.update(
+    run.optimizer.update(name="muon", learning_rate=1e-2, warmup_steps=30, weight_decay=0.01)
+    run.train.update(
         num_steps=steps, global_batch_size=32, sequence_length=CONTEXT, sample_tokens=0,
         log_every=20, checkpoint_every=0,
     )  # fmt: skip
-    return RunConfig.from_dict(made.to_dict())
+    return RunConfig.from_dict(run.to_dict())
 
 
 def plot(cells, path):
-    """A heat map for each task: depth over length, the trained context marked."""
+    """A heat map of depth over length for each task, with the training context marked."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -158,15 +160,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     import_extra("matplotlib", extra="examples")  # before the work, not after it
     logging.set_verbosity(logging.INFO)
-    tokenizer = write_tokenizer(args.workdir / "data")
-    write_chats(args.workdir / "data" / "chats.jsonl", rows=20_000)
-    run = config(args.workdir / "data", tokenizer, steps=args.steps)
-    data = load_data(
-        **dataclasses.asdict(run.data), vocab_size=run.model.vocab_size,
-        trained_tokenizer=args.workdir / "tokenizer.model",
-    )  # fmt: skip
-    keep_tokenizer(tokenizer, args.workdir)
-    model, _ = train(run, args.workdir, data, evaluate=lambda graph, params: {})
+    with workdir_lock(args.workdir):
+        tokenizer = write_tokenizer(args.workdir / "data")
+        write_chats(args.workdir / "data" / "chats.jsonl", rows=20_000)
+        run = config(args.workdir / "data", tokenizer, steps=args.steps)
+        data = load_data(
+            **dataclasses.asdict(run.data), vocab_size=run.model.vocab_size,
+            trained_tokenizer=args.workdir / "tokenizer.model",
+        )  # fmt: skip
+        keep_tokenizer(tokenizer, args.workdir)
+        model, _ = train(run, args.workdir, data, evaluate=lambda graph, params: {})
     lengths = [n for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384) if n <= args.longest]
     result = suite.long_context(
         Evaluator(model, tokenizer), tasks=TASKS, lengths=lengths, samples=args.samples

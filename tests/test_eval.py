@@ -63,6 +63,11 @@ def test_what_does_not_fit_a_model_is_found_by_its_config(suite, options, change
         check_usable([suite], options, config, tokenizer, {"texts": [Record(name="a", text="a")]})
 
 
+def test_suites_that_do_not_chat_need_no_chat_template():
+    config, tokenizer = oracles.small_config(), load_tokenizer("bytes")
+    check_usable(["perplexity"], EvaluationConfig(chat=True), config, tokenizer, {})
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Two runs of one course, the second with suites every three steps."""
@@ -163,6 +168,10 @@ def test_the_command_says_what_it_lacks(trained, tmp_path):
         (
             ("--suite=long_context", "--length=512"),
             "--length has no effect on --suite=long_context; it is for perplexity",
+        ),
+        (
+            ("--suite=perplexity", "--seed=7"),
+            "--seed has no effect on --suite=perplexity; it is for lm_eval and long_context",
         ),
     ],
 )

@@ -6,9 +6,9 @@ import numpy as np
 from qwen3next_jax.model.statistics import (
     Largest,
     Mean,
+    combine_parts,
+    concatenate_layers,
     largest,
-    one_after_another,
-    over_first_axis,
     sink_share,
     token_mean,
 )
@@ -65,7 +65,7 @@ def test_parts_weigh_by_their_tokens():
         "gate": Mean(jnp.array([10.0, 1.0]), jnp.array([20.0, 1.0])),
         "peak": Largest(jnp.array([3.0, 5.0])),
     }
-    whole = over_first_axis(parts)
+    whole = combine_parts(parts)
     assert whole["gate"].total / whole["gate"].tokens == 11 / 21  # not the mean of 0.5 and 1
     assert whole["peak"].value == 5
 
@@ -73,7 +73,7 @@ def test_parts_weigh_by_their_tokens():
 def test_layers_stand_one_after_another_with_those_that_know_a_name():
     delta = {"a": Largest(jnp.ones(2)), "b": Largest(jnp.full(2, 2.0))}
     attention = {"b": Largest(jnp.full(1, 3.0)), "c": Largest(jnp.full(1, 4.0))}
-    joined = one_after_another([delta, attention])
+    joined = concatenate_layers([delta, attention])
     assert {name: x.value.tolist() for name, x in joined.items()} == {
         "a": [1, 1], "b": [2, 2, 3], "c": [4]
     }  # fmt: skip

@@ -1,9 +1,9 @@
-"""A model as the suites use it: it scores rows of tokens and continues prompts, whatever they are.
+"""A model as the suites use it: it scores rows of tokens and continues prompts of any length.
 
-Requests come in all lengths, and every shape is compiled. So lengths are rounded up to one of a few
-(64, 96, 128, 192, 256, ...), a row holds one document and padding behind it, and a batch that is
-not full is filled up with padding. Padding changes nothing: no token sees it. What comes out
-therefore depends on batch, rounding and mesh by float32 rounding at most.
+Requests come in all lengths, and each shape must be compiled. So lengths are rounded up to one of a
+few (64, 96, 128, 192, 256, ...), a row holds one document followed by padding, and a partial batch
+is filled up with padding. No token attends to padding, so results depend on batch size, padding and
+mesh only by float32 rounding.
 """
 
 import functools
@@ -28,30 +28,32 @@ from qwen3next_jax.parallel.mesh import BATCH, ROWS
 from qwen3next_jax.parallel.vocabulary import token_scores
 
 _SHORTEST = 64
-_TOKENS = 8192  # of a batch on each device, where no batch size is given
+_TOKENS = 8192  # per batch and device, if no batch size is given
 
 
 class RowScores(NamedTuple):
-    """Scores of a row's tokens but the first, which has none before it."""
+    """Scores of a row's tokens, except the first, which is not predicted."""
 
     losses: Float32[np.ndarray, " _"]  # −log p in nats
-    margins: Float32[np.ndarray, " _"]  # the largest logit minus the token's; 0: it is the largest
+    margins: Float32[np.ndarray, " _"]  # largest logit minus the token's; 0 if that is the largest
 
 
 class Evaluator:
-    """A model, its tokenizer, and how many rows are computed at a time.
+    """Scores and generates text with a model and its tokenizer.
 
     Attributes:
-      model: any of ours, on one device or a mesh.
-      tokenizer: of the model.
+      model: the model, on one device or a mesh.
+      tokenizer: the model's tokenizer.
     """
 
     def __init__(self, model: Qwen3Next, tokenizer: Tokenizer, *, batch_size: int = 0):
         """Wraps a model.
 
         Args:
-          model, tokenizer: see above.
-          batch_size: rows at a time, 0: 8192 tokens a device. Rounded up to what the mesh divides.
+          model: the model, on one device or a mesh.
+          tokenizer: the model's tokenizer.
+          batch_size: rows at a time, rounded up to a multiple of the ways in which the mesh shards
+            rows; 0: 8192 tokens a device.
 
         Raises:
           ValueError: the batch size is negative.
@@ -64,17 +66,21 @@ class Evaluator:
         self._ways = 1 if self._mesh is None else int(np.prod([self._mesh.shape[a] for a in ROWS]))
 
     def with_model(self, model: Qwen3Next) -> "Evaluator":
-        """The same for another model."""
+        """An evaluator of another model, with this one's tokenizer and batch size."""
         return Evaluator(model, self.tokenizer, batch_size=self._batch_size)
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[RowScores]:
-        """Log-probabilities of tokens, each given those before it in its row.
+        """Scores each token given the earlier ones of its row.
 
         Args:
-          rows: tokens, each row one document; all but the last of a row are read.
+          rows: token lists, each a document; the model reads all tokens of a row but the last.
+
+        Returns:
+          The scores of each row's tokens.
 
         Raises:
-          ValueError: a row is empty, or reads more tokens than the model's context has.
+          ValueError: a row is empty, or the model would have to read more of its tokens than its
+            context has.
         """
         context = self.model.config.context_length
         for row in rows:
@@ -85,7 +91,7 @@ class Evaluator:
                 )
         scores: list[Any] = [None] * len(rows)
         dropped = 0.0
-        # Each device of `context` has whole chunks of a row.
+        # A row must split into whole chunks for each device along `context`.
         ways = 1 if self._mesh is None else self._mesh.shape["context"]
         step = 1 if ways == 1 else CHUNK * ways
         for bucketed, batch, numbers in self._batches([len(row) - 1 for row in rows]):
@@ -95,8 +101,8 @@ class Evaluator:
                 n = len(rows[number]) - 1
                 tokens[i, :n], targets[i, :n] = rows[number][:-1], rows[number][1:]
                 segments[i, :n] = 1
-            losses, margins, without_place = self._score(tokens, targets, segments)
-            dropped += float(without_place)
+            losses, margins, batch_dropped = self._score(tokens, targets, segments)
+            dropped += float(batch_dropped)
             for i, number in enumerate(numbers):
                 n = len(rows[number]) - 1
                 scores[number] = RowScores(losses[i, :n], margins[i, :n])
@@ -131,15 +137,15 @@ class Evaluator:
         """Continues each prompt, without speculation.
 
         Args:
-          prompts: tokens, none empty.
-          max_new_tokens: the most that is added to each.
-          stop: a continuation ends with the token that completes one of these strings, or before
-            one that is a special token.
-          seed: of the sampling.
+          prompts: token lists, none empty.
+          max_new_tokens: most tokens to add to each.
+          stop: strings that end a continuation: it ends with the token that completes one, or
+            before the token if the string is a special token.
+          seed: PRNG seed for sampling, in [0, 2**32).
           sampling: fields of `Sampling`.
 
         Returns:
-          The new tokens, those of the stop string included, a stop token not.
+          The new tokens, including those of a stop string, but not a stop token.
 
         Raises:
           ValueError: as `Generation`.
@@ -165,10 +171,15 @@ class Evaluator:
     def count_drafts(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, drafts: int
     ) -> tuple[Int[np.ndarray, " K"], Int[np.ndarray, " K"]]:
-        """Continues prompts greedily, the MTP module drafting K = `drafts` tokens at a time.
+        """Continues prompts greedily, with K = `drafts` tokens drafted by the MTP module at a time.
+
+        Args:
+          prompts: token lists, none empty.
+          max_new_tokens: most tokens to add to each.
+          drafts: tokens drafted at a time.
 
         Returns:
-          For each place in a draft, how many tokens were drafted there and how many were kept.
+          For each position in a draft, how many tokens were drafted and how many accepted.
 
         Raises:
           ValueError: as `Generation`.
@@ -191,7 +202,7 @@ class Evaluator:
         stop_tokens: Sequence[int] = (),
         **options: Any,
     ) -> Iterator[tuple[list[int], Generation]]:
-        """Yields numbers of prompts, and the generation whose first rows continue them."""
+        """Yields indices of prompts, and the generation whose first rows continue them."""
         spare = 1 + (options["speculative"] or 0)
         lengths = [len(prompt) + max_new_tokens + spare for prompt in prompts]
         for slots, batch, numbers in self._batches(lengths):
@@ -206,13 +217,13 @@ class Evaluator:
             yield numbers, generation
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
-        """Yields the width and height of each batch and the numbers of its rows, longest first."""
+        """Yields width, number of rows and row indices of each batch, longest rows first."""
         by_width: dict[int, list[int]] = {}
         for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             by_width.setdefault(bucket(lengths[number]), []).append(number)
         for width, numbers in by_width.items():
             size = self._batch_size or max(_TOKENS // width * self._ways, 1)
-            if not self._batch_size:  # do not fill up a large batch for a few rows
+            if not self._batch_size:  # no large batch for a few rows
                 size = min(size, 1 << (len(numbers) - 1).bit_length())
             size = -(-size // self._ways) * self._ways
             for start in range(0, len(numbers), size):
@@ -232,14 +243,14 @@ def _score(graph, mesh, params, tokens, targets, segments):
     hidden, stats = model.hidden_states(tokens, segments, positions)
     dropped = jnp.zeros(()) if stats is None else stats.dropped.sum()
     scores = (*token_scores(hidden, model.head(), targets, chunk=_chunk(model)), dropped)
-    if mesh is not None:  # every process reads all of it
+    if mesh is not None:  # replicated, since every process reads all of it
         whole = NamedSharding(mesh, PartitionSpec())
         scores = jax.lax.with_sharding_constraint(scores, whole)
     return scores
 
 
 def _chunk(model: Qwen3Next) -> int:
-    """Positions of a row whose logits exist at a time: about 32 MB of them."""
+    """Positions of a row whose logits are materialised at a time: about 32 MB."""
     return max(_SHORTEST, min(512, 2**23 // model.config.vocab_size))
 
 

@@ -1,12 +1,12 @@
-"""EleutherAI's lm-evaluation-harness, with our model in its process.
+"""EleutherAI's lm-evaluation-harness, with a model of this library in its process.
 
 The harness makes requests of text: how likely is this continuation, or this whole text, and what
-does the model write up to one of these strings? `HarnessLM` answers them as its `hf` backend does,
-token for token: "<|im_end|>" in a prompt is the token of that name, and a prompt that leaves no
-room in the context loses its beginning. How many did is counted, logged and returned.
+does the model generate up to one of these strings? `HarnessLM` answers them as the harness's `hf`
+backend does, token for token: "<|im_end|>" in a prompt is the token of that name, and a prompt too
+long for the context is truncated at its beginning. How many were is counted, logged and returned.
 
-Tasks are all that the harness knows by name, and YAML files of the user's own. One that runs what
-the model wrote, `unsafe_code: true` in its file, is refused unless allowed in so many words.
+Tasks are those that the harness knows by name, and the user's own YAML files. A task that executes
+generated code (`unsafe_code: true` in its file) is refused unless it is explicitly allowed.
 """
 
 import functools
@@ -34,7 +34,7 @@ from qwen3next_jax.config import require_known
 from qwen3next_jax.data.chat import MARKS, render_chat
 from qwen3next_jax.evaluation.evaluator import Evaluator
 
-_MAX_NEW_TOKENS = 256  # where a task does not say; the harness's own number
+_MAX_NEW_TOKENS = 256  # the harness's default for tasks that do not set it
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -54,22 +54,21 @@ def run_tasks(
     Args:
       evaluator: the model.
       tasks: names of tasks, groups or tags, or paths of YAML files.
-      include_path: a directory whose YAML files are known by name as well.
-      num_fewshot: examples before each question; None: what a task says.
-      chat: ask through the model's chat template.
-      limit: documents of each task, 0: all.
-      confirm_run_unsafe_code: run what the model writes, where a task does.
-      seed: of everything that is drawn: few-shot examples, bootstrap, sampled text.
+      include_path: directory with YAML files of further tasks, known by name.
+      num_fewshot: examples before each question; None: the task's own number.
+      chat: whether to ask through the model's chat template.
+      limit: documents of each task; 0: all.
+      confirm_run_unsafe_code: whether tasks may execute code that the model generates.
+      seed: PRNG seed for few-shot examples, bootstrap and sampled text.
 
     Returns:
-      `tasks`, of each task and group its metrics as the harness reports them ("acc,none" is written
-      `acc`, with another filter than "none" `acc,FILTER`); `truncated`, requests that lost their
-      beginning; `num_fewshot` and `versions` of the tasks; `samples`, of each task what was asked
-      and answered.
+      `tasks`, the metrics of each task and group as the harness reports them (named `acc` for the
+      filter "none", `acc,FILTER` for others); `truncated`, the number of truncated requests;
+      `num_fewshot` and `versions` of the tasks; `samples`, the requests and answers of each task.
 
     Raises:
-      ValueError: a name is unknown, a task runs code and that was not allowed, or one generates as
-        many tokens as the model's context has.
+      ValueError: a name is unknown, a task executes code and that was not allowed, or a task may
+        generate as many tokens as the model's context has.
     """
     if not tasks:
         raise ValueError(
@@ -78,10 +77,10 @@ def run_tasks(
     check_tasks(tasks, include_path)
     context = evaluator.model.config.context_length
     manager = _tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
-    # Standard errors by resampling would fork this process, threads and devices and all.
+    # Without this the bootstrap of standard errors forks the process, with its threads and devices.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     lm = HarnessLM(evaluator, seed=seed)
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=lm, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot,
         apply_chat_template=chat, limit=limit or None,
         confirm_run_unsafe_code=confirm_run_unsafe_code, random_seed=seed, numpy_random_seed=seed,
@@ -92,7 +91,7 @@ def run_tasks(
             "%d requests did not fit into the context of %d tokens and lost their beginning",
             lm.truncated, lm.max_length,
         )  # fmt: skip
-    scores = {**found["results"], **found.get("groups", {})}
+    scores = {**results["results"], **results.get("groups", {})}
     return {
         "tasks": {
             name: {
@@ -103,17 +102,17 @@ def run_tasks(
             for name, metrics in scores.items()
         },
         "truncated": lm.truncated,
-        "num_fewshot": found["n-shot"],
-        "versions": found["versions"],
-        "samples": json.loads(json.dumps(found["samples"], default=str)),
+        "num_fewshot": results["n-shot"],
+        "versions": results["versions"],
+        "samples": json.loads(json.dumps(results["samples"], default=str)),
     }
 
 
 def check_tasks(tasks: Sequence[str], include_path: str = "") -> None:
-    """Checks that there are such tasks.
+    """Checks that the tasks exist.
 
     Raises:
-      ValueError: one is unknown; with the nearest names.
+      ValueError: a task is unknown; suggests the nearest names.
       FileNotFoundError: a YAML file is missing.
     """
     paths = [task for task in tasks if task.endswith((".yaml", ".yml"))]
@@ -131,7 +130,7 @@ def check_loadable(
     include_path: str = "",
     confirm_run_unsafe_code: bool = False,
 ) -> None:
-    """Loads tasks with their data, and raises what `run_tasks` would of a model of this context."""
+    """Loads tasks with their data; raises what `run_tasks` would for a model of this context."""
     manager = _tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
     manager.load(list(tasks))
 
@@ -148,7 +147,7 @@ def _tasks(include_path: str, *, context: int, may_run_code: bool) -> "_Tasks":
 
 
 class _Tasks(TaskManager):
-    """Loads tasks; refuses those that cannot run here, and those that run code unless allowed."""
+    """Loads tasks; refuses unsupported ones, and those that execute code unless it is allowed."""
 
     may_run_code: bool
     context: int
@@ -174,10 +173,10 @@ class _Tasks(TaskManager):
 
 
 class HarnessLM(TemplateLM):
-    """What the harness calls a language model: an `Evaluator` behind its interface.
+    """The harness's interface to an `Evaluator`.
 
     Attributes:
-      truncated: requests so far that lost the beginning of their context.
+      truncated: number of requests so far whose context was truncated at its beginning.
     """
 
     def __init__(self, evaluator: Evaluator, *, seed: int = 1234):
@@ -188,49 +187,52 @@ class HarnessLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model can read."""
+        """The model's context length in tokens."""
         return self._evaluator.model.config.context_length
 
     @property
     def eot_token_id(self) -> int:
-        """Ends a text."""
+        """The token that ends a text."""
         return self.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without context: the BOS that the tokenizer names, else EOS."""
+        """The token before a text without context: BOS if the tokenizer names one, else EOS."""
         named = "bos_token" in self.tokenizer.special_tokens
         return self.tokenizer.bos_id if named else self.tokenizer.eos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells caches of rendered prompts apart."""
+        """The harness's key for caches of rendered prompts."""
         return str(self.tokenizer.path)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """The ids of a text, behind BOS where the tokenizer says so and the text has none."""
+        """The ids of a text; BOS is prepended if the tokenizer says so and the text has none."""
         ids = self.tokenizer.encode(string, parse_special=True)
         add = self.tokenizer.adds_bos if add_special_tokens is None else add_special_tokens
         has = ids[:1] == [self.tokenizer.bos_id]
         return [self.tokenizer.bos_id, *ids] if add and not has else ids
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template in use, for the harness's records."""
+        """The chat template, for the harness's records."""
         return self.tokenizer.chat_template if chat_template else ""
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Renders a conversation; one that ends with the assistant's words is to be gone on with.
+        """Renders a conversation, which without `add_generation_prompt` ends with a partial answer.
 
-        What a template refuses is tried without its system messages, as the `hf` backend does.
+        If the template refuses the messages, the system messages are dropped, as in the `hf`
+        backend.
 
         Raises:
-          ValueError: the template refuses the messages, or leaves those words out.
+          ValueError: the template refuses the messages, or leaves the partial answer out.
         """
-        mark = MARKS[1]  # where the begun answer ends; the space behind it tells of stripping
+        # Marks the end of the partial answer; whether the space after it survives shows if the
+        # template strips messages.
+        mark = MARKS[1]
         if not add_generation_prompt:
             *earlier, begun = chat_history
             chat_history = [*earlier, {**begun, "content": f"{begun['content']}{mark} "}]
@@ -259,7 +261,7 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Iterable[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """For each (text, context, continuation) ln p of the continuation, and if it is greedy."""
+        """For each (text, context, continuation), its ln p and whether it is the greedy one."""
         rows, counts = [], []
         for text, context, continuation in requests:
             if not continuation:
@@ -286,7 +288,7 @@ class HarnessLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """For each text ln p of all of it after BOS; a text too long is cut into windows."""
+        """The ln p of each text after BOS; a text too long is cut into windows."""
         windows, counts = [], []
         for request in requests:
             pairs = get_rolling_token_windows(
@@ -300,7 +302,7 @@ class HarnessLM(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to the first of the task's stop strings."""
+        """The continuation of each context, up to the first of the task's stop strings."""
         by_options: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
@@ -325,10 +327,10 @@ class HarnessLM(TemplateLM):
 
 
 def _generation_options(
-    given: Mapping[str, Any], *, context: int
+    kwargs: Mapping[str, Any], *, context: int
 ) -> tuple[int, list[str], dict[str, Any]]:
-    """A task's generation_kwargs as the most new tokens, stop strings, and options of ours."""
-    options = dict(normalize_gen_kwargs(dict(given), _MAX_NEW_TOKENS))
+    """A task's generation_kwargs as max_new_tokens, stop strings, and fields of `Sampling`."""
+    options = dict(normalize_gen_kwargs(dict(kwargs), _MAX_NEW_TOKENS))
     for name, off in (("num_beams", 1), ("top_k", 0)):  # values that switch the option off
         if options.get(name) == off:
             del options[name]

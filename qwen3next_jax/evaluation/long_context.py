@@ -1,21 +1,22 @@
-"""What a model finds in long texts, by their length and by where in them it stands.
+"""Retrieval from long texts, by the text's length and the depth of the sentence to retrieve.
 
-Five tasks of RULER's families (Hsieh et al., arXiv:2404.06654), made here from a few words, so that
-a length is just more of the same and every answer is one word:
+Five tasks of RULER's families (Hsieh et al., arXiv:2404.06654), made of a small vocabulary, so that
+longer texts differ in length only and every answer consists of single words:
 
-- `niah_single`: one sentence binds a word to a key; the word is asked for.
-- `niah_multikey`: four keys, each with its word; one is asked for, the others distract.
-- `niah_multivalue`: one key with four words; all are asked for.
-- `variable_tracking`: a word is put into a box and copied from box to box; a second word goes
-  another way. Asked for are the boxes with the first.
-- `common_words`: a list of words, three of them ten times as frequent as any other; the three.
+- `niah_single`: a sentence binds a word to a key; the question asks for the word.
+- `niah_multikey`: four keys, each with its word; the question asks for one, the others distract.
+- `niah_multivalue`: one key with four words; the question asks for all.
+- `variable_tracking`: a word is put into a box and copied from box to box; a second word is copied
+  through other boxes. The question asks for the boxes with the first word.
+- `common_words`: a list of words, three of them ten times as frequent as any other; the question
+  asks for the three.
 
-*Depth* is the place, from 0 to 1, of the first thing to be found; where there are several, the rest
-is spread evenly behind it. Common words are everywhere, and their depth is 0. The *score* is the
-share of the expected words that the model, decoding greedily, writes.
+*Depth* is the position, from 0 to 1, of the first sentence to retrieve; further ones are spread
+evenly after it. Common words are everywhere, and their depth is 0. The *score* is the share of the
+expected words that the model's greedy answer contains.
 
 A length is that of the prompt and the room for the answer together. Beyond the context that the
-model was trained on, it is given YaRN with the least power of two that suffices as its factor.
+model was trained on, YaRN is applied, with the least sufficient power of two as its factor.
 """
 
 import dataclasses
@@ -59,14 +60,14 @@ NOISE = (
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A text without its noise, and what is asked about it.
+    """A text without its noise, and a question about it.
 
     Attributes:
-      found: sentences to be found, in order; the first stands at the depth, the rest behind.
-      distractors: sentences of the same kind, which stand anywhere.
-      question: comes behind the text, and the beginning of the answer with it.
-      answers: the expected words.
-      noise: what the text is filled up with.
+      found: sentences to retrieve, in order; the first is placed at the depth, the others after it.
+      distractors: sentences of the same kind, placed anywhere.
+      question: question after the text, with the beginning of the answer.
+      answers: expected words.
+      noise: sentences that the text is filled up with.
     """
 
     found: tuple[str, ...]
@@ -91,21 +92,21 @@ def long_context(
     Args:
       evaluator: the model.
       tasks: names of `TASKS`; (): all.
-      lengths: in tokens; (): powers of two from 1024 (or a quarter of a shorter context) to the
-        model's context.
-      depths: how many, evenly from 0 to 1.
-      samples: questions for each task, length and depth.
-      chat: ask as the user's message in the model's chat template.
-      seed: of the questions; those of a cell depend on nothing else.
+      lengths: lengths in tokens; (): powers of two from 1024 (or a quarter of a shorter context) to
+        the model's context.
+      depths: number of depths, evenly spaced from 0 to 1.
+      samples: number of questions for each task, length and depth.
+      chat: whether to ask as the user's message in the model's chat template.
+      seed: PRNG seed of the questions; those of a cell do not depend on the other cells.
 
     Returns:
-      `score`, and one of each task's name, each the mean of its cells; `cells`, a list of {task,
-      length, depth, score, yarn_factor}; `examples`, of each task one {prompt, answers, output}
-      of the shortest length.
+      `score`, the mean over all cells, and for each task its mean under its name; `cells`, a list
+      of {task, length, depth, score, yarn_factor}; `examples`, for each task one {prompt, answers,
+      output} of the shortest length.
 
     Raises:
-      ValueError: a task is unknown, or a length is too short for its question, or too long for a
-        model that has a YaRN of its own.
+      ValueError: a task is unknown, a length is too short for a question, or a length exceeds the
+        context of a model whose config already has YaRN.
     """
     tasks = tuple(tasks) or tuple(TASKS)
     config = evaluator.model.config
@@ -163,7 +164,7 @@ def check_questions(
     chat: bool = False,
     seed: int = 0,
 ) -> None:
-    """Raises what `long_context` would, of its arguments and without a model."""
+    """Raises what `long_context` would raise with these arguments, without needing a model."""
     tasks = tuple(tasks) or tuple(TASKS)
     require_known("tasks of long_context", tasks, tuple(TASKS))
     room = _answer_room(tasks, tokenizer)
@@ -174,7 +175,7 @@ def check_questions(
 
 
 def _lengths(config: ModelConfig) -> list[int]:
-    """Those that are asked at where none are given."""
+    """The default lengths."""
     longest = config.context_length
     powers = (1 << i for i in range(longest.bit_length()))
     return [n for n in powers if min(1024, longest // 4) <= n <= longest]
@@ -193,7 +194,7 @@ def _asked(
 
 
 def ask(task: str, depth: float, *, length: int, sample: int, seed: int) -> Question:
-    """The question of a task that these numbers decide."""
+    """The question of a task, which depends on these arguments only."""
     rng = np.random.default_rng(
         [seed, zlib.crc32(task.encode()), length, round(float(depth) * 10_000), sample]
     )
@@ -203,10 +204,10 @@ def ask(task: str, depth: float, *, length: int, sample: int, seed: int) -> Ques
 def fit(
     question: Question, depth: float, length: int, tokenizer: Tokenizer, *, chat: bool = False
 ) -> tuple[list[int], str]:
-    """The tokens and the text of a question, with as much noise as `length` tokens have room for.
+    """The tokens and the text of a question, with as much noise as fits into `length` tokens.
 
     Raises:
-      ValueError: there is no room for the question itself.
+      ValueError: the question does not fit even without noise.
     """
 
     def prompt(sentences: int) -> tuple[list[int], str]:
@@ -214,7 +215,7 @@ def fit(
         return _tokens(text, question.question, tokenizer, chat), text + question.question
 
     _check_room(question, depth, length, tokenizer, chat)
-    # A sentence more is tokens more, so the most that fit are found by halving.
+    # Every sentence adds tokens, so the most that fit are found by bisection.
     fits, too_many = 0, length
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -228,7 +229,7 @@ def fit(
 def _check_room(
     question: Question, depth: float, length: int, tokenizer: Tokenizer, chat: bool
 ) -> None:
-    """Refuses a question that does not fit into so many tokens, even without noise."""
+    """Raises a ValueError if a question does not fit into `length` tokens even without noise."""
     needed = len(_tokens(_write(question, depth, 0), question.question, tokenizer, chat))
     if needed > length:
         raise ValueError(
@@ -238,16 +239,16 @@ def _check_room(
 
 
 def score(output: str, answers: Sequence[str]) -> float:
-    """The share of the expected words that are in the output."""
+    """The share of the expected words that occur in the output."""
     words = set(re.findall(r"\w+", output.lower()))
     return sum(answer in words for answer in answers) / len(answers)
 
 
 def yarn_factor(config: ModelConfig, length: int) -> int:
-    """The YaRN factor that a model needs for a length; 0 for none.
+    """The YaRN factor that a model needs for a length; 0 if it needs none.
 
     Raises:
-      ValueError: the length exceeds the context of a model that has a YaRN of its own.
+      ValueError: the length exceeds the context of a model whose config already has YaRN.
     """
     if length <= config.context_length:
         return 0
@@ -260,7 +261,7 @@ def yarn_factor(config: ModelConfig, length: int) -> int:
 
 
 def with_yarn(model: Qwen3Next, factor: int) -> Qwen3Next:
-    """The same parameters with their context extended."""
+    """The model with its context extended by YaRN; the parameters are shared."""
     config = dataclasses.replace(model.config, rope_scaling=model.config.yarn(float(factor)))
     model = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(model):
@@ -275,12 +276,12 @@ def magic_word_is(key: str, word: str) -> str:
 
 
 def which_magic_word(key: str) -> str:
-    """The question for it, up to where the word belongs."""
+    """The question for the word bound to a key, with the beginning of the answer."""
     return f"\nWhat is the magic word of {key}?\nThe magic word of {key} is"
 
 
 def _answer_room(tasks: Sequence[str], tokenizer: Tokenizer) -> int:
-    """Tokens kept free for an answer, one number for all tasks: twice the longest, and a few."""
+    """Tokens reserved for an answer, the same for all tasks: twice the longest, and a few."""
     longest = 0
     for task in tasks:
         for i in range(8):
@@ -290,7 +291,7 @@ def _answer_room(tasks: Sequence[str], tokenizer: Tokenizer) -> int:
 
 
 def _write(question: Question, depth: float, sentences: int) -> str:
-    """The text: so many sentences of noise, and among them what is to be found."""
+    """The text: so many sentences of noise, with the question's sentences among them."""
     rng = np.random.default_rng(zlib.crc32(repr((question, depth)).encode()))
     first = round(depth * sentences)
     n = len(question.found)
@@ -312,7 +313,7 @@ def _write(question: Question, depth: float, sentences: int) -> str:
 def _tokens(text: str, question: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
     if not chat:
         return encode_prompt(tokenizer, text + question)
-    # The beginning of the answer is not the user's to write.
+    # The beginning of the answer is the assistant's, so it follows the rendered chat.
     asked, _, begun = question.rpartition("\n")
     rendered = render_chat(
         [{"role": "user", "content": text + asked}], tokenizer.chat_template,

@@ -1,12 +1,12 @@
 """Cross-entropy and bits per byte on text.
 
-Bits per byte do not depend on the tokenizer: the nats of all tokens, over ln 2 and the number of
-bytes that they stand for. A compressor's figure for the same bytes is directly comparable.
+Bits per byte are the nats of all tokens over ln 2 and over the number of bytes that they stand for.
+They do not depend on the tokenizer, and compare directly with a compressor's on the same bytes.
 
 There are two ways to lay out the same text. `perplexity` takes packed batches, as training does,
-and cuts documents at the ends of rows: cheap, and what a run is followed by. `document_perplexity`
-gives each document a row of its own, and tells documents by their length and tokens by how many
-stand before them.
+and cuts documents at the ends of rows: this is cheap, and used in training. `document_perplexity`
+gives each document a row of its own, and groups documents by their length and tokens by the number
+of tokens before them.
 """
 
 import functools
@@ -27,7 +27,7 @@ from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.training.loss import next_token_losses
 
-_AT_A_TIME = 1024  # documents in memory
+_AT_A_TIME = 1024  # documents in memory at a time
 
 
 def perplexity(
@@ -38,25 +38,25 @@ def perplexity(
     text_bytes: int,
     chunk: int = 512,
 ) -> dict[str, float]:
-    """Evaluates next-token prediction; no auxiliary loss is part of it.
+    """Evaluates next-token prediction, without auxiliary losses.
 
     Args:
-      graph, params: a model, split.
-      batches: all of the text, each token once; see `data.pipeline.evaluation_batches`.
+      graph, params: the model, split by `nnx.split`.
+      batches: the text, each token once, such as from `data.pipeline.evaluation_batches`.
       text_bytes: length of that text in UTF-8.
-      chunk: positions of a row whose logits exist at a time.
+      chunk: positions of a row whose logits are materialised at a time.
 
     Returns:
-      eval_ce in nats a token and eval_bits_per_byte; eval_dropped_assignments where tokens found no
-      place at their experts.
+      eval_ce in nats a token and eval_bits_per_byte; eval_dropped_assignments if assignments of
+      tokens to experts were dropped.
 
     Raises:
-      ValueError: nothing is predicted.
+      ValueError: the batches have no labels.
     """
     nats = tokens = dropped = 0.0
     for batch in batches:
-        losses, without_place = _losses(graph, params, batch, chunk)
-        dropped += float(without_place)
+        losses, batch_dropped = _losses(graph, params, batch, chunk)
+        dropped += float(batch_dropped)
         nats += float(losses.sum())
         tokens += float(batch["loss_weights"].sum())
     if not tokens:
@@ -78,25 +78,26 @@ def document_perplexity(
     limit: int = 0,
     on_error: str = "raise",
 ) -> dict[str, Any]:
-    """Evaluates documents one by one: what is predicted is what training would learn of them.
+    """Evaluates documents one by one, on the tokens that training would have in its loss.
 
     Args:
       evaluator: the model.
-      domains: records by the name of what they are of.
-      length: the most tokens of a document that are read at once; 0: the model's context. A longer
-        document goes on behind each cut without what stood before; how many were cut is counted,
-        logged and returned.
-      limit: documents of each domain, 0: all.
+      domains: records by the name of their domain.
+      length: most tokens of a document to read at once; 0: the model's context. A longer document
+        is cut into pieces, which are read without their predecessors; how many documents were cut
+        is logged and returned.
+      limit: most documents of each domain; 0: all.
       on_error: "raise", or "skip" records that cannot be used.
 
     Returns:
       `ce` in nats a token, `bits_per_byte`, `tokens`, `documents`, `cut_documents`; `by_length`, a
-      list of {from, to, documents, tokens, ce, bits_per_byte} where a document's length, in tokens,
-      is at least `from` and below `to`; `by_position`, of {from, to, tokens, ce} where a token has
-      so many before it in its row; `domains`, all of this for each, where there are several.
+      list of {from, to, documents, tokens, ce, bits_per_byte} for documents with `from` tokens or
+      more and fewer than `to`; `by_position`, a list of {from, to, tokens, ce} for tokens with
+      `from` tokens or more and fewer than `to` before them in their row; if there are several
+      domains, `domains`, with all of this for each.
 
     Raises:
-      ValueError: `length` exceeds the model's context, or nothing is predicted.
+      ValueError: `length` exceeds the model's context, or the documents have no labels.
     """
     check_length(evaluator.model.config, length)
     context = evaluator.model.config.context_length
@@ -119,7 +120,7 @@ def document_perplexity(
 
 
 def check_length(config: ModelConfig, length: int) -> None:
-    """Refuses, by a ValueError, to read more tokens at once than the model's context has."""
+    """Raises a ValueError if `length` exceeds the model's context."""
     if length > config.context_length:
         raise ValueError(
             f"{length=} exceeds the model's context of {config.context_length} tokens; give at "
@@ -131,13 +132,13 @@ def _table(
     evaluator: Evaluator, records: Records, *, length: int, limit: int, on_error: str
 ) -> "_Table":
     table = _Table()
-    found = readable(records, evaluator.tokenizer, on_error=on_error)
+    documents = readable(records, evaluator.tokenizer, on_error=on_error)
     if limit:
-        found = itertools.islice(found, limit)
-    while group := list(itertools.islice(found, _AT_A_TIME)):
+        documents = itertools.islice(documents, limit)
+    while group := list(itertools.islice(documents, _AT_A_TIME)):
         rows, weights, sizes = [], [], []
         for record, document in group:
-            # A row's targets are its tokens, one further.
+            # A row's targets are its tokens, shifted by one.
             ids = [*document["tokens"].tolist(), int(document["targets"][-1])]
             starts = range(0, len(ids) - 1, length)
             rows += [ids[start : start + length + 1] for start in starts]
@@ -153,7 +154,7 @@ def _table(
 
 
 def _bits(nats: float, size: float) -> float | None:
-    """Bits per byte; None where the predicted tokens have no text, as an empty answer."""
+    """Bits per byte; None if the predicted tokens have no text, as in an empty answer."""
     return nats / math.log(2) / size if size else None
 
 
@@ -161,7 +162,7 @@ class _Table:
     """Sums of nats, weights, documents and bytes, by power of two of a length or position."""
 
     def __init__(self):
-        # [power] and of these: nats, tokens that count, and for lengths documents and bytes.
+        # By power of two. Columns: nats, weights; `lengths` also has documents and bytes.
         self.lengths = np.zeros((64, 4))
         self.positions = np.zeros((64, 2))
         self.cut = 0
@@ -174,7 +175,7 @@ class _Table:
         for losses, weights in pieces:
             nats, counted = losses * weights, weights
             row[:2] += nats.sum(dtype=np.float64), counted.sum(dtype=np.float64)
-            # The token predicted at place i (from 0) has i + 1 tokens before it.
+            # The token predicted at index i (from 0) has i + 1 tokens before it.
             powers = np.frexp(np.arange(1, len(losses) + 1))[1]
             for column, values in enumerate((nats, counted)):
                 self.positions[:, column] += np.bincount(powers, values, minlength=64)

@@ -1,16 +1,16 @@
-"""Runs as one HTML file that needs nothing else: no network, no server, no other file.
+"""One or several runs as a self-contained HTML file: no network, no server, no other file.
 
     python -m qwen3next_jax.evaluation.report DIR [DIR ...] [--output=FILE]
 
-Training writes `report.html` of its own work directory after each evaluation and checkpoint; the
-command writes it again, or lays several runs over one another.
+Training writes `report.html` into its work directory after each evaluation and checkpoint; the
+command writes it again, or overlays several runs.
 
-A curve keeps, of each span of steps, its lowest and its highest value at the steps where they were,
-so that a spike of one step among 100,000 is still seen. A heat map keeps means. The spans double
-when they become too many: a report's size and the memory to build it have a bound, however long the
-run. A `Report` that is written again reads only the lines that were added.
+A curve keeps the lowest and the highest value of each span of steps, at their steps, so that a
+spike of one step among 100,000 stays visible. A heat map keeps the means of spans. If there are too
+many spans, pairs are merged: the size of a report and the memory to build it are bounded, however
+long the run. When a `Report` is written again, it reads only the lines added since.
 
-`report.html`, beside this file, is the page: it draws what this module decides to show.
+`report.html`, beside this file, is the page, which draws the data that this module selects.
 """
 
 import argparse
@@ -29,9 +29,9 @@ import numpy as np
 from qwen3next_jax.command import check_writable, told_errors, write_whole
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig, flatten
 
-_CURVE_SPANS = 400  # at least, once there are as many; twice as many at most
-_MAP_SPANS = 64
-_SAMPLES = 12  # checkpoints whose samples are shown, the first and the last among them
+_CURVE_SPANS = 400  # in a curve; when there are more than twice as many, pairs are merged
+_MAP_SPANS = 64  # in a heat map; when there are more than twice as many, pairs are merged
+_SAMPLES = 12  # steps whose samples are shown, the first and the last among them
 _COLORS = 8
 _DASHES = ("", "6 3", "2 2", "8 3 2 3", "1 3")
 
@@ -46,7 +46,7 @@ class Panel(NamedTuple):
     note: str = ""
 
 
-# A metric is shown in the first panel that it matches; what matches none, in one of its own.
+# A metric is shown in the first panel that it matches, or else in a panel of its own.
 _CHARTS = (
     Panel("Loss", "Training loss", "loss|ce|mtp_ce", True,
           "loss: what is minimised; ce: nats a token, next token only; mtp_ce: tokens beyond"),
@@ -69,7 +69,7 @@ _CHARTS = (
     Panel("Experts", "Busiest expert over the mean load", "expert_load_max", False,
           "of the worst layer; 1 when loads are even"),
     Panel("Experts", "Dropped assignments", "dropped_share", False,
-          "share of the tokens' assignments to experts that found no place"),
+          "share of the tokens' assignments to experts that were dropped"),
     Panel("Data", "Epochs", ".*/epoch", False, "how often each part's records were read"),
     Panel("Data", "Tokens by part", ".*/tokens"),
     Panel("Data", "Filled positions", "packing_efficiency", False, "share that hold a token"),
@@ -95,7 +95,7 @@ _MAPS = (
     Panel("Layers", "Attention sink", "layers/attention_sink", False,
           "share of the attention that goes to the first token of a document"),
     Panel("Layers", "Largest activation", "layers/activation_max", True,
-          "largest absolute entry of the hidden states behind the layer"),
+          "largest absolute entry of the hidden states after the layer"),
 )  # fmt: skip
 _SECTIONS = (
     "Loss", "Evaluation", "Retrieval", "Optimization", "Throughput", "Experts", "Layers", "Samples",
@@ -105,7 +105,7 @@ _UNSHOWN = {"step", "tokens", "dropped_assignments"}
 
 
 class Curve:
-    """One metric over the steps, thinned to its extremes."""
+    """One metric over the steps, reduced to the extremes of spans."""
 
     def __init__(self):
         self.last: tuple[int, float] | None = None
@@ -114,7 +114,7 @@ class Curve:
         self._spans: list[list[Any]] = []  # number, (step, lowest), (step, highest)
 
     def add(self, step: int, value: float) -> None:
-        """Adds the value at a step, which is no earlier than those before."""
+        """Adds the value at a step; steps must not decrease."""
         if not math.isfinite(value):
             self.not_finite += 1
             return
@@ -136,7 +136,7 @@ class Curve:
             self.last = point
 
     def points(self) -> list[tuple[int, float]]:
-        """What is left, in the order of the steps; the last value is among it."""
+        """The points that are kept, in the order of steps, including the last one."""
         ends = {self.last} if self.last else set()
         return sorted({point for _, low, high in self._spans for point in (low, high)} | ends)
 
@@ -149,8 +149,8 @@ class Map:
         self._spans: list[tuple[int, np.ndarray, np.ndarray]] = []  # number, sums, counts
 
     def add(self, step: int, values: Sequence[Any]) -> None:
-        """Adds the layers' values at a step; None where a layer has none."""
-        row = np.array(values, dtype=float)  # which makes NaN of None
+        """Adds the layers' values at a step; None for layers that have none."""
+        row = np.array(values, dtype=float)  # None becomes NaN
         known = np.isfinite(row)
         self._add(step // self._width, np.where(known, row, 0), known.astype(int))
         if len(self._spans) > 2 * _MAP_SPANS:
@@ -166,14 +166,14 @@ class Map:
         self._spans.append((number, sums, counts))
 
     def columns(self) -> tuple[list[int], np.ndarray]:
-        """The first step of each span, and means [layers, spans], NaN where there is nothing."""
+        """The first step of each span, and means [layers, spans], NaN for spans without values."""
         sums, counts = (np.stack([span[i] for span in self._spans], axis=1) for i in (1, 2))
         with np.errstate(invalid="ignore"):
             return [span[0] * self._width for span in self._spans], sums / counts
 
 
 class Run:
-    """What the files of a work directory tell; `read` goes on where it stopped."""
+    """The contents of a work directory's files, which `read` reads incrementally."""
 
     def __init__(self, workdir: pathlib.Path):
         self.workdir, self.name = workdir, workdir.resolve().name
@@ -187,21 +187,21 @@ class Run:
         self.step, self._read_to = 0, 0
 
     def read(self) -> None:
-        """Reads what was added to metrics.jsonl, and the small files anew.
+        """Reads the lines added to metrics.jsonl, and all of the small files.
 
         Raises:
-          FileNotFoundError: if this is no work directory.
+          FileNotFoundError: the directory is not a work directory.
         """
         path = self.workdir / "metrics.jsonl"
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; expected a work directory of train.py")
-        if path.stat().st_size < self._read_to:  # cut back: the run went on from a checkpoint
+        if path.stat().st_size < self._read_to:  # truncated: the run resumed from a checkpoint
             self._forget()
         with path.open("rb") as file:
             file.seek(self._read_to)
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # it is being written
+                    break  # still being written
                 self._read_to += len(line)
                 self._add(json.loads(line))
         self.config = _json_of(self.workdir / "config.json")
@@ -241,13 +241,13 @@ class Report:
                 run.name = str(run.workdir)
 
     def write(self) -> None:
-        """Reads what is new and writes the page; whoever opens it sees the old or the new one."""
+        """Reads what is new and replaces the page atomically."""
         for run in self._runs:
             run.read()
         page = resources.files("qwen3next_jax.evaluation").joinpath("report.html").read_text()
         title = "qwen3next_jax: " + ", ".join(run.name for run in self._runs)
         text = json.dumps(_page(self._runs, title), allow_nan=False, separators=(",", ":"))
-        # Inside a script, JSON must not hold the end of one.
+        # JSON inside a script element must not contain the end tag: "<" is escaped.
         page = page.replace("<title>Report<", f"<title>{html.escape(title)}<")
         page = page.replace(">DATA<", ">" + text.replace("<", "\\u003c") + "<")
         write_whole(self._output, page)
@@ -290,7 +290,7 @@ def _page(runs: list[Run], title: str) -> dict[str, Any]:
 
 
 def _panels(known: Iterable[Panel], metrics: Iterable[Mapping[str, Any]], unknown: Any):
-    """The panels that have something to show, each with the names of its metrics."""
+    """The panels that have metrics to show, each with their names."""
     left = [name for name in dict.fromkeys(n for m in metrics for n in m) if name not in _UNSHOWN]
     for panel in known:
         names = [name for name in left if re.fullmatch(panel.pattern, name)]
@@ -310,7 +310,7 @@ def _unknown_map(name: str) -> Panel:
 
 
 def _series(runs: list[Run], names: list[str]) -> list[dict[str, Any]]:
-    """Runs differ by color and metrics by dashes, or where there is one run, metrics by color."""
+    """Curves: runs differ by color and metrics by dashes; in a single run, metrics by color."""
     series = []
     for r, run in enumerate(runs):
         for i, name in enumerate(names):
@@ -339,15 +339,15 @@ def _not_finite(runs: list[Run], names: list[str]) -> str:
 
 
 def _heat_maps(runs: list[Run], name: str, panel: Panel) -> list[dict[str, Any]]:
-    """One for each run, all on the same scale; layers without the thing are left out."""
-    found = [(run, *run.maps[name].columns()) for run in runs if name in run.maps]
-    found = [entry for entry in found if np.isfinite(entry[2]).any()]
-    if not found:
+    """A heat map for each run, all on the same scale; layers without values are left out."""
+    columns_of = [(run, *run.maps[name].columns()) for run in runs if name in run.maps]
+    columns_of = [entry for entry in columns_of if np.isfinite(entry[2]).any()]
+    if not columns_of:
         return []
-    low = min(np.nanmin(values) for *_, values in found)
-    high = max(np.nanmax(values) for *_, values in found)
+    low = min(np.nanmin(values) for *_, values in columns_of)
+    high = max(np.nanmax(values) for *_, values in columns_of)
     maps = []
-    for run, columns, values in found:
+    for run, columns, values in columns_of:
         rows = [i for i, row in enumerate(values) if np.isfinite(row).any()]
         labels = _layer_labels(run.config, len(values))
         maps.append(
@@ -361,7 +361,7 @@ def _heat_maps(runs: list[Run], name: str, panel: Panel) -> list[dict[str, Any]]
 
 
 def _layer_labels(config: Mapping[str, Any], count: int) -> list[str]:
-    """Numbers and mixers of the layers; the MTP module is one more, behind them."""
+    """Numbers and mixers of the layers; the MTP module comes last."""
     if "model" not in config:
         return [str(i) for i in range(count)]
     short = {FULL: "attention", LINEAR: "delta"}
@@ -380,7 +380,7 @@ def _scores(runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def _cells(run: Run, *, several: bool) -> list[dict[str, Any]]:
-    """Retrieval: for each task the scores by length and depth."""
+    """Tables of the scores by length and depth, one for each task."""
     if run.cells is None:
         return []
     step, cells = run.cells
@@ -416,7 +416,7 @@ def _samples(run: Run, *, several: bool) -> list[dict[str, Any]]:
 def _compared(
     title: str, runs: list[Run], values: list[dict[str, Any]], *, folded: bool
 ) -> list[dict[str, Any]]:
-    """A row for each key, with those first in which runs differ."""
+    """A table with a row for each key; rows in which runs differ come first."""
     rows = []
     for key in dict.fromkeys(key for run_values in values for key in run_values):
         texts = [_text(run_values.get(key)) for run_values in values]
@@ -451,13 +451,13 @@ def _json_of(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _lines_of(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may be under way."""
+    """The complete lines of a file that may still be being written."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _short(value: float | None) -> float | None:
-    """Rounds to five digits, more than a screen can show; None for NaN and infinity."""
+    """Rounds to five digits, more than a screen resolves; None for NaN and infinity."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
@@ -470,7 +470,7 @@ def _text(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the page that the command line asks for."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m qwen3next_jax.evaluation.report",
         description="Shows a run, or several over one another, as one HTML file.",

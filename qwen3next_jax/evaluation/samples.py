@@ -1,4 +1,4 @@
-"""Samples of what a model in training writes, for people to read."""
+"""Samples of text from a model in training, for people to read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,17 +17,17 @@ def samples(
     max_new_tokens: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Continues each prompt, drawn at temperature 0.8 from the likeliest 95%.
+    """Continues each prompt with temperature 0.8 and top-p 0.95.
 
     Args:
-      model: is not changed.
-      tokenizer: the model's.
-      prompts: "" is the start of a document.
-      max_new_tokens: the most that is added to each; a text ends where the model ends it.
-      seed: the same gives the same from the same model.
+      model: the model.
+      tokenizer: the model's tokenizer.
+      prompts: texts to continue; "" starts a document.
+      max_new_tokens: most tokens to add to each, unless a stop token ends it before.
+      seed: PRNG seed for sampling, in [0, 2**32).
 
     Returns:
-      Of each, `prompt` and `text`, what was added.
+      For each prompt, `prompt` and its continuation, `text`.
     """
     new = generate(
         model, [encode_prompt(tokenizer, prompt) for prompt in prompts],
@@ -43,10 +43,10 @@ def samples(
 def check_samples(
     config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int
 ) -> None:
-    """Refuses prompts that leave no room for what is to be added to them.
+    """Checks that each prompt and `max_new_tokens` more tokens fit into the model's context.
 
     Raises:
-      ValueError: names the longest one.
+      ValueError: they do not; names the longest prompt.
     """
     length, longest = max((len(encode_prompt(tokenizer, text)), text) for text in prompts)
     if length + max_new_tokens > config.context_length:

@@ -1,7 +1,7 @@
-"""How many of the MTP module's drafts are accepted, by their place and by kind of text.
+"""How many of the MTP module's drafts are accepted, by position in the draft and by domain.
 
-Prompts are the beginnings of documents, and the model goes on greedily from them. What is counted
-belongs to a row and one pass over it, so it does not depend on which rows share a batch.
+Prompts are the beginnings of documents, which the model continues greedily. Drafts are counted for
+each row and pass, so the counts do not depend on which rows share a batch.
 """
 
 import itertools
@@ -34,17 +34,18 @@ def speculation(
 
     Args:
       evaluator: a model with an MTP module.
-      domains: records by the name of what they are of.
-      prompts: documents of each domain, the first of them with more than `prompt_length` tokens.
-      prompt_length: tokens of each that are the prompt.
-      new_tokens: the most that are written for each; a stop token ends it before.
+      domains: records by the name of their domain.
+      prompts: number of documents of each domain: its first ones with more than `prompt_length`
+        tokens.
+      prompt_length: tokens of each document that are the prompt.
+      new_tokens: most tokens to generate for each, unless a stop token ends it before.
       drafts: tokens drafted at a time.
       on_error: "raise", or "skip" records that cannot be used.
 
     Returns:
-      `acceptance`, for each place in a draft the share of tokens that were accepted;
-      `tokens_per_pass`, the accepted drafts and the model's own token; `drafted`, passes in which a
-      row had a draft; `domains`, all of this for each that has a document long enough.
+      `acceptance`, the share of accepted tokens by position in the draft; `tokens_per_pass`, the
+      mean number of accepted drafts and the model's own token; `drafted`, the number of drafts,
+      one for each row and pass; `domains`, all of this for each domain with a document long enough.
 
     Raises:
       ValueError: the model has no MTP module, or a context too short; or no document of any domain
@@ -55,8 +56,8 @@ def speculation(
         domains, evaluator.tokenizer, count=prompts, length=prompt_length, on_error=on_error
     )
     counts = {
-        name: evaluator.count_drafts(found, max_new_tokens=new_tokens, drafts=drafts)
-        for name, found in chosen.items()
+        name: evaluator.count_drafts(tokens, max_new_tokens=new_tokens, drafts=drafts)
+        for name, tokens in chosen.items()
     }
     total = [np.sum([part[i] for part in counts.values()], axis=0) for i in range(2)]
     return {
@@ -73,29 +74,29 @@ def beginnings(
     length: int = PROMPT_LENGTH,
     on_error: str = "raise",
 ) -> dict[str, list[list[int]]]:
-    """The first `length` tokens of documents that are longer, the first `count` of each domain.
+    """The first `length` tokens of the first `count` documents of each domain that are longer.
 
-    A domain without such a document is left out, and a warning says so.
+    A domain without such a document is left out with a warning.
 
     Raises:
-      ValueError: no domain has one.
+      ValueError: no domain has such a document.
     """
     chosen = {}
     for name, records in domains.items():
-        found = readable(records, tokenizer, on_error=on_error)
-        long_enough = (d["tokens"] for _, d in found if len(d["tokens"]) > length)
+        documents = readable(records, tokenizer, on_error=on_error)
+        long_enough = (d["tokens"] for _, d in documents if len(d["tokens"]) > length)
         chosen[name] = [tokens[:length].tolist() for tokens in itertools.islice(long_enough, count)]
-    without = [name for name, found in chosen.items() if not found]
+    without = [name for name, prompts in chosen.items() if not prompts]
     if without:
         problem = f"No document of {', '.join(without)} has more than {length} tokens"
         if len(without) == len(chosen):
             raise ValueError(f"{problem}; give longer documents, or leave speculation out")
         logging.warning("%s: speculation leaves these texts out", problem)
-    return {name: found for name, found in chosen.items() if found}
+    return {name: prompts for name, prompts in chosen.items() if prompts}
 
 
 def check_drafting(config: ModelConfig, length: int = PROMPT_LENGTH + NEW_TOKENS) -> None:
-    """Refuses, by a ValueError, a model without MTP module, or of a context below `length`."""
+    """Raises a ValueError if the model has no MTP module, or a context shorter than `length`."""
     if length > config.context_length:
         raise ValueError(
             f"speculation reads and writes {length} tokens, and the model's context has "

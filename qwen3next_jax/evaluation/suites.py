@@ -3,7 +3,7 @@
 - `perplexity`: cross-entropy and bits per byte, by document length and position.
 - `lm_eval`: tasks of lm-evaluation-harness.
 - `long_context`: retrieval by length and depth.
-- `speculation`: how many of the MTP module's drafts are accepted.
+- `speculation`: the share of the MTP module's drafts that are accepted.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,15 +23,20 @@ from qwen3next_jax.evaluation.speculation import beginnings, check_drafting, spe
 from qwen3next_jax.model.decoder import Qwen3Next
 
 SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
+_CHATTING = {"lm_eval", "long_context"}  # the suites that read `EvaluationConfig.chat`
 
 
 def check_suites(names: Iterable[str], options: EvaluationConfig) -> None:
     """Checks the arguments of suites before anything is computed.
 
+    Args:
+      names: names of suites.
+      options: the suites' options.
+
     Raises:
       ValueError: a suite or a task is unknown, lm_eval has no tasks, or a suite that generates text
         would run in several processes.
-      ModuleNotFoundError: lm-evaluation-harness is wanted and not installed.
+      ModuleNotFoundError: lm_eval is among the suites and lm-evaluation-harness is not installed.
     """
     names = tuple(names)
     require_known("suites", names, SUITES)
@@ -57,23 +62,25 @@ def check_usable(
     *,
     on_error: str = "raise",
 ) -> None:
-    """Checks what suites need of a model, its tokenizer and texts, before its weights are there.
+    """Checks what suites need of a model, its tokenizer and texts, before its weights are loaded.
 
-    Tasks of lm_eval are loaded for that, with their data.
+    This loads the tasks of lm_eval with their data.
 
     Args:
-      names: of suites.
-      options, domains, on_error: as `run_suite` has them.
-      config, tokenizer: the model's.
+      names: names of suites.
+      options: the suites' options.
+      config: the model's config.
+      tokenizer: the model's tokenizer.
+      domains, on_error: as `run_suite` takes them.
 
     Raises:
-      FileNotFoundError: a suite is to chat, and there is no chat template.
-      ValueError: what is asked for does not fit the model, or no text can be used.
-      Exception: what the harness raises where it cannot load a task.
+      FileNotFoundError: a suite uses a chat template, and there is none.
+      ValueError: an option does not fit the model, or no text can be used.
+      Exception: whatever the harness raises if it cannot load a task.
     """
     names = tuple(names)
-    if names and options.chat:
-        _ = tokenizer.chat_template  # raises where there is none
+    if options.chat and _CHATTING & set(names):
+        _ = tokenizer.chat_template  # raises if there is none
     if "perplexity" in names:
         check_length(config, options.length)
     if "lm_eval" in names:
@@ -89,7 +96,7 @@ def check_usable(
 
 
 def _questions(options: EvaluationConfig) -> dict[str, Any]:
-    """The arguments of `long_context`."""
+    """The options of `long_context` as its arguments."""
     return {
         "tasks": options.long_context_tasks, "lengths": options.lengths, "depths": options.depths,
         "samples": options.limit or 4, "chat": options.chat, "seed": options.seed,
@@ -104,17 +111,20 @@ def run_suite(
     *,
     on_error: str = "raise",
 ) -> dict[str, Any]:
-    """The results of a suite; its own module says what they are.
+    """Runs a suite.
 
     Args:
       name: one of `SUITES`.
       evaluator: the model.
-      options: see there.
-      domains: the texts for "perplexity" and "speculation", by name; other suites read none.
-      on_error: of those texts, "raise", or "skip" records that cannot be used.
+      options: the suites' options.
+      domains: texts for "perplexity" and "speculation", by name; other suites read none.
+      on_error: "raise", or "skip" records of those texts that cannot be used.
+
+    Returns:
+      What `document_perplexity`, `harness.run_tasks`, `long_context` or `speculation` returns.
 
     Raises:
-      ValueError: what is asked for is unknown, or does not fit the model.
+      ValueError: a name is unknown, or an option does not fit the model.
     """
     check_suites([name], options)
     limit = options.limit
@@ -138,10 +148,11 @@ def run_suite(
 def suites_in_training(
     options: EvaluationConfig, data: Data
 ) -> Callable[[Qwen3Next], dict[str, Any]] | None:
-    """What a training run calls with its model, for a line of metrics.jsonl; None for no suites.
+    """A function that runs the suites of a training run on its model; None if there are none.
 
-    It returns `eval_SUITE_NAME` for each number that a suite results in, and
-    `eval_long_context_cells`, a list of {task, length, depth, score}. Texts are the held-out ones.
+    Its result is a line for metrics.jsonl: `eval_SUITE_NAME` for each of a suite's `scalars`, and
+    `eval_long_context_cells`, a list of {task, length, depth, score}. The texts are the held-out
+    ones.
     """
     if not options.suites:
         return None
@@ -166,12 +177,12 @@ def suites_in_training(
 
 
 def scalars(name: str, result: Mapping[str, Any]) -> dict[str, float]:
-    """A suite's results that are one number each."""
+    """The scalars among a suite's results, by name."""
     if name == "lm_eval":
-        found = result["tasks"].items()
+        tasks = result["tasks"].items()
         return {
             f"{task}_{metric.replace(',', '_')}": value
-            for task, metrics in found
+            for task, metrics in tasks
             for metric, value in metrics.items()
         }
     numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
@@ -182,7 +193,7 @@ def scalars(name: str, result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def table(name: str, result: Mapping[str, Any]) -> str:
-    """A suite's results for a terminal."""
+    """A suite's results as a table for the terminal."""
     if name == "perplexity":
         heads = ["", "documents", "tokens", "nats a token", "bits a byte"]
         rows = [["all", *_perplexity_row(result)]]
@@ -234,7 +245,7 @@ def _perplexity_row(part: Mapping[str, Any]) -> list[str]:
 
 
 def _aligned(heads: list[str], rows: list[list[str]]) -> str:
-    """Columns: the first to the left, the others to the right."""
+    """A text table with the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
 
     def line(row):
@@ -248,7 +259,7 @@ def _aligned(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _harness():
-    # It brings PyTorch and transformers along, and takes seconds to import.
+    # Imported only if used: it imports PyTorch and transformers, which takes seconds.
     from qwen3next_jax.evaluation import harness
 
     return harness

@@ -21,7 +21,7 @@ from qwen3next_jax.model.decoder_layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.mtp import MTP
-from qwen3next_jax.model.statistics import Observed, one_after_another
+from qwen3next_jax.model.statistics import Observed, concatenate_layers
 from qwen3next_jax.ops.attention import KEPT
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.ops.shapes import check_rows, check_shape
@@ -181,7 +181,7 @@ class Qwen3Next(nnx.Module):
                 if stats is not None:
                     all_stats.append(stats)
             joined = jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats) if all_stats else None
-            return x, (joined, one_after_another(all_seen))
+            return x, (joined, concatenate_layers(all_seen))
 
         # On a CPU, a loop copies each group's residuals into the stacked array of all groups'.
         unroll = _MOST_UNROLLED if platform() == "cpu" else 1

@@ -81,8 +81,8 @@ def sink_share(
     return Mean((share * counted).sum(), counted.sum())
 
 
-def over_first_axis(observed: Observed) -> Observed:
-    """Combines parts that are stacked along the first axis: sums of means, maxima of maxima."""
+def combine_parts(observed: Observed) -> Observed:
+    """Combines parts that are stacked along the first axis; means are weighted by their tokens."""
     return {
         name: Mean(x.total.sum(0), x.tokens.sum(0))
         if isinstance(x, Mean)
@@ -91,7 +91,7 @@ def over_first_axis(observed: Observed) -> Observed:
     }
 
 
-def one_after_another(parts: Sequence[Observed]) -> Observed:
+def concatenate_layers(parts: Sequence[Observed]) -> Observed:
     """Concatenates statistics of layers along the first axis.
 
     A statistic that only some of the layers have is concatenated over those, in order.

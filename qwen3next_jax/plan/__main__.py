@@ -1,12 +1,12 @@
-"""Says what a run will cost, without a device.
+"""Estimates what a run will cost, without a device.
 
     python -m qwen3next_jax.plan --config=FILE [--config.KEY=V ...] [--topology=v5p:4x4x4]
     python -m qwen3next_jax.plan --config=FILE --compile [--hlo=FILE]
     python -m qwen3next_jax.plan --config=FILE --search [--best=2]
 
-The first answers at once, by arithmetic. `--compile` compiles the train step with the TPU compiler,
-which takes minutes; `--search` ranks meshes and remat choices and compiles the best few. `--json`
-prints one object as the last line.
+The first form answers at once, by arithmetic. `--compile` compiles the train step with the TPU
+compiler, which takes minutes; `--search` ranks meshes and remat choices and compiles the best few.
+`--json` prints one object as the last line.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _SEARCH = flags.DEFINE_bool("search", False, "Rank meshes and remat choices.")
 _BEST = flags.DEFINE_integer("best", 2, "With --search: how many to compile.", lower_bound=0)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
-# Dense Qwen3-32B, the makers' yardstick.
+# Dense Qwen3-32B, to which the authors of Qwen3-Next compare.
 _YARDSTICK = dict(
     model_type="qwen3", vocab_size=151936, hidden_size=5120, num_hidden_layers=64,
     max_position_embeddings=40960, num_attention_heads=64, num_key_value_heads=8, head_dim=128,
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--config=FILE is needed, such as --config=configs/80b_a3b.py")
     if _HLO.value and not _COMPILE.value:
         raise app.UsageError("--hlo needs --compile")
-    if _HLO.value:  # compilation takes minutes
+    if _HLO.value:  # checked now, since compilation takes minutes
         check_writable(pathlib.Path(_HLO.value))
     jax.config.update("jax_platforms", "cpu")  # no device is used, here or elsewhere
     config = RunConfig.from_dict(_CONFIG.value.to_dict())
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         if not _SEARCH.value or _COMPILE.value:
             raise
-        refusal = error  # what another mesh may mend
+        refusal = error  # another mesh may fit
     result = _model(config, program)
     if refusal is None:
         result.update(_layout(config, program, mesh, chip))
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
 
 
 def _model(config: RunConfig, program: Program) -> dict[str, Any]:
-    """What no layout changes."""
+    """Prints and returns the costs that do not depend on the mesh."""
     c, t = config.model, config.train
     s = t.sequence_length
     params = program.state.params
@@ -141,7 +141,7 @@ def _model(config: RunConfig, program: Program) -> dict[str, Any]:
 def _layout(
     config: RunConfig, program: Program, mesh: dict[str, int], chip: Chip
 ) -> dict[str, Any]:
-    """What the config's own mesh costs."""
+    """Prints and returns the costs on the config's own mesh, by arithmetic."""
     laid_out = costs.weights(program.state.params, search.abstract_mesh(mesh))
     width = _optimizer_width(program)
     memory = costs.memory(config, laid_out, mesh, optimizer_width=width)
@@ -167,7 +167,7 @@ def _layout(
 
 
 def _optimizer_width(program: Program) -> float:
-    """Bytes of optimizer state a parameter."""
+    """Bytes of optimizer state per parameter."""
     state, params = (jax.tree.leaves(x) for x in (program.state.opt_state, program.state.params))
     return sum(x.size * x.dtype.itemsize for x in state) / sum(x.size for x in params)
 
@@ -219,13 +219,13 @@ def _compiled(config: RunConfig, chip: Chip) -> dict[str, Any]:
 
 def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> list[dict[str, Any]]:
     width = _optimizer_width(program)
-    found = search.rank(config, program.state, chip, places, optimizer_width=width)
-    if not found:
+    candidates = search.rank(config, program.state, chip, places, optimizer_width=width)
+    if not candidates:
         print("\nBy arithmetic, no mesh holds this run: take more chips, or fewer tokens a step.")
         return []
-    print(f"\n{len(found)} layouts fit by arithmetic; the fastest of them:")
+    print(f"\n{len(candidates)} layouts fit by arithmetic; the fastest of them:")
     rows = []
-    for i, candidate in enumerate(found[:10]):
+    for i, candidate in enumerate(candidates[:10]):
         low, high = candidate.step_seconds
         used = {axis: n for axis, n in candidate.mesh.items() if n > 1}
         remat = candidate.config.train.remat
@@ -237,9 +237,9 @@ def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> lis
         rows.append(row)
     for i, row in enumerate(rows[: 0 if chip.is_gpu else _BEST.value]):
         try:
-            compiled = tpu.compile_step(found[i].config, _TOPOLOGY.value)
+            compiled = tpu.compile_step(candidates[i].config, _TOPOLOGY.value)
         except (tpu.OutOfMemoryError, jax.errors.JaxRuntimeError, ValueError) as error:
-            row["compiled"] = str(error)  # the others may do
+            row["compiled"] = str(error)  # the others may compile
             print(f"{i + 1:3} by the compiler: {error}")
         except ModuleNotFoundError as error:
             print(f"None is compiled. {error}")

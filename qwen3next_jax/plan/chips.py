@@ -1,4 +1,4 @@
-"""The chips that a plan knows, and the machines that are made of them."""
+"""The chips that a plan knows, and the topologies that they form."""
 
 import dataclasses
 import math
@@ -6,24 +6,24 @@ import math
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip can do, as published; `ici_bandwidth` of a TPU is what collectives reached."""
+    """A chip's published figures; only `ici_bandwidth` of TPUs is what collectives reached."""
 
-    flops: float  # bfloat16 products a second
-    hbm: float  # bytes that a program can use
+    flops: float  # bfloat16 operations a second
+    hbm: float  # bytes of memory that a program can use
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second of collectives; of a GPU, over NVLink
     clock: float  # cycles a second
-    dimensions: int  # of its torus; a GPU has none, and machines of them one size, their number
+    dimensions: int  # of the topology: those of a TPU's torus; 1 for GPUs, their number
     network_bandwidth: float = 0.0  # bytes a second from a GPU to those of other hosts
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is a GPU, which the TPU compiler does not know."""
+        """Whether the chip is a GPU, for which the TPU compiler cannot compile."""
         return self.dimensions == 1
 
 
 _GIB = 2**30
-_BY_DEFAULT = 0.75  # of a GPU's memory: what JAX takes
+_BY_DEFAULT = 0.75  # share of a GPU's memory that JAX allocates by default
 _GPUS_OF_A_HOST = 8
 CHIPS = {
     "v5p": Chip(459e12, 95.74 * _GIB, 2765e9, 180e9, 1.75e9, 3),
@@ -41,15 +41,15 @@ _SIZES = {
 
 
 def known_topologies(kind: str) -> str:
-    """Topologies of a chip, as a message names them."""
+    """Some topologies of a chip, for messages."""
     return ", ".join(f"{kind}:{sizes}" for sizes in _SIZES[CHIPS[kind].dimensions])
 
 
 def parse_topology(name: str) -> tuple[Chip, int]:
-    """From "v5p:4x4x4" or "h100:8" the chip and how many there are.
+    """The chip, and the number of chips, of a topology such as "v5p:4x4x4" or "h100:8".
 
     Raises:
-      ValueError: names topologies that there are.
+      ValueError: the topology is unknown; names some that are known.
     """
     kind, _, sizes = name.partition(":")
     if kind not in CHIPS:
@@ -66,6 +66,6 @@ def parse_topology(name: str) -> tuple[Chip, int]:
         )
     count = math.prod(map(int, parts))
     if chip.is_gpu and count > _GPUS_OF_A_HOST:
-        # A collective over hosts is as fast as its slowest part.
+        # A collective over several hosts is limited by the network between them.
         chip = dataclasses.replace(chip, ici_bandwidth=chip.network_bandwidth)
     return chip, count

@@ -1,11 +1,11 @@
 """What a model and a run cost by arithmetic alone: parameters, operations, memory, communication.
 
-Parameters and state are counted on the shapes that training itself allocates. Operations count a
-multiply-add as 2 and matrix products only: norms, gates and softmaxes are below a percent. The
-rest of a step's memory and its communication are models of what the compiled step holds and sends;
-`tpu.py` asks the compiler.
+Parameters and state are counted on the shapes that training itself allocates. Operations count
+matrix products only, a multiply-add as 2: norms, gates and softmaxes are below a percent. The rest
+of a step's memory and its communication are modelled on what the compiled step holds and sends;
+`tpu.py` asks the compiler itself.
 
-Letters are those of docs/architecture.md; s is the length of a sequence, t the tokens of a device.
+Letters are those of docs/architecture.md; s is the length of a sequence.
 """
 
 import math
@@ -22,8 +22,10 @@ from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
 from qwen3next_jax.plan.chips import Chip
 
+_EFFICIENCY = 0.3  # of the chip's peak, that products are taken to reach
+
 # Parts of the model, by what their parameters' names contain; the first match counts. Experts are
-# told from other feed-forwards by their axes.
+# distinguished from other feed-forwards by their axes.
 _PARTS = (
     ("embed_tokens", "embedding"),
     ("lm_head", "head"),
@@ -49,7 +51,7 @@ def parameters(params: nnx.State) -> dict[str, int]:
 
 
 def active_parameters(params: nnx.State, config: ModelConfig) -> int:
-    """Parameters that one token meets: of the experts its own, of the embedding one row."""
+    """Parameters that one token uses: of the experts its own, of the embedding one row."""
     total = 0
     for name, x in _named(params):
         size = math.prod(x.shape)
@@ -66,19 +68,19 @@ def _named(params: nnx.State) -> list[tuple[str, nnx.Variable]]:
 
 
 def _of_experts(param: nnx.Variable) -> bool:
-    return "experts" in param.axes  # dense layers' feed-forward has a `down_proj`, too
+    return "experts" in param.axes  # names do not tell: dense layers also have a `down_proj`
 
 
 def forward_flops(
     config: ModelConfig, s: int, *, seen: float = 0.5, mtp: bool = True
 ) -> dict[str, float]:
-    """Operations a token of the forward pass, by part.
+    """Operations per token of the forward pass, by part.
 
     Args:
-      config: the model's.
+      config: the model's config.
       s: tokens in a sequence.
       seen: share of the s × s scores that are computed: a half for causal attention.
-      mtp: with the MTP module, unrolled for all of its steps.
+      mtp: whether to include the MTP module, unrolled for all of its steps.
     """
     D, V = config.hidden_size, config.vocab_size
     parts: dict[str, float] = defaultdict(float)
@@ -100,14 +102,21 @@ def forward_flops(
 
 
 def train_flops(config: ModelConfig, s: int) -> float:
-    """Operations a token that training needs: three times the forward pass (what MFU counts)."""
+    """Operations per token of training, as MFU counts them: three times the forward pass."""
     return 3 * sum(forward_flops(config, s).values())
 
 
 def executed_flops(config: ModelConfig, s: int, *, remat: str, seen: float = 0.5) -> float:
-    """Operations a token that a step executes: the layers once more where they are computed again.
+    """Operations per token that a step executes, which include recomputation of the layers.
 
-    The cross-entropy computes its gradients in the forward pass, and the MTP module is kept.
+    Head and MTP module are not recomputed: the cross-entropy computes its gradients in the forward
+    pass, and the MTP module is not rematerialised.
+
+    Args:
+      config: the model's config.
+      s: tokens in a sequence.
+      remat: `train.remat`.
+      seen: share of the s × s scores that are computed.
     """
     flops = 3 * sum(forward_flops(config, s, seen=seen).values())
     if remat != "none":
@@ -115,7 +124,8 @@ def executed_flops(config: ModelConfig, s: int, *, remat: str, seen: float = 0.5
         flops += sum(layers.values()) - layers["head"]
         if remat == "layer_but_attention":
             flops -= layers.get("attention scores", 0)
-        # The last product of a feed-forward or expert is not repeated: backward does not need it.
+        # The last product of a feed-forward or expert is not recomputed: its result is not needed
+        # in the backward pass.
         dense = sum(not sparse for _, sparse in config.layers)
         hidden = dense * config.intermediate_size
         hidden += (len(config.layers) - dense) * (
@@ -129,12 +139,12 @@ def _delta_projections(c: ModelConfig) -> int:
     keys = c.linear_num_key_heads * c.linear_key_head_dim
     values = c.linear_num_value_heads * c.linear_value_head_dim
     conv = 2 * c.linear_conv_kernel_dim * (2 * keys + values)
-    # q, k; v, z and the way out; two gates a head.
+    # q and k; v, z and the output projection; two gates a head.
     return 2 * c.hidden_size * (2 * keys + 3 * values + 2 * c.linear_num_value_heads) + conv
 
 
 def _delta_rule(c: ModelConfig) -> int:
-    """Four products of a state with a vector: decay, read, write, query. Chunks cost about that."""
+    """Four products of a state and a vector: decay, read, write, query. Chunks cost about that."""
     return 8 * c.linear_num_value_heads * c.linear_key_head_dim * c.linear_value_head_dim
 
 
@@ -167,14 +177,14 @@ class Weight(NamedTuple):
     """A parameter on a mesh."""
 
     name: str
-    size: int
-    own: int  # entries that a device holds
+    size: int  # entries
+    own: int  # entries of a device's shard
     width: int  # bytes of an entry
     experts: bool  # whether it holds experts' matrices
 
 
 def weights(params: nnx.State, mesh: Any) -> list[Weight]:
-    """How a model's parameters lie on a mesh; it need not be of devices (`AbstractMesh`)."""
+    """A model's parameters as sharded on a mesh, which may be an `AbstractMesh`."""
     places = dict(named_leaves(parameter_shardings(params, mesh)))
     return [
         Weight(
@@ -188,12 +198,12 @@ def weights(params: nnx.State, mesh: Any) -> list[Weight]:
     ]
 
 
-def tokens_per_device(config: RunConfig, mesh: Mapping[str, int]) -> int:
-    """Of a micro-batch; every device of `tensor` has all tokens of its row."""
-    t = config.train
+def _tokens_per_device(config: RunConfig, mesh: Mapping[str, int]) -> int:
+    """Tokens of a micro-batch on a device; devices along `tensor` hold the same tokens."""
+    train = config.train
     ways = math.prod(mesh[axis] for axis in ROWS) * mesh["context"]
-    rows = t.global_batch_size // t.gradient_accumulation_steps
-    return max(1, rows * t.sequence_length // ways)
+    rows = train.global_batch_size // train.gradient_accumulation_steps
+    return max(1, rows * train.sequence_length // ways)
 
 
 def memory(
@@ -203,47 +213,47 @@ def memory(
     *,
     optimizer_width: float,
 ) -> dict[str, float]:
-    """Bytes a device holds at the peak of a step, by what they are.
+    """Bytes that a device holds at the peak of a step, by kind.
 
-    The peak is when the last layer goes back, while all layers' inputs are kept, or at the head, or
-    in the update.
+    The peak is in the backward pass of the last layer, when all layers' inputs are saved, or at the
+    head, or in the update.
 
     Args:
-      config: the run's.
-      params: its parameters on the mesh.
-      mesh: sizes of its axes.
-      optimizer_width: bytes of optimizer state a parameter.
+      config: the run's config.
+      params: the run's parameters on the mesh.
+      mesh: sizes of the mesh axes.
+      optimizer_width: bytes of optimizer state per parameter.
     """
-    c, t = config.model, tokens_per_device(config, mesh)
+    c, tokens = config.model, _tokens_per_device(config, mesh)
     width = jnp.dtype(config.precision.compute).itemsize
     own = sum(p.own for p in params)
     gradients = 4.0 * own
-    layers = [_activations(config, mixer, sparse, t, mesh) for mixer, sparse in c.layers]
+    layers = [_activations(config, mixer, sparse, tokens, mesh) for mixer, sparse in c.layers]
     kept: float
     if config.train.remat != "none":
-        kept = c.num_hidden_layers * t * c.hidden_size * width
+        kept = c.num_hidden_layers * tokens * c.hidden_size * width
         if config.train.remat == "layer_but_attention":
             full = sum(mixer != LINEAR for mixer in c.mixers)
-            kept += full * t * c.num_attention_heads * c.head_dim * width / mesh["tensor"]
+            kept += full * tokens * c.num_attention_heads * c.head_dim * width / mesh["tensor"]
     else:
         kept = sum(layers)
-    # Weights cut out for products.
+    # Copies of the weights in the compute dtype.
     copies = own * width if width < params[0].width else 0.0
 
-    # What a layer goes back through, with its weights whole and their gradients.
-    gathered = sum(p.size / _kept_apart(p, mesh) for p in params if _stacked(p))
+    # The backward pass of a layer, with its gathered weights and their gradients.
+    gathered = sum(p.size / _ways_in_use(p, mesh) for p in params if _stacked(p))
     layer = max(layers) + (width + 4) * gathered / c.num_hidden_layers
-    # At the head there are no gradients yet but its own, whole before it is shared out, and MTP has
-    # one more; and logits and their gradient in float32.
+    # At the head no gradients exist yet except the head's own, not yet scattered, and with MTP a
+    # second one; with them are logits and their gradients in float32.
     vocabulary = c.vocab_size * c.hidden_size / mesh["tensor"]
-    rows = max(1, t * mesh["context"] // config.train.sequence_length)
+    rows = max(1, tokens * mesh["context"] // config.train.sequence_length)
     chunk = min(config.train.loss_chunk, config.train.sequence_length // mesh["context"])
     head = (2 * 4 * (1 + bool(c.mtp_steps)) + width) * vocabulary - gradients
     head += rows * chunk * 8 * c.vocab_size / mesh["tensor"]
-    # The embedding's gradient is whole, too. The update finds gradients as computed, clipped, and
-    # chosen if they are finite. Activations and copies are gone by then.
+    # The embedding's gradient is not scattered either. The update holds gradients three times (as
+    # computed, clipped, selected if finite), but activations and copies are freed by then.
     update = max(2 * gradients, 2 * 4 * vocabulary) - kept - copies
-    # A micro-batch's gradients come beside the sum of those before.
+    # With several micro-batches, the sum of gradients so far exists besides the current ones.
     summed = gradients if config.train.gradient_accumulation_steps > 1 else 0.0
     return {
         "parameters": float(sum(p.own * p.width for p in params)),
@@ -256,116 +266,113 @@ def memory(
 
 
 def _activations(
-    config: RunConfig, mixer: str, sparse: bool, t: int, mesh: Mapping[str, int]
+    config: RunConfig, mixer: str, sparse: bool, tokens: int, mesh: Mapping[str, int]
 ) -> float:
-    """Bytes that a layer's forward pass keeps for its backward pass, for t tokens, on a TPU."""
+    """Bytes that a layer's forward pass saves for the backward pass on a TPU."""
     c, width = config.model, jnp.dtype(config.precision.compute).itemsize
     mixed: float
     if mixer == LINEAR:
         K, H = c.linear_num_key_heads, c.linear_key_head_dim
         N, P = c.linear_num_value_heads, c.linear_value_head_dim
-        states = N * (CHUNK + H * P / CHUNK)  # a row of an inverse a token, a state a chunk
+        states = N * (CHUNK + H * P / CHUNK)  # per token a row of an inverse; per chunk a state
         if mesh["context"] == 1:
-            # As projected and as the kernel takes them; the gate, its product, outputs twice.
+            # Queries, keys and values twice, as projected and as inputs of the kernel; the gate,
+            # its product with the outputs, and the outputs twice.
             mixed = width * (2 * (2 * K * H + N * P) + 4 * N * P + states)
         else:
-            # Float32 within the rule, whose way back holds twice as much again.
+            # The rule's inputs are float32, and its backward pass holds twice as much again.
             mixed = width * (2 * K * H + 3 * N * P) + 3 * 4 * (2 * K * H + 3 * N * P + states)
     else:
         mixed = width * c.head_dim * (5 * c.num_attention_heads + 4 * c.num_key_value_heads)
     fed = 3 * (c.shared_expert_intermediate_size if sparse else c.intermediate_size)
-    kept = t * (mixed + fed * width) / mesh["tensor"] + t * 4 * c.hidden_size * width
-    return kept + _dispatched(config, sparse, t, mesh)
+    kept = tokens * (mixed + fed * width) / mesh["tensor"] + tokens * 4 * c.hidden_size * width
+    return kept + _dispatched(config, sparse, tokens, mesh)
 
 
-def _dispatched(config: RunConfig, sparse: bool, t: int, mesh: Mapping[str, int]) -> float:
-    """Bytes of the rows sent to t tokens' experts: once as sent, three times in receive buffers."""
+def _dispatched(config: RunConfig, sparse: bool, tokens: int, mesh: Mapping[str, int]) -> float:
+    """Bytes of the rows sent to experts: once as sent, three times in receive buffers."""
     if not sparse:
         return 0.0
     c, width = config.model, jnp.dtype(config.precision.compute).itemsize
     room = config.mesh.moe_buffer_factor if mesh["expert"] > 1 else 1.0
     room = mesh["expert"] if room == -1 else room
-    rows = t * c.num_experts_per_tok * (3 * room + 1)
-    return rows * c.hidden_size * width + 3 * 4 * t * c.num_experts
+    rows = tokens * c.num_experts_per_tok * (3 * room + 1)
+    return rows * c.hidden_size * width + 3 * 4 * tokens * c.num_experts
 
 
 def _stacked(param: Weight) -> bool:
     return param.name.startswith("groups/")
 
 
-def _kept_apart(param: Weight, mesh: Mapping[str, int]) -> int:
-    """Ways in which a parameter stays split where it is used."""
+def _ways_in_use(param: Weight, mesh: Mapping[str, int]) -> int:
+    """Number of shards of a parameter when it is used, after gathering."""
     return mesh["tensor"] * (mesh["expert"] if param.experts else 1)
 
 
 def communication(
     config: RunConfig, params: Sequence[Weight], mesh: Mapping[str, int]
 ) -> dict[str, float]:
-    """Bytes that a device sends and receives in a step, by what for; the larger side of each."""
-    c, t = config.model, tokens_per_device(config, mesh)
+    """Bytes that a device sends or receives in a step, whichever is more, by purpose."""
+    c, tokens = config.model, _tokens_per_device(config, mesh)
     width = jnp.dtype(config.precision.compute).itemsize
-    parts = config.train.gradient_accumulation_steps
-    passes = 3 if config.train.remat != "none" else 2  # forward, again, backward
+    micro_batches = config.train.gradient_accumulation_steps
+    passes = 3 if config.train.remat != "none" else 2  # forward, recomputation, backward
     sent: dict[str, float] = defaultdict(float)
     for p in params:
-        used = p.size / _kept_apart(p, mesh)
+        used = p.size / _ways_in_use(p, mesh)
         if used > p.own:
             gathers = passes - 1 if _stacked(p) else 1
-            sent["parameters gathered"] += parts * gathers * used * width
-            sent["gradients scattered"] += parts * used * width
+            sent["parameters gathered"] += micro_batches * gathers * used * width
+            sent["gradients scattered"] += micro_batches * used * width
         if mesh["data"] > 1:
-            sent["gradients over data"] += parts * p.own * 4
+            sent["gradients over data"] += micro_batches * p.own * 4
     sparse = sum(sparse for _, sparse in c.layers)
     if mesh["expert"] > 1:
-        each = t * c.num_experts_per_tok * c.hidden_size * width
+        each = tokens * c.num_experts_per_tok * c.hidden_size * width
         away = (mesh["expert"] - 1) / mesh["expert"]
-        # There and back, and so the gradients; what is computed again does not come back again.
+        # Each pass has dispatch and combine, except that recomputation needs no combine.
         trips = sparse * (2 * passes - (passes == 3))
         trips += 4 * c.mtp_steps * c.mtp_layer[1]
-        sent["tokens to experts and back"] += parts * away * each * trips
+        sent["tokens to experts and back"] += micro_batches * away * each * trips
     if mesh["tensor"] > 1:
-        sums = 2 * t * c.hidden_size * width
-        sent["sums over tensor"] += parts * passes * c.num_hidden_layers * sums
+        sums = 2 * tokens * c.hidden_size * width
+        sent["sums over tensor"] += micro_batches * passes * c.num_hidden_layers * sums
     if mesh["context"] > 1:
-        keys = 2 * t * c.num_key_value_heads * c.head_dim * width
+        keys = 2 * tokens * c.num_key_value_heads * c.head_dim * width
         full = sum(mixer != LINEAR for mixer in c.mixers) + c.mtp_steps
-        # Backward, their gradients travel along.
+        # In the backward pass their gradients go around the ring as well.
         rounds = passes + (config.train.remat != "layer_but_attention")
         sent["keys and values around the ring"] += (
-            parts * full * rounds * (mesh["context"] - 1) * keys
+            micro_batches * full * rounds * (mesh["context"] - 1) * keys
         )
         state = 4 * c.linear_num_value_heads * c.linear_key_head_dim
         state *= c.linear_key_head_dim + c.linear_value_head_dim
-        rows = max(1, t * mesh["context"] // config.train.sequence_length)
+        rows = max(1, tokens * mesh["context"] // config.train.sequence_length)
         steps = 1 + math.ceil(math.log2(max(mesh["context"] - 1, 1)))
-        sent["delta states"] += (
-            parts * (len(c.mixers) - full + c.mtp_steps) * passes * (steps * rows * state)
-        )
+        delta_layers = len(c.mixers) - full + c.mtp_steps
+        sent["delta states"] += micro_batches * delta_layers * passes * (steps * rows * state)
     return dict(sent)
 
 
 def serving_bytes(config: ModelConfig) -> tuple[int, int]:
-    """Cached bytes a token (bfloat16 keys and values), and a sequence (float32 delta states)."""
+    """Cached bytes per token (bfloat16 keys, values) and per sequence (float32 delta states)."""
     full = sum(mixer != LINEAR for mixer in config.mixers)
     per_token = full * 2 * config.num_key_value_heads * config.head_dim * 2
     states = (len(config.mixers) - full) * config.linear_num_value_heads
     return per_token, states * config.linear_key_head_dim * config.linear_value_head_dim * 4
 
 
-_EFFICIENCY = 0.3
-
-
 def step_seconds(
     config: RunConfig, params: Sequence[Weight], mesh: Mapping[str, int], chip: Chip
 ) -> tuple[float, float]:
-    """A guess at a step's time, with all communication hidden and with none.
+    """A rough estimate of a step's time, with all communication hidden and with none.
 
-    Products run at `_EFFICIENCY` of the chip's peak, where compiled steps of the 80B model come to
-    0.39 on v5p and 0.23 on v6e; the optimizer reads and writes its state once.
+    Products are taken to run at `_EFFICIENCY` of the chip's peak, which docs/plan.md compares with
+    compiled steps; the optimizer reads and writes its state once.
     """
-    c, t = config.model, config.train
-    tokens = tokens_per_device(config, mesh) * t.gradient_accumulation_steps / mesh["tensor"]
-    flops = tokens * executed_flops(c, t.sequence_length, remat=t.remat)
+    train = config.train
+    tokens = _tokens_per_device(config, mesh) * train.gradient_accumulation_steps / mesh["tensor"]
+    flops = tokens * executed_flops(config.model, train.sequence_length, remat=train.remat)
     updates = sum(p.own for p in params) * 28 / chip.hbm_bandwidth
     compute = flops / (_EFFICIENCY * chip.flops) + updates
     sent = sum(communication(config, params, mesh).values()) / chip.ici_bandwidth

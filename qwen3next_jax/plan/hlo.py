@@ -1,15 +1,16 @@
 """Estimates the time of a compiled TPU program from its text.
 
-- Fusions carry the compiler's own estimate in cycles; loops multiply it by their trip counts.
-- Kernels (Pallas) carry operations and bytes instead, if their authors said so. They are taken to
-  reach half of either peak, and the slower of the two counts. One that says nothing is listed: an
-  estimate that leaves work out must not look like one that doesn't.
-- Collectives are the bytes of their larger side over the speed of the links.
-- Gathers, sorts and copies to another layout carry no cycles. What they write is listed, with the
-  time that the memory needs for it, as left out of the estimate.
+- Fusions have the compiler's own estimate in cycles, which is multiplied by the trip counts of
+  their loops.
+- Pallas kernels have operations and bytes instead, if their authors gave a cost estimate. They are
+  taken to reach half of either peak, and the slower of the two counts. Kernels without a cost
+  estimate are listed: an estimate that leaves work out must not look like one that doesn't.
+- Collectives take the bytes of their larger side over the speed of the links.
+- Gathers, sorts and copies to another layout have no cycles. They are not in the estimate, but
+  listed with the bytes they write and the time that memory traffic takes.
 
-The text does not say whether collectives overlap with computation: the truth lies between the
-larger of the two times and their sum. Nor does it say how often loops of dynamic length run: they
+The text does not say whether collectives overlap with computation: the true time lies between the
+larger of the two and their sum. Nor does it have the trip counts of loops of dynamic length: they
 count once and are listed too.
 """
 
@@ -28,7 +29,7 @@ _COLLECTIVE = re.compile(
     r"= (\(?[^=]*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|"
     r"ragged-all-to-all)(-start)?\("
 )
-# What moves data and carries no cycles; bookkeeping and asynchronous copies are not among it.
+# Instructions that move data and may have no cycles, except bookkeeping and asynchronous copies.
 _MOVES = re.compile(
     r"= (\(.*?\)|\S+) (fusion|gather|scatter|sort|reshape|concatenate|dynamic-update-slice)\("
 )
@@ -39,14 +40,14 @@ _KERNEL_COST = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one step on one chip."""
+    """The estimate of one step on one chip."""
 
     fusion_seconds: float
     kernel_seconds: float
     collective_seconds: float
     collective_bytes: dict[str, float]  # by kind
-    dominant: list[tuple[str, float]]  # seconds of the operations that take longest, by name
-    uncosted: list[str]  # what runs and is not in the estimate
+    dominant: list[tuple[str, float]]  # names and seconds of the longest operations
+    uncosted: list[str]  # operations that are not in the estimate
 
     @property
     def step_seconds(self) -> tuple[float, float]:
@@ -56,11 +57,11 @@ class Estimate:
 
 
 def estimate(text: str, chip: Chip) -> Estimate:
-    """Reads a program.
+    """Estimates the time of a program.
 
     Args:
-      text: of the optimised program, `compiled.as_text()`.
-      chip: what it runs on.
+      text: the optimised program, `compiled.as_text()`.
+      chip: the chip that it is compiled for.
     """
     computations, entry = _computations(text)
     runs, unknown = _runs(computations, entry)
@@ -75,11 +76,11 @@ def estimate(text: str, chip: Chip) -> Estimate:
                 spent = times * int(cycles[1]) / chip.clock
                 fusions += spent
                 seconds[_label(line)] += spent
-            elif found := _MOVES.search(line):
-                unmeasured[_label(line)] += times * _bytes(found[1])
-            if found := _COLLECTIVE.search(line):
-                shapes, kind, starts = found.groups()
-                # A reduce-scatter's larger side is what goes in; an async start lists both sides.
+            elif move := _MOVES.search(line):
+                unmeasured[_label(line)] += times * _bytes(move[1])
+            if collective := _COLLECTIVE.search(line):
+                shapes, kind, starts = collective.groups()
+                # A reduce-scatter's larger side is its input; an async start lists both sides.
                 size = _bytes(shapes) * (_group(line) if kind == "reduce-scatter" else 1)
                 sent[kind] += times * size / (2 if starts else 1)
             if 'custom_call_target="tpu_custom_call"' in line:
@@ -110,12 +111,12 @@ def estimate(text: str, chip: Chip) -> Estimate:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The instructions of each computation, long ones joined to one line, and the entry's name."""
-    found: dict[str, list[str]] = {}
+    """The instructions of each computation, each on one line, and the name of the entry."""
+    computations: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$", line):
-            current = found.setdefault(head[2], [])
+            current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
         elif line.startswith("}") and not line.startswith("}}"):
             current = None
@@ -124,11 +125,11 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
                 current.append(line)
             elif current:
                 current[-1] += line
-    return found, entry
+    return computations, entry
 
 
 def _runs(computations: dict[str, list[str]], entry: str) -> tuple[Counter[str], list[str]]:
-    """How often each computation runs in a step, and the loops that no constant bounds."""
+    """How often each computation runs in a step, and the loops of unknown trip count."""
     runs: Counter[str] = Counter()
     unknown: list[str] = []
 
@@ -160,7 +161,7 @@ def _runs(computations: dict[str, list[str]], entry: str) -> tuple[Counter[str],
 
 
 def _trips(computations: dict[str, list[str]], loop: str) -> int:
-    """Trips of a loop: as the compiler notes them, or the largest constant of its condition."""
+    """The compiler's trip count of a loop, else the largest constant in its condition, else 0."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop):
         return int(known[1])
     lines = list(computations.get(_named("condition", loop)[0], ()))
@@ -188,7 +189,7 @@ def _bytes(shapes: str) -> int:
 
 
 def _group(line: str) -> int:
-    """Devices in one group of a collective, however its groups are written."""
+    """Devices in one group of a collective, in any notation of `replica_groups`."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         ways = 1
@@ -203,6 +204,6 @@ def _group(line: str) -> int:
 
 
 def _label(line: str) -> str:
-    """Where an instruction comes from, numbers left out so that layers add up."""
+    """An instruction's origin, with numbers replaced so that layers are counted together."""
     name = re.search(r'op_name="([^"]*)"', line)
     return re.sub(r"\d+", "#", name[1] if name else line.split()[0])

@@ -1,4 +1,4 @@
-"""Ranks the ways to lay a run out on a machine by the arithmetic of `costs.py`."""
+"""Ranks meshes and remat choices for a run by the arithmetic of `costs.py`."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from qwen3next_jax.training.step import TrainState
 
 
 class Candidate(NamedTuple):
-    """A mesh and a choice of remat, and what they are expected to cost a device."""
+    """A mesh and a choice of remat, with their estimated memory per device and step time."""
 
     config: RunConfig
     mesh: dict[str, int]
@@ -30,21 +30,21 @@ class Candidate(NamedTuple):
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """A mesh of devices that need not be there."""
+    """A mesh of these sizes without devices."""
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES, axis_types=types)
 
 
 def check_trains(config: RunConfig, state: TrainState, sizes: dict[str, int]) -> None:
-    """Refuses a mesh as training does.
+    """Checks a mesh as training does.
 
     Args:
-      config: of the run.
-      state: shapes of its training state.
-      sizes: of the mesh axes.
+      config: the run's config.
+      state: shapes of the training state.
+      sizes: sizes of the mesh axes.
 
     Raises:
-      ValueError: the mesh cannot divide the run, or leaves too much of the state whole.
+      ValueError: the run is not divisible by the mesh, or too much of the state is replicated.
     """
     check_fits(config, sizes)
     _check_copies(config, state, sizes)
@@ -61,13 +61,13 @@ def rank(
     """All meshes and choices of `train.remat` that fit, the fastest first.
 
     Args:
-      config: of the run; its mesh and remat are what is searched.
-      state: shapes of its training state.
-      chip: what a device is.
-      places: how many of them there are.
-      optimizer_width: bytes of optimizer state a parameter.
+      config: the run's config, whose mesh and remat are replaced.
+      state: shapes of the training state.
+      chip: type of the devices.
+      places: number of devices.
+      optimizer_width: bytes of optimizer state per parameter.
     """
-    found = []
+    candidates = []
     for mesh in _meshes(places):
         on_mesh = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
         try:
@@ -88,8 +88,8 @@ def rank(
         if fitting:
             with contextlib.suppress(ValueError):
                 _check_copies(on_mesh, state, sizes)  # last, as it takes longest
-                found += fitting
-    return sorted(found, key=lambda candidate: sum(candidate.step_seconds))
+                candidates += fitting
+    return sorted(candidates, key=lambda candidate: sum(candidate.step_seconds))
 
 
 def _meshes(places: int) -> Iterator[dict[str, Any]]:

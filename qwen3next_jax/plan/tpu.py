@@ -1,7 +1,7 @@
-"""Compiles a run's step for TPUs that are not here, and estimates its time.
+"""Compiles a run's step for TPUs that are not present, and estimates its time.
 
-The package `libtpu` holds the whole TPU compiler and describes machines by their topology. What it
-compiles for them is what they would run, so the memory it reports is what a device would hold.
+The package `libtpu` has the whole TPU compiler and descriptions of machines by their topology. It
+compiles the program that those machines would run, so the memory it reports is that of a device.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from qwen3next_jax.training.program import make_program
 
 
 def devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a topology, to build a mesh from; none of them is here.
+    """Abstract devices of a topology, to build a mesh from.
 
     Raises:
       ValueError: the topology is unknown.
-      ModuleNotFoundError: the TPU compiler is not installed; says how to.
+      ModuleNotFoundError: the TPU compiler is not installed; says how to install it.
     """
     parse_topology(topology)
     try:
@@ -33,8 +33,8 @@ def devices(topology: str) -> Sequence[jax.Device]:
         raise ModuleNotFoundError(
             "The TPU compiler is not installed: pip install 'qwen3next_jax[tpu]'"
         ) from error
-    # The compiler asks who it is on a real machine's network; here nobody would answer. Two plans
-    # may compile at a time, which two users of one TPU may not.
+    # On a real TPU libtpu queries the machine's metadata server, which does not exist here. It also
+    # allows one process per TPU only, whereas several plans may compile at a time.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -53,10 +53,10 @@ def devices(topology: str) -> Sequence[jax.Device]:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step."""
+    """A compiled step, with the compiler's figures."""
 
-    seconds: float  # that the compilation took
-    memory: dict[str, float]  # bytes a device holds at the peak, by what they are
+    seconds: float  # duration of the compilation
+    memory: dict[str, float]  # bytes that a device holds at the peak, by kind
     estimate: Estimate
     text: str  # the compiled program
 
@@ -70,8 +70,8 @@ def compile_step(config: RunConfig, topology: str) -> Compiled:
 
     Raises:
       OutOfMemoryError: a device cannot hold it.
-      ValueError, ModuleNotFoundError: as `devices`; the mesh does not fit the topology or the
-        model.
+      ValueError: the topology is unknown, or the mesh does not fit it or the model.
+      ModuleNotFoundError: the TPU compiler is not installed.
     """
     chip, _ = parse_topology(topology)
     mesh = make_mesh(config.mesh, devices(topology))
@@ -91,11 +91,11 @@ def compile_step(config: RunConfig, topology: str) -> Compiled:
 
 
 def memory(analysis: Any) -> dict[str, float]:
-    """Bytes a device holds at the peak, by what they are, from `Compiled.memory_analysis()`.
+    """Bytes that a device holds at the peak, by kind, from `Compiled.memory_analysis()`.
 
-    Donated arguments and the results that take their place are one and the same. What the analysis
-    calls temporary is not used: where arguments are donated it counts buffers of loops twice, and
-    arguments with it come to more than the compiler's own assignment of buffers, which is the peak.
+    Donated arguments and the results that alias them are counted once. The analysis' own figure for
+    temporaries is not used: with donated arguments it counts buffers of loops twice, so that with
+    the arguments it exceeds the peak of the compiler's buffer assignment.
     """
     state = analysis.argument_size_in_bytes
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

@@ -128,16 +128,16 @@ class _Due(NamedTuple):
 
 
 class _Run:
-    """A run under way: its state, and the steps whose metrics the host has not read yet."""
+    """A run in progress: its state, and the steps whose metrics the host has not read yet."""
 
     def __init__(
         self, config: RunConfig, workdir: pathlib.Path, data: Data, mesh: Mesh, hooks: _Hooks
     ):
         t = config.train
         self._config, self._workdir, self._data, self._hooks = config, workdir, data, hooks
-        # All checks that need no data come before the config is written to the directory.
+        # Checks come first, so that a refused run does not write its config to the directory.
         require_same(config.to_dict())
-        _check_beginning(config, workdir)
+        _check_start(config, workdir)
         self._program = make_program(config, mesh)
         keep_config(config, workdir)
         _log_program(config, mesh, self._program.state)
@@ -152,7 +152,7 @@ class _Run:
             host=self._share.host,
         )
         # Taken now rather than at each checkpoint, when the tokenizer's file may be gone.
-        self._began_with = data.fingerprint()
+        self._fingerprint = data.fingerprint()
         self._store = CheckpointStore(
             workdir / "checkpoints", keep=t.keep_checkpoints, keep_best=t.keep_best
         )
@@ -326,7 +326,7 @@ class _Run:
 
     def _save(self, step: int, metric: float | None) -> None:
         read = _of_all_processes(self._batches.get_state())
-        extras = {"tokens": self._tokens, "data": read, **self._began_with}
+        extras = {"tokens": self._tokens, "data": read, **self._fingerprint}
         self._store.save(step, self._state, extras, metric=metric)
         self._clock.spent_on("checkpoint")
 
@@ -334,7 +334,7 @@ class _Run:
         return nnx.merge(self._program.graph, self._state.params)
 
 
-def _check_beginning(config: RunConfig, workdir: pathlib.Path) -> None:
+def _check_start(config: RunConfig, workdir: pathlib.Path) -> None:
     """Checks `initial_checkpoint` of a new run, or the steps of a run to be resumed."""
     t = config.train
     if t.initial_checkpoint and not has_steps(workdir):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.model.decoder import Qwen3Next, default_positions
 from qwen3next_jax.model.moe import RouterStats
-from qwen3next_jax.model.statistics import Mean, Observed, one_after_another, over_first_axis
+from qwen3next_jax.model.statistics import Mean, Observed, combine_parts, concatenate_layers
 from qwen3next_jax.ops.shapes import check_rows, check_shape
 from qwen3next_jax.parallel.vocabulary import cross_entropy
 
@@ -53,7 +53,7 @@ def loss(
 
         (value, metrics), grads = nnx.value_and_grad(lambda m: loss(m, batch), has_aux=True)(model)
 
-    The lambda is needed because `nnx.value_and_grad` refuses functions with keyword parameters.
+    The lambda is needed because `nnx.value_and_grad` refuses keyword-only parameters.
 
     Args:
       model: the model; its config has the coefficient of the balance loss, `router_aux_loss_coef`.
@@ -98,7 +98,7 @@ def loss(
         metrics["mtp_ce"] = mtp_ce
         value += mtp_weight * mtp_ce
         if observed is not None:
-            observed.update(one_after_another([observed, mtp_observed]))
+            observed.update(concatenate_layers([observed, mtp_observed]))
         if stats is None:
             stats = mtp_stats
         elif mtp_stats is not None:
@@ -148,7 +148,7 @@ def _mtp_terms(
         mtp_ce += total / counts[step - 1] / len(counts)
         all_stats.append(stats)
         all_observed.append(observed or {})
-    together = over_first_axis(jax.tree.map(lambda *x: jnp.stack(x), *all_observed))
+    together = combine_parts(jax.tree.map(lambda *x: jnp.stack(x), *all_observed))
     mtp_observed = jax.tree.map(lambda x: x[None], together)
     if all_stats[0] is None:
         return mtp_ce, None, mtp_observed
@@ -214,7 +214,7 @@ def _balance_loss(
         share = stats.counts / _or_one(stats.counts.sum(-1, keepdims=True))
         mean = stats.probabilities / _or_one(stats.tokens)[..., None]
         per_row = E * (share * mean).sum(-1)
-        # Rows that are all padding say nothing.
+        # Rows of padding alone are left out of the mean.
         seen = stats.tokens > 0
         balance = ((per_row * seen).sum(1) / _or_one(seen.sum(1))).mean()
     else:

@@ -61,8 +61,8 @@ class MetricWriter:
         """
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._lines = _open_cut_back(workdir / "metrics.jsonl", start_step)
-        self._samples = _open_cut_back(workdir / "samples.jsonl", start_step)
+        self._lines = _open_truncated(workdir / "metrics.jsonl", start_step)
+        self._samples = _open_truncated(workdir / "samples.jsonl", start_step)
         # TensorBoard's files can't be truncated; `purge_step` hides what they have of later steps.
         # The suffix is needed because two files opened in the same second would share a name.
         first = start_step + 1
@@ -139,7 +139,7 @@ def has_line(path: pathlib.Path, step: int, name: str) -> bool:
     return any(_step(line) == step and name in json.loads(line) for line in lines)
 
 
-def _open_cut_back(path: pathlib.Path, last_step: int) -> TextIO:
+def _open_truncated(path: pathlib.Path, last_step: int) -> TextIO:
     """Removes the lines of steps after `last_step`, and opens the file for appending.
 
     The file is replaced atomically: a kill leaves the old file or the new one.

@@ -84,7 +84,7 @@ def make_optimizer(
         _clip(config.clip_norm) if config.clip_norm else optax.identity(),
         direction,
         optax.add_decayed_weights(config.weight_decay, lambda tree: _map_names(decays, tree)),
-        optax.scale_by_learning_rate(lambda made: once(schedule, made)),
+        optax.scale_by_learning_rate(lambda step: once(schedule, step)),
     )
     return _in_float32(optimizer), schedule
 
@@ -128,7 +128,7 @@ _NORM = r"norm\w*/weight$"
 
 # The first match counts.
 _RULES = (
-    # Decay rates, and a norm that multiplies by w: decay would pull them to 0, which means nothing.
+    # Forgetting rates, and a norm that multiplies by w: 0 is no neutral value to decay towards.
     Rule(r"linear_attn/(A_log|dt_bias|norm/weight)", False, None),
     # Without decay, zero-centred norm weights have been seen to grow without bound.
     Rule(r"\w*norm\w*/weight", True, None),

@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Int
 
 from qwen3next_jax.config import RunConfig
-from qwen3next_jax.model.statistics import over_first_axis
+from qwen3next_jax.model.statistics import combine_parts
 from qwen3next_jax.training.diagnostics import layer_metrics, update_ratios
 from qwen3next_jax.training.loss import Batch, count_labels, loss
 from qwen3next_jax.training.norm import norm
@@ -93,7 +93,7 @@ def make_gradients(
         no_loads = jnp.zeros((routed, config.model.num_experts)) if routed else None
         (grads, assignments), metrics = jax.lax.scan(accumulate, (zeros, no_loads), split)
         observed = metrics.pop("observed", None)
-        combined = {} if observed is None else {"observed": over_first_axis(observed)}
+        combined = {} if observed is None else {"observed": combine_parts(observed)}
         for name, x in metrics.items():
             # Cross-entropy terms add up to those of the step; the router's losses are averaged.
             combined[name] = x.mean() if name in ("balance_loss", "router_z_loss") else x.sum()

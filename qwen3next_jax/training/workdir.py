@@ -121,7 +121,7 @@ def keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """
     path = workdir / "config.json"
     if jax.process_index() == 0:
-        if has_steps(workdir):  # a run that saved nothing may begin otherwise
+        if has_steps(workdir):  # a run that has saved nothing may change any key
             config.check_resumable_from(json.loads(path.read_text()))
         _write_config(config, path)
     require_shared(workdir)
