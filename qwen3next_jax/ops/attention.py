@@ -3,16 +3,16 @@
     o_t = Σ_s softmax_s(scale · q_t · k_s) v_s      over s ≤ t in t's document
 
 Implementations:
-- "reference" holds all T · S scores.
-- "chunked" holds the scores of one pair of blocks, of queries and of keys. It visits the pairs of
-  the lower triangle with a running maximum and sum (Rabe & Staats, arXiv:2112.05682; Dao et al.,
-  arXiv:2205.14135), so memory grows linearly with T. Pairs above the diagonal cost nothing, nor do
-  pairs of blocks without a common document. The backward pass visits the same pairs and recomputes
-  their scores. Queries can also visit blocks of keys from other devices, for rows of which each
-  device holds a part (`parallel/context.py`).
+- "reference" materialises all T · S scores.
+- "chunked" materialises the scores of one query block and one key block at a time. It visits the
+  pairs of the lower triangle with a running maximum and sum (Rabe & Staats, arXiv:2112.05682; Dao
+  et al., arXiv:2205.14135), so memory grows linearly with T. Pairs above the diagonal cost nothing,
+  nor do pairs of blocks without a common document. The backward pass visits the same pairs and
+  recomputes their scores. When rows are sharded over devices, queries also visit key blocks that
+  arrive from other devices (`parallel/context.py`).
 - "pallas" is JAX's splash attention, for TPUs (`pallas/attention.py`).
-- "cudnn" is NVIDIA's flash attention, for its GPUs. It takes documents as a mask of T² numbers for
-  each row, and multiplies masked blocks too.
+- "cudnn" is NVIDIA's flash attention, for its GPUs. It takes documents as a mask of T² entries per
+  row, and does not skip masked blocks.
 
 Softmax is float32 throughout.
 """
@@ -31,23 +31,24 @@ from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
 from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
-# Elsewhere a block's products must outlast what it takes to fetch the block: on a TPU v5p by its
-# compiler's estimate, 262,144 tokens over 16 chips take 11.7 s with 128, 1.3 with 1024, 1.1 with
-# 2048, which holds four times the scores.
+# On accelerators a block's products must take longer than fetching the block. On a TPU v5p, by its
+# compiler's estimate, 262,144 tokens over 16 chips take 11.7 s with blocks of 128, 1.3 s with 1024
+# and 1.1 s with 2048, which materialises four times as many scores.
 _ACCELERATOR_BLOCK = 1024
-_SLOTS = 512  # of a cache at a time
-_MASK_TOKENS = 16_384  # of a row, whose mask for cuDNN is 0.5 GB
-_FEW = 16  # queries whose scores with all slots fit memory easily
-# Finite, because −inf would give NaN: a query for which a whole block is masked gets weights exp(0)
-# there, which its first real score multiplies by zero. There is one, as every token sees itself.
+_SLOTS = 512  # cache slots that are read at a time
+_MASK_TOKENS = 16_384  # longest row for cuDNN, whose mask is then 0.5 GB
+_ONE_SHOT_QUERIES = 16  # up to this many queries, the scores with all cache slots fit memory easily
+# Finite, because −inf would give NaN: where a whole block is masked, a query's weights are exp(0),
+# and the rescaling at its first unmasked score multiplies them by zero. Every query has such a
+# score, because each token attends to itself.
 _MASKED = -1e30
 
 
 def default_implementation(tokens: int, key_size: int, value_size: int, dtype: jnp.dtype) -> str:
-    """The implementation that suits the platform, rows of so many tokens, and heads."""
+    """Returns the best implementation for this platform, row length, head sizes and dtype."""
     if platform() == "tpu":
         return "pallas"
-    # Whether cuDNN is there can be asked only on the machine that it is on.
+    # JAX can use cuDNN only on a machine with a GPU, not when it compiles for one elsewhere.
     if platform() != "gpu" or jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
         return "chunked"
     takes_heads = key_size == value_size and key_size % 8 == 0
@@ -118,18 +119,19 @@ def cached_attention(
     cached_v: Float[Array, "B K S P"],
     lengths: Int[Array, "B"],
 ) -> Float[Array, "B T N P"]:
-    """Attends to a cache and, causally, to the T tokens behind it; not differentiable.
+    """Attends to a cache and, causally, to the T tokens that follow it; not differentiable.
 
-    The new tokens are taken apart from the cache so that they can be written to it afterwards: a
-    buffer that is written first and then read is copied as a whole by XLA's CPU backend.
+    The new tokens' keys and values are separate arguments, so that the caller can write them to the
+    cache afterwards: XLA:CPU copies the whole buffer if it is written first and then read.
 
-    A few queries look at all slots at once. Many walk blocks of slots, as far as any row's cache
-    is filled, so that memory does not grow with the context and unused slots cost nothing.
+    Up to `_ONE_SHOT_QUERIES` queries attend to all slots at once. More queries loop over blocks of
+    slots, up to the longest row's length, so that memory does not grow with the context and unused
+    slots cost nothing.
 
     Args:
-      q, k, v: of the new tokens.
-      cached_k, cached_v: by slot, each laid out as the product that reads it is fastest.
-      lengths: of each row, how many slots are filled; what lies in later ones does not matter.
+      q, k, v: queries, keys and values of the new tokens.
+      cached_k, cached_v: keys and values by slot, each in its product's fastest layout.
+      lengths: number of filled slots of each row; the contents of later slots are ignored.
 
     Returns:
       Outputs in v's dtype.
@@ -144,18 +146,18 @@ def cached_attention(
     def scores(k, product, mask):
         return jnp.where(mask, H**-0.5 * _dot(product, q, k), _MASKED)
 
-    new_scores = scores(k, "bkqh,btkh->bkqt", causal)
-    if T <= _FEW:
+    new_scores = scores(k, "bkqh,bskh->bkqs", causal)
+    if T <= _ONE_SHOT_QUERIES:
         old_scores = scores(cached_k, "bkqh,bkhs->bkqs", jnp.arange(S) < filled)
         weights = jax.nn.softmax(jnp.concatenate([old_scores, new_scores], -1), axis=-1)
         weights = weights.astype(v.dtype)
         out = _dot("bkqs,bksp->bkqp", weights[..., :S], cached_v)
-        out += _dot("bkqt,btkp->bkqp", weights[..., S:], v)
+        out += _dot("bkqs,bskp->bkqp", weights[..., S:], v)
     else:
         block = min(_SLOTS, S)
 
         def visit(i, carry):
-            # The last block may reach back into the one before it: those slots are masked.
+            # The last block may overlap the one before it; the shared slots are masked.
             start = jnp.minimum(i * block, S - block)
             k_block = jax.lax.dynamic_slice_in_dim(cached_k, start, block, axis=3)
             v_block = jax.lax.dynamic_slice_in_dim(cached_v, start, block, axis=2)
@@ -165,9 +167,9 @@ def cached_attention(
             return _add_block(carry, old_scores, v_block, "bkqs,bksp->bkqp")
 
         blocks = (lengths.max() + block - 1) // block
-        carry = jax.lax.fori_loop(0, blocks, visit, no_pairs(q, v))
-        total, _, norm = _add_block(carry, new_scores, v, "bkqt,btkp->bkqp")
-        out = total / norm[..., None]
+        carry = jax.lax.fori_loop(0, blocks, visit, init_carry(q, v))
+        total, _, denominator = _add_block(carry, new_scores, v, "bkqs,bskp->bkqp")
+        out = total / denominator[..., None]
     out = out.astype(v.dtype).reshape(B, K, N // K, T, -1)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
@@ -177,9 +179,9 @@ def _reference(q, k, v, segment_ids):
     mask = jnp.tril(jnp.ones((1, T, T), bool))
     if segment_ids is not None:
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    scores = _dot("btkrh,bskh->bkrts", q, k) * q.shape[-1] ** -0.5
+    scores = _dot("bqkrh,bskh->bkrqs", q, k) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1)
-    return _dot("bkrts,bskp->btkrp", weights.astype(v.dtype), v).astype(v.dtype)
+    return _dot("bkrqs,bskp->bqkrp", weights.astype(v.dtype), v).astype(v.dtype)
 
 
 def _cudnn(q, k, v, segment_ids):
@@ -201,7 +203,7 @@ def _chunked(q, k, v, segment_ids):
 def split_blocks(x: Array) -> Array:
     """[B, T, heads..., X] → [Z, B, heads..., C, X], and segment ids [B, T] → [Z, B, C].
 
-    The last block is padded with -1, which as an id is no document's.
+    The last block is padded with -1, which is not the segment id of any document.
     """
     T = x.shape[1]
     block = min(_BLOCK if platform() == "cpu" else _ACCELERATOR_BLOCK, T)
@@ -213,12 +215,13 @@ def split_blocks(x: Array) -> Array:
 
 
 def join_blocks(x: Array, tokens: int) -> Array:
-    """[Z, B, heads..., C, X] → [B, T, heads..., X], without what lies beyond T tokens."""
+    """[Z, B, heads..., C, X] → [B, T, heads..., X], with the padding after T tokens removed."""
     x = x.transpose(1, 0, x.ndim - 2, *range(2, x.ndim - 2), x.ndim - 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]
 
 
-# Blocks below: q, out [Z B K R C H], k, v [Z B K C H], segments [Z B C].
+# Shapes of blocks below: q [Z B K R C H], out [Z B K R C P], k [Z B K C H], v [Z B K C P],
+# segments [Z B C]. In einsums q stands for the queries of a block and s for its sources.
 
 
 @jax.custom_vjp
@@ -228,18 +231,17 @@ def _pairs(q, k, v, segments):
 
 def _pairs_forward(q, k, v, segments):
     own = causal_pairs(q.shape[0])
-    carry = add_pairs(no_pairs(q, v), q, k, v, segments, segments, own, causal=True)
-    out, log_norm = normalize(carry, v.dtype)
-    return out, (q, k, v, segments, out, log_norm)
+    carry = accumulate(init_carry(q, v), q, k, v, segments, segments, own, causal=True)
+    out, lse = finalize(carry, v.dtype)
+    return out, (q, k, v, segments, out, lse)
 
 
 def _pairs_backward(residuals, d_out):
-    q, k, v, segments, out, log_norm = residuals
+    q, k, v, segments, out, lse = residuals
     d_q = jnp.zeros(q.shape, jnp.float32)
-    grads = add_pair_gradients(
-        d_q, q, k, v, segments, segments, log_norm, out, d_out, causal_pairs(q.shape[0]),
-        causal=True,
-    )  # fmt: skip
+    grads = accumulate_gradients(
+        d_q, q, k, v, segments, segments, lse, out, d_out, causal_pairs(q.shape[0]), causal=True
+    )
     return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
 
 
@@ -247,45 +249,81 @@ _pairs.defvjp(_pairs_forward, _pairs_backward)
 
 
 def causal_pairs(blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs (i, j) of a query block and a key block with i ≥ j, each query block's own last."""
+    """All pairs of a query block i and a key block j ≤ i; pair (i, i) is the last one of block i.
+
+    Args:
+      blocks: number of blocks Z.
+
+    Returns:
+      The indices i and j of the pairs, int32 [Z · (Z + 1) / 2] each.
+    """
     i, j = np.tril_indices(blocks)
     return i.astype(np.int32), j.astype(np.int32)
 
 
-def no_pairs(q: Array, v: Array) -> tuple[Array, Array, Array]:
-    """Running sum, maximum and norm of each query's softmax before it has seen anything."""
+def init_carry(
+    q: Float[Array, "*rows H"], v: Float[Array, "*blocks P"]
+) -> tuple[Float[Array, "*rows P"], Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """The softmax state of queries that have not attended to anything yet.
+
+    Returns:
+      The weighted sum of values, the running maximum of the scores and the softmax denominator, all
+      float32.
+    """
     rows = q.shape[:-1]
     total = jnp.zeros((*rows, v.shape[-1]), jnp.float32)
     return total, jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
 
 
-def add_pairs(carry, q, k, v, q_segments, k_segments, pairs, *, causal):
-    """Running sum, maximum and norm after the given pairs of query blocks and key blocks.
+Carry = tuple[
+    Float[Array, "Z B K R C P"], Float[Array, "Z B K R C"], Float[Array, "Z B K R C"]
+]  # as `init_carry` returns it
+Pairs = tuple[Int[Array | np.ndarray, "pairs"], Int[Array | np.ndarray, "pairs"]]
+
+
+def accumulate(
+    carry: Carry,
+    q: Float[Array, "Z B K R C H"],
+    k: Float[Array, "Z B K C H"],
+    v: Float[Array, "Z B K C P"],
+    q_segments: Int[Array, "Z B C"],
+    k_segments: Int[Array, "Z B C"],
+    pairs: Pairs,
+    *,
+    causal: bool,
+) -> Carry:
+    """Updates the running softmax with the given pairs of query blocks and key blocks.
 
     Args:
-      carry: from `no_pairs` or an earlier call.
-      q: queries' blocks.
-      k, v: keys' and values' blocks, which may be other tokens than q's.
-      q_segments, k_segments: documents of both; a pair without a common one is skipped.
-      pairs: indices (i, j) of blocks; each query has to see itself once, in whatever call.
-      causal: whether k's blocks are q's own, so that later tokens are to be masked.
+      carry: state from `init_carry` or an earlier call.
+      q: query blocks.
+      k, v: key and value blocks, which may be of other tokens than the queries.
+      q_segments, k_segments: segment ids of queries and of keys; a pair of blocks without a common
+        segment is skipped.
+      pairs: block indices (i, j) into q and into k. Over all calls together, every query must
+        attend to itself once.
+      causal: True if k's blocks are of q's own tokens, so that later tokens must be masked.
+
+    Returns:
+      The updated state.
     """
-    # Masks depend on no layer: differentiating a scan over layers, JAX would take them out of it
-    # and keep those of all pairs, which are as many as all scores. After this they depend on q.
+    # The masks do not depend on the layer. When JAX differentiates a scan over layers, it would
+    # hoist them out of the scan and save them for all pairs, which is as large as all scores. The
+    # barrier makes them depend on q.
     q, *rest = jax.lax.optimization_barrier((q, q_segments, k_segments, *pairs))
     q_segments, k_segments, *pairs = rest
     R, C, H = q.shape[3:]
-    q, turned_k = _one_after_another(q), k.swapaxes(-1, -2)
+    q, k_t = _merge_query_heads(q), k.swapaxes(-1, -2)
 
     def visit(carry, pair):
         i, j = pair
         mask = _mask(q_segments[i], k_segments[j], i, j, causal)
 
         def attend(rows):
-            scores = H**-0.5 * _dot("bksh,bkhd->bksd", q[i], turned_k[j])
+            scores = H**-0.5 * _dot("bkqh,bkhs->bkqs", q[i], k_t[j])
             scores = scores.reshape(*scores.shape[:2], R, C, -1)
             scores = jnp.where(mask, scores, _MASKED)
-            return _add_block(rows, scores, v[j], "bkrcd,bkdp->bkrcp")
+            return _add_block(rows, scores, v[j], "bkrqs,bksp->bkrqp")
 
         rows = tuple(x[i] for x in carry)
         rows = jax.lax.cond(mask.any(), attend, lambda rows: rows, rows)
@@ -294,25 +332,58 @@ def add_pairs(carry, q, k, v, q_segments, k_segments, pairs, *, causal):
     return jax.lax.scan(visit, carry, pairs)[0]
 
 
-def normalize(carry, dtype):
-    """What the backward pass needs, named `KEPT`: outputs, the logarithm of each query's norm."""
-    total, peak, norm = carry
-    out = (total / norm[..., None]).astype(dtype)
-    return checkpoint_name(out, KEPT), checkpoint_name(peak + jnp.log(norm), KEPT)
+def finalize(
+    carry: Carry, dtype: jnp.dtype
+) -> tuple[Float[Array, "Z B K R C P"], Float[Array, "Z B K R C"]]:
+    """Normalises the weighted sums; both results are needed in the backward pass.
+
+    Args:
+      carry: state after all calls of `accumulate`.
+      dtype: dtype of the outputs.
+
+    Returns:
+      Outputs, and the float32 logsumexp of each query's scores; both have the checkpoint name
+      `KEPT`.
+    """
+    total, running_max, denominator = carry
+    out = (total / denominator[..., None]).astype(dtype)
+    lse = running_max + jnp.log(denominator)
+    return checkpoint_name(out, KEPT), checkpoint_name(lse, KEPT)
 
 
-def add_pair_gradients(
-    d_q, q, k, v, q_segments, k_segments, log_norm, out, d_out, pairs, *, causal
-):
-    """Gradients through the given pairs: d_q with theirs added, and those of k and v; float32."""
-    balance = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
-    # Scores have keys as rows and queries as columns here, and so has d_q's transpose: then all
-    # products take them as they are. What else they would turn around, pair by pair, is turned
-    # once, and the queries of a key head are one axis: products turn around what they sum over two.
+def accumulate_gradients(
+    d_q: Float[Array, "Z B K R C H"],
+    q: Float[Array, "Z B K R C H"],
+    k: Float[Array, "Z B K C H"],
+    v: Float[Array, "Z B K C P"],
+    q_segments: Int[Array, "Z B C"],
+    k_segments: Int[Array, "Z B C"],
+    lse: Float[Array, "Z B K R C"],
+    out: Float[Array, "Z B K R C P"],
+    d_out: Float[Array, "Z B K R C P"],
+    pairs: Pairs,
+    *,
+    causal: bool,
+) -> tuple[Float[Array, "Z B K R C H"], Float[Array, "Z B K C H"], Float[Array, "Z B K C P"]]:
+    """Backpropagates through the given pairs of query blocks and key blocks.
+
+    Args:
+      d_q: gradient of q from the pairs of earlier calls, float32.
+      q, k, v, q_segments, k_segments, pairs, causal: arguments of `accumulate`.
+      lse, out: results of `finalize`.
+      d_out: gradient of out.
+
+    Returns:
+      d_q with the contribution of these pairs added, and their gradients of k and v; all float32.
+    """
+    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+    # Scores are [sources, queries] here, and d_q is transposed, so that no product in the loop has
+    # to transpose an operand; the others are transposed once, before the loop. The query heads of a
+    # KV head are merged into one axis, because a product that sums over two axes would transpose.
     R, C, H = q.shape[3:]
-    q, d_q, d_out = (_one_after_another(x) for x in (q, d_q, d_out))
+    q, d_q, d_out = (_merge_query_heads(x) for x in (q, d_q, d_out))
     d_q = d_q.swapaxes(-1, -2)
-    turned_q, turned_k, turned_d_out = (x.swapaxes(-1, -2) for x in (q, k, d_out))
+    q_t, k_t, d_out_t = (x.swapaxes(-1, -2) for x in (q, k, d_out))
 
     def visit(carry, pair):
         i, j = pair
@@ -323,15 +394,15 @@ def add_pair_gradients(
 
         def attend(rows):
             d_q, d_k, d_v = rows
-            scores = split(H**-0.5 * _dot("bkdh,bkhs->bkds", k[j], turned_q[i]))
-            weights = jnp.exp(jnp.where(mask, scores, _MASKED) - log_norm[i][:, :, None])
-            d_weights = split(_dot("bkdp,bkps->bkds", v[j], turned_d_out[i]))
-            d_scores = H**-0.5 * (weights * (d_weights - balance[i][:, :, None]))
+            scores = split(H**-0.5 * _dot("bksh,bkhq->bksq", k[j], q_t[i]))
+            weights = jnp.exp(jnp.where(mask, scores, _MASKED) - lse[i][:, :, None])
+            d_weights = split(_dot("bksp,bkpq->bksq", v[j], d_out_t[i]))
+            d_scores = H**-0.5 * (weights * (d_weights - delta[i][:, :, None]))
             weights = weights.astype(v.dtype).reshape(*weights.shape[:3], R * C)
             d_scores = d_scores.astype(q.dtype).reshape(weights.shape)
-            d_q += _dot("bkhd,bkds->bkhs", turned_k[j], d_scores)
-            d_k += _dot("bkds,bksh->bkdh", d_scores, q[i])
-            d_v += _dot("bkds,bksp->bkdp", weights, d_out[i])
+            d_q += _dot("bkhs,bksq->bkhq", k_t[j], d_scores)
+            d_k += _dot("bksq,bkqh->bksh", d_scores, q[i])
+            d_v += _dot("bksq,bkqp->bksp", weights, d_out[i])
             return d_q, d_k, d_v
 
         rows = tuple(x[n] for x, n in zip(carry, (i, j, j), strict=True))
@@ -343,25 +414,26 @@ def add_pair_gradients(
     return d_q.swapaxes(-1, -2).reshape(*d_q.shape[:3], R, C, H), d_k, d_v
 
 
-def _one_after_another(x):
-    """The queries of each key head: [Z, B, K, R, C, H] → [Z, B, K, R C, H]."""
+def _merge_query_heads(x):
+    """[Z, B, K, R, C, H] → [Z, B, K, R · C, H]."""
     return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
 
 def _add_block(carry, scores, v, product):
-    """Running sum, maximum and norm of a softmax after one more block of sources."""
-    total, peak, norm = carry
-    new_peak = jnp.maximum(peak, row_max(scores))
-    weights = jnp.exp(scores - new_peak[..., None])
-    shrink = jnp.exp(peak - new_peak)
-    total = shrink[..., None] * total + _dot(product, weights.astype(v.dtype), v)
-    return total, new_peak, shrink * norm + row_sum(weights)
+    """Updates weighted sum, running maximum and softmax denominator with one block of sources."""
+    total, running_max, denominator = carry
+    new_max = jnp.maximum(running_max, row_max(scores))
+    weights = jnp.exp(scores - new_max[..., None])
+    rescale = jnp.exp(running_max - new_max)
+    total = rescale[..., None] * total + _dot(product, weights.astype(v.dtype), v)
+    return total, new_max, rescale * denominator + row_sum(weights)
 
 
 def _mask(q_segments, k_segments, i, j, causal, *, by_key=False):
-    """Which of key block j's tokens those of query block i may look at.
+    """True where a query of query block i may attend to a source of key block j.
 
-    [B, 1, 1, C, D] of C queries and D keys; `by_key` [B, 1, D, 1, C].
+    Returns:
+      Booleans [B, 1, 1, C, S] for C queries and S sources; with `by_key` [B, 1, S, 1, C].
     """
 
     def rows(x):
@@ -370,11 +442,11 @@ def _mask(q_segments, k_segments, i, j, causal, *, by_key=False):
     def columns(x):
         return x[..., None, :]
 
-    queries, keys = (columns, rows) if by_key else (rows, columns)
-    C, D = q_segments.shape[1], k_segments.shape[1]
-    mask = queries(q_segments) == keys(k_segments)
+    queries, sources = (columns, rows) if by_key else (rows, columns)
+    C, S = q_segments.shape[1], k_segments.shape[1]
+    mask = queries(q_segments) == sources(k_segments)
     if causal:
-        mask &= queries(i * C + jnp.arange(C)) >= keys(j * D + jnp.arange(D))
+        mask &= queries(i * C + jnp.arange(C)) >= sources(j * S + jnp.arange(S))
     return mask[:, None, :, None] if by_key else mask[:, None, None]
 
 

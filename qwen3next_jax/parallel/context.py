@@ -39,12 +39,12 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax import ops
 from qwen3next_jax.config import LINEAR, ModelConfig
 from qwen3next_jax.ops.attention import (
-    add_pair_gradients,
-    add_pairs,
+    accumulate,
+    accumulate_gradients,
     causal_pairs,
+    finalize,
+    init_carry,
     join_blocks,
-    no_pairs,
-    normalize,
     split_blocks,
 )
 from qwen3next_jax.ops.attention import (
@@ -317,24 +317,24 @@ def _ring_forward(ways, q, k, v, segments):
         following = _around(arrived)  # on its way during the products
         k, v, k_segments = arrived
         pairs = _seen_pairs(number, len(q))
-        carry = add_pairs(carry, q, k, v, segments, k_segments, pairs, causal=False)
+        carry = accumulate(carry, q, k, v, segments, k_segments, pairs, causal=False)
         return (carry, following), None
 
     arrived = _around((k, v, segments))
     own = causal_pairs(len(q))
-    carry = no_pairs(q, v)
-    carry = add_pairs(carry, q, k, v, segments, segments, own, causal=True)
+    carry = init_carry(q, v)
+    carry = accumulate(carry, q, k, v, segments, segments, own, causal=True)
     (carry, _), _ = jax.lax.scan(hop, (carry, arrived), jnp.arange(1, ways))
-    out, log_norm = normalize(carry, v.dtype)
-    return out, (q, k, v, segments, out, log_norm)
+    out, lse = finalize(carry, v.dtype)
+    return out, (q, k, v, segments, out, lse)
 
 
 def _ring_backward(ways, residuals, d_out):
-    q, k, v, segments, out, log_norm = residuals
+    q, k, v, segments, out, lse = residuals
 
     def gradients(d_q, k, v, k_segments, pairs, causal):
-        return add_pair_gradients(
-            d_q, q, k, v, segments, k_segments, log_norm, out, d_out, pairs, causal=causal
+        return accumulate_gradients(
+            d_q, q, k, v, segments, k_segments, lse, out, d_out, pairs, causal=causal
         )
 
     def hop(state, number):
