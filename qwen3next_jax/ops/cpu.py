@@ -1,4 +1,4 @@
-"""Forms that XLA's CPU backend is fast at; on other platforms the plain ones."""
+"""Operations in forms that XLA:CPU compiles to fast code; other platforms get the plain forms."""
 
 import functools
 import re
@@ -11,21 +11,21 @@ from jaxtyping import Array, Float
 
 from qwen3next_jax.ops.platform import platform
 
-_COLUMNS = 32  # to which rows are folded before they are reduced
-_SMALL = 32  # rows and columns of matrices that are multiplied entry by entry
-_PARTS = 4  # of a sum of products, as in one chain each addition waits for the one before
+_COLUMNS = 32  # width to which rows are folded before they are reduced
+_SMALL = 32  # largest matrices, in rows and columns, that are multiplied entry by entry
+_PARTS = 4  # independent partial sums; in a single chain each addition waits for the previous one
 
 
 def once(function: Callable[..., Array], *args: Array) -> Array:
     """function(*args), computed once however many operations read it.
 
-    XLA for CPUs computes elementwise operations again in each operation that reads them, and it
-    removes optimization barriers before it decides that. A conditional stays if it cannot tell
-    which branch is taken.
+    XLA:CPU fuses elementwise operations into every operation that reads them, and so recomputes
+    them; it removes optimization barriers before it decides that. It keeps a conditional if it
+    cannot tell which branch is taken.
 
     Args:
-      function: of arrays.
-      args: of any shape and dtype; the last one holds numbers.
+      function: function of arrays.
+      args: arrays of any shape and dtype; the last one must be numeric.
     """
     if platform() != "cpu" or not args[-1].size:
         return function(*args)
@@ -38,25 +38,25 @@ def small_products(
     y: Float[Array, "*B K L"],
     precision: jax.lax.Precision | None = None,
 ) -> Float[Array, "*C M N"]:
-    """jnp.einsum(spec, x, y) for batches of small matrices.
+    """Computes jnp.einsum(spec, x, y) for batches of small matrices.
 
-    XLA for CPUs computes the products of a batch one after another, on one core, at 5 GFLOP/s for
-    matrices of 16 rows and 15 to 20 for 32. Entry by entry they run on all cores, 1.3 to 5 times as
-    fast. Matrices of 64 rows gain nothing.
+    XLA:CPU computes the products of a batch one after another, on one core, at 5 GFLOP/s for
+    matrices of 16 rows and 15 to 20 GFLOP/s for 32. Entry by entry they run on all cores, 1.3 to 5
+    times as fast. Matrices of 64 rows gain nothing.
 
     Args:
-      spec: of two arrays, in letters alone; sums over one axis. Each array has a matrix in its last
-        two axes, and the last axis of the result is one of these.
+      spec: einsum of two arrays, without an ellipsis, that sums over exactly one axis. The last two
+        axes of each array are a matrix, and the last axis of the result is one of these axes.
       x, y: the arrays.
-      precision: as of `jnp.einsum`; without effect on a CPU.
+      precision: precision of `jnp.einsum`; without effect on a CPU.
     """
     left, right, out = re.split(",|->", spec)
     if platform() != "cpu" or max(*x.shape[-2:], *y.shape[-2:]) > _SMALL:
         return jnp.einsum(spec, x, y, precision=precision)
-    # A processor computes the last axis's entries together if operands have them side by side too.
+    # The CPU vectorises over the result's last axis if it is the operands' last axis, too.
     x, left = _with_last_axis(out[-1], x, left)
     y, right = _with_last_axis(out[-1], y, right)
-    # Otherwise what the operands are computed from would be computed again for each product.
+    # Without `once`, XLA would recompute the expressions behind the operands for each product.
     return once(functools.partial(_entry_by_entry, left, right, out), x, y)
 
 
@@ -81,17 +81,18 @@ def _entry_by_entry(left, right, out, x, y):
 
 
 def axis_sum(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """x.sum(axis), added up in x's dtype by code that XLA generates itself.
+    """Computes x.sum(axis) in x's dtype, by code that XLA generates itself.
 
-    Where not told otherwise (`ops.platform.COMPILER_OPTIONS`), XLA for CPUs leaves what it knows to
-    be a sum to the library YNNPACK. That is slower for sums of products, and with jaxlib 0.10.2 it
-    crashes if the products have eight axes, as those of small matrices may under `vmap`.
+    Unless compiled with `ops.platform.COMPILER_OPTIONS`, XLA:CPU hands reductions that it
+    recognises as sums to the library YNNPACK. That is slower for sums of products, and with jaxlib
+    0.10.2 it crashes if the products have eight axes, as products of small matrices may under
+    `vmap`.
 
     Args:
-      x: of any shape.
-      axis: negative ones count from the last.
+      x: array of any shape.
+      axis: axis to sum over; negative values count from the last axis.
     """
-    # The same number as a + b, but not by an addition.
+    # a − (−b) equals a + b, but XLA does not recognise it as a sum.
     return jax.lax.reduce(x, np.zeros((), x.dtype), lambda a, b: a - -b, (axis % x.ndim,))
 
 
@@ -106,7 +107,10 @@ def row_sum(x: Float[Array, "*B N"]) -> Float[Array, "*B"]:
 
 
 def _folded(combine, x):
-    """Halves put upon each other: entry by entry, which is fast, as a reduction of a row is not."""
+    """Combines the two halves of each row, repeatedly, down to an odd size or `_COLUMNS` entries.
+
+    These are elementwise operations, which XLA:CPU vectorises; its reductions of a row are slow.
+    """
     while platform() == "cpu" and x.shape[-1] > _COLUMNS and x.shape[-1] % 2 == 0:
         x = combine(*jnp.split(x, 2, axis=-1))
     return x

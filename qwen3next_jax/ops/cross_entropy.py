@@ -1,19 +1,20 @@
-"""Cross-entropy that never holds the logits of a whole batch.
+"""Cross-entropy that never materialises the logits of a whole batch.
 
-With a vocabulary of 151936 the logits of a few thousand tokens would not fit memory, so they exist
-for `chunk` positions of each row at a time. The weights are known in the forward pass, so that it
-can compute the gradients with respect to the hidden states and the head as well, up to one factor,
-while it has the logits; the backward pass only multiplies by the factor.
+With a vocabulary of 151936 the logits of a few thousand tokens would not fit in memory, so only
+`chunk` positions of each row have logits at a time. Because the loss weights are known, the forward
+pass also computes the gradients of the hidden states and of the head while it has the logits. The
+backward pass only multiplies them by the cotangent of the sum.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.cpu import row_max, row_sum
-from qwen3next_jax.ops.shapes import require_tokens
+from qwen3next_jax.ops.shapes import check_hidden, check_shape, require_tokens
 
 
 def cross_entropy(
@@ -29,14 +30,20 @@ def cross_entropy(
     Args:
       hidden: final hidden states.
       head: output embedding.
-      targets: tokens in [0, V); any value where the weight is 0.
-      weights: of each position, without gradient.
-      chunk: positions of each row whose logits exist at a time.
+      targets: token ids in [0, V); any value where the weight is 0.
+      weights: loss weight of each position, without gradient.
+      chunk: number of positions of each row whose logits are materialised at a time, at least 1.
 
     Returns:
       The weighted sum, differentiable in hidden and head, and each position's own unweighted loss
       in nats, without gradient. Both float32.
+
+    Raises:
+      ValueError: if the shapes do not match, hidden is not of a float dtype or holds no token, or
+        chunk is less than 1.
     """
+    check_shape("head", head, "D", "V")
+    check_hidden("hidden", hidden, head.shape[0], targets=targets, weights=weights)
     total, losses = _cross_entropy(hidden, head, targets, weights, chunk)
     return total, jax.lax.stop_gradient(losses)
 
@@ -46,16 +53,30 @@ def _cross_entropy(hidden, head, targets, weights, chunk):
     return summed_losses(hidden, head, targets, weights, chunk=chunk)
 
 
-def summed_losses(hidden, head, targets, weights, *, chunk, vocab_axis=None):
-    """What `cross_entropy` returns.
+def summed_losses(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int,
+    vocab_axis: str | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """Computes the results of `cross_entropy` without a rule for gradients.
 
-    With `vocab_axis`, inside `shard_map`: this device's head holds a stretch of the vocabulary, and
-    the others of that mesh axis hold the rest.
+    Args:
+      hidden, head, targets, weights, chunk: arguments of `cross_entropy`.
+      vocab_axis: mesh axis over which the vocabulary is sharded, inside `shard_map`; head is then
+        this device's shard. None: head has the whole vocabulary.
+
+    Returns:
+      The weighted sum and each position's unweighted loss in nats, float32; equal on all devices of
+      `vocab_axis`.
     """
 
     def visit(total, piece):
         x, y, w = piece
-        losses, *_ = _losses(x, y, head, vocab_axis)
+        losses = _softmax(x, y, head, vocab_axis).losses
         return total + (losses * w).sum(), losses
 
     pieces = _pieces(chunk, hidden, targets, jnp.asarray(weights, jnp.float32))
@@ -71,32 +92,58 @@ def losses_and_margins(
     chunk: int = 512,
     vocab_axis: str | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Each position's loss in nats, and how far its target's logit lies below the largest.
+    """Computes each position's loss and how far its target's logit lies below the largest logit.
 
-    A margin of 0 says that greedy decoding would have chosen the target. Both float32, without
-    gradient; arguments as in `cross_entropy` and `summed_losses`.
+    Args:
+      hidden, head, targets, chunk: arguments of `cross_entropy`.
+      vocab_axis: argument of `summed_losses`.
+
+    Returns:
+      Losses in nats, and margins, at least 0; a margin of 0 means that greedy decoding would have
+      chosen the target. Both float32.
     """
 
     def visit(_, piece):
         x, y = piece
-        losses, *_, margins = _losses(x, y, head, vocab_axis)
-        return None, (losses, margins)
+        softmax = _softmax(x, y, head, vocab_axis)
+        return None, (softmax.losses, softmax.margins)
 
-    _, found = jax.lax.scan(visit, None, _pieces(chunk, hidden, targets))
-    losses, margins = (_join(x, hidden.shape[1]) for x in found)
+    _, results = jax.lax.scan(visit, None, _pieces(chunk, hidden, targets))
+    losses, margins = (_join(x, hidden.shape[1]) for x in results)
     return losses, margins
 
 
-def losses_and_gradients(hidden, head, targets, weights, *, chunk, vocab_axis=None):
-    """The same, and the sum's gradients in hidden, in its dtype, and head, in float32."""
+def losses_and_gradients(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int,
+    vocab_axis: str | None = None,
+) -> tuple[
+    tuple[Float[Array, ""], Float[Array, "B T"]],
+    tuple[Float[Array, "B T D"], Float[Array, "D V"]],
+]:
+    """Computes the results of `summed_losses` and the gradients of the weighted sum.
+
+    Args:
+      hidden, head, targets, weights, chunk: arguments of `cross_entropy`.
+      vocab_axis: argument of `summed_losses`.
+
+    Returns:
+      (sum, losses) as `summed_losses` returns them, and the sum's gradients: that of hidden in
+      hidden's dtype, equal on all devices of `vocab_axis`, and that of head in float32.
+    """
 
     def visit(carry, piece):
         total, d_head = carry
         x, y, w = piece
-        losses, chosen, exps, norms, _ = _losses(x, y, head, vocab_axis)
-        d_logits = exps * (w / norms)[..., None] - chosen * w[..., None]
+        losses, one_hot, exps, denominator, _ = _softmax(x, y, head, vocab_axis)
+        d_logits = exps * (w / denominator)[..., None] - one_hot * w[..., None]
         d_logits = d_logits.astype(hidden.dtype)
-        # Rows as one axis: where a product sums over two, XLA turns logits around for a CPU first.
+        # Batch and tokens are one axis: XLA:CPU would transpose the logits for a product that sums
+        # over two.
         rows, d_rows = (a.reshape(-1, a.shape[-1]) for a in (x, d_logits))
         d_x = jnp.einsum("rv,dv->rd", d_rows, head.astype(hidden.dtype)).reshape(x.shape)
         d_head += jnp.einsum("rd,rv->dv", rows, d_rows, preferred_element_type=jnp.float32)
@@ -117,33 +164,63 @@ def _forward(hidden, head, targets, weights, chunk):
     return results, (d_hidden, d_head.astype(head.dtype))
 
 
-def _backward(chunk, residuals, cotangents):
-    d_hidden, d_head = ((cotangents[0] * x).astype(x.dtype) for x in residuals)
+def scale_gradients(
+    chunk: int,
+    gradients: tuple[Float[Array, "B T D"], Float[Array, "D V"]],
+    cotangents: tuple[Float[Array, ""], Float[Array, "B T"]],
+) -> tuple[Float[Array, "B T D"], Float[Array, "D V"], None, None]:
+    """The backward rule of `cross_entropy`, whose forward pass already has the gradients.
+
+    Args:
+      chunk: not used; the rule receives it as a non-differentiable argument.
+      gradients: gradients of the weighted sum with respect to hidden and head.
+      cotangents: cotangents of the weighted sum and of the losses; the latter is not used.
+
+    Returns:
+      Gradients of hidden and head, in the dtypes of `gradients`; None for targets and weights.
+    """
+    d_hidden, d_head = ((cotangents[0] * x).astype(x.dtype) for x in gradients)
     return d_hidden, d_head, None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, scale_gradients)
 
 
-def _losses(hidden, targets, head, vocab_axis):
-    """Losses, the targets as 0s and 1s, the softmax as exponentials and their sums, margins."""
+class _Softmax(NamedTuple):
+    """The softmax over the vocabulary at each position, unnormalised; all float32."""
+
+    losses: Float[Array, "B T"]
+    one_hot: Float[Array, "B T V"]  # targets; zero where another device's shard holds the target
+    exps: Float[Array, "B T V"]  # exp(logits − their maximum)
+    denominator: Float[Array, "B T"]  # sum of exps over the whole vocabulary
+    margins: Float[Array, "B T"]  # largest logit minus the target's
+
+
+def _softmax(hidden, targets, head, vocab_axis):
     logits = jnp.einsum(
         "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
-    peaks = row_max(logits)
+    largest = row_max(logits)
     if vocab_axis is not None:
-        peaks = jax.lax.pmax(peaks, vocab_axis)
+        largest = jax.lax.pmax(largest, vocab_axis)
         targets = targets - head.shape[1] * jax.lax.axis_index(vocab_axis)
-    exps = jnp.exp(logits - peaks[..., None])
-    chosen = jax.nn.one_hot(targets, head.shape[1], dtype=jnp.float32)
-    norms, picked = row_sum(exps), row_sum(logits * chosen)
+    exps = jnp.exp(logits - largest[..., None])
+    one_hot = jax.nn.one_hot(targets, head.shape[1], dtype=jnp.float32)
+    denominator, target_logits = row_sum(exps), row_sum(logits * one_hot)
     if vocab_axis is not None:
-        norms, picked = jax.lax.psum((norms, picked), vocab_axis)
-    return jnp.log(norms) + peaks - picked, chosen, exps, norms, peaks - picked
+        denominator, target_logits = jax.lax.psum((denominator, target_logits), vocab_axis)
+    lse = jnp.log(denominator) + largest
+    return _Softmax(
+        losses=lse - target_logits,
+        one_hot=one_hot,
+        exps=exps,
+        denominator=denominator,
+        margins=largest - target_logits,
+    )
 
 
 def _pieces(chunk, *arrays):
-    """[B, T, ...] → [pieces, B, chunk, ...], padded with zeros, weights included."""
+    """[B, T, ...] → [pieces, B, chunk, ...], padded with zeros; weights are zero there, too."""
     B, T = arrays[0].shape[:2]
     require_tokens(B, T)
     if chunk < 1:

@@ -17,10 +17,11 @@ def fresh_rows(size: int, rows: Float[Array, "R ..."]) -> Float[Array, "size ...
     shape = jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype)
     if platform() != "tpu":
         return jnp.zeros(shape.shape, shape.dtype)
-    # A kernel that writes nothing. It is given rows, so that it belongs to their layer: what hangs
-    # on no layer, as `jax.lax.empty`, is taken out of the loop over layers and copied in each.
-    where = pl.BlockSpec(memory_space=pl.ANY)
+    # A kernel that writes nothing. It takes `rows` so that its result depends on the layer: XLA
+    # would hoist a layer-independent buffer, such as `jax.lax.empty`, out of the loop over layers
+    # and copy it in each iteration.
+    spec = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
-        lambda rows, fresh: None, shape, in_specs=[where], out_specs=where, name="fresh_rows",
+        lambda rows, fresh: None, shape, in_specs=[spec], out_specs=spec, name="fresh_rows",
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0),
     )(rows)  # fmt: skip

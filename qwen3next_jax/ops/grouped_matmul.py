@@ -1,19 +1,19 @@
-"""One matrix product per group of rows: what a mixture of experts spends its time in.
+"""One matrix product per group of rows, which dominates the time of a mixture of experts.
 
     y_r = x_r W_e(r)     rows sorted by group, group_sizes[e] of them for group e
 
-Implementations differ in what the platform is good at:
-- "pallas": the kernels of `megablox`, which come with JAX, for TPUs. On a CPU they are interpreted,
-  which is for tests only.
+Implementations:
+- "pallas": the `megablox` kernels that come with JAX, for TPUs. On a CPU they are interpreted, for
+  tests only.
 - "hopper": kernels for NVIDIA's H100 and H200 (`pallas/grouped_hopper.py`), for groups of whole
   blocks in bfloat16.
-- "blocked": groups are padded to whole blocks of rows and each block is one plain product in a
-  loop, which is what matrix libraries are fast at. Blocks without rows are not visited, so that the
-  matrices of groups without rows are not read, and reading matrices is what decoding waits for.
+- "blocked": groups are padded to whole blocks of rows, and a loop multiplies each block by one
+  plain matrix product, at which matrix libraries are fast. The loop skips blocks without rows, so
+  the matrices of empty groups are not read; decoding is bound by reading matrices.
 - "reference": a sum over groups of masked products.
 
-Not `jax.lax.ragged_dot`: XLA multiplies every row by every group's matrix on a CPU and on an NVIDIA
-GPU (jaxlib 0.10 to 0.12), and on a TPU in its gradient by the weights.
+`jax.lax.ragged_dot` is not used: XLA multiplies every row by every group's matrix on a CPU and on
+an NVIDIA GPU (jaxlib 0.10 to 0.12), and on a TPU in the gradient of the weights.
 """
 
 import functools
@@ -29,18 +29,19 @@ from qwen3next_jax.ops.pallas import grouped_hopper
 from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
 from qwen3next_jax.ops.shapes import check_shape
 
-MOST_ROWS = 128  # of a block
-# Up to so many rows of a group a CPU takes each by itself (`expert_mlp`). Where matrices fit into
-# its caches that would be faster up to 8.
+MOST_ROWS = 128  # largest block, except on GPUs without kernels
+# Groups of up to this many rows on average are multiplied row by row on a CPU (`expert_mlp`). For
+# matrices that fit into the CPU's caches, up to 8 would be faster.
 _SINGLE = 2
-_GPU_ROWS = 512  # where a GPU has no kernels, and rows are many
-_TILE_ROWS, _TILE = 512, 1024  # of a kernel: three bfloat16 tiles, twice, fit a TPU's memory
+_GPU_ROWS = 512  # rows of a block on a GPU without kernels, if groups have many rows
+# Tile of the TPU kernels: three bfloat16 tiles, double-buffered, fit into a TPU's vector memory.
+_TILE_ROWS, _TILE = 512, 1024
 
 
 def default_implementation(
     size: int, width: int, dtype: jnp.dtype, block: int | None = None
 ) -> str:
-    """The implementation that suits the platform, the matrices and the blocks."""
+    """Returns the best implementation for this platform, matrices [size, width] and block size."""
     if platform() == "tpu":
         return "pallas"
     fits = block == grouped_hopper.ROWS and grouped_hopper.fits(size, width, dtype)
@@ -48,16 +49,16 @@ def default_implementation(
 
 
 def row_alignment(*, mean: float, most: int) -> int:
-    """The number of which each group's rows should be a multiple, on this platform.
+    """Returns the block size to which each group's number of rows should be rounded up.
 
-    On a TPU 1, and on a CPU where groups have one or two. Elsewhere the rows of a block: the next
-    power of two to the mean, but from 2 to 128. Below, a matrix would be read once more for each
-    row; above, too many rows would be padding. GPUs without kernels copy a matrix for each block:
-    where rows are many, it is one of 512.
+    It is 1 on a TPU, and on a CPU for groups of one or two rows. Elsewhere it is the mean rounded
+    up to a power of two, within 2 and 128: smaller blocks would read a matrix more often, and
+    larger ones would mostly be padding. GPUs without kernels copy a matrix for each block, so their
+    blocks have 512 rows if groups have many.
 
     Args:
-      mean: rows of a group, on average.
-      most: rows that a group can have; a block has no more.
+      mean: average number of rows of a group.
+      most: largest number of rows that a group can have; upper limit of the result.
     """
     if platform() == "tpu" or (platform() == "cpu" and mean <= _SINGLE):
         return 1
@@ -77,21 +78,22 @@ def grouped_matmul(
     """Multiplies each row by its group's matrix.
 
     Args:
-      rows: sorted by group; rows beyond the last group belong to none, and what they give, or get
-        as gradient, may be anything.
-      weights: one matrix a group.
-      group_sizes: rows of each group.
+      rows: input rows, sorted by group. Rows after the last group's belong to no group; their
+        results and gradients are undefined.
+      weights: one matrix per group.
+      group_sizes: number of rows of each group.
       implementation: "pallas", "hopper", "blocked" or "reference"; None: the platform's default.
-      block: for "blocked" and "hopper", of what all group sizes are multiples, as `row_alignment`
-        gives it; others don't read it. None: sizes are any; rows are moved to where blocks begin,
-        and back.
+      block: for "blocked" and "hopper", a common divisor of all group sizes, as `row_alignment`
+        returns it; not used by the others. None: group sizes are arbitrary, and "blocked" copies
+        rows to aligned positions and their results back.
 
     Returns:
       Products in rows' dtype, accumulated in float32.
 
     Raises:
-      ValueError: for arrays of other shapes, an unknown implementation, or rows that "blocked"
-        cannot cut into blocks.
+      ValueError: for arrays of other shapes, an unknown implementation, a number of rows that
+        "blocked" cannot split into blocks, or a platform, block or matrices that "hopper" does not
+        support.
     """
     implementations: dict[str, Callable[..., Array]] = {
         "pallas": _pallas,
@@ -113,13 +115,12 @@ def grouped_matmul(
         )
     if implementation == "hopper":
         check_platform(implementation)
-        D, F = weights.shape[1:]
         if block != grouped_hopper.ROWS or not grouped_hopper.fits(D, F, rows.dtype):
             raise ValueError(
                 f"implementation='hopper' needs block={grouped_hopper.ROWS}, bfloat16 and matrices "
                 f"of multiples of 256, got {block=}, {rows.dtype} and [{D}, {F}]; use 'blocked'"
             )
-    # Numpy's arrays take no index that is traced.
+    # NumPy arrays cannot be indexed by tracers.
     return implementations[implementation](*map(jnp.asarray, (rows, weights, group_sizes)))
 
 
@@ -127,7 +128,7 @@ def _reference(rows, weights, group_sizes):
     ends = jnp.cumsum(group_sizes)
     index = jnp.arange(len(rows))
     member = (index[:, None] >= ends - group_sizes) & (index[:, None] < ends)
-    # What rows of no group hold must not reach the weights' gradients, not even times 0.
+    # Rows of no group may hold NaN, which must not reach the weights' gradients, not even times 0.
     rows = jnp.where(member.any(1, keepdims=True), rows, 0)
     out = jnp.einsum("rd,edf,re->rf", rows, weights, member.astype(rows.dtype))
     return jnp.where(member.any(1, keepdims=True), out, 0)
@@ -196,11 +197,11 @@ def _realigned(rows, weights, group_sizes):
     sizes = -(-group_sizes // block) * block
     ends, index = jnp.cumsum(group_sizes), jnp.arange(R)
     group = jnp.searchsorted(ends, index, side="right")
-    moved = jnp.cumsum(sizes) - sizes - (ends - group_sizes)  # how far each group's rows are
-    place = index + moved.at[group].get(mode="fill", fill_value=R + E * block)
-    spread = jnp.zeros((-(-R // block) * block + E * block, rows.shape[1]), rows.dtype)
-    spread = spread.at[place].set(rows, mode="drop")
-    return _blocked(spread, weights, sizes, block).at[place].get(mode="clip")
+    shift = jnp.cumsum(sizes) - sizes - (ends - group_sizes)  # [E], of each group's rows
+    target = index + shift.at[group].get(mode="fill", fill_value=R + E * block)
+    aligned = jnp.zeros((-(-R // block) * block + E * block, rows.shape[1]), rows.dtype)
+    aligned = aligned.at[target].set(rows, mode="drop")
+    return _blocked(aligned, weights, sizes, block).at[target].get(mode="clip")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -237,11 +238,23 @@ def _blocked_backward(block, residuals, d_out):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def groups_of_blocks(group_sizes, rows, block):
-    """The group of each block, one too many where there is none, and how many blocks have one."""
+def groups_of_blocks(
+    group_sizes: Int[Array, "E"], rows: int, block: int
+) -> tuple[Int[Array, "Z"], Int[Array, ""]]:
+    """Finds the group of each block of rows.
+
+    Args:
+      group_sizes: number of rows of each group, multiples of block.
+      rows: number of all rows, of which the groups' rows are the first.
+      block: number of rows of a block.
+
+    Returns:
+      The group of each of the Z = rows // block blocks, E for blocks of no group; and the number of
+      blocks that belong to a group, which come first.
+    """
     ends = jnp.cumsum(group_sizes) // block
     index = jnp.arange(rows // block)
-    # Neither blocks nor groups are many: comparing all is fewer operations than searching.
+    # Blocks and groups are few, so comparing all pairs takes fewer operations than a binary search.
     return jnp.searchsorted(ends, index, side="right", method="compare_all"), ends[-1]
 
 

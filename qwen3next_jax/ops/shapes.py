@@ -1,4 +1,4 @@
-"""Checks of what is given to operations and modules, before an error from inside JAX would tell."""
+"""Checks of the arguments of operations and modules, with clearer errors than JAX's own."""
 
 from typing import Any
 
@@ -6,10 +6,16 @@ import jax.numpy as jnp
 
 
 def check_shape(name: str, x: Any, *axes: int | str) -> None:
-    """Refuses what is no array of these axes; a letter stands for any size.
+    """Checks that x is an array of the given shape.
+
+    Args:
+      name: name of x for the error message.
+      x: value to check.
+      axes: expected size of each axis; a letter stands for any size.
 
     Raises:
-      ValueError: gives the shape, or the type of what has none, and the shape expected.
+      ValueError: if it is not; states x's shape, or its type if it has no shape, and the expected
+        shape.
     """
     shape = getattr(x, "shape", None)
     if (
@@ -25,22 +31,26 @@ def check_shape(name: str, x: Any, *axes: int | str) -> None:
 
 
 def require_tokens(batch: int, tokens: int) -> None:
-    """Refuses batches without rows and rows of length 0, by a ValueError."""
+    """Checks that a batch holds at least one token.
+
+    Raises:
+      ValueError: if it has no rows, or rows of length 0.
+    """
     if not batch * tokens:
         raise ValueError(f"{batch} rows of {tokens} tokens hold no token; give at least one")
 
 
 def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
-    """Refuses what is no hidden states [B, T, size] of at least one token, in floats.
+    """Checks that x is hidden states [B, T, size] of a float dtype with at least one token.
 
     Args:
-      name: of x, for the message.
-      x: is checked.
-      size: of the last axis.
-      rows: further arrays by name; each must be None or [B, T].
+      name: name of x for the error message.
+      x: value to check.
+      size: expected size of the last axis.
+      rows: further arrays by name; each must be None or of shape [B, T].
 
     Raises:
-      ValueError: says what was given and what was expected.
+      ValueError: if x or one of the further arrays does not fit.
     """
     check_shape(name, x, "B", "T", size)
     require_tokens(*x.shape[:2])
@@ -50,7 +60,11 @@ def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
 
 
 def check_rows(shape: tuple[int, ...], **rows: Any) -> None:
-    """Refuses what is neither None nor of this shape, [B, T], by a ValueError that names it."""
+    """Checks that each keyword's value is None or an array of this shape, [B, T].
+
+    Raises:
+      ValueError: if one is not; names it.
+    """
     for name, given in rows.items():
         if given is not None:
             check_shape(name, given, *shape)

@@ -1,11 +1,11 @@
-"""The two ends of a model that know every token, on a mesh: embedding and cross-entropy.
+"""The two ends of a model that depend on the vocabulary, on a mesh: embedding and cross-entropy.
 
-At a vocabulary of 151936 both tables are large, and logits far larger. Neither logits nor whole
-gradients of a table ever exist here: the tables are stored in slices, put together in the
-activations' dtype where they are used, columns of `tensor` excepted, and each device's part of
-their gradients is summed in float32 and cut into slices at once. Over `tensor`, each device looks
-up, or normalises, the tokens of its own stretch of the vocabulary; what they have to tell each
-other are maxima and sums of the softmax, one number a position.
+At a vocabulary of 151936 both tables are large, and logits far larger. Neither all logits nor whole
+gradients of a table are ever materialised here. The tables are stored in slices and all-gathered in
+the activations' dtype where they are used, except over `tensor`; each device's part of their
+gradients is summed in float32 and reduce-scattered into slices at once. Over `tensor`, each device
+looks up, or normalises, the tokens of its own shard of the vocabulary; the devices exchange only
+maxima and sums of the softmax, one number per position.
 """
 
 import functools
@@ -19,6 +19,7 @@ from qwen3next_jax.ops import cross_entropy as cross_entropy_op
 from qwen3next_jax.ops.cross_entropy import (
     losses_and_gradients,
     losses_and_margins,
+    scale_gradients,
     summed_losses,
 )
 from qwen3next_jax.parallel.mesh import (
@@ -33,7 +34,16 @@ from qwen3next_jax.parallel.mesh import (
 def embed(
     tokens: Int[Array, "B T"], table: Float[Array, "V D"], *, dtype: jnp.dtype
 ) -> Float[Array, "B T D"]:
-    """Looks tokens up, in the given dtype; gradients are summed in float32."""
+    """Looks up tokens in the embedding table, on the mesh in use.
+
+    Args:
+      tokens: token ids in [0, V).
+      table: embedding table.
+      dtype: dtype of the result; gradients are summed in float32.
+
+    Returns:
+      Each token's row of the table.
+    """
     mesh = active_mesh()
     if mesh is None:
         return _look_up_alone(tokens, table, jnp.dtype(dtype))
@@ -43,7 +53,7 @@ def embed(
     def look_up(tokens, table):
         return _look_up(tokens, table, spec, jnp.dtype(dtype))
 
-    # In float32, so that shard_map's sum over `data` is.
+    # The table is float32, so that shard_map sums its gradient over `data` in float32.
     return jax.shard_map(
         look_up, in_specs=(tokens_spec, spec), out_specs=tokens_spec, check_vma=False
     )(tokens, table.astype(jnp.float32))
@@ -56,13 +66,13 @@ def _look_up_alone(tokens, table, dtype):
 
 def _look_up_alone_backward(dtype, residuals, grad):
     tokens, table = residuals
-    # In bfloat16, a token that comes often would stop counting at the 256th time.
+    # In bfloat16, the sum for a frequent token would stop growing at about 256 occurrences.
     whole = jnp.zeros(table.shape, jnp.float32).at[tokens].add(grad.astype(jnp.float32))
     return None, whole.astype(table.dtype)
 
 
 _look_up_alone.defvjp(
-    # By plain code, which can be differentiated once more.
+    # Plain code instead of the custom_vjp function, so that it can be differentiated once more.
     lambda tokens, table, dtype: (table[tokens].astype(dtype), (tokens, table)),
     _look_up_alone_backward,
 )
@@ -78,11 +88,11 @@ def _look_up(tokens, table, spec, dtype):
 def _look_up_backward(spec, dtype, residuals, grad):
     tokens, table = residuals
     index, here = _own(tokens, len(table))
-    # Each device of `tensor` is handed a part of the result's gradient only: see `sum_columns`.
+    # shard_map gives each device of `tensor` only a share of the gradient; see `sum_columns`.
     grad = grad.astype(jnp.float32) * jax.lax.axis_size("tensor")
     whole = jnp.zeros((len(table), grad.shape[-1]), jnp.float32)
     whole = whole.at[index].add(jnp.where(here[..., None], grad, 0))
-    # Over `data`, which the table's spec does not mention, shard_map sums.
+    # shard_map itself sums over `data`, which the table's spec does not mention.
     return None, scatter_slices(whole, spec).astype(table.dtype)
 
 
@@ -93,7 +103,7 @@ _look_up.defvjp(
 
 
 def _own(tokens, size):
-    """Tokens as indices into this device's stretch of the vocabulary, and which lie there."""
+    """Indices of tokens into this device's shard of the vocabulary, and which tokens it holds."""
     index = tokens - size * jax.lax.axis_index("tensor")
     here = (index >= 0) & (index < size)
     return jnp.where(here, index, 0), here
@@ -107,9 +117,9 @@ def cross_entropy(
     *,
     chunk: int = 512,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """`ops.cross_entropy` on the mesh in use; `chunk` positions of each device's stretch of a row.
+    """`ops.cross_entropy` on the mesh in use, with the same arguments and results.
 
-    Args, returns: as there.
+    `chunk` counts positions of each device's shard of a row.
     """
     if active_mesh() is None:
         return cross_entropy_op(hidden, head, targets, weights, chunk=chunk)
@@ -135,8 +145,9 @@ def _forward(hidden, head, targets, weights, chunk):
         (total, losses), (d_hidden, d_head) = losses_and_gradients(
             hidden, head, targets, weights, chunk=chunk, vocab_axis="tensor"
         )
-        # Where a sum is made on all devices and then cut, as on whole TPU tori, the cut would
-        # otherwise be put off until the update, and the whole sum kept while layers need memory.
+        # On whole TPU tori the compiler makes an all-reduce and a slice of this reduce-scatter.
+        # Without the barrier it delays the slice until the optimizer's update, and the whole sum
+        # stays in memory while the layers' backward pass needs it.
         d_head = jax.lax.optimization_barrier(scatter_slices(d_head, spec))
         d_head = jax.lax.psum(d_head, "data").astype(shard.dtype)
         return jax.lax.psum(total, (*ROWS, "context")), losses, d_hidden, d_head
@@ -146,12 +157,7 @@ def _forward(hidden, head, targets, weights, chunk):
     return (total, losses), grads
 
 
-def _backward(chunk, residuals, cotangents):
-    d_hidden, d_head = ((cotangents[0] * x).astype(x.dtype) for x in residuals)
-    return d_hidden, d_head, None, None
-
-
-_cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, scale_gradients)
 
 
 def token_scores(
@@ -161,7 +167,10 @@ def token_scores(
     *,
     chunk: int = 512,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """`ops.cross_entropy.losses_and_margins` on the mesh in use; `chunk` as in `cross_entropy`."""
+    """`ops.cross_entropy.losses_and_margins` on the mesh in use, with the same results.
+
+    `chunk` counts positions of each device's shard of a row.
+    """
     if active_mesh() is None:
         return losses_and_margins(hidden, head, targets, chunk=chunk)
 
@@ -173,7 +182,13 @@ def token_scores(
 
 
 def _everywhere(function, args, results):
-    """Calls a function of hidden, head, targets, ... and the head's spec on each device."""
+    """Calls a function of hidden, head, targets, ... and the head's spec under `shard_map`.
+
+    Args:
+      function: function of each device's shards, with the keyword `spec` for the head's spec.
+      args: global arrays hidden, head, targets and any further ones of the shape of targets.
+      results: names of the function's results, which determine their specs.
+    """
     hidden, head, targets, *_ = args
     sizes = jax.sharding.get_abstract_mesh().shape
     rows = partition("targets", ("batch", "tokens"), targets.shape, sizes)
