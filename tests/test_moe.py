@@ -80,7 +80,7 @@ def test_statistics_count_each_row_without_its_padding():
     np.testing.assert_allclose(
         stats.probabilities, (probabilities * real[..., None]).sum(1), atol=1e-5
     )
-    np.testing.assert_allclose(stats.squared_log_norms, (log_norms**2 * real).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(stats.squared_lse, (log_norms**2 * real).sum(1), rtol=1e-5)
     entropies = -(probabilities * np.log(probabilities)).sum(-1)
     np.testing.assert_allclose(stats.entropies, (entropies * real).sum(1), rtol=1e-5)
     # Padding is routed like any token: it is only not counted.
@@ -95,7 +95,7 @@ def test_the_routers_and_the_gates_products_are_float32_whatever_others_are():
 
     def loss(params, x):
         y, stats = nnx.merge(graph, params).with_stats(x)
-        return y.astype(jnp.float32).sum() + stats.squared_log_norms.sum()
+        return y.astype(jnp.float32).sum() + stats.squared_lse.sum()
 
     with jax.default_matmul_precision("default"):
         text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x).as_text()

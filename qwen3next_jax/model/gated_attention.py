@@ -22,7 +22,7 @@ from qwen3next_jax.model.statistics import Observed, sink_share, token_mean
 from qwen3next_jax.ops.attention import cached_attention
 from qwen3next_jax.ops.shapes import check_hidden
 from qwen3next_jax.parallel.context import attention
-from qwen3next_jax.parallel.mesh import gathered
+from qwen3next_jax.parallel.mesh import all_gathered
 
 
 class GatedAttention(nnx.Module):
@@ -108,7 +108,7 @@ class GatedAttention(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
 
         def projected(w):
-            return project(x, gathered(w, x.dtype))
+            return project(x, all_gathered(w, x.dtype))
 
         q = apply_rope(self.q_norm(projected(self.q_proj)), positions, self.config)
         k = apply_rope(self.k_norm(projected(self.k_proj)), positions, self.config)
@@ -129,7 +129,7 @@ class GatedAttention(nnx.Module):
             out = (out * gate).astype(x.dtype)
             if observed is not None:
                 observed["output_gate"] = token_mean(gate.mean((2, 3)), segment_ids)
-        y = project(out, gathered(self.o_proj, x.dtype), over=2)
+        y = project(out, all_gathered(self.o_proj, x.dtype), over=2)
         return y if cache is None else (y, cache)
 
 

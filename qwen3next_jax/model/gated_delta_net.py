@@ -25,7 +25,7 @@ from qwen3next_jax.model.layers import constant, normal, project, rms_normalize,
 from qwen3next_jax.model.statistics import Observed, token_mean
 from qwen3next_jax.ops.shapes import check_hidden
 from qwen3next_jax.parallel import context
-from qwen3next_jax.parallel.mesh import gathered
+from qwen3next_jax.parallel.mesh import all_gathered
 
 _RECURRENT_TOKENS = 8  # up to so many tokens, the recurrence is less work than a chunk
 
@@ -126,7 +126,7 @@ class GatedDeltaNet(nnx.Module):
         B, T, _ = x.shape
 
         def projected(w, into=None):
-            return project(x, gathered(w, x.dtype), into=into)
+            return project(x, all_gathered(w, x.dtype), into=into)
 
         inputs = [projected(w) for w in (self.q_proj, self.k_proj, self.v_proj)]
         kernels = [w[...] for w in (self.q_conv, self.k_conv, self.v_conv)]
@@ -152,7 +152,7 @@ class GatedDeltaNet(nnx.Module):
         )  # fmt: skip
         out = rms_normalize(out, self.eps) * self.norm.weight[...].astype(jnp.float32)
         out = out * jax.nn.silu(projected(self.z_proj).astype(jnp.float32))
-        y = project(out.astype(x.dtype), gathered(self.out_proj, x.dtype), over=2)
+        y = project(out.astype(x.dtype), all_gathered(self.out_proj, x.dtype), over=2)
         if cache is None:
             return y
         if draft:

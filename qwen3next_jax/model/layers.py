@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.ops.platform import platform
-from qwen3next_jax.parallel.mesh import active_mesh, gathered
+from qwen3next_jax.parallel.mesh import active_mesh, all_gathered
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -132,5 +132,5 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Maps each token by itself."""
         weights = (self.gate_proj, self.up_proj, self.down_proj)
-        gate, up, down = (gathered(w, x.dtype) for w in weights)
+        gate, up, down = (all_gathered(w, x.dtype) for w in weights)
         return project(jax.nn.silu(project(x, gate)) * project(x, up), down)

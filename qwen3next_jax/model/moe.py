@@ -30,8 +30,8 @@ from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
 from qwen3next_jax.parallel.mesh import (
     BATCH,
     active_mesh,
+    all_gathered,
     gather_slices,
-    gathered,
     partition,
     sum_columns,
 )
@@ -42,7 +42,7 @@ class RouterStats(NamedTuple):
 
     counts: Float[Array, "*L B E"]  # assignments to each expert
     probabilities: Float[Array, "*L B E"]  # sums of the router's probabilities
-    squared_log_norms: Float[Array, "*L B"]  # sums of logsumexp(logits)², for the z-loss
+    squared_lse: Float[Array, "*L B"]  # sums of logsumexp(logits)², for the z-loss
     entropies: Float[Array, "*L B"]  # sums of the entropies of the probabilities, in nats
     tokens: Float[Array, "*L B"]  # number of tokens
     dropped: Float[Array, "*L B_ways T_ways"]  # dropped assignments of each device's tokens
@@ -123,7 +123,7 @@ class SparseMoE(nnx.Module):
         else:
             y, stats = self._sharded(mesh, x, segment_ids, *params)
         if self.config.shared_expert_intermediate_size:
-            gate_row = gathered(self.shared_expert_gate, jnp.float32)
+            gate_row = all_gathered(self.shared_expert_gate, jnp.float32)
             logit = jnp.dot(x.astype(jnp.float32), gate_row, precision=_router_precision())
             gate = jax.nn.sigmoid(logit)
             y += (gate[..., None] * self.shared_expert(x)).astype(x.dtype)
@@ -222,7 +222,7 @@ class SparseMoE(nnx.Module):
         stats = RouterStats(
             counts=(chosen * real[..., None, None]).sum((1, 2)),
             probabilities=once(_sum_over_tokens, probabilities, real),
-            squared_log_norms=once(_sum_over_tokens, log_norms**2, real),
+            squared_lse=once(_sum_over_tokens, log_norms**2, real),
             entropies=(entropies * real).sum(1),
             tokens=real.sum(1),
             dropped=jnp.zeros((1, 1)),

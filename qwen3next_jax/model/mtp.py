@@ -20,7 +20,7 @@ from qwen3next_jax.model.decoder_layer import DecoderLayer
 from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.statistics import Observed
 from qwen3next_jax.ops.shapes import check_hidden, check_shape
-from qwen3next_jax.parallel.mesh import gathered
+from qwen3next_jax.parallel.mesh import all_gathered
 
 
 class MTP(nnx.Module):
@@ -72,7 +72,7 @@ class MTP(nnx.Module):
         """
         check_hidden("hidden", hidden, self.fc.shape[1])
         check_shape("next_embeddings", next_embeddings, *hidden.shape)
-        fc = gathered(self.fc, hidden.dtype)
+        fc = all_gathered(self.fc, hidden.dtype)
         x = project(self.pre_fc_norm_embedding(next_embeddings), fc[0])
         x += project(self.pre_fc_norm_hidden(hidden), fc[1])
         x, stats, cache = self.layer(

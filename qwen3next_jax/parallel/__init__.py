@@ -1,1 +1,1 @@
-"""Devices and who holds what."""
+"""How arrays and work are divided among devices and processes."""

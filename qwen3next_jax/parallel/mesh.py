@@ -1,17 +1,19 @@
 """The device mesh, and THE table that says over which of its axes each kind of dimension is split.
 
 Parameters name their axes logically where they are declared ("embed", "experts", ...), activations
-where they are constrained ("batch", "tokens", ...). Nothing but the table below maps these to the
+where they are constrained ("batch", "tokens", ...). Only the table below maps these names to the
 mesh, so a change of layout is a change of one line, and a name that the table does not know is an
 error. Mesh axes, from the slowest links to the fastest:
 
-- `data`: copies of the parameters; each its own rows of the batch. Slices of TPUs lie along it.
-- `fsdp`: slices of the parameters, put together where they are used; each its own rows.
-- `expert`: each its own experts, to which tokens travel; otherwise like `fsdp`.
-- `context`: each its own stretch of every row's tokens; otherwise like `fsdp`.
-- `tensor`: each its own heads and columns, of all tokens of its row.
+- `data`: each device has copies of the parameters and its own rows of the batch. TPU slices lie
+  along this axis.
+- `fsdp`: each device has a slice of the parameters, which are all-gathered where they are used, and
+  its own rows.
+- `expert`: each device has its own experts, to which tokens travel; otherwise like `fsdp`.
+- `context`: each device has its own stretch of every row's tokens; otherwise like `fsdp`.
+- `tensor`: each device has its own heads and columns, for all tokens of its rows.
 
-Modules are written for global arrays. They learn of the mesh by `jax.set_mesh`, which the training
+Modules are written for global arrays. They find the mesh through `jax.set_mesh`, which the training
 loop calls around everything; without it, or on one device, they run as plain code.
 """
 
@@ -31,12 +33,13 @@ from qwen3next_jax.config import MeshConfig, divisors, nearest
 from qwen3next_jax.ops.platform import platform
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-ROWS = ("data", "fsdp", "expert")  # over these the rows of a batch are split
-SLICES = ("fsdp", "context", "expert")  # and over these the parameters, until they are used
-BATCH = PartitionSpec(ROWS, "context")  # of arrays [B, T, ...]
+ROWS = ("data", "fsdp", "expert")  # axes that split the rows of a batch
+SLICES = ("fsdp", "context", "expert")  # axes that split the parameters, until they are used
+BATCH = PartitionSpec(ROWS, "context")  # spec of arrays [B, T, ...]
 
-# The axes that split a dimension, except those that split an earlier dimension of the same array:
-# the model dimension of an expert's matrix is split over fsdp and context only.
+# The mesh axes that split each dimension. An axis that already splits an earlier dimension of the
+# same array is skipped: the model dimension of an expert's matrix is split over fsdp and context
+# only.
 TABLE: dict[str, tuple[str, ...]] = {
     # Parameters.
     "embed": SLICES,
@@ -59,16 +62,20 @@ TABLE: dict[str, tuple[str, ...]] = {
     "hidden": (),
     "layers": (),
 }
-# Held whole where the mesh axes have more places than there are heads: two KV heads on tensor=8.
+# Replicated if there are more devices along the axes than heads, such as two KV heads on tensor=8.
 _WHOLE_IF_FEWER = ("kv_heads",)
 _UNSLICED = dict.fromkeys(SLICES, 1)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges the devices; an axis of -1 takes what the others leave.
+    """Arranges the devices in a mesh.
 
-    With `num_slices`, the slices of TPUs (or, where devices know of none, equal runs of them) lie
-    along `data`, so that nothing but gradients crosses the slow network between them.
+    With several TPU slices, the slices lie along `data`, so that only gradients cross the slow
+    network between them. Devices that have no slice index are divided into equal consecutive runs.
+
+    Args:
+      config: sizes of the axes, of which -1 takes the remaining devices, and the number of slices.
+      devices: devices to arrange; None: all.
 
     Raises:
       ValueError: if the axes' sizes do not multiply to the number of devices, or TPU devices are
@@ -83,10 +90,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def fsdp_mesh(ways: int | None) -> Mesh | None:
-    """A mesh with an `fsdp` axis of size `ways` alone (-1: all devices); None for None.
+    """Makes a mesh of all devices along `fsdp`.
+
+    Args:
+      ways: number of devices, or -1 for all; None: no mesh.
+
+    Returns:
+      The mesh, or None if ways is None.
 
     Raises:
-      ValueError: `ways` is not the number of devices.
+      ValueError: if ways is not the number of devices.
     """
     if ways is None:
         return None
@@ -100,17 +113,16 @@ def fsdp_mesh(ways: int | None) -> Mesh | None:
 def axis_sizes(
     config: MeshConfig, num_devices: int, num_slices: int | None = None
 ) -> dict[str, int]:
-    """The size of each mesh axis on so many devices.
+    """Computes the size of each mesh axis.
 
     Args:
-      config: the sizes, of which -1 takes what the others leave.
-      num_devices: of all slices.
-      num_slices: in which the devices lie; None: as many as the config says, 1 where it leaves that
-        to the devices.
+      config: sizes of the axes, of which -1 takes the remaining devices.
+      num_devices: number of devices in all slices together.
+      num_slices: number of slices; None: the config's number, or 1 if that is -1.
 
     Raises:
-      ValueError: if they do not multiply to the devices, one is neither positive nor -1, or slices
-        do not divide `data`.
+      ValueError: if the sizes do not multiply to the number of devices, one is neither positive nor
+        -1, or the number of slices does not divide `data`.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     for axis, size in sizes.items():
@@ -149,10 +161,10 @@ def axis_sizes(
 
 def _slices(config: MeshConfig, devices: list[jax.Device]) -> list[list[jax.Device]]:
     """The devices of each slice."""
-    # JAX numbers GPUs by host in `slice_index`: what joins those is for the config to say.
+    # Only for TPUs: for GPUs `slice_index` is the host, and the config says how hosts are grouped.
     numbers = sorted({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"} or {0})
     wanted = len(numbers) if config.num_slices == -1 else config.num_slices
-    if len(numbers) == 1 and len(devices) % wanted == 0:  # devices that know of no slices
+    if len(numbers) == 1 and len(devices) % wanted == 0:  # devices without a slice index
         size = len(devices) // wanted
         return [devices[i : i + size] for i in range(0, len(devices), size)]
     if len(numbers) != wanted:
@@ -166,8 +178,8 @@ def _slices(config: MeshConfig, devices: list[jax.Device]) -> list[list[jax.Devi
 def _on_the_torus(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     """Arranges the devices of a slice so that the last axes lie along the fastest links.
 
-    An axis takes whole axes of the torus, or a part of one if no whole ones fit: 32 ways of
-    4 x 4 x 4. So it takes every shape; but not devices that are a part of a slice with holes.
+    A mesh axis takes whole axes of the torus, or a part of one if no whole ones fit, as 32 ways on
+    4 x 4 x 4. So every mesh shape fits, but the devices must be a block of the torus without holes.
     """
     try:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -181,12 +193,14 @@ def _on_the_torus(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarr
 
 
 def active_mesh() -> AbstractMesh | None:
-    """The mesh of the surrounding `jax.set_mesh`; None without one of ours or on one device.
+    """The mesh of the surrounding `jax.set_mesh`, if it has the axes `AXES`.
 
-    Inside `shard_map`, where a function sees its own part of everything, there is none either.
+    Returns:
+      The mesh; None without such a mesh, on one device, and inside `shard_map`, where functions see
+      their own device's shards.
 
     Raises:
-      ValueError: the mesh has explicit axes, as `jax.make_mesh` makes them.
+      ValueError: if the mesh has explicit axes, as those of `jax.make_mesh` are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size == 1 or mesh.manual_axes:
@@ -201,12 +215,17 @@ def active_mesh() -> AbstractMesh | None:
 
 
 def no_mesh() -> Any:
-    """A context in which modules run as plain code, wherever their parameters lie."""
+    """A context in which modules run as plain code, on whichever devices their parameters are."""
     return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Says how an activation is split, by axes' logical names, and on a TPU how it lies."""
+    """Constrains the sharding of an activation, and on a TPU its memory layout to row-major.
+
+    Args:
+      x: activation.
+      axes: logical names of its axes.
+    """
     mesh = active_mesh()
     if mesh is None:
         return x
@@ -214,18 +233,22 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     x = jax.lax.with_sharding_constraint(x, spec)
     if platform() != "tpu":
         return x
-    # Left to itself the compiler keeps tokens innermost between layers, and turns all of them
-    # around for the experts and back, in each layer. It would gather what it is told outside of
-    # `shard_map` from all devices.
-    here = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
-    return jax.shard_map(here, in_specs=spec, out_specs=spec, check_vma=False)(x)
+    # By default the TPU compiler keeps tokens innermost between layers, and transposes all
+    # activations for the experts and back in each layer. Outside of `shard_map`, a layout
+    # constraint would make it gather the array from all devices.
+    row_major = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
+    return jax.shard_map(row_major, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
-def gathered(param: nnx.Param, dtype: Any) -> jax.Array:
-    """A parameter as it is used: cast, then put together from its slices; columns stay split.
+def all_gathered(param: nnx.Param, dtype: Any) -> jax.Array:
+    """Casts a parameter and all-gathers it over the slicing axes; it stays split over `tensor`.
 
-    Its gradient is summed over the devices and cut into slices again at the same place, so that
-    neither whole parameters nor whole gradients of more than one layer exist at a time.
+    Its gradient is reduce-scattered at the same place, so that neither whole parameters nor whole
+    gradients of more than one layer exist at a time.
+
+    Args:
+      param: parameter with the names of its axes.
+      dtype: dtype to cast to.
     """
     value, mesh = param[...].astype(dtype), active_mesh()
     if mesh is None:
@@ -237,7 +260,7 @@ def gathered(param: nnx.Param, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(x, stored, whole):
-    x = jax.lax.with_sharding_constraint(x, stored)  # what travels is already cast
+    x = jax.lax.with_sharding_constraint(x, stored)  # so that the cast comes before the all-gather
     return jax.lax.with_sharding_constraint(x, whole)
 
 
@@ -248,12 +271,12 @@ _gathered.defvjp(
 
 
 def gather_slices(x: jax.Array, spec: PartitionSpec, *, keep: tuple[str, ...] = ()) -> jax.Array:
-    """The same inside `shard_map`: puts an array of this spec together over the slicing axes.
+    """All-gathers an array over the slicing axes, inside `shard_map`.
 
     Args:
       x: this device's slice.
-      spec: of the whole array.
-      keep: slicing axes over which it stays split.
+      spec: partition spec of the global array.
+      keep: slicing axes over which the array stays split.
     """
     for dimension, axes in enumerate(spec):
         axes = tuple(a for a in _tuple(axes) if a in SLICES and a not in keep)
@@ -263,7 +286,12 @@ def gather_slices(x: jax.Array, spec: PartitionSpec, *, keep: tuple[str, ...] = 
 
 
 def scatter_slices(grad: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The transpose of `gather_slices`: sums over the slicing axes, and cuts into slices."""
+    """Reduce-scatters a gradient over the slicing axes; the transpose of `gather_slices`.
+
+    Args:
+      grad: this device's contribution to the gradient of the gathered array.
+      spec: partition spec of the global array.
+    """
     for dimension, axes in enumerate(spec):
         axes = tuple(a for a in _tuple(axes) if a in SLICES)
         if axes:
@@ -275,33 +303,28 @@ def _tuple(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
-def sum_columns(x: jax.Array) -> jax.Array:
-    """Inside `shard_map`: sums over tensor what each device's columns contribute.
-
-    Without checks of replication (`check_vma=False`) `shard_map` hands each device of an axis that
-    its result does not mention an equal part of the result's gradient. The parts are added up by
-    multiplication here; the transpose of `psum` would send them around.
-    """
-    return _sum_columns(x)
-
-
 @jax.custom_vjp
-def _sum_columns(x):
+def sum_columns(x: jax.Array) -> jax.Array:
+    """Sums over `tensor` the contributions of each device's columns, inside `shard_map`.
+
+    With `check_vma=False`, `shard_map` divides the gradient of its result equally among the devices
+    of each axis that the result's spec does not mention. This function's backward pass restores the
+    sum by a multiplication; the transpose of `psum` would communicate.
+    """
     return jax.lax.psum(x, "tensor")
 
 
-_sum_columns.defvjp(
-    lambda x: (_sum_columns(x), None),
+sum_columns.defvjp(
+    lambda x: (sum_columns(x), None),
     lambda _, grad: (grad * jax.lax.axis_size("tensor"),),
 )
 
 
 def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
-    """The sharding of each parameter, from its axes' names.
+    """Determines the sharding of each parameter from the names of its axes.
 
     Raises:
-      ValueError: names the parameter that names no axes, or the axis that the table does not know
-        or the mesh cannot divide.
+      ValueError: if a parameter does not name its axes, or `partition` refuses one.
     """
     flat = []
     for path, param in nnx.to_flat_state(params):
@@ -319,16 +342,17 @@ def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.Sta
 def partition(
     name: str, axes: Sequence[str], shape: Sequence[int], sizes: Mapping[str, int]
 ) -> PartitionSpec:
-    """How an array is split.
+    """Determines how an array is split over the mesh.
 
     Args:
-      name: of the array, for messages.
-      axes: the logical names of its last dimensions; earlier ones, of stacked layers, are whole.
-      shape: of the array.
-      sizes: of the mesh axes.
+      name: name of the array, for error messages.
+      axes: logical names of its last dimensions; earlier dimensions, of stacked layers, are not
+        split.
+      shape: shape of the array.
+      sizes: sizes of the mesh axes.
 
     Raises:
-      ValueError: for a name that the table does not know, or a size that does not divide.
+      ValueError: if the table does not have a name, or the mesh does not divide a dimension.
     """
     entries: list[Any] = [None] * (len(shape) - len(axes))
     taken: set[str] = set()

@@ -106,7 +106,7 @@ def loss(
 
     if stats is not None:
         balance, assignments = _balance_loss(stats, balance_scope, earlier_assignments)
-        z_loss = (stats.squared_log_norms.sum(1) / _or_one(stats.tokens.sum(1))).mean()
+        z_loss = (stats.squared_lse.sum(1) / _or_one(stats.tokens.sum(1))).mean()
         router = model.config.router_aux_loss_coef * balance + z_weight * z_loss
         value += router_share * router
         metrics |= {"balance_loss": balance, "router_z_loss": z_loss, "assignments": assignments}
