@@ -94,7 +94,7 @@ def test_what_it_cannot_do_is_refused(given, message):
         causal_conv(jnp.ones((1, 5, 3)), jnp.ones((4, 3)), **given)
 
 
-def test_a_tail_goes_on_where_the_last_call_stopped():
+def test_a_tail_goes_on_where_the_last_call_stopped(untyped):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 12, 5)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((4, 5)), jnp.float32)
@@ -104,6 +104,9 @@ def test_a_tail_goes_on_where_the_last_call_stopped():
     for length in (0, 4):
         with pytest.raises(ValueError, match=f"holds {length} inputs; a kernel of 4 taps needs 3"):
             causal_conv(x, kernel, tail=x[:, :length])
+    for tail in (x[:1, :3], x[:, :3, :2]):
+        with pytest.raises(ValueError, match=r"tail is of shape .*; expected an array \[2, 3, 5\]"):
+            causal_conv(x, kernel, tail=tail)
 
 
 def test_bfloat16_is_summed_in_float32():

@@ -117,3 +117,14 @@ def test_all_is_float32_where_double_precision_is_allowed():
 
         text = str(jax.make_jaxpr(jax.value_and_grad(total, argnums=(0, 1)))(hidden, head))
     assert not re.search(r"f64\[\d", text)  # numbers may be
+
+
+def test_arrays_that_would_be_broadcast_are_refused(untyped):
+    hidden, head, targets, weights = (jnp.asarray(x) for x in make())
+    for name, arrays in (
+        ("targets", (hidden, head, targets[:1], weights)),
+        ("weights", (hidden, head, targets, weights[:1])),
+        ("hidden", (hidden[..., :-1], head, targets, weights)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is of shape .*; expected an array"):
+            cross_entropy(*arrays)

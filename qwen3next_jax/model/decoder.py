@@ -24,6 +24,7 @@ from qwen3next_jax.model.mtp import MTP
 from qwen3next_jax.model.statistics import Observed, concatenate_layers
 from qwen3next_jax.ops.attention import KEPT
 from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.segments import document_starts
 from qwen3next_jax.ops.shapes import check_rows, check_shape
 from qwen3next_jax.parallel.vocabulary import embed
 
@@ -310,5 +311,5 @@ def default_positions(
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
         return index
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    starts = document_starts(segment_ids, first=False)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

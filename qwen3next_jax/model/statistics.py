@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.segments import document_starts
+
 _SINK_QUERIES = 16  # per row; with all queries it would cost as much as attention itself
 
 
@@ -61,7 +63,7 @@ def sink_share(
     K = k.shape[2]
     if segment_ids is None:
         segment_ids = jnp.ones((B, T), jnp.int32)
-    first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+    first = document_starts(segment_ids, first=True)
     step = max(T // _SINK_QUERIES, 1)
 
     def sampled(x):  # the last token of each stretch; no stretch spans two devices of a mesh

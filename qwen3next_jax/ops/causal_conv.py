@@ -4,7 +4,7 @@
 
 "shifted" is W shifted multiply-adds, which compilers fuse into one pass over the activations; a
 convolution primitive would be slower for depthwise filters of four taps. "pallas" are kernels for
-TPUs, for which several passes over the activations become one (`pallas/causal_conv.py`).
+TPUs, where XLA would make several passes over the activations (`pallas/causal_conv.py`).
 """
 
 import jax
@@ -18,7 +18,7 @@ from qwen3next_jax.ops.shapes import check_rows, check_shape
 
 
 def default_implementation(taps: int, channels: tuple[int, ...]) -> str:
-    """The implementation that suits the platform, the filters and the channels' axes."""
+    """Returns the best implementation for this platform, filter length and shape of channels."""
     fits = len(channels) == 2 and kernels.can_compile(taps, channels[-1])
     return "pallas" if platform() == "tpu" and fits else "shifted"
 
@@ -37,18 +37,18 @@ def causal_conv(
     Args:
       x: inputs, with any channel axes after T.
       kernel: taps, oldest first.
-      activation: "silu" or None, of the sums.
-      segment_ids: documents packed in a row; no tap reaches into another one.
+      activation: function applied to the sums, "silu" or None.
+      segment_ids: ids of documents packed in a row; taps do not cross document boundaries.
       tail: the L = W − 1 inputs before x, of the same document as x's first token; zeros when None.
       implementation: "shifted", or "pallas" for channels [N, H] without a tail. None: the
         platform's default.
 
     Returns:
-      Outputs in x's dtype; sums and what is done to them are in float32.
+      Outputs in x's dtype; sums and activation are computed in float32.
 
     Raises:
-      ValueError: an array is of another shape, the tail of another length, the activation is
-        unknown, or the implementation is unknown or not for this platform or these arrays.
+      ValueError: if shapes do not match, the activation is unknown, or the implementation is
+        unknown or does not support this platform or these arrays.
     """
     W = kernel.shape[0]
     check_shape("kernel", kernel, W, *x.shape[2:])
@@ -59,6 +59,8 @@ def causal_conv(
         raise ValueError(
             f"The tail holds {tail.shape[1]} inputs; a kernel of {W} taps needs {W - 1}"
         )
+    if tail is not None:
+        check_shape("tail", tail, x.shape[0], W - 1, *x.shape[2:])
     if implementation is None:
         implementation = default_implementation(W, kernel.shape[1:]) if tail is None else "shifted"
     if implementation == "pallas":
@@ -89,7 +91,7 @@ _shifted = jax.custom_vjp(_activated_sums, nondiff_argnums=(3,))
 
 
 def _shifted_forward(padded, kernel, segment_ids, activation):
-    # By plain code, which can be differentiated once more.
+    # Plain code instead of the custom_vjp function, so that it can be differentiated once more.
     out = _activated_sums(padded, kernel, segment_ids, activation)
     return out, (padded, kernel, segment_ids)
 
@@ -105,7 +107,7 @@ def _shifted_backward(activation, residuals, d_out):
             return d_out
         return jax.vjp(jax.nn.silu, _sums(padded, kernel, same))[1](d_out)[0]
 
-    # Each tap reads them, for its inputs and for its part of the kernel.
+    # `once`, because each tap reads this gradient twice, for the inputs and for the kernel.
     d_total = once(gradient_of_sums, padded, kernel, d_out)
     d_padded, d_kernel = jnp.zeros(padded.shape, jnp.float32), []
     for w in range(W):
@@ -120,7 +122,7 @@ _shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
 def _sums(padded, kernel, same):
-    """Of W − 1 inputs more than outputs, in float32."""
+    """The convolution's sums [B, T, *C] in float32, from inputs [B, T + W − 1, *C]."""
     W = len(kernel)
     T = padded.shape[1] - (W - 1)
     total = jnp.zeros((padded.shape[0], T, *padded.shape[2:]), jnp.float32)
@@ -135,7 +137,7 @@ def _taps(kernel, w, like):
 
 
 def _same_document(segment_ids, W):
-    """For each tap a mask [B, T]: is its input of the token's own document? None: all are."""
+    """For each tap the mask [B, T] of tokens whose input is of their own document; None: all."""
     if segment_ids is None:
         return [None] * W
     masks = []
@@ -146,7 +148,7 @@ def _same_document(segment_ids, W):
 
 
 def _in_document(tap, same):
-    """A tap [B, T, ...] where its input is of the token's own document, else 0."""
+    """A tap [B, T, ...], zeroed where its input is of another document."""
     if same is None:
         return tap
     return jnp.where(same.reshape(*same.shape, *[1] * (tap.ndim - 2)), tap, 0)

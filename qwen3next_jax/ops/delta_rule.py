@@ -1,35 +1,35 @@
-"""The gated delta rule: a fast-weight memory that forgets, corrects itself, and is read.
+"""The gated delta rule: a fast-weight memory that is decayed, corrected and read at each token.
 
     S_t = exp(g_t) (I − β_t k_t k_tᵀ) S_{t−1} + β_t k_t v_tᵀ        o_t = S_tᵀ q_t
 
-Token by token that is a loop over T. Chunk by chunk (C tokens, at most 64) it is matrix products:
-within a chunk, with Γ_ij = exp(Σ_{j<l≤i} g_l) for i ≥ j, γ_i = Γ from the chunk's start to i,
-d_i = Γ from i to its end, and γ_C over all of it,
+Token by token this is a loop over T. Chunk by chunk (C tokens, at most 64) it is matrix products.
+With the decays Γ_ij = exp(Σ_{j<l≤i} g_l) from token j to token i ≥ j of a chunk, γ_i from the
+chunk's start through token i, d_i from token i to the chunk's end, and γ_C over the whole chunk,
 
     L  = I + stril(β ⊙ (K Kᵀ ⊙ Γ))        Vn = L⁻¹ (β ⊙ (V − γ ⊙ K S))
     O  = γ ⊙ Q S + tril(Q Kᵀ ⊙ Γ) Vn      S' = γ_C S + Kᵀ (d ⊙ Vn)
 
-Hazards, all in float32 here whatever the inputs are:
-- Every exponent is a sum of the g's it spans, never a difference of two running sums: with decays
-  of −30 a token beside decays of −0.05 the difference has no digits left. The gradient of g is
-  summed the same way, from the gradients of the exponents.
-- Exponents are masked before `exp`; masked entries would overflow and poison the gradients.
+Numerical hazards; everything here is computed in float32, whatever the inputs' dtype is:
+- Every exponent is a sum of the g's that it spans, never a difference of two running sums: if one
+  token's g is −30 and another's −0.05, the difference has no significant digits left. The gradient
+  of g is summed the same way, from the gradients of the exponents.
+- Exponents are masked before `exp`; masked entries would overflow and make the gradients NaN.
 - L⁻¹ is built from inverses of diagonal blocks, doubled in size. The power series of (I − L) is
-  also exact on paper, but loses everything when keys are correlated.
+  exact in exact arithmetic, but loses all accuracy when keys are correlated.
 - Documents packed in a row end anywhere in a chunk: Γ, γ, d and γ_C are zero across a boundary.
 
-A row may be cut into stretches on different devices (`gated_delta_rule_stretch`). A stretch maps
-its incoming state S to M S + B, with M the product of its tokens' exp(g)(I − β k kᵀ). The chunks
-map the columns [I | 0] to [M | B], without queries. So each device first computes its M and B, then
-receives its incoming state, then computes outputs. The maps are composed across devices by a scan
-that the caller passes in. In the backward pass the gradients of states flow through Mᵀ in the same
-way. All this costs an additional pass over the chunks' writes, with H + P columns instead of P, and
-one over their gradients. The alternative is to carry H more columns through the usual pass and
-compute the outputs from them, which costs as many products and twice the memory for states.
+A row may be sharded into stretches on different devices (`gated_delta_rule_stretch`). A stretch
+maps its incoming state S to M S + B, with M the product of its tokens' exp(g)(I − β k kᵀ). The
+chunks map the columns [I | 0] to [M | B], without queries. So each device first computes its M and
+B, then receives its incoming state, then computes outputs. The maps are composed across devices by
+a scan that the caller passes in. In the backward pass the gradients of states flow through Mᵀ in
+the same way. This costs an additional pass over the chunks' writes, with H + P columns instead of
+P, and one over their gradients. The alternative is to carry H more columns through the usual pass
+and compute the outputs from them, which costs as many products and twice the memory for states.
 
-"chunked" is written in XLA's operations, for all platforms. "pallas" computes the same in kernels
-that keep the states on a TPU's chip (`pallas/delta_rule.py`). "hopper" computes in XLA's operations
-what happens inside chunks, and in kernels for NVIDIA's H100 and H200 what goes from one to the next
+"chunked" consists of XLA operations, for all platforms. "pallas" computes the same in kernels that
+keep the states in a TPU's vector memory (`pallas/delta_rule.py`). "hopper" uses XLA operations
+inside chunks, and kernels for NVIDIA's H100 and H200 for the recurrence over chunks
 (`pallas/delta_hopper.py`). "reference" is the loop over tokens.
 """
 
@@ -47,18 +47,19 @@ from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
 from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
+from qwen3next_jax.ops.segments import document_starts
 from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
 
-_BLOCK = 16  # rows of a diagonal block of L that is inverted row by row; larger ones by products
-# Gradients of exponents and the inverse depend on products inside a chunk, for which one bfloat16
-# pass on a TPU is not accurate enough. Products with the state have the caller's precision. On a
+_BLOCK = 16  # size of the diagonal blocks of L that are inverted row by row, then merged
+# Products inside a chunk, on which the inverse and the gradients of exponents depend, need more
+# than one bfloat16 pass on a TPU. Products with the state use the caller's default precision. On a
 # GPU both are TensorFloat-32.
 _HIGH = jax.lax.Precision.HIGH
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def default_implementation(key_size: int, value_size: int, dtype: jnp.dtype) -> str:
-    """The implementation that suits the platform, the heads' sizes and the values' dtype."""
+    """Returns the best implementation for this platform, the heads' sizes and the values' dtype."""
     if is_hopper() and delta_hopper.fits(key_size, value_size, dtype):
         return "hopper"
     fits = kernels.can_compile(key_size, value_size)
@@ -85,12 +86,12 @@ def gated_delta_rule(
       v: values.
       log_decay: g, natural logarithm per token, from −∞ to 0.
       beta: write strength, in [0, 1].
-      segment_ids: documents packed in a row, each a contiguous run of one id; the state starts
-        anew with each. 0 is padding: it neither reads nor changes the state. None: one document.
+      segment_ids: documents packed in a row, each a contiguous run of one id; each starts with a
+        zero state. 0 is padding, which neither reads nor changes the state. None: one document.
       initial_state: the state before the first document's first token; zeros when None.
-      implementation: "chunked" (matrix products, own backward pass), "pallas" (the same by kernels
-        for TPUs), "hopper" (in bfloat16 by kernels for H100 and H200) or "reference" (token by
-        token; also the way to take single steps). None: the platform's default.
+      implementation: "chunked" (matrix products, own backward pass), "pallas" (the same in kernels
+        for TPUs), "hopper" (in bfloat16, in kernels for H100 and H200) or "reference" (token by
+        token; also for single steps). None: the platform's default.
 
     Returns:
       Outputs in v's dtype, zero at padding, and the state after the last document in float32.
@@ -134,22 +135,23 @@ def gated_delta_rule_stretch(
     initial_state: Float[Array, "B N H P"] | None,
     scan: Scan,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]:
-    """The same for one of the stretches that a row is cut in.
+    """Applies `gated_delta_rule`, "chunked", to one stretch of rows that are sharded over devices.
 
     Args:
-      q, k, v, log_decay, beta, segment_ids: as above, of this stretch.
-      initial_state: as above on the row's first stretch; zeros or None on the others.
-      scan: `scan(combine, x, reverse=False)` returns x of all stretches before this one, combined
-        pairwise by `combine(earlier, later)`, which is associative, and zeros where there is none;
-        `reverse` turns the order of stretches around. Zeros must be neutral as `earlier`.
+      q, k, v, log_decay, beta, segment_ids: arguments of `gated_delta_rule`, for this stretch.
+      initial_state: state before the row on the row's first stretch; zeros or None on the others.
+      scan: function `scan(combine, x, reverse=False)`. It returns the x of all stretches before
+        this one, combined pairwise by the associative `combine(earlier, later)`, and zeros on the
+        first stretch; with `reverse`, of all stretches after this one. Zeros as `earlier` must
+        leave `later` unchanged.
 
     Returns:
-      Outputs of this stretch, and the state behind it.
+      Outputs of this stretch in v's dtype, and the state after it in float32.
     """
     if segment_ids is None:
         before = jnp.zeros(len(q), jnp.int32)
     else:
-        # The last document to have a token before this stretch: what comes in is its state.
+        # The incoming state is that of the last document that has a token before this stretch.
         last = _spread_over_padding(segment_ids, jnp.zeros(len(q), jnp.int32))[:, -1]
         before = scan(lambda earlier, later: jnp.where(later == 0, earlier, later), last)
     compute = functools.partial(_chunked, scan=scan)
@@ -157,7 +159,10 @@ def gated_delta_rule_stretch(
 
 
 def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before):
-    """Runs an implementation in float32; `before` [B] is the document before the first token's."""
+    """Checks and masks the arguments of an implementation and runs it in float32.
+
+    `before` [B] is the segment id of the document that the incoming state belongs to; 0: none.
+    """
     check_shape("q", q, "B", "T", "K", "H")
     B, T, K, H = q.shape
     require_tokens(B, T)
@@ -180,16 +185,17 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
         log_decay = jnp.where(real[..., None], log_decay, 0)
         beta = jnp.where(real[..., None], beta, 0)
         segments = _spread_over_padding(segment_ids, before)
-    # Where nothing was before, the initial state belongs to the first document.
+    # Without a document before, the initial state belongs to the first document.
     before = jnp.where(before == 0, segments[:, 0], before)
     if initial_state is None:
         initial_state = jnp.zeros((B, N, H, P), jnp.float32)
 
-    # The kernels' products take bfloat16 as it is, and say how; elsewhere all is float32.
+    # The kernels multiply bfloat16 values as they are and document their precision; the other
+    # implementations compute everything in float32.
     bfloat16 = compute in (kernels.delta_rule, _by_hopper) and v.dtype == jnp.bfloat16
     q, k, values = (x.astype(jnp.bfloat16 if bfloat16 else jnp.float32) for x in (q, k, v))
     g, beta, state = (x.astype(jnp.float32) for x in (log_decay, beta, initial_state))
-    g = jnp.maximum(g, -1e30)  # spans are products with 0 and 1, and 0 · −∞ is no number
+    g = jnp.maximum(g, -1e30)  # spans are products with masks of 0 and 1, and 0 · −∞ is NaN
     out, state = compute(q, k, values, g, beta, segments, before, state)
     if real is not None:
         out = _where_real(out, real)
@@ -197,13 +203,14 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
 
 
 def _masked(x, real):
-    """Puts 0 at padding into x [B, T, N, P]."""
-    # As large as x, the mask would be taken out of a scan over layers, or kept for each of them.
+    """Zeroes x [B, T, N, P] at padding."""
+    # Without the barrier, XLA hoists the broadcast mask, which is as large as x, out of a scan over
+    # layers, or JAX saves it for each layer.
     x, real = jax.lax.optimization_barrier((x, real))
     return jnp.where(real[..., None, None], x, 0)
 
 
-# Both ways are plain code, which can be differentiated once more.
+# Forward and backward rule are plain code, so that they can be differentiated once more.
 _where_real = jax.custom_vjp(_masked)
 _where_real.defvjp(
     lambda x, real: (_masked(x, real), real), lambda real, d_x: (_masked(d_x, real), None)
@@ -213,7 +220,11 @@ _where_real.defvjp(
 def _spread_over_padding(
     segment_ids: Int[Array, "B T"], before: Int[Array, "B"]
 ) -> Int[Array, "B T"]:
-    """Gives padding the id of the document before it, or where there is none, of the first one."""
+    """Replaces the id of padding by that of the document before it.
+
+    Padding before the row's first document gets `before` if that is not 0, else the id of the first
+    document.
+    """
     real = segment_ids != 0
     index = jnp.arange(segment_ids.shape[1])
     last_real = jax.lax.cummax(jnp.where(real, index, -1), axis=1)
@@ -223,10 +234,10 @@ def _spread_over_padding(
 
 
 def _recurrent(q, k, v, g, beta, segments, before, state):
-    del before  # with a whole row it is the first token's
+    del before  # for a whole row it is the first token's id
     repeats = v.shape[2] // k.shape[2]
     q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
-    starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    starts = document_starts(segments, first=False)
 
     def step(state, token):
         q, k, v, g, beta, start = token
@@ -285,7 +296,10 @@ _differentiable_inverse.defvjp(lambda lower: (_unit_lower_inverse(lower),) * 2, 
 
 
 def _split(x, *heads, chunk, mode="constant"):
-    """[B, T, ...] → [Z, B, heads..., C, ...]; padding writes nothing and does not decay."""
+    """[B, T, ...] → [Z, B, heads..., C, ...].
+
+    The padding of zeros to whole chunks neither writes to the state nor decays it.
+    """
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2), mode=mode)
     x = x.reshape(len(x), -1, chunk, *heads, *x.shape[2 + (len(heads) > 0) :])
     return x.transpose(1, 0, *range(3, 3 + len(heads)), 2, *range(3 + len(heads), x.ndim))
@@ -312,17 +326,17 @@ def _chunked(q, k, v, g, beta, segments, before, state, scan=None):
 
 
 def _chunk_size(key_size):
-    """Tokens of a chunk: a power of two, at most `CHUNK`.
+    """The number of tokens of a chunk: a power of two, at most `CHUNK`.
 
-    Products inside chunks grow with C, those with states as H · P / C. Matrix units are idle when C
-    is small; a CPU is fastest where both are about equal.
+    Per token, products inside chunks cost C and products with states H · P / C. Matrix units need a
+    large C; a CPU is fastest if both costs are about equal.
     """
     if platform() != "cpu":
         return CHUNK
     return min(CHUNK, max(_BLOCK, 1 << (key_size - 1).bit_length()))
 
 
-# In what follows arrays are chunked, with head axes k (key heads) and r (value heads of each):
+# Arrays below are chunked, with axes for the K key heads and the R value heads of each:
 # q, k [Z B K C H], v [Z B K R C P], g, beta [Z B K R C], segments [Z B C], states [B K R H P].
 
 
@@ -355,7 +369,7 @@ def _chunks_forward(scan, q, k, v, g, beta, segments, before, state):
 
 
 def _write(state, k, v, beta, inverse, start, end, whole):
-    """The state after a chunk, and what each of its tokens wrote."""
+    """The state after a chunk, and the values Vn [B K R C P] that its tokens write."""
     errors = v - start[..., None] * small_products("bkch,bkrhp->bkrcp", k, state)
     new = small_products("bkrcd,bkrdp->bkrcp", inverse, beta[..., None] * errors, precision=_HIGH)
     after = whole[..., None, None] * state
@@ -363,13 +377,13 @@ def _write(state, k, v, beta, inverse, start, end, whole):
 
 
 def _as_map(k, v, beta, inverse, decay, state):
-    """What the chunks do to a state that comes in beside `state`: S → M S + B, as (M, B)."""
+    """The stretch's map S → M S + B of a state that is added to `state`, as (M, B)."""
     H = k.shape[-1]
     identity = jnp.broadcast_to(jnp.eye(H, dtype=jnp.float32), (*state.shape[:-1], H))
 
     def step(columns, chunk):
         k, v, *rest = chunk
-        v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(H, 0)])  # nothing is written into M's columns
+        v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(H, 0)])  # M's columns get no writes
         return _write(columns, k, v, *rest)[0], None
 
     columns = jnp.concatenate([identity, state], axis=-1)
@@ -378,7 +392,7 @@ def _as_map(k, v, beta, inverse, decay, state):
 
 
 def _compose(earlier, later):
-    """The map that applies two maps, one after the other."""
+    """The composition of two maps (M, B)."""
     dot = functools.partial(jnp.einsum, "bkrhi,bkrip->bkrhp", precision=_HIGHEST)
     return dot(later[0], earlier[0]), dot(later[0], earlier[1]) + later[1]
 
@@ -391,12 +405,12 @@ def _chunks_backward(scan, residuals, cotangents):
     scores = _score(q, k, decay)
     dot = functools.partial(small_products, precision=_HIGH)
 
-    # What the forward pass wrote, for all chunks at once: their initial states are known.
+    # Recompute the writes Vn, for all chunks at once, because their incoming states are saved.
     read = small_products("zbkch,zbkrhp->zbkrcp", k, states)
     errors = v - start[..., None] * read
     new = dot("zbkrcd,zbkrdp->zbkrcp", inverse, beta[..., None] * errors)
 
-    # From the last chunk to the first: gradients of the states and of what was written.
+    # Scan from the last chunk to the first for the gradients of states and writes.
     d_new_inside = dot("zbkrdc,zbkrdp->zbkrcp", scores, d_out)
 
     def step(d_after, chunk):
@@ -414,7 +428,8 @@ def _chunks_backward(scan, residuals, cotangents):
         d_final += scan(_compose, (transition.swapaxes(-1, -2), added), reverse=True)[1]
     d_state, (d_scaled, d_after) = jax.lax.scan(step, d_final, chunks, reverse=True)
 
-    # The rest is parallel. `d_products` is the gradient of stril(β ⊙ K Kᵀ ⊙ Γ), from L⁻¹'s.
+    # The rest is parallel over chunks. `d_products` is the gradient of stril(β ⊙ K Kᵀ ⊙ Γ), through
+    # L⁻¹.
     d_products = -_strictly_lower(dot("zbkrcp,zbkrdp->zbkrcd", d_scaled, new))
     d_scores = dot("zbkrcp,zbkrdp->zbkrcd", d_out, new)  # gamma is zero above the diagonal
     d_read = -(beta * start)[..., None] * d_scaled
@@ -431,8 +446,8 @@ def _chunks_backward(scan, residuals, cotangents):
     d_v = beta[..., None] * d_scaled
     d_beta = (d_scaled * errors).sum(-1) + (d_products * products).sum(-1)
 
-    # Gradients of the exponents: of Γ_ij, of γ_i, of d_i and of γ_C. g_l is in those it is spanned
-    # by, so each is summed over its span.
+    # Gradients of the exponents of Γ_ij, γ_i, d_i and γ_C. The gradient of g_l is the sum over all
+    # exponents that span l.
     d_gamma = _strictly_lower(d_products * beta[..., None] * products + d_scores * scores)
     queried = small_products("zbkch,zbkrhp->zbkrcp", q, states)
     d_start = (d_queried * queried + d_read * read).sum(-1)
@@ -452,7 +467,7 @@ _chunks.defvjp(_chunks_forward, _chunks_backward)
 def _decays(g, segments, before):
     """Γ [Z B K R C C], γ and d [Z B K R C], γ_C [Z B K R], zero across documents."""
     C = g.shape[-1]
-    # The exponent of Γ_ij is Σ_{j<l≤i} g_l: a product of 0/1 masks with g, exact but for rounding.
+    # The exponent of Γ_ij, Σ_{j<l≤i} g_l, is a product of 0/1 masks with g, without cancellation.
     spans = jnp.einsum(
         "il,zbkrlj->zbkrij", _ones_upto(C), _strictly_lower(g[..., None]), precision=_HIGHEST
     )
@@ -463,7 +478,7 @@ def _decays(g, segments, before):
     before = jnp.concatenate([before[None], segments[:-1, :, -1]])[..., None]
     last = segments[..., -1:]
     start = _masked_exp(jax.lax.cumsum(g, axis=4), (segments == before)[:, :, None, None])
-    # Summed without g_i, rather than subtracting it: its rounding error would stay behind.
+    # The sums exclude g_i from the start, because subtracting it would leave its rounding error.
     after = jnp.pad(jax.lax.cumsum(g[..., 1:], axis=4, reverse=True), [(0, 0)] * 4 + [(0, 1)])
     end = _masked_exp(after, (segments == last)[:, :, None, None])
     whole = _masked_exp(g.sum(-1), (last == before)[:, :, None])
@@ -491,19 +506,19 @@ def _unit_lower_inverse(lower):
 
 
 def _inverse_by_blocks(lower):
-    """Row by row for blocks of up to 16 rows, then by products."""
+    """Inverts diagonal blocks of up to 16 rows row by row, and merges them by products."""
     C = lower.shape[-1]
     size = min(_BLOCK, C)
-    # Row i of the inverse is eᵢ − Σ_j lower[i, j] · inverse[j], of which only the rows above i
-    # count. All blocks of all chunks lie along the last axis meanwhile.
+    # Row i of the inverse is eᵢ − Σ_{j<i} lower[i, j] · inverse[j]. The blocks of all chunks are
+    # along the last axis here.
     blocks = _diagonal_blocks(lower, size)
     across = blocks.reshape(-1, size, size).transpose(1, 2, 0)
     identity = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32)[..., None], across.shape)
-    rows: list[Array] = []  # not a loop, which on a GPU would take several kernels for each
+    rows: list[Array] = []  # unrolled, because a GPU would launch several kernels per iteration
     for i in range(size):
         rows.append(identity[i] - sum(across[i, j] * row for j, row in enumerate(rows)))
     inverse = jnp.stack(rows).transpose(2, 0, 1).reshape(blocks.shape)
-    # [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]]: neighbours merge until one is left.
+    # Merge neighbours until one block is left: [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]].
     while size < C:
         above, below = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
         off = _diagonal_blocks(lower, 2 * size)[..., size:, :size]
@@ -515,9 +530,9 @@ def _inverse_by_blocks(lower):
 
 
 def _inverse_on_cpu(lower):
-    """By products from blocks of one row on, entry by entry, with heads along the last axis.
+    """Merges blocks, from 1 × 1 on, by elementwise products with the heads along the last axis.
 
-    As in `ops.cpu.small_products`, but blocks of few rows would not fill a vector; heads do.
+    `ops.cpu.small_products` vectorises over a block's columns, too few here to fill a vector.
     """
     Z, B, K, R, C, _ = lower.shape
     lower = jnp.moveaxis(lower.reshape(Z, B, K * R, C, C), 2, -1)
@@ -544,12 +559,12 @@ def _diagonal_blocks(x, size):
 
 
 def _sum_value_heads(x):
-    """Over the value heads of a key head, r: few, for which a CPU's reduction is slow."""
+    """Sums over axis R; unrolled, because XLA:CPU's reductions over few entries are slow."""
     return sum(jnp.unstack(x, axis=3))
 
 
 def _strictly_lower(x):
-    """Zeroes all but the entries i > j; broadcasts a last axis of size 1."""
+    """Keeps the entries i > j of x [..., C, C or 1] and zeroes the others; the result is square."""
     C = x.shape[-2]
     return jnp.where(np.tril(np.ones((C, C), bool), -1), x, 0)
 
