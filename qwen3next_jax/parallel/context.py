@@ -1,28 +1,30 @@
-"""The mixers' ops on a mesh: rows of the batch, their tokens and heads, each split over its axes.
+"""The mixers' ops on a mesh, with rows of the batch, tokens and heads sharded over its axes.
 
-Each function has the signature of the op of its name and is that op where there is no mesh. On a
-mesh it runs the op on each device's part of the arrays, under `shard_map`. Rows of the batch and
-heads need nothing from each other; what tokens need lies in contiguous stretches, rank r of the
-`context` axis holding the r-th:
+Each function has the signature of the op of the same name, and is that op without a mesh. On a mesh
+it runs the op on each device's shards, under `shard_map`. Rows of the batch and heads are
+independent of each other. Tokens are not: rank r of the `context` axis holds the r-th contiguous
+stretch of every row, and ranks communicate:
 
-- *Convolution*: the W − 1 inputs before the stretch come from the rank before.
-- *Delta rule*: a stretch does S → M S + B to the state that comes in. Ranks compose these maps in
-  log₂ steps of `ppermute` (a rank holds the composition of the 1, 2, 4, ... stretches before it),
-  so what crosses the wire and what a rank holds does not depend on their number. Gradients of the
-  states go the same way back, through Mᵀ. `ops/delta_rule.py` has the mathematics.
-- *Attention*: keys and values travel around the ring of ranks while each rank adds what it sees to
-  a running softmax; backward, they travel once more and their gradients with them, home again.
-  A rank holds two ranks' keys and values at a time, whatever the number of ranks.
+- *Convolution*: each rank receives the W − 1 inputs before its stretch from the previous rank.
+- *Delta rule*: a stretch maps its incoming state S to M S + B. Ranks compose these maps in log₂
+  steps of `ppermute` (a rank holds the composition of the 1, 2, 4, ... stretches before it), so the
+  size of a message and a rank's memory do not depend on the number of ranks. Gradients of the
+  states flow back the same way, through Mᵀ. `ops/delta_rule.py` has the mathematics.
+- *Attention*: keys and values travel around the ring of ranks, and each rank accumulates a running
+  softmax over those that arrive. In the backward pass they travel once more together with their
+  gradients, and the last hop returns the gradients to their ranks. A rank holds two ranks' keys and
+  values at a time, whatever the number of ranks.
 
-A causal ring over contiguous stretches would wait for the last rank, which sees all the others
-while the first sees none: nearly twice the mean. So attention first deals the row anew: cut in 2n
-pieces, rank r gets pieces r and 2n − 1 − r, by two `ppermute`s, and gives the outputs back the same
-way. Then each rank has as much to do as any other at every hop: the late piece always sees the
-arriving early one, and one more pair is seen whole, of early pieces when they come from before, of
-late ones when they come from behind. The recurrence needs contiguous stretches, and dealing costs
-queries and outputs one trip each, small beside half of the attention. An all-to-all over heads is
-as balanced, but with two KV heads each rank would hold a head's keys of the whole row: memory that
-does not fall with the axis.
+A causal ring over contiguous stretches would wait for the last rank, which attends to all others
+while the first attends to none: nearly twice the mean time. So attention first redistributes the
+row: it is split into 2n pieces, and two `ppermute`s move pieces r and 2n − 1 − r to rank r; outputs
+return the same way. Then all ranks have equal work at every hop: the late piece attends to the
+whole arriving early piece, and so does either the early piece to the arriving early one (if that
+comes from a rank before) or the late piece to the arriving late one (from a rank after). The delta
+rule needs contiguous stretches, so each attention layer redistributes queries, keys, values and
+outputs once, which is cheap compared with the half of attention that it saves. An all-to-all over heads would be
+balanced as well, but with two KV heads each rank would hold one head's keys of the whole row, and
+this memory does not shrink as the axis grows.
 """
 
 import functools
@@ -73,7 +75,18 @@ def causal_conv(
     segment_ids: Int[Array, "B T"] | None = None,
     tail: Float[Array, "B L N H"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """`ops.causal_conv` of heads' channels, on the mesh."""
+    """Applies `ops.causal_conv` to channels in heads [N, H], on the mesh.
+
+    Args:
+      x, kernel, activation, segment_ids, tail: arguments of `ops.causal_conv`.
+
+    Returns:
+      Outputs in x's dtype.
+
+    Raises:
+      ValueError: besides the op's reasons, if the mesh does not divide the rows or the tokens, or a
+        stretch is shorter than W − 1 tokens.
+    """
     mesh, conv = active_mesh(), functools.partial(ops.causal_conv, activation=activation)
     if mesh is None:
         return conv(x, kernel, segment_ids=segment_ids, tail=tail)
@@ -88,7 +101,7 @@ def causal_conv(
         if tail is not None:
             before = jnp.where(_rank() == 0, tail.astype(x.dtype), before)
         if segments is not None:
-            # The tail is of the first token's document; zeros may be of any.
+            # On rank 0 these inputs are the tail, of the first token's document, or zeros.
             ids = _from_before(segments[:, segments.shape[1] - L :])
             ids = jnp.where(_rank() == 0, segments[:, :1], ids)
             segments = jnp.concatenate([ids, segments], axis=1)
@@ -111,11 +124,11 @@ def gated_delta_rule(
     initial_state: Float[Array, "B N H P"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]:
-    """`ops.gated_delta_rule` on the mesh.
+    """Applies `ops.gated_delta_rule`, with the same arguments and results, on the mesh.
 
     Raises:
-      ValueError: besides the op's, where tokens are split but cannot be: their number is not
-        divisible, or the implementation is not "chunked".
+      ValueError: besides the op's reasons, if the mesh does not divide the rows or the tokens, or
+        tokens are sharded and the implementation is not "chunked".
     """
     mesh = active_mesh()
     ways = 1 if mesh is None else mesh.shape[_AXIS]
@@ -152,11 +165,14 @@ def attention(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T N P"]:
-    """`ops.attention` on the mesh; KV heads fewer than `tensor` are held whole.
+    """Applies `ops.attention`, with the same arguments and results, on the mesh.
+
+    If there are fewer KV heads than devices along `tensor`, the KV heads are replicated.
 
     Raises:
-      ValueError: besides the op's, where tokens are split but cannot be: their number is not
-        divisible by twice the axis, or the implementation is not "chunked".
+      ValueError: besides the op's reasons, if the mesh does not divide the rows or heads; or tokens
+        are sharded and their number is not divisible by twice the axis, or the implementation is
+        not "chunked".
     """
     mesh = active_mesh()
     if mesh is None:
@@ -173,7 +189,7 @@ def attention(
     _check_implementation(implementation, ways)
 
     def local(q, k, v, segments):
-        if whole:  # the one that this device's query heads look at
+        if whole:  # select the KV head of this device's query heads
             head = jax.lax.axis_index("tensor") * K // tensor
             k, v = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (k, v))
         if ways == 1:
@@ -182,9 +198,9 @@ def attention(
             segments = jnp.zeros(q.shape[:2], jnp.int32)
         B, T, N, H = q.shape
         q = q.reshape(B, T, k.shape[2], -1, H)
-        q, k, v, segments = (_split_halves(_deal(x, ways)) for x in (q, k, v, segments))
+        q, k, v, segments = (_split_halves(_to_pieces(x, ways)) for x in (q, k, v, segments))
         out = _ring(ways, q, k, v, segments)
-        out = _collect(_join_halves(out, T // 2), ways)
+        out = _from_pieces(_join_halves(out, T // 2), ways)
         return out.reshape(B, T, N, -1)
 
     kv = P(ROWS, _AXIS) if whole else _HEADS
@@ -194,7 +210,17 @@ def attention(
 def implementations(
     config: ModelConfig, mesh: Mesh, tokens: int, dtype: jnp.dtype
 ) -> dict[str, str]:
-    """Which implementations of ops a model takes on a mesh, for rows of so many tokens."""
+    """Determines which implementations of the ops a model uses.
+
+    Args:
+      config: config of the model.
+      mesh: mesh on which the model runs.
+      tokens: number of tokens of a row.
+      dtype: dtype of the activations.
+
+    Returns:
+      The implementation's name by the op's name.
+    """
     sizes = config.linear_key_head_dim, config.linear_value_head_dim
     names = {"attention": default_attention(tokens, config.head_dim, config.head_dim, dtype)}
     if LINEAR in config.mixers:
@@ -209,7 +235,7 @@ def implementations(
 
 
 def _shard_map(local: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    # The ops' loops start from constants, which the check for replicated values would refuse.
+    # The ops' loops start from constants, which the check of varying manual axes would refuse.
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -240,14 +266,14 @@ def _rank() -> Array:
 
 
 def _from_before(x: Any, distance: int = 1, *, reverse: bool = False) -> Any:
-    """What the rank `distance` before this one has, or after it (`reverse`); zeros without one."""
+    """Receives x from the rank `distance` before this one (`reverse`: after); zeros without one."""
     ways = jax.lax.axis_size(_AXIS)
     pairs = [(r, r + distance) for r in range(ways - distance)]
     return jax.lax.ppermute(x, _AXIS, [(b, a) for a, b in pairs] if reverse else pairs)
 
 
 def _around(x: Any) -> Any:
-    """What the rank before this one has, the last one being before the first."""
+    """Receives x from the previous rank of the ring; rank 0 receives from the last rank."""
     ways = jax.lax.axis_size(_AXIS)
     return jax.lax.ppermute(x, _AXIS, [(r, (r + 1) % ways) for r in range(ways)])
 
@@ -255,46 +281,50 @@ def _around(x: Any) -> Any:
 def _scan_stretches(combine: Callable, x: Any, *, reverse: bool = False) -> Any:
     """The `scan` of `ops.delta_rule.gated_delta_rule_stretch`, in log₂ steps."""
     x = _from_before(x, reverse=reverse)
-    held = 1  # stretches whose combination this rank has
-    while held < jax.lax.axis_size(_AXIS) - 1:
-        x = combine(_from_before(x, held, reverse=reverse), x)
-        held *= 2
+    combined = 1  # number of stretches before this rank's that x combines
+    while combined < jax.lax.axis_size(_AXIS) - 1:
+        x = combine(_from_before(x, combined, reverse=reverse), x)
+        combined *= 2
     return x
 
 
-def _dealing(ways: int) -> list[list[tuple[int, int]]]:
-    """From whom to whom the first halves go, and the second ones: piece c to min(c, 2n − 1 − c)."""
+def _piece_moves(ways: int) -> list[list[tuple[int, int]]]:
+    """Pairs (source, destination) for the first and for the second halves of the stretches.
+
+    Piece c, of rank c // 2, goes to rank min(c, 2n − 1 − c).
+    """
     return [[(c // 2, min(c, 2 * ways - 1 - c)) for c in range(h, 2 * ways, 2)] for h in (0, 1)]
 
 
-def _deal(x, ways):
-    """This rank's tokens [B, T, ...] → the early and the late piece that it attends for."""
+def _to_pieces(x, ways):
+    """This rank's stretch [B, T, ...] → its early and its late piece for attention."""
     halves = jnp.split(x, 2, axis=1)
-    # Even pieces were first halves: they are the early ones of even ranks, the late ones of odd.
+    # Pieces with an even number, first halves, become the early piece of even ranks and the late
+    # piece of odd ranks.
     first, second = (
         jax.lax.ppermute(half, _AXIS, pairs)
-        for half, pairs in zip(halves, _dealing(ways), strict=True)
+        for half, pairs in zip(halves, _piece_moves(ways), strict=True)
     )
     even = _rank() % 2 == 0
     return jnp.where(even, first, second), jnp.where(even, second, first)
 
 
-def _collect(pieces, ways):
-    """The reverse of `_deal`."""
+def _from_pieces(pieces, ways):
+    """The inverse of `_to_pieces`."""
     early, late = pieces
     even = _rank() % 2 == 0
     halves = jnp.where(even, early, late), jnp.where(even, late, early)
     return jnp.concatenate(
         [
             jax.lax.ppermute(half, _AXIS, [(b, a) for a, b in pairs])
-            for half, pairs in zip(halves, _dealing(ways), strict=True)
+            for half, pairs in zip(halves, _piece_moves(ways), strict=True)
         ],
         axis=1,
     )
 
 
 def _split_halves(pieces):
-    """Blocks of the early piece, then as many of the late one."""
+    """Blocks [Z, B, ...] of the early piece, then as many of the late one."""
     return jnp.concatenate([split_blocks(x) for x in pieces])
 
 
@@ -302,8 +332,9 @@ def _join_halves(x, tokens):
     return tuple(join_blocks(half, tokens) for half in jnp.split(x, 2))
 
 
-# Blocks below as in ops/attention.py: q, out [Z B K R C H], k, v [Z B K C H], segments [Z B C]; the
-# first half of them early tokens, the second half late ones.
+# Blocks below have the shapes of ops/attention.py: q [Z B K R C H], out [Z B K R C P],
+# k [Z B K C H], v [Z B K C P], segments [Z B C]. The first half of the Z blocks is the early piece,
+# the second half the late one.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -314,9 +345,9 @@ def _ring(ways, q, k, v, segments):
 def _ring_forward(ways, q, k, v, segments):
     def hop(state, number):
         carry, arrived = state
-        following = _around(arrived)  # on its way during the products
+        following = _around(arrived)  # overlaps with the products
         k, v, k_segments = arrived
-        pairs = _seen_pairs(number, len(q))
+        pairs = _visible_pairs(number, len(q))
         carry = accumulate(carry, q, k, v, segments, k_segments, pairs, causal=False)
         return (carry, following), None
 
@@ -341,8 +372,8 @@ def _ring_backward(ways, residuals, d_out):
         d_q, d_kv, arrived = state
         following, d_kv = _around((arrived, d_kv))
         k, v, k_segments = arrived
-        d_q, *added = gradients(d_q, k, v, k_segments, _seen_pairs(number, len(q)), False)
-        # What these keys and values gathered on earlier ranks has followed them here.
+        d_q, *added = gradients(d_q, k, v, k_segments, _visible_pairs(number, len(q)), False)
+        # The gradients that these keys and values accumulated on other ranks arrived with them.
         return (d_q, jax.tree.map(jnp.add, d_kv, tuple(added)), following), None
 
     arrived = _around((k, v, segments))
@@ -350,21 +381,28 @@ def _ring_backward(ways, residuals, d_out):
     d_q, *d_kv = gradients(jnp.zeros(q.shape, jnp.float32), k, v, segments, own, True)
     hops = jnp.arange(1, ways)
     (d_q, d_kv, _), _ = jax.lax.scan(hop, (d_q, tuple(d_kv), arrived), hops)
-    grads = d_q, *_around(d_kv)  # the last hop brings them home
+    grads = d_q, *_around(d_kv)  # the last hop returns them to the rank of their keys and values
     return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _seen_pairs(hop, number):
-    """Pairs of a query block with an arriving key block, after so many hops: all seen whole.
+def _visible_pairs(hop, number):
+    """Pairs of a query block and an arriving key block whose queries attend to all of the keys.
 
-    What arrives at rank r comes from rank r − hop. The late piece here is later than the early one
-    from anywhere. Then early sees early if that rank is before this one, and late sees late if it
-    is behind.
+    At rank r, hop h brings the pieces of rank r − h (modulo n). The late piece of any rank comes
+    after the early piece of every rank. Among pieces of the same kind, early attends to early if
+    the arriving one is from a rank before this one, else late attends to late.
+
+    Args:
+      hop: number of hops, from 1.
+      number: number of blocks of both pieces together.
+
+    Returns:
+      Block indices of queries and of keys.
     """
     half = number // 2
     i, j = (x.reshape(-1).astype(np.int32) for x in np.indices((half, half)))
-    behind = (hop > _rank()).astype(jnp.int32) * half
-    return jnp.concatenate([half + i, behind + i]), jnp.concatenate([j, behind + j])
+    offset = (hop > _rank()).astype(jnp.int32) * half  # `half` if a rank after this one sent them
+    return jnp.concatenate([half + i, offset + i]), jnp.concatenate([j, offset + j])

@@ -1,4 +1,4 @@
-"""Whether a run fits a mesh, and where its arrays then lie: known before anything is allocated."""
+"""Checks whether a run fits a mesh, and how its arrays are sharded, before any allocation."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,20 +10,20 @@ from qwen3next_jax.config import LINEAR, RunConfig, divisors, nearest
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, SLICES
 
-# On more ways, a receive buffer for the worst case is many times as large as what arrives.
+# With more expert ways, a receive buffer for the worst case is many times as large as its load.
 _EXACT_EXPERT_WAYS = 8
-_LARGE = 1 << 20  # bytes; smaller arrays may be whole everywhere
+_LARGE = 1 << 20  # bytes; smaller arrays may be replicated
 
 
 def check_fits(config: RunConfig, sizes: Mapping[str, int]) -> None:
-    """Checks that the mesh can divide all that it has to.
+    """Checks that the mesh divides every dimension of the run that it shards.
 
     Args:
-      config: of the run.
-      sizes: of the mesh axes.
+      config: config of the run.
+      sizes: sizes of the mesh axes.
 
     Raises:
-      ValueError: names everything that cannot be divided, with the nearest sizes that would work.
+      ValueError: if it does not; lists all such dimensions, with the nearest sizes that would work.
     """
     problems = list(_problems(config, sizes))
     if problems:
@@ -45,7 +45,7 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
     kv_heads = m.num_key_value_heads
 
     def kv_heads_work(ways: int) -> bool:
-        # Fewer KV heads than places are held by several of them.
+        # If there are fewer KV heads than devices along the axis, the heads are replicated.
         return kv_heads % ways == 0 or ways % kv_heads == 0
 
     yield from _indivisible(sizes, ("tensor",), columns)
@@ -64,7 +64,7 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
         name += " / train.gradient_accumulation_steps"
     yield from _indivisible(sizes, ROWS, {name: rows})
     if sizes["context"] > 1:
-        # No chunk lies on two devices; attention deals out each stretch in two pieces.
+        # A chunk must lie on one device, and attention splits each stretch into two pieces.
         least, piece = (CHUNK, "the delta rule's chunk") if delta else (2, "attention's pieces")
         if t.sequence_length % (least * sizes["context"]):
             step = least * sizes["context"]
@@ -89,7 +89,10 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
 def _indivisible(
     sizes: Mapping[str, int], axes: tuple[str, ...], given: Mapping[str, int | bool]
 ) -> Iterable[str]:
-    """Complains about the sizes that the axes together do not divide; 0: the run has no such."""
+    """Yields a message if the axes together do not divide all sizes.
+
+    A size of 0 or False means that the run has no such dimension.
+    """
     ways = math.prod(sizes[axis] for axis in axes)
     wrong = [name for name, size in given.items() if size and size % ways]
     if wrong:
@@ -97,7 +100,8 @@ def _indivisible(
         works = divisors(common)
         devices = math.prod(sizes.values())
         fitting = [w for w in works if devices % w == 0]
-        works = fitting if len(fitting) > 1 else works  # only 1 fits: change the devices, too
+        # If only 1 fits the number of devices, suggest sizes for another number of devices.
+        works = fitting if len(fitting) > 1 else works
         split = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
         yield (
             f"{', '.join(f'{name}={given[name]}' for name in wrong)} "
@@ -109,16 +113,19 @@ def _indivisible(
 def describe_layout(
     arrays: Iterable[tuple[str, Any]], sizes: Mapping[str, int], *, max_replicated: float
 ) -> str:
-    """Tells how each large array is split, one line each.
+    """Describes how each large array is sharded.
 
     Args:
-      arrays: by name, with shape, dtype and sharding; nothing needs to be allocated.
-      sizes: of the mesh axes.
-      max_replicated: the largest share of a device's bytes that may be copies of what other devices
-        hold. The copies along `data` and arrays below a mebibyte do not count.
+      arrays: names and arrays, or `ShapeDtypeStruct`s with a sharding.
+      sizes: sizes of the mesh axes.
+      max_replicated: largest share of a device's bytes, in [0, 1], that may be copies of other
+        devices' bytes. Copies along `data` and arrays below a mebibyte do not count.
+
+    Returns:
+      One line per array, and one with the totals.
 
     Raises:
-      ValueError: if it is more, naming the arrays.
+      ValueError: if more is replicated; names the largest of these arrays.
     """
     slices = math.prod(sizes.values()) // sizes["data"]
     lines, copies, held = [], [], 0

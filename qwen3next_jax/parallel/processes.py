@@ -1,16 +1,17 @@
 """Several processes that run one program: how they join, agree, share batches and leave.
 
 Each process runs the same program on its own devices, and a collective operation waits for all of
-them. If one process takes another branch, the others hang. So three things need care:
+them. If one process takes a different branch, the others hang. So three things need care:
 
-- *The processes must be the same.* With another config, code or version of JAX a process would run
-  another program, and hang or, worse, compute something else. `require_same` checks at the start.
-- *They must agree.* What one process finds out alone (is this checkpoint damaged?) is exchanged
+- *The processes must be the same.* With a different config, code or version of JAX, a process would
+  run a different program, and hang or, worse, compute something else. `require_same` checks this at
+  the start.
+- *They must agree.* A fact that one process learns alone (is this checkpoint damaged?) is exchanged
   before any process acts on it. `exchange` uses the coordinator's key-value store, not the devices,
   so it compiles nothing and does not wait for computations in progress.
 - *A process may die.* See `watch.py`.
 
-In one process all of this does nothing, and costs nothing.
+With a single process all of this does nothing, and costs nothing.
 """
 
 import contextlib
@@ -32,18 +33,18 @@ import jax
 import numpy as np
 from absl import logging
 
-# The client of JAX's coordinator; JAX has no public way to its key-value store.
+# For the client of JAX's coordinator; its key-value store has no public API.
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from qwen3next_jax.config import flatten
 from qwen3next_jax.parallel.watch import Watch
 
-_DAY_MS = 86_400_000  # no timeout is needed: the watch ends a wait for a process that is dead
+_DAY_MS = 86_400_000  # practically no timeout: the watch ends this process if a peer is dead
 
-_UNSEEN_SECONDS = 60  # for which network file systems may cache that a file did not exist
+_UNSEEN_SECONDS = 60  # network file systems may cache for so long that a file does not exist
 
-# The compiled program depends on their versions.
+# Packages on whose versions the compiled program depends.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 _rounds = itertools.count()
@@ -59,33 +60,34 @@ def joined(
     process_id: int | None = None,
     peer_timeout: float = 100.0,
 ) -> Iterator[ShouldStop]:
-    """Joins the processes of this run for a `with` block; comes before any other call of JAX's.
+    """Joins the processes of this run for a `with` block; must precede any other use of JAX.
 
-    What is not given is found as JAX finds it: from SLURM, Open MPI, Kubernetes or the metadata of
-    a TPU pod. Where there is none of these, this process is alone.
+    JAX detects arguments that are None from SLURM, Open MPI, Kubernetes or the metadata of a TPU
+    pod. Without any of these, the run has a single process.
 
     Args:
-      coordinator_address: host:port at which process 0 listens, and all others find it.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-      peer_timeout: seconds after which a process that gives no sign of life counts as missing. The
+      coordinator_address: host:port on which process 0 listens and which all others connect to.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
+      peer_timeout: seconds without a sign of life after which a process counts as missing. The
         others then end, with a message that names it.
 
     Yields:
-      A function from the step just taken to whether to save and stop here: once SIGTERM has reached
-      any process, true in all of them at the same step. Call it in all, at every step.
+      A function of the number of the step just taken. It returns whether to save and stop now: once
+      any process has received SIGTERM, it returns True in all of them at the same step. Call it in
+      all processes, at every step.
 
     Raises:
-      ValueError: what was given does not fit together.
+      ValueError: if the arguments do not fit together.
     """
-    # A dead peer must not abort this process before it has told which one is dead.
+    # JAX must not abort this process because of a dead peer before it has reported which one died.
     jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
             process_id,
-            # JAX's own detection is the second net; its message names no host.
+            # JAX's own detection is only a fallback, because its message names no host.
             heartbeat_timeout_seconds=int(2 * peer_timeout) + 10,
             shutdown_timeout_seconds=10,
         )
@@ -101,16 +103,16 @@ def joined(
             yield stop
         return
     with _watched(peer_timeout):
-        # The coordinator carries SIGTERM from any process to all. It lets all stop at one number:
-        # the one after the highest that any has called with, or 1 before any call. So calls are
-        # counted and not steps: a run that goes on begins beyond step 1.
+        # The coordinator forwards SIGTERM from any process to all, and picks one number at which
+        # all stop: one more than the highest that any has called with, or 1 before any call. The
+        # number counts calls instead of steps, because a resumed run starts after step 1.
         calls = itertools.count(1)
         yield lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
 
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[ShouldStop]:
-    """Turns a first SIGTERM, or Ctrl-C, into a wish to stop; a second one ends the process."""
+    """Turns a first SIGTERM or Ctrl-C into a request to stop; a second one ends the process."""
     received = []
 
     def receive(number: int, _: Any) -> None:
@@ -133,10 +135,10 @@ def _asked_to_stop() -> Iterator[ShouldStop]:
 @contextlib.contextmanager
 def _watched(peer_timeout: float) -> Iterator[None]:
     state = distributed.global_state
-    # The coordinator's numbers of processes; on TPUs `jax.process_index()` may be another one.
+    # Ordered by the coordinator's process ids; on TPUs `jax.process_index()` may differ from them.
     hosts = [host for _, host in sorted(exchange([state.process_id, socket.gethostname()]))]
     if jax.process_index():
-        logging.set_verbosity(logging.WARNING)  # one process tells the story
+        logging.set_verbosity(logging.WARNING)  # only process 0 logs the progress
     logging.info("%d processes on %s", len(hosts), ", ".join(sorted(set(hosts))))
     address = str(state.coordinator_address)
     watch = Watch(state.client, address, state.process_id, hosts, peer_timeout)
@@ -152,27 +154,27 @@ def _watched(peer_timeout: float) -> Iterator[None]:
 
 
 def _leave() -> None:
-    """Process 0 leaves last: without the coordinator, JAX aborts the others."""
+    """Disconnects; process 0 last, because JAX aborts the others when the coordinator is gone."""
     client: Any = distributed.global_state.client
     if (me := distributed.global_state.process_id) == 0:
         for process in range(1, jax.process_count()):
             client.blocking_key_value_get(f"qwen3next_jax/left/{process}", _DAY_MS)
-        time.sleep(2)  # to disconnect, of which they cannot tell us
+        time.sleep(2)  # lets the others disconnect, which they cannot report afterwards
     else:
         client.key_value_set(f"qwen3next_jax/left/{me}", "")
     jax.distributed.shutdown()
 
 
 def exchange(value: Any) -> list[Any]:
-    """Gathers a value from every process; a barrier, too.
+    """Gathers a value from every process; also acts as a barrier.
 
-    All processes must make the same sequence of calls, each from one thread.
+    All processes must make the same sequence of calls, each from a single thread.
 
     Args:
-      value: anything that JSON can hold.
+      value: JSON-serialisable value of this process.
 
     Returns:
-      The values of all processes, in their order.
+      The values of all processes, in the order of `jax.process_index()`.
     """
     client = distributed.global_state.client
     if client is None:
@@ -182,14 +184,14 @@ def exchange(value: Any) -> list[Any]:
     client.key_value_set(f"{folder}{me}", json.dumps(value))
     client.wait_at_barrier(folder, _DAY_MS)
     found = {int(key.rpartition("/")[2]): x for key, x in client.key_value_dir_get(folder)}
-    # All have passed the barrier, hence have read the previous round's values.
+    # All processes have reached this barrier, so they have read the previous round's values.
     client.key_value_delete(f"qwen3next_jax/exchange/{number - 1}/{me}")
     return [json.loads(found[i]) for i in range(len(found))]
 
 
 @contextlib.contextmanager
 def process_0_first() -> Iterator[None]:
-    """Lets process 0 through the `with` block alone, then the others, who read what it wrote."""
+    """Runs the `with` block in process 0, then in the others, which may read what it wrote."""
     if jax.process_index() > 0:
         exchange(None)
     yield
@@ -198,14 +200,17 @@ def process_0_first() -> Iterator[None]:
 
 
 def require_shared(folder: pathlib.Path) -> None:
-    """Checks that a directory is the same one in all processes.
+    """Checks that all processes see the same directory.
+
+    Args:
+      folder: path of an existing directory.
 
     Raises:
       ValueError: in all processes; names those that do not see what process 0 writes there.
     """
     if jax.process_count() == 1:
         return
-    # A name that was never there: what earlier runs have left proves nothing.
+    # A new name, because a file of an earlier run proves nothing.
     mark = None
     if jax.process_index() == 0:
         mark = folder / f".shared-{secrets.token_hex(8)}"
@@ -227,10 +232,10 @@ def require_shared(folder: pathlib.Path) -> None:
 
 
 def compiled_together(function: Any) -> Callable[..., Any]:
-    """A jitted function that no process runs before all have compiled it.
+    """Wraps a jitted function so that no process runs it before all have compiled it.
 
-    The first of a program's collectives on CPUs gives up on a process that is half a minute late.
-    Under `jax.disable_jit` nothing is compiled, and the function runs line by line.
+    On CPUs, the first collective of a program fails if a process is half a minute late. Under
+    `jax.disable_jit` nothing is compiled, and the function runs op by op.
     """
     compiled = None
 
@@ -250,10 +255,10 @@ def require_same(config: Mapping[str, Any]) -> None:
     """Compares this process's config, code and versions with those of process 0.
 
     Args:
-      config: nested, of values that JSON can hold.
+      config: nested config of JSON-serialisable values.
 
     Raises:
-      ValueError: in all processes; says which of them differ, in what.
+      ValueError: in all processes, if any differs; lists the processes and their differences.
     """
     mine = _program()
     mine |= {key: json.dumps(value) for key, value in flatten({"config": config}).items()}
@@ -277,7 +282,7 @@ def require_same(config: Mapping[str, Any]) -> None:
 
 
 def _program() -> dict[str, str]:
-    """What else decides the program that a config compiles to."""
+    """Everything besides the config that determines the compiled program."""
     package = pathlib.Path(__file__).parents[1]
     code = {
         f"code {path.relative_to(package)}": hashlib.sha256(path.read_bytes()).hexdigest()[:8]
@@ -294,21 +299,25 @@ def _program() -> dict[str, str]:
 
 
 class BatchShare:
-    """Which rows of each batch this process reads, and how all processes' rows make one array.
+    """Which rows of each batch this process reads, and how all processes' rows form one array.
 
-    Processes whose devices hold the same rows, as with a context or tensor axis that goes through
-    several of them, read the same share.
+    Processes whose devices hold the same rows read the same share, for example if a context or
+    tensor axis spans several processes.
+
+    Attributes:
+      hosts: number of different shares.
+      host: index of this process's share.
     """
 
     def __init__(self, sharding: jax.sharding.Sharding, shape: tuple[int, int]):
         """Divides the batch.
 
         Args:
-          sharding: of the batch's arrays.
-          shape: B, T.
+          sharding: sharding of the batch's arrays.
+          shape: shape (B, T) of the global arrays.
 
         Raises:
-          ValueError: the devices of the processes do not hold equal, distinct shares.
+          ValueError: if the rows of the processes' devices are not equal, disjoint shares.
         """
         self._sharding, self._shape = sharding, shape
         held: dict[int, set[int]] = {}
@@ -328,7 +337,7 @@ class BatchShare:
         self.hosts, self.host = len(shares), shares.index(self._rows)
 
     def assemble(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Global arrays [B, T] from this share's rows of them."""
+        """Makes global arrays [B, T] from this share's rows [B / hosts, T]."""
         return {name: self._global(x) for name, x in batch.items()}
 
     def _global(self, local: np.ndarray) -> jax.Array:

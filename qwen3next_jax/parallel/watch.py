@@ -1,17 +1,18 @@
 """Notices when a process of the run is gone, and ends this one with a message that names it.
 
-A collective in which one process is missing waits, or fails with a line about a socket, or JAX's
-coordinator aborts everything with a stack trace; none says on which host to look. So every process
-raises a counter in the coordinator's key-value store a few times per `timeout`. Process 0 reads
-all counters; when one stands still too long, it writes a verdict, on which all processes wait.
+When one process is missing, a collective hangs or fails with a message about a socket, or JAX's
+coordinator aborts everything with a stack trace; none of these names the host that failed. So every
+process increments a counter in the coordinator's key-value store a few times per `timeout`. Process
+0 reads all counters; when one has not changed for too long, process 0 writes a verdict, for which
+all processes wait.
 
-If process 0 itself is gone, the others notice by their own calls, unless JAX is faster: where the
-connection is closed, as it is when the process but not its machine dies, JAX aborts at once. There
-is no hook for that but the signal.
+If process 0 itself is gone, the others notice because their own calls fail, unless JAX is faster:
+if the connection is closed, as when the process dies but not its machine, JAX aborts at once. The
+only hook for that is the signal.
 
-A process that ends by an exception writes the verdict itself, so that the others end at once. An
-exception of JAX's runtime proves nothing, though: a collective also fails because another process
-died. Such a one waits for a verdict first.
+A process that ends with an exception writes the verdict itself, so that the others end at once. An
+exception from JAX's runtime proves nothing, though: a collective also fails because another process
+died. After such an exception, a process first waits for a verdict.
 """
 
 import contextlib
@@ -39,18 +40,18 @@ class Watch:
     """Watches over the processes of a run until `stop`."""
 
     def __init__(self, client: Any, address: str, me: int, hosts: list[str], timeout: float):
-        """Starts.
+        """Starts the watch.
 
         Args:
-          client: of JAX's coordinator.
-          address: host:port of that.
-          me: the index of this process.
-          hosts: of each process, the name of its machine.
-          timeout: seconds in which this process ends after another one died.
+          client: client of JAX's coordinator.
+          address: host:port of the coordinator.
+          me: index of this process.
+          hosts: name of each process's machine.
+          timeout: seconds within which this process ends after another one died.
         """
         self._client, self._me, self._hosts, self._timeout = client, me, hosts, timeout
         self._interval = timeout / 10
-        self._patience = timeout - 3 * self._interval  # the rest is for the verdict's way
+        self._patience = timeout - 3 * self._interval  # the rest is for delivering the verdict
         self._answered = time.monotonic()
         self._leaving = threading.Event()
         if me != 0:
@@ -71,21 +72,21 @@ class Watch:
             thread.join()
 
     def report(self, error: BaseException) -> None:
-        """Tells the others that this process ends by `error`; returns when they know.
+        """Tells the others that this process ends with `error`; returns when they know.
 
-        If the error may come of another process's death, it waits until that is known, and then
-        does not return.
+        If the error may be caused by another process's death, this method first waits for a
+        verdict, which ends this process if there is one.
         """
         if _from_runtime(error):
             logging.error(
                 "%s: %s\nWaiting up to %g s to learn if another process is the reason",
                 type(error).__name__, str(error).partition("\n")[0], self._timeout,
             )  # fmt: skip
-            time.sleep(self._timeout)  # the verdict ends the process meanwhile
+            time.sleep(self._timeout)  # a verdict ends the process in the meantime
         self._leaving.set()
         self._say(f"{self._name(self._me)} failed: {type(error).__name__}: {error}")
         if self._me == 0:
-            time.sleep(self._interval)  # the store goes with this process; let the others read
+            time.sleep(self._interval)  # let the others read the store, which ends with process 0
 
     def _beat(self) -> None:
         seen: dict[str, tuple[str, float]] = {}
@@ -101,7 +102,7 @@ class Watch:
                     _VERDICT, max(int(1000 * self._interval), 1)
                 )
             except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" in str(error):  # no verdict: all is well
+                if "DEADLINE_EXCEEDED" in str(error):  # no verdict, so no process is missing
                     self._answered = time.monotonic()
                 else:
                     self._leaving.wait(self._interval)
@@ -126,7 +127,7 @@ class Watch:
             )
 
     def _watch_coordinator(self) -> None:
-        # A thread of its own, as a call to a process that is stopped may not return for minutes.
+        # In a separate thread, because a call to a stopped process may not return for minutes.
         while self._me != 0 and not self._leaving.wait(self._interval / 2):
             silence = time.monotonic() - self._answered
             if silence > self._timeout - 2 * self._interval:
@@ -145,12 +146,12 @@ class Watch:
 
     def _say(self, message: str) -> None:
         verdict = json.dumps({"message": message})
-        # It fails where another verdict was first, or where there is no one left to tell.
+        # The call fails if there is a verdict already, or if the coordinator is gone.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(_VERDICT, verdict)
 
     def _end(self, message: str) -> None:
-        # If this process is about to end by itself, for the same reason perhaps, let it.
+        # If this process is about to end by itself, perhaps for the same reason, let it.
         if self._leaving.wait(self._interval):
             return
         logging.error(
@@ -166,9 +167,12 @@ class Watch:
 
 
 def _on_abort(explain: Callable[[], None]) -> Any:
-    """Calls `explain` on SIGABRT, then what would have been called; keep the result alive.
+    """Makes SIGABRT call `explain` and then the previous handler.
 
-    A handler of Python's own would run after the return to Python, and abort() does not return.
+    A Python signal handler would only run after abort() returns to Python, which it never does.
+
+    Returns:
+      The handler, which the caller must keep alive.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
@@ -186,7 +190,8 @@ def _on_abort(explain: Callable[[], None]) -> Any:
 def _from_runtime(error: BaseException | None) -> bool:
     """Whether an error may be JAX's reaction to the death of another process."""
     while error is not None:
-        # What a failed collective raises depends on who waits for it: ValueError("UNKNOWN: Gloo ...
+        # The type of the exception depends on where the failed collective is awaited, such as
+        # ValueError("UNKNOWN: Gloo ...
         status = re.match("([A-Z_]+): ", str(error))
         if status and status[1] not in ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"):
             return True
