@@ -1,7 +1,7 @@
 """The model's operations: pure functions, each an equation with several implementations.
 
-Inside a `jax.shard_map` of yours give it `check_vma=False`: their loops start from constants, which
-the check for replicated values refuses.
+To call them inside your own `jax.shard_map`, give it `check_vma=False`: their loops start from
+constants, which the check of varying manual axes refuses.
 """
 
 from qwen3next_jax.ops.attention import attention

@@ -1,15 +1,15 @@
-"""The experts' feed-forward: two grouped products and what lies between them.
+"""The experts' feed-forward: two grouped products with a SwiGLU between them.
 
     y_r = w_r (silu(x_r G_e) · (x_r U_e)) D_e     rows r sorted by expert e(r)
 
 Implementations:
-- "pallas": kernels for TPUs (`pallas/expert_mlp.py`), for experts that fit them.
-- "products": `grouped_matmul` twice, for experts that do not, and for Hopper GPUs.
+- "pallas": kernels for TPUs (`pallas/expert_mlp.py`), for experts that fit into vector memory.
+- "products": `grouped_matmul` twice, for larger experts on TPUs, and for Hopper GPUs.
 - "blocked": for CPUs and other GPUs. Each expert's rows fill whole blocks, and loops visit the
-  blocks that hold rows, several at a time. On a CPU what lies between the two products never leaves
-  the cache. A block's results overwrite its rows. Where blocks are single rows, as in decoding,
-  a CPU instead reads each row's matrices where they lie: it waits for memory, and a visit would
-  copy them first.
+  blocks that hold rows, several at a time. On a CPU the values between the two products stay in
+  cache. A block's results overwrite its rows. If blocks are single rows, as in decoding, a CPU
+  instead reads each row's matrices in place: decoding is bound by memory, and a visit would copy
+  the matrices first.
 """
 
 import dataclasses
@@ -26,24 +26,27 @@ from qwen3next_jax.ops.pallas.expert_mlp import can_compile
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp as by_kernel
 from qwen3next_jax.ops.platform import platform
 
-# Blocks of a visit. A GPU takes many experts' at a time, to be busy: it copies their matrices
-# together first, and must hear from the host after each visit whether there is another. A CPU takes
-# a run of one expert's, since its cores share a product of many rows best; each length of a run is
-# another loop to compile. Where blocks are of few rows, an expert rarely has several.
-_EXPERTS_AT_ONCE = 32  # on a GPU
-_RUNS = (3, 2, 1)  # lengths on a CPU
-_ROWS_OF_RUNS = 16
-_SUMMED_AT_ONCE = 8  # each repeats the gather of matrices; with 16 XLA copies them instead
+# Blocks of a visit. On a GPU a visit takes blocks of many experts, to keep the GPU busy: it gathers
+# a copy of their matrices first, and a host sync follows each visit to decide whether to continue.
+# On a CPU a visit takes a run of consecutive blocks of one expert, because its cores share products
+# of many rows best; each run length is one more loop to compile. With small blocks there are only
+# runs of 1, because an expert rarely has several blocks then.
+_EXPERTS_AT_ONCE = 32  # experts of a visit on a GPU
+_RUNS = (3, 2, 1)  # run lengths on a CPU
+_ROWS_OF_RUNS = 16  # smallest block for which runs are longer than 1
+_SUMMED_AT_ONCE = (
+    8  # partial products; each repeats the gather, and with 16 XLA copies the matrices
+)
 
 
 def default_implementation(size: int, width: int, dtype: jnp.dtype, block: int) -> str:
-    """The implementation that suits the platform and the experts' sizes; see `ops.platform`.
+    """Returns the best implementation for the platform (`ops.platform`) and the experts' sizes.
 
     Args:
-      size: of a row.
-      width: of an expert between its products.
-      dtype: of rows and matrices.
-      block: of what experts' rows are multiples.
+      size: model dimension D.
+      width: hidden size F of an expert.
+      dtype: dtype of rows and matrices.
+      block: number of which each expert's number of rows is a multiple.
     """
     if platform() == "tpu":
         return "pallas" if can_compile(size, width, dtype) else "products"
@@ -64,15 +67,15 @@ def expert_mlp(
     """Maps each row by its expert's MLP.
 
     Args:
-      rows: sorted by expert; what rows behind the last expert's give, or get as gradient, may be
-        anything.
-      weights: of each row, float32.
-      gate_up, down: each expert's matrices, in rows' dtype; G before U.
-      group_sizes: rows of each expert; multiples of block, but for "pallas" any.
+      rows: input rows, sorted by expert; results and gradients of rows after the last expert's are
+        undefined.
+      weights: router's weight of each row, float32.
+      gate_up, down: matrices of each expert, in rows' dtype; G before U.
+      group_sizes: number of rows of each expert; multiples of block, but arbitrary for "pallas".
       implementation: "pallas", "blocked" or "products"; None: the platform's default.
-      block: rows of a block, as `row_alignment` gives them; "pallas" doesn't read it.
-      expected_rows: how many rows are likely to come, of all experts together, for the costs that
-        "pallas" states; None: all.
+      block: number of rows of a block, as `row_alignment` returns it; not used by "pallas".
+      expected_rows: expected number of rows of all experts together, for the cost estimate of
+        "pallas"; None: all rows.
 
     Returns:
       Weighted rows, in rows' dtype.
@@ -98,7 +101,7 @@ def expert_mlp(
             f"{implementation=} is unknown; expected 'pallas', 'blocked' or 'products'"
         )
     both = grouped_matmul(rows, _side_by_side(gate_up), group_sizes, block=block)
-    # Weighed before the second product, where rows are narrowest, in float32.
+    # Apply the weights before the second product, where rows are narrowest, in float32.
     gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
     hidden = _between(gate, up, weights).astype(rows.dtype)
     return grouped_matmul(hidden, down, group_sizes, block=block)
@@ -119,7 +122,7 @@ def _side_by_side(gate_up):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blocked(rows, weights, gate_up, down, group_sizes, block):
-    if block == 1 and platform() == "cpu":  # with gradients, a block of one row is one like others
+    if block == 1 and platform() == "cpu":  # gradients need blocks
         return _row_by_row(rows, weights, gate_up, down, group_sizes)
 
     def visit(at, out):
@@ -154,7 +157,7 @@ def _blocked_backward(block, residuals, d_out):
         gate, up = (at.rows(products).astype(jnp.float32) for products in kept)
         hidden, pull = jax.vjp(_between, gate, up, at.rows(weights))
         *d_both, d_w = pull(_product("zrd,zfd->zrf", d_y, at.experts(down)))
-        # Blocks without an expert are taken along with the last ones, but add to no gradient.
+        # A visit may include blocks without an expert, whose gradients `add` drops.
         d_down = at.add(d_down, _product("zrf,zrd->zfd", hidden.astype(dtype), d_y))
         d_x = jnp.zeros(x.shape, jnp.float32)
         for j, d_one in enumerate(d_both):
@@ -184,12 +187,12 @@ def _row_by_row(rows, weights, gate_up, down, group_sizes):
 def _gathered_product(
     x: Float[Array, "R *#P D"], matrices: Float[Array, "E *P D F"], index: Int[Array, "R"]
 ) -> Float[Array, "R *P F"]:
-    """x_r · matrices[index_r], in float32, the matrices not copied.
+    """Computes x_r · matrices[index_r] in float32, without copying the matrices.
 
-    Written entry by entry, which XLA computes by one loop over the matrices where they lie, on all
-    cores. Adding up everything in that loop would go down columns, one at a time; so a few entries
-    are, and a product with ones does the rest. These entries lie far apart, so that each of them
-    walks through memory from end to end, which a processor foresees.
+    The elementwise form makes XLA:CPU read the matrices in place, in one loop over all cores. A
+    full sum in that loop would go down the columns one by one. So the loop adds only `n` entries,
+    and a product with ones sums the rest. The added entries are far apart in memory, so that each
+    of the n streams is sequential and can be prefetched.
     """
     *lead, D, F = matrices.shape[1:]
     n = math.gcd(D, _SUMMED_AT_ONCE)
@@ -207,17 +210,17 @@ def _gathered_product(
 
 
 def _gate_and_up(x, gate_up, at):
-    """Two products: for one, each visit would have to put the matrices side by side."""
+    """Two products, because a single one would have to concatenate the matrices in each visit."""
     return (_product("zrd,zdf->zrf", x, at.experts(gate_up, j)) for j in range(2))
 
 
 @dataclasses.dataclass
 class _Visit:
-    """Neighbouring rows, `size` of each of Z experts."""
+    """A range of consecutive rows, `size` rows of each of Z experts."""
 
-    index: Int[Array, "Z"]  # of the experts; one too many where there is none
-    start: Int[Array, ""]
-    size: int
+    index: Int[Array, "Z"]  # experts; E for blocks without an expert
+    start: Int[Array, ""]  # first row
+    size: int  # number of rows of each expert
 
     def rows(self, x):
         x = jax.lax.dynamic_slice_in_dim(x, self.start, len(self.index) * self.size)
@@ -235,7 +238,7 @@ class _Visit:
 
 
 def _plan(group_sizes, rows, block):
-    """For each of `_lengths`: the visits' experts [N, Z] and first blocks [N], and their number."""
+    """For each of `_lengths`, the visits' experts [N, Z], first blocks [N], and their number."""
     at_once = _at_once(rows, block)
     if at_once > 1:
         groups, used = groups_of_blocks(group_sizes, rows, block)
@@ -247,7 +250,7 @@ def _plan(group_sizes, rows, block):
     for length in _lengths(block):  # the longest runs first
         runs, left = left // length, left % length
         expert, used = groups_of_blocks(runs, rows // block // length, 1)
-        start = first - (jnp.cumsum(runs) - runs) * length  # less the blocks of runs before
+        start = first - (jnp.cumsum(runs) - runs) * length  # minus the blocks of earlier runs
         start = start.at[expert].get(mode="clip", wrap_negative_indices=False)
         start += jnp.arange(len(expert)) * length
         plan.append((expert[:, None], start, used))
@@ -256,7 +259,7 @@ def _plan(group_sizes, rows, block):
 
 
 def _visit_all(visit, carry, plan, block):
-    """Passes a carry through all visits."""
+    """Folds `visit(visit description, carry)` over all visits and returns the carry."""
     for (experts, starts, count), length in zip(plan, _lengths(block), strict=True):
 
         def body(i, carry, experts=experts, starts=starts, size=length * block):

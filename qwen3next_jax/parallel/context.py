@@ -22,9 +22,9 @@ return the same way. Then all ranks have equal work at every hop: the late piece
 whole arriving early piece, and so does either the early piece to the arriving early one (if that
 comes from a rank before) or the late piece to the arriving late one (from a rank after). The delta
 rule needs contiguous stretches, so each attention layer redistributes queries, keys, values and
-outputs once, which is cheap compared with the half of attention that it saves. An all-to-all over heads would be
-balanced as well, but with two KV heads each rank would hold one head's keys of the whole row, and
-this memory does not shrink as the axis grows.
+outputs once, which is cheap compared with the half of attention that it saves. An all-to-all over
+heads would be balanced as well, but with two KV heads each rank would hold one head's keys of the
+whole row, and this memory does not shrink as the axis grows.
 """
 
 import functools

@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3next_jax.ops.fresh_rows import fresh_rows
+from qwen3next_jax.ops.pallas.sizes import LANES
 from qwen3next_jax.ops.platform import platform
 
 Compute = Callable[[Float[Array, "R D"], Float[Array, "R"], Int[Array, "E"]], Float[Array, "R D"]]
-_LANES = 128  # columns of a TPU's memory tile
 
 
 def apply_experts(
@@ -112,10 +112,10 @@ def apply_split_experts(
     capacity = len(route.source_of_slot)
     plan = plan._replace(kept=route.destination_of_row[plan.row] < axis_size * capacity)
     config = _ExchangeConfig(axis, exchange, M * A, capacity, max_per_peer)
-    if D % _LANES == 0:
+    if D % LANES == 0:
         # A row of [M, D / 128, 128] fills whole memory tiles of a TPU; a row of [M, D] would be
         # spread over many tiles that it shares with other rows.
-        x = x.reshape(M, -1, _LANES)
+        x = x.reshape(M, -1, LANES)
     rows = _send(_dispatch(x, plan), route, config).reshape(-1, D)
     row_weights = _send_weights(_dispatch_weights(weights, plan), route, config)
     rows = compute(rows, row_weights, route.sizes)
@@ -417,8 +417,8 @@ def _run_of(starts, size):
 def _cumsum(x):
     """The cumulative sums of many integers; they must stay below 2**24."""
     # A matrix product, because the TPU compiler unrolls `jnp.cumsum` to 128 additions per entry.
-    rows = jnp.pad(x, (0, -len(x) % _LANES)).reshape(-1, _LANES).astype(jnp.float32)
-    before = jnp.triu(jnp.ones((_LANES, _LANES), jnp.float32))
+    rows = jnp.pad(x, (0, -len(x) % LANES)).reshape(-1, LANES).astype(jnp.float32)
+    before = jnp.triu(jnp.ones((LANES, LANES), jnp.float32))
     sums = jnp.dot(rows, before, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
     if len(sums) > 1:
         sums += (_cumsum(sums[:, -1]) - sums[:, -1])[:, None]

@@ -1,14 +1,14 @@
 """Causal attention by the splash attention kernels that come with JAX, for TPUs.
 
 They visit the blocks of a causal mask's lower triangle, and the scores never leave the chip. They
-take segment ids and grouped heads, and save the logarithm of each query's norm, with which the
-backward pass recomputes the scores. Documents are only masked: no block is skipped for them. The
-library states no costs, so it is done here (`kernel_costs.py`); the mask tells which blocks are
-skipped.
+support segment ids and grouped heads, and save the logsumexp of each query's scores, with which the
+backward pass recomputes the weights. Documents are only masked; no block is skipped for them. The
+library states no costs, so this module adds them (`kernel_costs.py`), for the blocks that the
+causal mask does not skip.
 
-The backward pass is one kernel for queries and one for keys and values, together seven products a
-pair of blocks. The library's fused kernel takes five, but writes a gradient of the queries for each
-block of keys; summing these takes longer than two products, by the TPU compiler's estimate.
+The backward pass is one kernel for queries and one for keys and values, together seven products per
+pair of blocks. The library's fused kernel needs five, but writes a gradient of the queries for each
+block of keys, and summing these takes longer than two products, by the TPU compiler's estimate.
 """
 
 import dataclasses
@@ -21,13 +21,12 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas.kernel_costs import stating
+from qwen3next_jax.ops.pallas.sizes import LANES
 from qwen3next_jax.ops.platform import platform
 
-# What a backward pass needs of attention's results, by this name to `jax.checkpoint`'s policies:
-# outputs and the logarithms of norms.
+# The `checkpoint_name` of attention's results that the backward pass needs: outputs and logsumexps.
 KEPT = "attention"
-_LANES = 128
-_BLOCK = 512  # of queries and of keys
+_BLOCK = 512  # number of queries, and of keys, of a block
 
 
 def splash_attention(
@@ -36,9 +35,17 @@ def splash_attention(
     v: Float[Array, "B T K P"],
     segment_ids: Int[Array, "B T"],
 ) -> Float[Array, "B T N P"]:
-    """Attends causally inside segments; on a CPU the kernels are interpreted, for tests only."""
+    """Attends causally inside segments; on a CPU the kernels are interpreted, for tests only.
+
+    Args:
+      q, k, v: queries, keys and values; KV head i serves the N / K query heads from i · N / K on.
+      segment_ids: segment id of each token, at least 0.
+
+    Returns:
+      Outputs in v's dtype.
+    """
     T, H = q.shape[1], q.shape[-1]
-    padding = -T % (_LANES if T <= _BLOCK else _BLOCK)
+    padding = -T % (LANES if T <= _BLOCK else _BLOCK)
     segments = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
@@ -46,7 +53,7 @@ def splash_attention(
     return _attend(walk, q, k, v, segments).swapaxes(1, 2)[:, :T]
 
 
-# Below: q, out [B N T H], k, v [B K T H], T a multiple of the blocks.
+# Shapes below: q [B N T H], out [B N T P], k [B K T H], v [B K T P]; T is a multiple of the block.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -60,12 +67,12 @@ def _attend_forward(walk, q, k, v, segments):
         return jax.vjp(lambda *arrays: kernel(*arrays, segments), q, k, v)
 
     out, pull = stating(differentiated, walk.costs(q, v, (1, 1)))(q, k, v, segments)
-    return out, (pull, q, v)  # which are among what `pull` holds, and so are held once
+    return out, (pull, q, v)  # `pull` holds q and v as well, so they take no extra memory
 
 
 def _attend_backward(walk, residuals, d_out):
     pull, q, v = residuals
-    # For keys and values, then for queries.
+    # The kernel for keys and values is called first, then the one for queries.
     costs = walk.costs(q, v, (2, 2), (2, 1))
     return *stating(lambda pull, d_out: pull(d_out), costs)(pull, d_out), None
 
@@ -75,7 +82,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Over the blocks of the lower triangle of `tokens` × `tokens`, for each of the heads."""
+    """The loop over blocks of the lower triangle of `tokens` × `tokens`, for each query head."""
 
     heads: int
     tokens: int
@@ -104,12 +111,18 @@ class _Walk:
         return jax.vmap(rows)
 
     def costs(self, q, v, *products: tuple[int, int]) -> list[pl.CostEstimate]:
-        """Of kernels with so many products over or into H, and over or into P, a pair of blocks."""
+        """The costs of kernels.
+
+        Args:
+          q, v: arrays that the kernels read.
+          products: for each kernel, the number of products per pair of blocks of the size of H
+            (such as Q Kᵀ) and of the size of P.
+        """
         H, P = q.shape[-1], v.shape[-1]
         blocks = self.tokens // self.block
         pairs = q.shape[0] * self.heads * blocks * (blocks + 1) // 2
         scores = pairs * self.block**2
-        # One side's blocks are fetched for each pair, the other side's once.
+        # Blocks of one side are fetched for each pair, blocks of the other side once.
         rows = self.block * (pairs + 2 * q.shape[0] * self.heads * blocks)
         return [
             pl.CostEstimate(

@@ -1,13 +1,13 @@
 """The short causal convolution and its SiLU as two TPU kernels, forward and backward.
 
-`ops/causal_conv.py` has the equation. XLA visits the activations several times for it, and writes
-the gradient of each tap by itself before it adds them up. Here a program takes `tokens` tokens of
-`heads` heads, and the few tokens before them (backward: also behind them) from neighbouring blocks
-of the same array. Each array is read and written once; what the backward kernel needs between, it
-computes again. All is float32 but what comes in and goes out.
+`ops/causal_conv.py` has the equation. XLA makes several passes over the activations for it, and
+writes each tap's gradient separately before it adds them up. Here a program takes `tokens` tokens
+of `heads` heads, and the few tokens before them (backward: also after them) from neighbouring
+blocks of the same array. Each array is read and written once; the backward kernel recomputes the
+intermediate values. All but inputs and outputs is float32.
 
-Which taps lie in a token's own document is one number for each token, spread over the lanes: bit s
-says so of the tap s tokens ago.
+A bit mask per token, broadcast over the lanes, says which taps are in the token's own document:
+bit s is set if the token s positions before is.
 """
 
 import functools
@@ -19,18 +19,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.pallas.sizes import LANES
 from qwen3next_jax.ops.platform import platform
 
-_LANES = 128
-_HALO = 16  # tokens taken from a neighbouring block, the fewest that a bfloat16 block can have
+_HALO = 16  # tokens read from a neighbouring block: the smallest possible block in bfloat16
 MOST_TAPS = _HALO
-_TOKENS = 512  # of a program
-_CHANNELS = 1024  # of a program, in bfloat16; its blocks fit the default share of a TPU's memory
+_TOKENS = 512  # tokens of a program
+_CHANNELS = 1024  # channels of a program in bfloat16; its blocks fit the default VMEM limit
 
 
 def can_compile(taps: int, head_size: int) -> bool:
-    """Whether a TPU can take heads of this size and filters of this length."""
-    return head_size % _LANES == 0 and taps <= MOST_TAPS
+    """Whether the kernels support heads of this size and filters of this length."""
+    return head_size % LANES == 0 and taps <= MOST_TAPS
 
 
 def causal_conv(
@@ -44,27 +44,31 @@ def causal_conv(
     Args:
       x: inputs.
       kernel: taps, oldest first.
-      segments: the document of each token.
-      silu: whether SiLU follows.
+      segments: segment id of each token.
+      silu: whether to apply SiLU to the sums.
+
+    Returns:
+      Outputs in x's dtype.
     """
     T, W = x.shape[1], len(kernel)
     own = sum(_same(segments, s).astype(jnp.int32) << s for s in range(W))
     padding = -T % min(_TOKENS, -(-T // _HALO) * _HALO)
     own = jnp.pad(own, ((0, 0), (0, padding)))[:, :, None]
-    own = jnp.broadcast_to(own, (*own.shape[:2], _LANES))
-    # Head by head, as the projections before and the delta rule behind can have it for nothing.
+    own = jnp.broadcast_to(own, (*own.shape[:2], LANES))
+    # Heads before tokens: XLA lets the projections before and the delta rule after use this layout
+    # at no cost.
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
     taps = kernel.astype(jnp.float32).swapaxes(0, 1)
     return _conv(x, taps, own, silu).swapaxes(1, 2)[:, :T]
 
 
 def _same(segments, shift):
-    """Of which tokens the one `shift` earlier exists and is of the same document."""
+    """True where the token `shift` positions before exists and is of the same document."""
     earlier = jnp.pad(segments, ((0, 0), (shift, 0)))[:, : segments.shape[1]]
     return (earlier == segments) & (jnp.arange(segments.shape[1]) >= shift)
 
 
-# Below: x, out [B, N, T, H], taps [N, W, H] float32, own [B, T, lanes].
+# Shapes below: x, out [B, N, T, H], taps [N, W, H] float32, own (the bit masks) [B, T, LANES].
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -118,30 +122,31 @@ def _options():
 
 
 class _Sizes:
-    """How the work is cut: a program takes `tokens` tokens of `heads` heads."""
+    """How the work is divided: a program takes `tokens` tokens of `heads` heads."""
 
     def __init__(self, x, taps):
         self.x, (self.N, self.W, self.H) = x, taps.shape
         B, _, T, _ = x.shape
         most = max(_CHANNELS * 2 // (self.H * x.dtype.itemsize), 1)
         self.tokens, self.heads = min(_TOKENS, T), math.gcd(self.N, most)
-        # Heads last: programs one after another share the block of `own`.
+        # Heads are the last grid axis, so that consecutive programs share the block of `own`.
         self.grid = (B, T // self.tokens, self.N // self.heads)
 
     def spec(self, name):
         tokens, heads, H = self.tokens, self.heads, self.H
-        halos = tokens // _HALO  # of a block
+        halos = tokens // _HALO  # number of halo-sized blocks in a block
         last = self.grid[1] * halos - 1
         if name == "here":
             return pl.BlockSpec((1, heads, tokens, H), lambda b, z, n: (b, n, z, 0))
         if name == "own":
-            return pl.BlockSpec((1, tokens, _LANES), lambda b, z, n: (b, z, 0))
+            return pl.BlockSpec((1, tokens, LANES), lambda b, z, n: (b, z, 0))
         if name == "taps":
             return pl.BlockSpec((heads, self.W, H), lambda b, z, n: (n, 0, 0))
         if name == "d_taps":
             return pl.BlockSpec((1, 1, heads, self.W, H), lambda b, z, n: (b, z, n, 0, 0))
 
-        # At a row's ends there is no neighbour; any block does, `own` and the kernel leave it out.
+        # At a row's ends there is no neighbour. Any valid block will do, because `own` and the
+        # kernel mask it.
         def before(z):
             return jnp.maximum(z * halos - 1, 0)
 
@@ -149,12 +154,18 @@ class _Sizes:
             return jnp.minimum((z + 1) * halos, last)
 
         if name == "own behind":
-            return pl.BlockSpec((1, _HALO, _LANES), lambda b, z, n: (b, behind(z), 0))
+            return pl.BlockSpec((1, _HALO, LANES), lambda b, z, n: (b, behind(z), 0))
         where = before if name == "before" else behind
         return pl.BlockSpec((1, heads, _HALO, H), lambda b, z, n: (b, n, where(z), 0))
 
     def cost(self, own, *, products, passes):
-        """What all programs execute: `products` times the taps, SiLU, and the traffic."""
+        """The cost of all programs together.
+
+        Args:
+          own: the bit masks.
+          products: number of products per tap and entry of x.
+          passes: number of arrays of x's size that are read or written.
+        """
         return pl.CostEstimate(
             flops=2 * products * self.W * self.x.size,
             transcendentals=self.x.size,
@@ -176,7 +187,7 @@ def _backward_kernel(
 ):  # fmt: skip
     tokens, (W, _) = x_ref.shape[2], taps_ref.shape[1:]
     own = jnp.concatenate([own_ref[0], own_behind_ref[0]])
-    row = jax.lax.broadcasted_iota(jnp.int32, (tokens + _HALO, _LANES), 0)
+    row = jax.lax.broadcasted_iota(jnp.int32, (tokens + _HALO, LANES), 0)
     exists = (row < tokens) | (pl.program_id(1) < pl.num_programs(1) - 1)
     own = jnp.where(exists, own, 0)
     for head in range(x_ref.shape[1]):
@@ -195,7 +206,7 @@ def _backward_kernel(
 
 
 def _weighed(x, own, taps):
-    """The convolution at all rows of x behind the halo."""
+    """The convolution at all rows of x after the halo."""
     W, total = len(taps), 0.0
     for s in range(W):
         total += taps[W - 1 - s : W - s] * _where_own(own, s, _earlier(x, s)[_HALO:])
@@ -203,12 +214,12 @@ def _weighed(x, own, taps):
 
 
 def _earlier(x, shift):
-    """The row `shift` earlier in the place of each, around the ends."""
+    """Rolls rows so that row i holds row i − shift of x, cyclically."""
     return pltpu.roll(x, shift % len(x), 0) if shift else x
 
 
 def _where_own(own, shift, x):
-    own = jnp.tile(own, (1, x.shape[1] // _LANES))
+    own = jnp.tile(own, (1, x.shape[1] // LANES))
     return jnp.where((own & (1 << shift)) != 0, x, 0)
 
 

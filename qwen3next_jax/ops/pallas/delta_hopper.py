@@ -1,8 +1,8 @@
-"""The states of the gated delta rule, chunk by chunk, as kernels for NVIDIA's Hopper GPUs.
+"""The gated delta rule's recurrence over chunks, as kernels for NVIDIA's Hopper GPUs.
 
-`ops/delta_rule.py` has the equations and the letters. What happens inside a chunk is computed for
-all chunks at once before: A = L⁻¹ diag(β) and the scores M = tril(Q Kᵀ ⊙ Γ). Left is what goes from
-chunk to chunk, forward
+`ops/delta_rule.py` has the equations and the letters. The values inside a chunk, A = L⁻¹ diag(β)
+and the scores M = tril(Q Kᵀ ⊙ Γ), are computed beforehand for all chunks at once. These kernels
+compute the recurrence from chunk to chunk, forward
 
     E = V − γ ⊙ K S      Vn = A E      O = γ ⊙ Q S + M Vn      S' = γ_C S + Kᵀ (d ⊙ Vn)
 
@@ -12,11 +12,11 @@ and its gradients, from the last chunk to the first
     dQ = (γ ⊙ dO) Sᵀ             dK = (d ⊙ Vn) dS'ᵀ − (γ ⊙ dE) Sᵀ
     dS = γ_C dS' + Qᵀ (γ ⊙ dO) − Kᵀ (γ ⊙ dE)
 
-Two kernels walk, forward and backward. A program of theirs goes through the chunks of one value
-head for half of the values, whose states do not meet the other half's; the running state stays in
-registers. Only S, dS', dVn and dE need the chunk before; a third kernel computes the other
-gradients with a program for each chunk. Factors of products are bfloat16; sums, gates and running
-states are float32.
+Two kernels, forward and backward, loop over chunks. One of their programs handles one value head
+and half of its value columns, whose states are independent of the other half's; the running state
+stays in registers. Only S, dS', dVn and dE depend on the neighbouring chunk; a third kernel
+computes the other gradients, with one program per chunk. Factors of products are bfloat16; sums,
+gates and running states are float32.
 """
 
 import jax
@@ -27,11 +27,11 @@ from jaxtyping import Array, BFloat16, Float32
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK as C
 from qwen3next_jax.ops.pallas.grouped_hopper import transposed
 
-_COLUMNS = 64  # values of a program that walks
+_COLUMNS = 64  # value columns of a program that loops over chunks
 
 
 def fits(key_size: int, value_size: int, dtype: jnp.dtype) -> bool:
-    """Whether these kernels take such heads."""
+    """Whether these kernels support heads of these sizes and this dtype."""
     return key_size == value_size == 128 and dtype == jnp.bfloat16
 
 
@@ -47,18 +47,18 @@ def recurrence(
     whole: Float32[Array, "B N Z"],
     state: Float32[Array, "B N H P"],
 ) -> tuple[BFloat16[Array, "B T N P"], Float32[Array, "B N H P"]]:
-    """Goes through the chunks of each row.
+    """Computes the recurrence over the chunks of each row.
 
     Args:
-      q, k, v: T is a multiple of `CHUNK`, H and P are 128; key head i serves the value heads from
-        i · N / K on.
-      solve: A of each chunk, row by row.
-      scores: M, likewise.
-      start, end, whole: γ, d and γ_C.
-      state: before the first chunk.
+      q, k, v: queries, keys and values. T is a multiple of `CHUNK`, H and P are 128; key head i
+        serves the N / K value heads from i · N / K on.
+      solve: rows of A of all chunks.
+      scores: rows of M of all chunks.
+      start, end, whole: decays γ, d and γ_C.
+      state: state before the first chunk.
 
     Returns:
-      O, and the state behind the last chunk.
+      The outputs O, and the state after the last chunk.
     """
     return tuple(_forward(q, k, v, solve, scores, start, end, whole, state)[:2])
 
@@ -131,7 +131,7 @@ def _run(kernel, out_type, grid, given):
 
 
 class _Program:
-    """What the programs of both kernels have in common."""
+    """A program's indices and the helpers that all three kernels share."""
 
     def __init__(self, k, v):
         from jax.experimental.pallas import mosaic_gpu as gpu
@@ -143,14 +143,14 @@ class _Program:
         self.H, self.chunks, self.dtype = k.shape[3], k.shape[1] // C, v.dtype
 
     def scratch(self, rows, columns):
-        """Shared memory that products can read."""
+        """Shared memory in a layout that matrix products can read."""
         return self.gpu.SMEM((rows, columns), self.dtype, transforms=self._tiles())
 
     def _tiles(self):
         return self.gpu.TilingTransform((8, 64)), self.gpu.SwizzleTransform(128)
 
     def blocks(self, order, *shapes):
-        """Of arrays that have a chunk's part behind another's."""
+        """Blocks of arrays whose first axis runs over chunks; `order` maps steps to chunks."""
 
         def spec(shape):
             rest = (0,) * (len(shape) - 1)
@@ -177,14 +177,14 @@ class _Program:
             return total[...]
 
         made = pl.run_scoped(run, self.gpu.ACC((x.shape[0], y.shape[1]), jnp.float32))
-        self.gpu.commit_smem()  # waits for all warps: now the factors may be overwritten
+        self.gpu.commit_smem()  # waits for all warps, so that the factors may be overwritten
         return made
 
     def scale(self, gates, x):
         return jax.lax.broadcast_in_dim(gates[...], x.shape, [0]) * x
 
     def set(self, *pairs):
-        """Writes to shared memory what products or copies read next."""
+        """Writes values to shared memory and makes them visible to products and copies."""
         for ref, x in pairs:
             ref[...] = x.astype(ref.dtype)
         self.gpu.commit_smem()
@@ -196,7 +196,7 @@ class _Program:
         self.gpu.commit_smem_to_gmem_group()
 
     def stored(self):
-        """Waits until what is being copied may be overwritten."""
+        """Waits until the sources of started copies may be overwritten."""
         self.gpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def initial(self, x):
@@ -261,7 +261,7 @@ def _forward_kernel(q, k, v, solve, scores, start, end, whole, initial, out, fin
 def _backward_states_kernel(
     q, k, solve, scores, start, end, whole, d_out, d_final, d_states, d_new, d_error, d_initial
 ):
-    """From the last chunk to the first: gradients of states and of what was written."""
+    """Computes the gradients of states, of writes Vn and of E, from the last chunk to the first."""
     p = _Program(k, d_out)
 
     def order(z):
@@ -308,7 +308,7 @@ def _backward_chunk_kernel(
     q, k, v, solve, start, end, states, d_states, d_out, d_new, d_error,
     d_q, d_k, d_solve, d_scores, d_start, d_end, d_whole,
 ):  # fmt: skip
-    """One chunk's other gradients, by all values: what was read is overwritten with results."""
+    """Computes one chunk's other gradients; results overwrite their inputs in shared memory."""
     p = _Program(k, v)
     z, P = p.part, v.shape[3]
     tokens, of_states = pl.ds(z * C, C), pl.ds(z * p.H, p.H)
@@ -349,7 +349,7 @@ def _backward_chunk_kernel(
             )
             p.stored()
 
-        def of_head(x):
+        def rows_of(x):
             return x.at[p.batch, tokens, p.head]
 
         p.gpu.emit_pipeline(
@@ -361,10 +361,10 @@ def _backward_chunk_kernel(
                 (p.H, P), (p.H, P), (C, P), (C, P), (C, P),
             ),
         )(
-            *(x.at[p.batch, tokens, p.key_head] for x in (q, k)), of_head(v),
+            *(x.at[p.batch, tokens, p.key_head] for x in (q, k)), rows_of(v),
             *(p.of_head(x).at[tokens] for x in (solve, start, end)),
             *(p.of_head(x).at[of_states] for x in (states, d_states)),
-            *map(of_head, (d_out, d_new, d_error)),
+            *map(rows_of, (d_out, d_new, d_error)),
         )  # fmt: skip
 
     whole_row, square, gates = p.scratch(C, P), p.scratch(C, C), p.gpu.SMEM((C,), jnp.float32)

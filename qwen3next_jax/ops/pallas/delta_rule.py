@@ -6,19 +6,19 @@ last axis is sequential, and the states stay in the chip's vector memory from on
 next. The forward kernel saves each chunk's incoming state and L⁻¹; the backward kernel visits the
 chunks from last to first and recomputes the rest.
 
-*Precision.* Matrix units multiply bfloat16. If v is bfloat16, so are q, k, states as they are saved
-and read, and L⁻¹; gates, exponentials, the inversion, running states and sums are float32. Products
-with a state round their other factor too, and take one pass. Inside a chunk the gradients of
-exponents depend on the products, so a float32 factor is split into a high and a low bfloat16 part:
-a product takes one pass if both factors are bfloat16, two if one is, three if none is (`_dot`).
-With float32 values all products are float32 ones.
+*Precision.* Matrix units multiply bfloat16. If v is bfloat16, so are q, k, L⁻¹, and states when
+they are saved or multiplied; gates, exponentials, the inversion, running states and sums are
+float32. Products with a state round their other factor as well, and take one pass. Inside a chunk
+the gradients of exponents depend on the products, so a float32 factor is split into a high and a
+low bfloat16 part: a product takes one pass if both factors are bfloat16, two if one is, three if
+none is (`_dot`). With float32 values all products are float32.
 
-*The inverse.* Diagonal blocks D of 16 rows are inverted by substitution on the vector unit. It is
-applied to [I | off-diagonal blocks] at once, which fills the unit's lanes. What remains, L⁻¹ = D⁻¹
-− (D⁻¹ off) L⁻¹, takes three small products. No powers are formed.
+*The inverse.* Diagonal blocks D of 16 rows are inverted by substitution on the vector unit, applied
+to [I | off-diagonal blocks] at once, which fills the unit's lanes. The remaining equation, L⁻¹ =
+D⁻¹ − (D⁻¹ off) L⁻¹, takes three small products. No powers are formed.
 
-*Gates* are given as rows of lanes, because [.., C] is dense in memory so; a masked sum over lanes,
-which is exact, turns a row into a column.
+*Gates* are passed as rows [.., C] along the lanes, which is dense in memory. A masked sum over
+lanes, which is exact, transposes a row to a column.
 """
 
 import functools
@@ -30,19 +30,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.pallas.sizes import LANES, VMEM_BYTES
 from qwen3next_jax.ops.platform import platform
 
-CHUNK = 64  # tokens that the rule works on at a time
-_BLOCK = 16  # rows of L inverted by substitution
-_LANES = 128
-_HEADS = 2  # key heads of a program: their chains of products hide one another's latency
-_VMEM_BYTES = 64 * 2**20  # what a v5p has, and all since; the default is 16
-_OUT = -1e30  # an exponent whose exp is 0
+CHUNK = 64  # tokens of a chunk
+_BLOCK = 16  # size of the diagonal blocks of L that are inverted by substitution
+_HEADS = 2  # key heads of a program; independent chains of products hide each other's latency
+_OUT = -1e30  # masked exponent, whose exp is 0
 
 
 def can_compile(key_size: int, value_size: int) -> bool:
-    """Whether a TPU can take heads of these sizes: they must fill its vectors."""
-    return key_size % _LANES == 0 and value_size % _LANES == 0
+    """Whether a TPU supports heads of these sizes, which must be multiples of its lanes."""
+    return key_size % LANES == 0 and value_size % LANES == 0
 
 
 def delta_rule(
@@ -58,19 +57,23 @@ def delta_rule(
     """Runs the kernels; on a CPU they are interpreted, for tests only.
 
     Args:
-      q, k, v: of one dtype, which says how precise products are.
-      g, beta, state: float32.
-      segments: the document of each token.
-      before: the document that `state` belongs to.
+      q, k, v: queries, keys and values of one dtype, which determines the products' precision.
+      g, beta: log decays and write strengths, float32.
+      segments: segment id of each token.
+      before: segment id of the document that `state` belongs to.
+      state: state before the first token, float32.
+
+    Returns:
+      Outputs in v's dtype, and the state after the last token in float32.
 
     Raises:
-      ValueError: on a TPU, for heads that it cannot take.
+      ValueError: on a TPU, for head sizes that it does not support.
     """
     B, T, K, H = k.shape
     N, P = v.shape[2:]
     if platform() != "cpu" and not can_compile(H, P):
         raise ValueError(
-            f"implementation='pallas' needs head sizes that are multiples of {_LANES}, got {H} for "
+            f"implementation='pallas' needs head sizes that are multiples of {LANES}, got {H} for "
             f"keys and {P} for values; use 'chunked'"
         )
     R, padding = N // K, -T % CHUNK
@@ -83,7 +86,7 @@ def delta_rule(
 
     gates = jnp.concatenate([rows(g), rows(beta)], axis=3)
     marks = _marks(pad(segments, "edge"), before)
-    # Head by head: XLA then lays them out so where it computes them, and copies nothing.
+    # Heads before tokens: XLA computes q, k and v in this layout and needs no copies.
     q, k, v = (pad(x).swapaxes(1, 2) for x in (q, k, v))
     state = state.reshape(B, K, R, H, P).swapaxes(2, 3).reshape(B, K, H, R * P)
     out, state = _delta_rule(q, k, v, gates, marks, state)
@@ -92,10 +95,11 @@ def delta_rule(
 
 
 def _marks(segments, before):
-    """Which document each token is of, counted along the row, as float32 [B, Z, 2, C].
+    """Index of each token's document along the row, as float32 [B, Z, 2, C].
 
-    The second row repeats the document of the last token before the chunk; 0 is the state's.
-    Small whole numbers are exact in float32, which all vector operations have.
+    Of the axis of size 2, entry 0 holds the tokens' indices, and entry 1 repeats the index of the
+    last token before the chunk; index 0 is the document of the initial state. Small integers are
+    exact in float32, the dtype that all vector operations support.
     """
     changes = segments != jnp.concatenate([before[:, None], segments[:, :-1]], axis=1)
     own = jnp.cumsum(changes, axis=1).reshape(len(segments), -1, CHUNK)
@@ -103,9 +107,9 @@ def _marks(segments, before):
     return jnp.stack([own, jnp.broadcast_to(last, own.shape)], axis=2).astype(jnp.float32)
 
 
-# Below: q, k [B, K, T, H], v, out [B, N, T, P], gates [B, K, Z, 2·R, C] (g, then β), marks
-# [B, Z, 2, C], a key head's states side by side [B, K, H, R·P], those of all chunks
-# [B, K, Z, H, R·P], and so the inverses [B, K, Z, C, R·C].
+# Shapes below: q, k [B, K, T, H], v, out [B, N, T, P], gates [B, K, Z, 2·R, C] (g, then β), marks
+# [B, Z, 2, C]. The states of a key head's R value heads are concatenated: [B, K, H, R·P], and
+# [B, K, Z, H, R·P] for all chunks; so are the inverses [B, K, Z, C, R·C].
 
 
 @jax.custom_vjp
@@ -125,11 +129,10 @@ def _delta_rule_backward(residuals, cotangents):
 _delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward)
 
 
-# Python's numbers in a kernel are of 64 bits under jax_enable_x64, and a TPU has no such numbers.
+# Under jax_enable_x64, Python scalars in a kernel would be 64-bit, which a TPU does not support.
 @jax.enable_x64(False)
 def _forward(q, k, v, gates, marks, state, *, save):
-    sizes = _Sizes(q, v, gates, state)
-    spec, order = sizes.spec, sizes.forward_order
+    sizes = _Sizes(v, gates, state)
     shapes, dtype = jax.ShapeDtypeStruct, v.dtype
     B, K, Z, _, C = gates.shape
     H, RP = state.shape[2:]
@@ -145,8 +148,8 @@ def _forward(q, k, v, gates, marks, state, *, save):
     return pl.pallas_call(
         functools.partial(_forward_kernel, save=save),
         grid=sizes.grid,
-        in_specs=[spec(n, order) for n in ("key", "key", "value", "gates", "marks", "state")],
-        out_specs=[spec(n, order) for n in names],
+        in_specs=[sizes.spec(n) for n in ("key", "key", "value", "gates", "marks", "state")],
+        out_specs=[sizes.spec(n) for n in names],
         out_shape=out_shape,
         cost_estimate=sizes.cost(forward=True, arrays=(*given, *out_shape)),
         name="gated_delta_rule_forward",
@@ -156,8 +159,8 @@ def _forward(q, k, v, gates, marks, state, *, save):
 
 @jax.enable_x64(False)
 def _backward(q, k, v, gates, marks, states, inverses, d_out, d_final):
-    sizes = _Sizes(q, v, gates, d_final)
-    spec, order = sizes.spec, sizes.backward_order
+    sizes = _Sizes(v, gates, d_final)
+    spec = functools.partial(sizes.spec, reverse=True)
     out_shape = [
         jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, gates, d_final)
     ]  # fmt: skip
@@ -166,8 +169,8 @@ def _backward(q, k, v, gates, marks, states, inverses, d_out, d_final):
     d_q, d_k, d_v, d_gates, d_state = pl.pallas_call(
         _backward_kernel,
         grid=sizes.grid,
-        in_specs=[spec(n, order) for n in names],
-        out_specs=[spec(n, order) for n in ("key", "key", "value", "gates", "state")],
+        in_specs=[spec(n) for n in names],
+        out_specs=[spec(n) for n in ("key", "key", "value", "gates", "state")],
         out_shape=out_shape,
         cost_estimate=sizes.cost(forward=False, arrays=(*given, *out_shape)),
         name="gated_delta_rule_backward",
@@ -181,15 +184,15 @@ def _options():
         interpret=platform() == "cpu",
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
     )
 
 
 class _Sizes:
-    """How the work is cut: a program takes `heads` key heads' next `chunks` chunks."""
+    """How the work is divided: a program takes the next `chunks` chunks of `heads` key heads."""
 
-    def __init__(self, q, v, gates, state):
+    def __init__(self, v, gates, state):
         self.B, self.K, self.Z, rows, self.C = gates.shape
         self.R = rows // 2
         self.H, self.RP = state.shape[2:]
@@ -198,14 +201,13 @@ class _Sizes:
         self.chunks = math.gcd(self.Z, 8 if self.dtype == jnp.bfloat16 else 4)
         self.grid = (self.B, self.K // self.heads, self.Z // self.chunks)
 
-    def forward_order(self, z):
-        return z
-
-    def backward_order(self, z):
-        return self.grid[2] - 1 - z
-
-    def spec(self, name, order):
+    def spec(self, name, *, reverse=False):
+        """The blocks of an array; with `reverse`, visited from the last to the first along T."""
         C, R, H, RP, heads, chunks = self.C, self.R, self.H, self.RP, self.heads, self.chunks
+
+        def order(z):
+            return self.grid[2] - 1 - z if reverse else z
+
         if name in ("key", "value"):
             rows = (heads, chunks * C, H) if name == "key" else (heads * R, chunks * C, RP // R)
             return pl.BlockSpec((1, *rows), lambda b, k, z: (b, k, order(z), 0))
@@ -217,9 +219,9 @@ class _Sizes:
         return pl.BlockSpec((1, heads, chunks, *last), lambda b, k, z: (b, k, order(z), 0, 0))
 
     def cost(self, *, forward, arrays):
-        """What all programs execute: products with their passes, exponentials, traffic."""
+        """The cost of all programs: products times passes, exponentials and memory traffic."""
         C, R, H, P = self.C, self.R, self.H, self.RP // self.R
-        # Passes of a product by how many of its factors are float32. (A float32 one takes six.)
+        # Passes of products with 0, 1 and 2 float32 factors; with float32 values always 6.
         one, two, three = (1, 2, 3) if self.dtype == jnp.bfloat16 else (6, 6, 6)
         key_products = one * 2 * C * C * H
         inverse = three * _BLOCK * C * sum(range(_BLOCK, C, _BLOCK))
@@ -246,7 +248,7 @@ class _Sizes:
 def _forward_kernel(
     q_ref, k_ref, v_ref, gates_ref, marks_ref, initial_ref, out_ref, state_ref, *saved, save
 ):
-    # The running state is the result, which stays in place until the last chunk is done.
+    # The output block of the state holds the running state; its index does not change over chunks.
     @pl.when(pl.program_id(2) == 0)
     def _():
         state_ref[...] = initial_ref[...]
@@ -338,7 +340,7 @@ def _backward_kernel(
                 d_qk += gamma * d_scores
                 d_v_ref[value] = (beta * d_scaled).astype(dtype)
                 d_beta = _sum(d_scaled * errors) + _sum(d_products * products)
-                # Gradients of the exponents, each then summed over the g's that it spans.
+                # Gradients of the exponents; `_span_gradients` sums them to the gradient of g.
                 d_gamma = _strictly_lower(d_products * beta * products + d_scores * scores)
                 d_start = _sum(d_queried * _slice(read[C:], r, R))
                 d_start += _sum(d_read * _slice(read[:C], r, R))
@@ -368,7 +370,7 @@ def _backward_kernel(
 
 
 def _slice(x, r, R):
-    """The part of value head r, of arrays that lie side by side."""
+    """The columns of value head r of R concatenated heads."""
     width = x.shape[1] // R
     return x[:, r * width : (r + 1) * width]
 
@@ -379,7 +381,7 @@ def _decays(g, marks):
     own, last = marks[0:1], marks[0:1, C - 1 : C]
     document, before = _column(own), marks[1:2, 0:1]
     i, j = _indices(C)
-    # spans[i, j] = Σ_{j<l≤i} g_l, added up down the rows.
+    # spans[i, j] = Σ_{j<l≤i} g_l, a cumulative sum down the rows.
     spans = _running_sum(jnp.where(i > j, _column(g), 0))
     gamma = jnp.where((i >= j) & (document == own), spans, _OUT)
     start = jnp.where(document == before, spans[:, 0:1] + g[:, 0:1], _OUT)
@@ -392,7 +394,7 @@ def _span_gradients(d_gamma, d_start, d_end, d_whole):
     """The gradient of g [C, 1] from those of the exponents of Γ, γ, d and γ_C."""
     C = d_gamma.shape[0]
     i, j = _indices(C)
-    # The exponents of d_i are the last row of spans; those of γ_i and γ_C the first column and g_0.
+    # The exponents of d are the last row of spans; those of γ_i and γ_C are its first column + g_0.
     spans = d_gamma + jnp.where(i == C - 1, _row(d_end), 0)
     spans += jnp.where(j == 0, d_start + jnp.where(i[:, 0:1] == C - 1, d_whole, 0), 0)
     spanned = _running_sum(jnp.where(i > j, spans, 0), reverse=True)
@@ -421,8 +423,8 @@ def _unit_lower_inverses(lowers, dot):
     i, j = _indices(C)
     identity = jnp.where(i == j, 1.0, 0.0)
     off_diagonal = i // _BLOCK != j // _BLOCK
-    # [D⁻¹ | D⁻¹ off] by substitution: row s of each block is done after step s, and goes into the
-    # rows below it.
+    # [D⁻¹ | D⁻¹ off] by forward substitution: step s subtracts row s of each block, which is final
+    # then, from the rows below it.
     both = jnp.concatenate(
         [jnp.concatenate([identity, jnp.where(off_diagonal, x, 0)], axis=1) for x in lowers]
     ).reshape(-1, _BLOCK, 2 * C)
@@ -432,7 +434,7 @@ def _unit_lower_inverses(lowers, dot):
     ).reshape(-1, _BLOCK, _BLOCK)
     for s in range(_BLOCK - 1):
         both -= blocks[:, :, s : s + 1] * both[:, s : s + 1, :]
-    # Block by block downwards: L⁻¹ = D⁻¹ − (D⁻¹ off) L⁻¹, whose right side needs the rows above.
+    # Block rows from top to bottom, as L⁻¹ = D⁻¹ − (D⁻¹ off) L⁻¹ needs the rows above on its right.
     inverses = []
     for x in both.reshape(n, C, 2 * C):
         rows = x[:_BLOCK, :C]
@@ -445,9 +447,9 @@ def _unit_lower_inverses(lowers, dot):
 
 
 def _dot(x, y, *, dtype, contract=(1, 0)):
-    """Sums x · y over the given axes to nearly float32's precision, by bfloat16 products.
+    """Sums x · y over the given axes to nearly float32 precision, by bfloat16 products.
 
-    What bfloat16 cannot hold of a float32 factor is multiplied too; see the top.
+    Float32 factors are split into a high and a low bfloat16 part; see the module's docstring.
     """
     if dtype != jnp.bfloat16:
         return _rough_dot(x, y, dtype=dtype, contract=contract)
@@ -482,7 +484,7 @@ def _strictly_lower(x):
 
 
 def _sum(x):
-    """Over lanes, [C, X] → [C, 1]."""
+    """Sums over lanes, [C, X] → [C, 1]."""
     return x.sum(1, keepdims=True)
 
 

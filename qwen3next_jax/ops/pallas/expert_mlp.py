@@ -3,18 +3,18 @@
     y_r = w_r (silu(x_r G_e) · (x_r U_e)) D_e     rows r sorted by expert e(r)
 
 A program takes a tile of rows and one expert's matrices, which stay in the chip's vector memory
-until those of the next expert are needed. A tile with rows of several experts is visited once for
-each of them, tiles behind the last expert's rows never. Nothing between the products leaves the
-chip. The backward kernel reads the rows, the gradients of their results and the matrices,
-multiplies by the first matrix again, and writes the gradients of rows, weights and matrices. Those
-of an expert's matrices are summed in float32 over its tiles.
+until the next expert's are needed. A tile with rows of several experts is visited once for each of
+them; tiles after the last expert's rows are not visited. Intermediate values between the products
+stay on the chip. The backward kernel reads the rows, the gradients of their results and the
+matrices, recomputes the products with the gate and up matrices, and writes the gradients of rows,
+weights and matrices. The gradients of an expert's matrices are summed in float32 over its tiles.
 
-*Layout.* In memory a matrix is cut into tiles of 8 rows by 128 columns, so that one row is spread
-over many tiles. Rows that are gathered and sent one by one are stored as whole tiles instead, [R,
+*Layout.* A TPU stores a matrix in tiles of 8 rows by 128 columns, so that one row is spread over
+many tiles. Rows that are gathered and sent one by one are stored as whole tiles instead, [R,
 D / 128, 128], and are rearranged to a matrix on the chip, which costs no memory traffic.
 
 *Costs* are stated for the expected number of rows, as if every expert's first and last tile were
-shared with another expert; what is executed depends on the router.
+shared with another expert; the executed number of tiles depends on the router.
 """
 
 import functools
@@ -26,31 +26,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.pallas.sizes import LANES, VMEM_BYTES
 from qwen3next_jax.ops.platform import platform
 
-TILE = 256  # rows
-_LANES = 128
-_FEW = 16  # rows, of which a tile's are a multiple
-_VMEM_BYTES = 64 * 2**20  # what a v5p has, and all since; the default is 16
+TILE = 256  # rows of a tile, at most
+_FEW = 16  # rows that are stored at a time; a tile's rows are a multiple
 
 
 def can_compile(size: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whether a TPU can take experts of this width: they must fill its vectors, and fit.
+    """Whether experts of these sizes are multiples of a TPU's lanes and fit into its vector memory.
 
     Args:
-      size: of a row.
-      width: of an expert between its products.
-      dtype: of rows and matrices.
+      size: model dimension D.
+      width: hidden size F of an expert.
+      dtype: dtype of rows and matrices.
     """
     bytes_each = jnp.dtype(dtype).itemsize
-    # Twice, as the next one's are on their way: an expert's matrices, their gradients, rows, their
-    # gradients and those of the results; once, float32: sums, and what a tile becomes on the way.
+    # Double-buffered: an expert's matrices and their gradients, and a tile's rows, their gradients
+    # and those of the results. Single, in float32: the sums and a tile's intermediate values.
     twice = bytes_each * (2 * 3 * size * width + 3 * TILE * size)
     once = 4 * (3 * size * width + TILE * (3 * size + 6 * width))
-    # The compiler was seen to take 0.94 to 1.04 times as much in bfloat16, 1.46 times in float32,
-    # where it splits what it multiplies into parts.
+    # The compiler was measured to allocate 0.94 to 1.04 times as much in bfloat16, and 1.46 times
+    # in float32, where it splits factors into parts.
     needed = (1.1 if bytes_each == 2 else 1.5) * (2 * twice + once)
-    return size % _LANES == width % _LANES == 0 and needed < _VMEM_BYTES
+    return size % LANES == width % LANES == 0 and needed < VMEM_BYTES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -65,12 +64,15 @@ def expert_mlp(
     """Runs the kernels; on a CPU they are interpreted, for tests only.
 
     Args:
-      rows: sorted by expert; rows behind the last expert's may be anything, there, in what they
-        give, and in their gradients.
-      weights: of each row, float32.
-      gate_up, down: each expert's matrices, in rows' dtype; G before U.
-      group_sizes: rows of each expert.
-      expected_rows: how many rows are likely to come, of all experts together; for the costs.
+      rows: input rows, sorted by expert. Rows after the last expert's may hold anything; their
+        results and gradients are undefined.
+      weights: router's weight of each row, float32.
+      gate_up, down: matrices of each expert, in rows' dtype; G before U.
+      group_sizes: number of rows of each expert.
+      expected_rows: expected number of rows of all experts together, for the cost estimate.
+
+    Returns:
+      Weighted rows in rows' dtype.
     """
     return _forward(rows, weights, gate_up, down, group_sizes, expected_rows)
 
@@ -119,13 +121,13 @@ def _options():
     return dict(
         interpret=platform() == "cpu",
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM_BYTES
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES
         ),
     )
 
 
 class _Tiles:
-    """How the work is cut: each step takes a tile of rows and an expert."""
+    """How the work is divided: each step takes a tile of rows and an expert."""
 
     def __init__(self, rows, down, group_sizes, expected_rows, *, visit_empty):
         self.R, self.D = rows.shape
@@ -160,7 +162,7 @@ class _Tiles:
         return jnp.pad(weights.astype(jnp.float32), (0, padding)).reshape(self.tiles, 1, -1)
 
     def shape(self, name):
-        lanes = _LANES if self.D % _LANES == 0 else self.D
+        lanes = LANES if self.D % LANES == 0 else self.D
         shape = {
             "rows": (self.R, self.D // lanes, lanes),
             "lanes": (self.tiles, 1, self.tile),
@@ -171,7 +173,7 @@ class _Tiles:
 
     def spec(self, name):
         first = self.tile if name == "rows" else None
-        which = 0 if name in ("gate_up", "down") else 1  # an expert's, or a tile's
+        which = 0 if name in ("gate_up", "down") else 1  # index of the expert, or of the tile
         rest = self.shape(name).shape[1:]
         return pl.BlockSpec(
             (first, *rest), lambda i, *scalars: (scalars[which][i], *[0] * len(rest))
@@ -188,7 +190,12 @@ class _Tiles:
         )
 
     def cost(self, *, products, arrays):
-        """With so many products of a row by a matrix [D, F] or its transpose."""
+        """The cost of a kernel.
+
+        Args:
+          products: number of products of each row with a matrix [D, F] or its transpose.
+          arrays: names of the arrays that the kernel reads or writes.
+        """
         passes = 1 if self.dtype == jnp.bfloat16 else 6
         rows = self.expected_steps * self.tile
         sizes = [(name, math.prod(self.shape(name).shape)) for name in arrays]
@@ -196,7 +203,7 @@ class _Tiles:
             flops=2 * passes * products * rows * self.D * self.F,
             transcendentals=rows * self.F,
             bytes_accessed=sum(
-                # Of arrays with rows, those that are expected.
+                # Of arrays with rows, only the expected rows count.
                 (size if name in ("gate_up", "down") else size * rows // (self.tiles * self.tile))
                 * self.shape(name).dtype.itemsize
                 for name, size in sizes
@@ -229,7 +236,7 @@ def _backward_kernel(
         d_gate_up_sum[...] = jnp.zeros_like(d_gate_up_sum)
         d_down_sum[...] = jnp.zeros_like(d_down_sum)
 
-    # Other rows may hold anything, NaN included.
+    # Rows of other experts, or of none, may hold anything, NaN included.
     row = jax.lax.broadcasted_iota(jnp.int32, (len(x), 1), 0)
     own = (row >= start) & (row < end)
     x, d_out = (jnp.where(own, a.astype(jnp.float32), 0).astype(a.dtype) for a in (x, d_out))
@@ -265,7 +272,7 @@ def _matrix(ref):
 
 
 def _store(ref, values_ref, start):
-    """Puts rows [tile, D] from `start` on; before it are those of other experts."""
+    """Writes the rows of values [tile, D] from `start` on; keeps earlier rows, of other experts."""
     tile = ref.shape[0]
     shape = _FEW, *ref.shape[1:]
 
@@ -277,18 +284,18 @@ def _store(ref, values_ref, start):
         ref[few] = jnp.where(row >= start, values, others).astype(ref.dtype)
         return carry
 
-    # All at once would be a program that takes minutes to compile.
+    # Without the loop the kernel would take minutes to compile.
     jax.lax.fori_loop(0, tile // _FEW, store_few, 0)
 
 
 def _column(lanes):
-    """[1, tile] → [tile, 1]; a transposition wants whole vectors."""
+    """[1, tile] → [tile, 1]; broadcast first, because a TPU only transposes whole vectors."""
     return jnp.broadcast_to(lanes, (8, lanes.shape[1])).T[:, :1]
 
 
 def _lanes(column):
     """[tile, 1] → [1, tile]."""
-    return jnp.broadcast_to(column, (column.shape[0], _LANES)).T[:1]
+    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
 
 
 def _dot(x, y, *, contract=(1, 0)):

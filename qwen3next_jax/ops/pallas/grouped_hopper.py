@@ -1,9 +1,10 @@
-"""Grouped products for NVIDIA's Hopper GPUs: an H100, an H200.
+"""Grouped products for NVIDIA's Hopper GPUs, such as the H100 and H200.
 
-Each group's rows fill whole blocks, so a block meets one matrix: a product differs from a plain one
-only in which matrix a block reads. As many programs as the chip has processors walk over the tiles
-of the result; in each one warp group fetches factors ahead and two multiply. The gradient of a
-matrix sums over its group's rows, of which one warp group fetches and multiplies a few at a time.
+Each group's rows fill whole blocks, so each block is multiplied by a single matrix, and the kernel
+differs from a plain product only in which matrix a block reads. As many programs as the chip has
+multiprocessors loop over the tiles of the result; in each, one warp group prefetches factors and
+two multiply. The gradient of a matrix is a sum over its group's rows, which one warp group fetches
+and multiplies a few at a time.
 """
 
 from typing import Any
@@ -13,18 +14,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-# What compiles kernels for GPUs is imported where it is used: jaxlib has it on Linux alone.
+# `mosaic_gpu` is imported inside functions, because jaxlib contains it only on Linux.
 
-ROWS = 128  # of a block, and of a tile
-_COLUMNS = 256  # of a tile, half for each of the warp groups that multiply
-_DEPTH = 64  # of a tile's factors in one step: 128 bytes of bfloat16, which a swizzle covers
-_AHEAD = 4  # steps whose factors are held: 192 of the 227 KiB that a program may have
+ROWS = 128  # rows of a block, and of a tile
+_COLUMNS = 256  # columns of a tile, half for each of the two warp groups that multiply
+_DEPTH = 64  # depth of a tile's factors per step: 128 bytes of bfloat16, the width of a swizzle
+_AHEAD = 4  # steps whose factors are in shared memory: 192 of the 227 KiB of a program
 _STORED = 64  # rows and columns that are written at a time
-_PROCESSORS = 132  # of the largest of these chips; where there are fewer, programs take turns
+_PROCESSORS = 132  # multiprocessors of the largest of these chips; on others, programs take turns
 
 
 def fits(size: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whether these kernels take products [R, size] · [size, width], there and back."""
+    """Whether these kernels support products [R, size] · [size, width] and their gradients."""
     return size % _COLUMNS == 0 and width % _COLUMNS == 0 and dtype == jnp.bfloat16
 
 
@@ -34,9 +35,9 @@ def grouped_product(
     """Multiplies each block of rows by its group's matrix; see `grouped_matmul`.
 
     Args:
-      rows: R = Z · `ROWS`, bfloat16.
-      matrices: bfloat16; D a multiple of 64, F of 256.
-      groups: of each block; one that is no group's gives anything.
+      rows: bfloat16 rows; R = Z · `ROWS`.
+      matrices: bfloat16 matrices; D is a multiple of 64, F of 256.
+      groups: group of each block; the results of blocks with a group E are undefined.
 
     Returns:
       Products in bfloat16, accumulated in float32.
@@ -86,7 +87,7 @@ def _product_kernel(groups, rows, matrices, out):
 
         @gpu.nd_loop((R // ROWS * across,), collective_axes="processor")
         def _(loop):
-            # Tiles beside one another share rows; those of the next block, mostly the matrix.
+            # Consecutive tiles share their rows; the next block's tiles mostly share the matrix.
             block, column = jax.lax.div(loop.index[0], across), jax.lax.rem(loop.index[0], across)
             tile_rows, tile_columns = pl.ds(block * ROWS, ROWS), pl.ds(column * _COLUMNS, _COLUMNS)
 
@@ -131,11 +132,11 @@ def _product_kernel(groups, rows, matrices, out):
 def grouped_outer(
     x: Float[Array, "R D"], y: Float[Array, "R F"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "E D F"]:
-    """Sums xᵀ y over each group's rows, which is zero for a group without rows.
+    """Sums xᵀ y over each group's rows; the sum is zero for a group without rows.
 
     Args:
-      x, y: rows sorted by group, bfloat16; D and F multiples of 128.
-      group_sizes: rows of each group, multiples of `ROWS`.
+      x, y: bfloat16 rows, sorted by group; D and F are multiples of 128.
+      group_sizes: number of rows of each group, multiples of `ROWS`.
 
     Returns:
       Sums in bfloat16, accumulated in float32.
@@ -167,7 +168,7 @@ def _outer_kernel(starts, sizes, x, y, out):
         down, right = (
             pl.ds(i * side, side) for i in (jax.lax.div(tile, across), jax.lax.rem(tile, across))
         )
-        # The slice reaches beyond the arrays, but what lies there is not visited.
+        # The slice may extend past the arrays' ends, but the pipeline does not read there.
         its_rows = pl.ds(pl.multiple_of(starts[group], ROWS), len(x))
 
         def with_total(total):
@@ -202,7 +203,7 @@ def _outer_kernel(starts, sizes, x, y, out):
 
 
 def transposed(x: Any) -> Any:
-    """A block in shared memory, for products to read with its axes exchanged."""
+    """A transposed view of a block in shared memory, as a factor of products."""
     if hasattr(x, "transpose"):
         return x.transpose((1, 0))
     from jax.experimental.pallas import mosaic_gpu as gpu

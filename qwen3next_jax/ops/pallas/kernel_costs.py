@@ -1,8 +1,9 @@
 """Adds cost estimates to kernels of libraries that have none.
 
-A compiled program knows no times of kernels, only the costs that their authors state
-(`pallas_call(cost_estimate=...)`). Without a statement the compiler schedules as if the kernel were
-free, and the plan adds it up so. Where a library leaves it out, it is put into the traced program.
+A compiled program contains no times of kernels, only the costs that their authors state
+(`pallas_call(cost_estimate=...)`). Without an estimate the compiler schedules the kernel as if it
+were free, and `qwen3next_jax.plan` counts it as free. For kernels without one, this module inserts
+estimates into the traced program.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +15,16 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 
 def stating(function: Callable, costs: Sequence[pl.CostEstimate]) -> Callable:
-    """Makes the kernels that a function calls state their costs.
+    """Adds cost estimates to the kernels that a function calls.
 
     Args:
-      function: of arrays and pytrees of them, already differentiated if it is to be.
-      costs: of each kernel, in the order of their calls.
+      function: function of pytrees of arrays. The result cannot be differentiated, so this must be
+        the derivative if that is needed.
+      costs: estimate of each kernel, in the order of the calls.
 
     Returns:
-      A function that computes the same.
-
-    Raises:
-      ValueError: when called, if the number of kernels is another one.
+      A function that computes the same. It raises a ValueError if the function does not call as
+      many kernels as there are costs.
     """
 
     def stated(*args: Any) -> Any:
