@@ -96,16 +96,16 @@ def main(argv: list[str]) -> None:
     if not _SUITE.value:
         raise app.UsageError("Give --suite=perplexity, lm_eval, long_context or speculation")
     # Heavy imports come after the flags, so that --help and mistyped flags answer at once.
-    from qwen3next_jax.command import keep_compiled_programs, told_errors
+    from qwen3next_jax.command import enable_compilation_cache, friendly_errors
 
-    keep_compiled_programs()
-    with told_errors():
+    enable_compilation_cache()
+    with friendly_errors():
         _evaluate(_SUITE.value)
 
 
 def _evaluate(suite: str) -> None:
     from qwen3next_jax.checkpoint.load import as_trained, load_checkpoint, open_checkpoint
-    from qwen3next_jax.command import check_writable, write_whole
+    from qwen3next_jax.command import check_writable, write_atomic
     from qwen3next_jax.evaluation.evaluator import Evaluator
     from qwen3next_jax.evaluation.suites import check_suites, check_usable, run_suite, table
     from qwen3next_jax.parallel.mesh import fsdp_mesh
@@ -162,7 +162,7 @@ def _evaluate(suite: str) -> None:
             **({"cells": results["cells"]} if "cells" in results else {}),
         }
         text = json.dumps(report, indent=1, default=str) + "\n"
-        write_whole(output, text)
+        write_atomic(output, text)
     print(table(suite, results))
 
 

@@ -29,13 +29,13 @@ _ROOT = os.path.dirname(os.path.abspath(__file__))
 
 @contextlib.contextmanager
 def _known_keys():
-    """`command.known_keys`, imported only if there is an error: the import takes seconds."""
+    """`command.explain_unknown_key`, imported only on an error because that takes seconds."""
     try:
         yield
     except (AttributeError, KeyError):
-        from qwen3next_jax.command import known_keys
+        from qwen3next_jax.command import explain_unknown_key
 
-        with known_keys():
+        with explain_unknown_key():
             raise
 
 
@@ -58,12 +58,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}; values are given as --config.KEY=V")
     # Heavy imports come after the flags, so that --help and mistyped flags answer at once.
-    from qwen3next_jax.command import keep_compiled_programs, told_errors
+    from qwen3next_jax.command import enable_compilation_cache, friendly_errors
     from qwen3next_jax.config import RunConfig
     from qwen3next_jax.parallel.processes import joined
 
-    keep_compiled_programs()
-    with told_errors():
+    enable_compilation_cache()
+    with friendly_errors():
         config = RunConfig.from_dict(_CONFIG.value.to_dict())
         with joined(
             coordinator_address=_COORDINATOR.value,

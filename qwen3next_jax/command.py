@@ -1,4 +1,4 @@
-"""What the commands share: error messages without tracebacks, caches, and atomic writing."""
+"""Shared by the commands: error messages without tracebacks, caches, and atomic writing."""
 
 import contextlib
 import io
@@ -15,36 +15,36 @@ _PACKAGE = pathlib.Path(__file__).parent
 
 
 @contextlib.contextmanager
-def told_errors(after: str = "") -> Iterator[None]:
+def friendly_errors(after: str = "") -> Iterator[None]:
     """Exits with an expected error's message alone, and lets any other error keep its traceback.
 
-    Expected are an OSError (such as a full disk) and what a `raise` statement in our own code
-    raised: their messages say what is wrong and what to do, which a traceback would bury.
+    Expected errors are an OSError (such as a full disk) and whatever a `raise` statement in our own
+    code raised: their messages say what is wrong and what to do, which a traceback would bury.
 
-    What the terminal's encoding cannot show is printed as "?".
+    Characters that the terminal's encoding lacks are printed as "?".
 
     Args:
-      after: a line to print behind the message, such as what was or was not done.
+      after: line to print after the message, such as "Nothing was written."
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        # Classes of ours are told by their name too: from a worker process they come without the
-        # traceback that would show where they were raised.
-        told = isinstance(error, OSError) or type(error).__module__.startswith(_PACKAGE.name)
-        if not told and not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+        # Our own exception classes are also recognised by their module: an error from a worker
+        # process arrives without the traceback that would show where it was raised.
+        expected = isinstance(error, OSError) or type(error).__module__.startswith(_PACKAGE.name)
+        if not expected and not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
         sys.exit(f"error: {error}" + (f"\n{after}" if after else ""))
 
 
 @contextlib.contextmanager
-def known_keys() -> Iterator[None]:
-    """Tells a --config.KEY that no config has without the traceback of ml_collections."""
+def explain_unknown_key() -> Iterator[None]:
+    """Exits with a message, without ml_collections' traceback, on an unknown --config.KEY."""
     try:
         yield
-    except (AttributeError, KeyError) as error:  # it names the nearest key
+    except (AttributeError, KeyError) as error:  # ml_collections' message names the nearest key
         frames = traceback.extract_tb(error.__traceback__)
         if "ml_collections" not in frames[-1].filename or "get_config" in [f.name for f in frames]:
             raise  # a mistake in a config file
@@ -65,7 +65,7 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(cache, "qwen3next_jax")
 
 
-def keep_compiled_programs() -> None:
+def enable_compilation_cache() -> None:
     """Turns on JAX's cache of compiled programs, unless the environment has set its folder."""
     import jax
 
@@ -74,7 +74,7 @@ def keep_compiled_programs() -> None:
 
 
 def check_writable(path: pathlib.Path) -> None:
-    """Raises the OSError that `write_whole` would, while there is nothing to lose yet."""
+    """Raises the OSError that `write_atomic` would, before any work is done that could be lost."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name a file inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def check_writable(path: pathlib.Path) -> None:
         pass
 
 
-def write_whole(path: Any, content: str | bytes) -> None:
+def write_atomic(path: Any, content: str | bytes) -> None:
     """Writes a file that appears whole or not at all.
 
     Args:
@@ -90,15 +90,30 @@ def write_whole(path: Any, content: str | bytes) -> None:
       content: text is written as UTF-8.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = unfinished(path)
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    beside.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def unfinished(path: Any) -> Any:
-    """A hidden name beside a path, of its type, for what takes its place once it is whole.
+@contextlib.contextmanager
+def replacing(path: Any) -> Iterator[Any]:
+    """Yields a hidden path beside a file's; renames it to `path` on success, removes it on errors.
 
-    Nobody else has it. The process's number would not do: processes in containers have the same,
-    those of other machines on one disk and those that were killed.
+    Args:
+      path: a pathlib.Path, or an epath.Path that may lie in the cloud; its folder exists.
+    """
+    partial = partial_path(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def partial_path(path: Any) -> Any:
+    """A hidden, unused path beside `path`, of its type, to write to before renaming.
+
+    Its suffix is random: a process id is not unique among containers, among machines that share a
+    disk, or after a process was killed.
     """
     return path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"

@@ -1,4 +1,4 @@
-"""What a run is made of: `ModelConfig`, the shape of a model, and `RunConfig`, all else.
+"""The configs: `ModelConfig`, the shape of a model, and `RunConfig`, a whole training run.
 
 These frozen dataclasses are the schema. A config file (`configs/*.py`) fills in every field, a key
 that no field takes is refused with the nearest known names, and `ModelConfig.from_hf` reads the two
@@ -19,12 +19,15 @@ import numpy as np
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
-# What the backward pass computes again: nothing, each layer from its input, or each layer but
-# attention's scores, whose results are kept.
+# The mesh axes, in the order of the mesh; `parallel/mesh.py` says what each is for.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+# What the backward pass recomputes: nothing; each layer from its input; or each layer except
+# attention, whose outputs are saved.
 REMAT = ("none", "layer", "layer_but_attention")
 
-# The kinds of source that `data.source` can name, each with an example of a path, "" for those that
-# take none. `data/sources.py` opens them.
+# The values of `data.source`, each with an example of a path, or "" where the source takes none.
+# `data/sources.py` opens them.
 SOURCES = {
     "stdlib": "",
     "text": "/corpus/**/*.txt",
@@ -57,7 +60,7 @@ _QWEN3 = {
     "attention_output_gate": False,
 }
 
-# Keys of which no other value is supported.
+# Keys for which only one value is supported.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 
 
@@ -137,7 +140,7 @@ class ModelConfig:
 
     @property
     def layers(self) -> tuple[tuple[str, bool], ...]:
-        """Of each layer, its token mixer and whether it has experts."""
+        """Each layer's token mixer and whether it has experts."""
         return tuple(
             (
                 mixer,
@@ -150,12 +153,12 @@ class ModelConfig:
 
     @property
     def mtp_layer(self) -> tuple[str, bool]:
-        """The same of the MTP module's layer."""
+        """The token mixer of the MTP module's layer, and whether it has experts."""
         return FULL, self.num_experts > 0
 
     @property
     def all_layers(self) -> tuple[tuple[str, bool], ...]:
-        """The layers of the decoder, then that of the MTP module if there is one."""
+        """The `layers` of the decoder, then `mtp_layer` if there is an MTP module."""
         return (*self.layers, *([self.mtp_layer] if self.mtp_steps else []))
 
     @property
@@ -175,7 +178,7 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """The most tokens in a sequence: as trained, or with YaRN its factor times the original."""
+        """Most tokens in a sequence: as trained or, with YaRN, the original times the factor."""
         if self.rope_scaling is None:
             return self.max_position_embeddings
         scaled = self.rope_scaling["factor"] * self.original_context
@@ -183,12 +186,12 @@ class ModelConfig:
 
     @property
     def original_context(self) -> int:
-        """The most tokens in a sequence without YaRN."""
+        """Most tokens in a sequence without YaRN."""
         original = (self.rope_scaling or {}).get("original_max_position_embeddings")
         return original or self.max_position_embeddings
 
     def yarn(self, factor: float) -> dict[str, Any]:
-        """The `rope_scaling` that makes the context so many times the original."""
+        """The `rope_scaling` that makes the context `factor` times the original."""
         return {
             "rope_type": "yarn",
             "factor": factor,
@@ -203,8 +206,8 @@ class ModelConfig:
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: for another model type or a switch that is not supported; else names all the
-            keys that are missing, or all the sizes that do not fit together.
+          ValueError: the model type or a switch is not supported; or keys are missing, or sizes do
+            not fit together, in which case all of them are named.
         """
         source = _as_mapping(source)
         if isinstance(source, Mapping):
@@ -234,7 +237,7 @@ class ModelConfig:
                 + (ours if "model" in given else "")
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        kept = given.get("extra") or {}  # a run's config keeps them apart
+        kept = given.get("extra") or {}  # where a run's config stores keys the model does not read
         if not isinstance(kept, Mapping):
             raise ValueError(f"extra={kept!r} must be a mapping")
         # A null counts as absent, except in keys that are only kept.
@@ -253,7 +256,7 @@ class ModelConfig:
         _to_released_dialect(given)
         if model_type == "qwen3":
             for key, only in _QWEN3.items():
-                # Which its config.json could not say.
+                # A qwen3 config.json has no such key, so the value could not be written back.
                 if key not in cls.NOT_IN_HF and given[key] != only:
                     raise ValueError(
                         f"{key}={given[key]!r} is not supported where model_type='qwen3', a dense "
@@ -305,7 +308,7 @@ class ModelConfig:
 
 
 def _as_mapping(given: Any) -> Any:
-    """A `ConfigDict` is no `Mapping`, but has `to_dict`, as configs of transformers have."""
+    """Converts a `ConfigDict` or a config of transformers, which are no Mappings, by `to_dict`."""
     return given.to_dict() if hasattr(given, "to_dict") else given
 
 
@@ -345,14 +348,14 @@ def _fill_in_implied(given: dict[str, Any]) -> None:
         if not isinstance(layers, list | tuple) or any(type(i) is not int for i in layers):
             raise ValueError(f"mlp_only_layers={layers!r} must be a list of layers' numbers")
         given["mlp_only_layers"] = tuple(layers)
-    # Released files give it although no layer uses it where all have experts.
+    # Released files give intermediate_size even where all layers have experts and none uses it.
     all_sparse = given.get("num_experts") and given.get("decoder_sparse_step", 1) == 1
     if all_sparse and not given.get("mlp_only_layers"):
         given.setdefault("intermediate_size", 0)
 
 
 def _rope_type(rope: Mapping[str, Any]) -> str | None:
-    """Its type, which older files call "type"."""
+    """The scaling's `rope_type`, which older files call "type"."""
     return rope.get("rope_type", rope.get("type"))
 
 
@@ -389,39 +392,55 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
             f"{c.rotary_dim} entries; expected an even number of at most {c.head_dim}"
         )
     if c.rope_scaling is not None:
-        factor = c.rope_scaling.get("factor")
-        longer = _is_positive(factor) and factor >= 1
-        if _rope_type(c.rope_scaling) != "yarn" or not longer:
-            yield (
-                f"rope_scaling={dict(c.rope_scaling)} is not supported; give rope_type 'yarn' and "
-                "a factor, a number of at least 1"
-            )
-        original = c.rope_scaling.get("original_max_position_embeddings")
-        if original is not None and (type(original) is not int or original < 1):
-            yield (
-                f"rope_scaling.original_max_position_embeddings={original!r} must be a whole "
-                "number of at least 1"
-            )
-        if c.rope_theta <= 1:
-            yield f"rope_theta={c.rope_theta} must be above 1 with YaRN, which divides by its log"
-        for key in ("beta_fast", "beta_slow", "attention_factor"):
-            value = c.rope_scaling.get(key)
-            if value is not None and not _is_positive(value):
-                yield f"rope_scaling.{key}={value!r} must be a positive number"
-        known = ("rope_type", "type", *_YARN_KEYS)
-        for key in sorted(c.rope_scaling.keys() - set(known)):
-            yield f"rope_scaling.{key} is not supported; expected one of {', '.join(known)}"
+        yield from _yarn_problems(c.rope_scaling, c.rope_theta)
     if outside := [i for i in c.mlp_only_layers if i not in range(c.num_hidden_layers)]:
         yield f"mlp_only_layers has {outside}; expected layers from 0 to {c.num_hidden_layers - 1}"
     if LINEAR in c.mixers:
-        sizes = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
-                 "linear_key_head_dim", "linear_value_head_dim")  # fmt: skip
-        small = [name for name in sizes if getattr(c, name) < 1]
-        if small:
-            yield f"{', '.join(small)} must be at least 1 where a layer is {LINEAR}"
-        elif c.linear_num_value_heads % c.linear_num_key_heads:
-            yield _not_divisible("linear_num_value_heads", c.linear_num_value_heads,
-                                 "linear_num_key_heads", c.linear_num_key_heads)  # fmt: skip
+        yield from _linear_problems(c)
+    yield from _feed_forward_problems(c)
+    if c.mtp_steps < 0:
+        yield f"mtp_steps={c.mtp_steps} must be at least 0 (0: no MTP module)"
+    if c.router_init not in ("normalized", "normal"):
+        yield f"router_init={c.router_init!r} is unknown; expected 'normalized' or 'normal'"
+
+
+def _yarn_problems(rope: Mapping[str, Any], theta: float) -> Iterable[str]:
+    factor = rope.get("factor")
+    longer = _is_positive(factor) and factor >= 1
+    if _rope_type(rope) != "yarn" or not longer:
+        yield (
+            f"rope_scaling={dict(rope)} is not supported; give rope_type 'yarn' and "
+            "a factor, a number of at least 1"
+        )
+    original = rope.get("original_max_position_embeddings")
+    if original is not None and (type(original) is not int or original < 1):
+        yield (
+            f"rope_scaling.original_max_position_embeddings={original!r} must be a whole "
+            "number of at least 1"
+        )
+    if theta <= 1:
+        yield f"rope_theta={theta} must be above 1 with YaRN, which divides by its log"
+    for key in ("beta_fast", "beta_slow", "attention_factor"):
+        value = rope.get(key)
+        if value is not None and not _is_positive(value):
+            yield f"rope_scaling.{key}={value!r} must be a positive number"
+    known = ("rope_type", "type", *_YARN_KEYS)
+    for key in sorted(rope.keys() - set(known)):
+        yield f"rope_scaling.{key} is not supported; expected one of {', '.join(known)}"
+
+
+def _linear_problems(c: ModelConfig) -> Iterable[str]:
+    sizes = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
+             "linear_key_head_dim", "linear_value_head_dim")  # fmt: skip
+    small = [name for name in sizes if getattr(c, name) < 1]
+    if small:
+        yield f"{', '.join(small)} must be at least 1 where a layer is {LINEAR}"
+    elif c.linear_num_value_heads % c.linear_num_key_heads:
+        yield _not_divisible("linear_num_value_heads", c.linear_num_value_heads,
+                             "linear_num_key_heads", c.linear_num_key_heads)  # fmt: skip
+
+
+def _feed_forward_problems(c: ModelConfig) -> Iterable[str]:
     if any(sparse for _, sparse in c.all_layers):
         if not 1 <= c.num_experts_per_tok <= c.num_experts:
             yield (
@@ -434,10 +453,6 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         yield (
             f"intermediate_size={c.intermediate_size} must be at least 1 for layers without experts"
         )
-    if c.mtp_steps < 0:
-        yield f"mtp_steps={c.mtp_steps} must be at least 0 (0: no MTP module)"
-    if c.router_init not in ("normalized", "normal"):
-        yield f"router_init={c.router_init!r} is unknown; expected 'normalized' or 'normal'"
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:
@@ -457,7 +472,7 @@ def divisors(number: int) -> list[int]:
 
 
 def nearest(choices: Iterable[int], wanted: int) -> str:
-    """The two choices next to what was wanted, for a message: "2 or 4"."""
+    """The two choices nearest to `wanted`, for a message: "2 or 4"."""
     return " or ".join(map(str, sorted(sorted(choices, key=lambda c: abs(c - wanted))[:2])))
 
 
@@ -469,9 +484,9 @@ class DataConfig:
     # "mixture"
     source: str
     path: str  # a glob of files; for "tfds" a dataset; "" for sources without
-    field: str  # of objects: holds the text or the messages
+    field: str  # in objects, the field that holds the text or the messages
     split: str  # of "tfds"
-    # Of each part, by its name: weight, and what differs from source, path, field and split above.
+    # Parts by name: each a weight, and what differs from source, path, field and split above.
     mixture: Mapping[str, Mapping[str, Any]]
     # A SentencePiece model, a tokenizer.json or "bytes"; "": one is trained and kept.
     tokenizer: str
@@ -479,7 +494,7 @@ class DataConfig:
     holdout_fraction: float  # share of the records held out for evaluation, chosen by their names
     on_error: str  # records and files that cannot be used: "raise", or "skip" and count them
     packing: str  # "concatenate", or "best_fit", which keeps documents whole
-    too_long: str  # "best_fit": documents longer than a row are an "error", or "truncate"
+    too_long: str  # for "best_fit", on documents longer than a row: "error" or "truncate"
     num_shards: int  # virtual shards; divides global_batch_size, the number of hosts divides it
     window_rows: int  # rows of a shard that are packed and shuffled together
 
@@ -517,13 +532,13 @@ class TrainConfig:
     router_z_loss_weight: float
     balance_scope: str  # over which tokens expert loads are averaged: see `training/loss.py`
     loss_chunk: int  # positions of a row whose logits exist at a time
-    remat: str  # what the backward pass computes again, one of `REMAT`
+    remat: str  # what the backward pass recomputes, one of `REMAT`
     log_every: int
     diagnostics: bool = True  # statistics of layers and updates: see `training/diagnostics.py`
     eval_every: int  # 0: only at the end
     checkpoint_every: int  # 0: only at the end
-    keep_checkpoints: int  # the newest
-    keep_best: int = 0  # besides, those with the lowest cross-entropy at an evaluation
+    keep_checkpoints: int  # how many of the newest stay
+    keep_best: int = 0  # how many with the lowest evaluation cross-entropy also stay
     sample_tokens: int  # length of the texts written as samples; 0: none
     sample_every: int = 0  # 0: only at the end
     sample_prompts: tuple[str, ...] = ("",)  # each is continued; "" is the start of a document
@@ -532,7 +547,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Of each thing, its dtype; gates, norms, router and delta states are float32 throughout."""
+    """Dtypes; gates, norms, router and delta states are float32 throughout."""
 
     parameters: str  # master copies; "float32" or "bfloat16"
     compute: str  # activations and matrix products; "float32" or "bfloat16"
@@ -549,18 +564,18 @@ class MeshConfig:
     expert: int = 1
     context: int = 1
     tensor: int = 1
-    num_slices: int = 1  # of TPUs, joined by a slower network; -1: as many as the devices lie in
-    # Rows that a device can receive for its experts, as a multiple of an even load; -1: all that
-    # can ever come, so that nothing is dropped.
+    num_slices: int = 1  # TPU slices, joined by a slower network; -1: as many as the devices span
+    # Rows that a device can receive for its experts, as a multiple of an even load; -1: room for
+    # the largest possible load, so that nothing is dropped.
     moe_buffer_factor: float = -1.0
-    on_overflow: str = "error"  # "error" ends the run where a row finds no place; "drop" counts it
-    # The largest share of a device's training state that may be copies of other slices' arrays.
+    on_overflow: str = "error"  # rows beyond the buffer: "error" ends the run, "drop" counts them
+    # Largest share of a device's training state that may be replicas of other devices' arrays.
     max_replicated: float = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What the suites of `evaluation/` are given, by `eval.py` and during training."""
+    """Options of the suites in `evaluation/`, for `eval.py` and during training."""
 
     # During training: "perplexity", "lm_eval", "long_context", "speculation".
     suites: tuple[str, ...] = ()
@@ -594,7 +609,7 @@ class RunConfig:
     mesh: MeshConfig
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    # What may differ when a run goes on from its checkpoint. The learning rate's schedule is a
+    # Keys that may change when a run resumes from its checkpoint. The learning rate's schedule is a
     # function of the step, so a longer run follows the longer schedule from there on.
     MUTABLE: ClassVar[tuple[str, ...]] = (
         "train.num_steps", "train.log_every", "train.eval_every", "train.checkpoint_every",
@@ -654,9 +669,9 @@ class RunConfig:
         return json.loads(json.dumps({**dataclasses.asdict(self), "model": model}))
 
     def check_resumable_from(self, old: Mapping[str, Any]) -> None:
-        """Raises a ValueError naming the keys in which the run's old config may not differ."""
+        """Raises a ValueError that names the keys whose change since `old` prevents resuming."""
         now, before = flatten(self.to_dict()), flatten(old)
-        # What the stricter setting has read so far, the other one reads alike.
+        # A stricter setting may be relaxed: the records read so far would be read the same way.
         if before.get("data.on_error") == "raise":
             for key, strict in (("data.on_error", "raise"), ("data.too_long", "error")):
                 if before.get(key) == strict:
@@ -702,7 +717,7 @@ def _section_problems(name: str, kind: type, given: Mapping[str, Any]) -> Iterab
 
 
 def _frozen(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in their fields' types: tuples for lists, Python's numbers, floats for round ones."""
+    """Converts values to their fields' types: lists to tuples, NumPy scalars and ints to floats."""
     types = {field.name: field.type for field in dataclasses.fields(kind)}
 
     def freeze(key: str, value: Any) -> Any:
@@ -745,7 +760,7 @@ _LEAST = {
     "evaluation.num_fewshot": -1, "evaluation.depths": 1, "evaluation.drafts": 1,
     "evaluation.seed": 0, "train.seed": 0,
 }  # fmt: skip
-_SHARES = (  # between 0 and 1
+_SHARES = (  # each in [0, 1]
     "data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
     "mesh.max_replicated",
 )  # fmt: skip
@@ -754,6 +769,31 @@ _BELOW_ONE = ("optimizer.b1", "optimizer.b2")
 
 def _run_problems(c: RunConfig) -> Iterable[str]:
     flat = flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})
+    yield from _value_problems(c, flat)
+    train = c.train
+    if train.gradient_accumulation_steps >= 1 and (
+        train.global_batch_size % train.gradient_accumulation_steps
+    ):
+        yield _not_divisible("train.global_batch_size", train.global_batch_size,
+                             "train.gradient_accumulation_steps",
+                             train.gradient_accumulation_steps)  # fmt: skip
+    yield from _length_problems(c, flat)
+    steps = train.profile_steps
+    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+        yield f"train.profile_steps={steps} must be () or (first, last), 1 <= first <= last"
+    yield from _data_problems(c.data)
+    if "speculation" in c.evaluation.suites and not c.model.mtp_steps:
+        yield "evaluation.suites has 'speculation', but model.mtp_steps=0: there is no MTP module"
+    if train.global_batch_size % max(c.data.num_shards, 1):
+        yield _not_divisible("train.global_batch_size", train.global_batch_size,
+                             "data.num_shards", c.data.num_shards)  # fmt: skip
+    if c.precision.parameters == "bfloat16" and c.precision.compute == "float32":
+        yield "precision.compute='float32' contradicts parameters='bfloat16'; use bfloat16 for both"
+    yield from _mesh_problems(c.mesh)
+
+
+def _value_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
+    """Values that are wrong by themselves, whatever the other keys say."""
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
             yield f"{key}={flat[key]!r} is unknown; expected {_either(allowed)}"
@@ -776,13 +816,11 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
             f"optimizer.eps={c.optimizer.eps} must be above 0 and finite: rows without gradient "
             "divide by it"
         )
+
+
+def _length_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
+    """Lengths beyond the model's context."""
     train = c.train
-    if train.gradient_accumulation_steps >= 1 and (
-        train.global_batch_size % train.gradient_accumulation_steps
-    ):
-        yield _not_divisible("train.global_batch_size", train.global_batch_size,
-                             "train.gradient_accumulation_steps",
-                             train.gradient_accumulation_steps)  # fmt: skip
     if train.sequence_length > c.model.context_length:
         yield (
             f"train.sequence_length={train.sequence_length} exceeds the model's context of "
@@ -801,28 +839,19 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
             f"evaluation.lengths has {longest}, which exceeds the model's context of "
             f"{c.model.context_length} tokens; raise model.rope_scaling.factor or ask for less"
         )
-    steps = train.profile_steps
-    if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
-        yield f"train.profile_steps={steps} must be () or (first, last), 1 <= first <= last"
-    yield from _data_problems(c.data)
-    if "speculation" in c.evaluation.suites and not c.model.mtp_steps:
-        yield "evaluation.suites has 'speculation', but model.mtp_steps=0: there is no MTP module"
-    if train.global_batch_size % max(c.data.num_shards, 1):
-        yield _not_divisible("train.global_batch_size", train.global_batch_size,
-                             "data.num_shards", c.data.num_shards)  # fmt: skip
-    if c.precision.parameters == "bfloat16" and c.precision.compute == "float32":
-        yield "precision.compute='float32' contradicts parameters='bfloat16'; use bfloat16 for both"
-    axes = ("data", "fsdp", "expert", "context", "tensor")
-    greedy = [f"mesh.{axis}" for axis in axes if getattr(c.mesh, axis) == -1]
+
+
+def _mesh_problems(mesh: MeshConfig) -> Iterable[str]:
+    greedy = [f"mesh.{axis}" for axis in AXES if getattr(mesh, axis) == -1]
     if len(greedy) > 1:
         yield f"{' and '.join(greedy)} are all -1; only one axis can take what is left"
-    if c.mesh.moe_buffer_factor != -1 and not 1 <= c.mesh.moe_buffer_factor < math.inf:
+    if mesh.moe_buffer_factor != -1 and not 1 <= mesh.moe_buffer_factor < math.inf:
         yield (
-            f"mesh.moe_buffer_factor={c.mesh.moe_buffer_factor} must be a number from 1, which is "
+            f"mesh.moe_buffer_factor={mesh.moe_buffer_factor} must be a number from 1, which is "
             "room for an even load, or -1 for whatever comes"
         )
-    for axis in (*axes, "num_slices"):
-        if (size := getattr(c.mesh, axis)) < 1 and size != -1:
+    for axis in (*AXES, "num_slices"):
+        if (size := getattr(mesh, axis)) < 1 and size != -1:
             yield f"mesh.{axis}={size} must be at least 1, or -1 for what is left"
 
 
@@ -872,7 +901,7 @@ def require_known(what: str, given: Iterable[str], known: Iterable[str]) -> None
 
 
 def _unknown(what: str, given: Iterable[str], known: Iterable[str]) -> Iterable[str]:
-    """One complaint about all the unknown names, if there are any."""
+    """Yields one message that lists all unknown names, if there are any."""
     known, complaints = list(known), []
     for name in given:
         if name in known:
@@ -893,7 +922,7 @@ def _either(names: Iterable[str]) -> str:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested mapping by their dotted keys; an empty mapping has none."""
+    """The values of a nested mapping by dotted key; an empty mapping contributes none."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

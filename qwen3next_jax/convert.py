@@ -24,7 +24,7 @@ from qwen3next_jax.checkpoint import hugging_face as hf
 from qwen3next_jax.checkpoint.load import find_checkpoint, from_step, stored_parameters
 from qwen3next_jax.checkpoint.store import CheckpointStore, Streamed, save_streamed
 from qwen3next_jax.checkpoint.tensor_table import FileLayout
-from qwen3next_jax.command import told_errors
+from qwen3next_jax.command import friendly_errors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda *_: sys.exit("Terminated; nothing was written."))
-    with told_errors("Nothing was written."):
+    with friendly_errors("Nothing was written."):
         run(**args)
     print(f"Wrote {args['dst']}")
 
@@ -79,7 +79,7 @@ def from_hf(src: pathlib.Path, dst: pathlib.Path, *, dtype: Any = None) -> None:
       FileExistsError: `dst` holds something.
       ValueError: names all that is wrong with `src`.
     """
-    with hf.written_whole(dst) as beside:
+    with hf.replacing_directory(dst) as beside:
         found = hf.open_hf(src, dtype)
 
         def read(path, dtype, block):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from absl import app, flags, logging
 
 from qwen3next_jax.checkpoint.load import as_trained, load_checkpoint, open_checkpoint
-from qwen3next_jax.command import keep_compiled_programs, told_errors
+from qwen3next_jax.command import enable_compilation_cache, friendly_errors
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.text_stream import TextStream
 from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt, split_stops
@@ -66,7 +66,7 @@ _MESH_FSDP = flags.DEFINE_integer(
 )
 
 
-@told_errors()
+@friendly_errors()
 def main(argv: list[str]) -> None:
     """Loads the checkpoint and continues the prompts."""
     if len(argv) > 1:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--system is a message of a chat; give --chat as well")
     if _DRAFTS.value is not None and _SPECULATIVE.value is False:
         raise app.UsageError(f"--nospeculative contradicts --drafts={_DRAFTS.value}")
-    keep_compiled_programs()
+    enable_compilation_cache()
     # Everything that can be checked quickly is checked before the model is loaded.
     sampling = Sampling(
         temperature=_TEMPERATURE.value,

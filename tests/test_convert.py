@@ -18,8 +18,8 @@ from test_hugging_face import broken
 
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint import safetensors_files, store
-from qwen3next_jax.checkpoint.hugging_face import parameter_shapes
 from qwen3next_jax.checkpoint.load import load_checkpoint
+from qwen3next_jax.checkpoint.parameters import parameter_shapes
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
 from qwen3next_jax.convert import from_hf, main, to_hf

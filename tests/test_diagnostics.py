@@ -10,8 +10,8 @@ from flax import nnx
 from oracles import quick_jit, random_module
 from small_run import small_config
 
-from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.model.rope import apply_rope
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training.diagnostics import for_all_layers, update_ratios
 from qwen3next_jax.training.loss import complete_batch
 from qwen3next_jax.training.program import abstract_model

@@ -15,19 +15,19 @@ import pytest
 import torch
 from flax import nnx
 from hf_directory import transformers_model
+from hf_tensors import dump_tensors
 from launched import virtual_devices
 from oracles import DENSE, quick_jit, random_model, small_config
 from transformers import AutoModelForCausalLM
 
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint.hugging_face import (
-    dump_tensors,
     hf_config,
     load_tensors,
     open_hf,
-    parameter_shapes,
-    written_whole,
+    replacing_directory,
 )
+from qwen3next_jax.checkpoint.parameters import parameter_shapes
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, entries
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 70))
@@ -294,10 +294,10 @@ def test_what_a_killed_process_of_the_same_number_left_is_in_nobody_s_way(tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *_, **__: None)  # as if killed
         patch.setattr("time.sleep", lambda _: None)
-        with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt), replacing_directory(tmp_path / "new"):
             raise KeyboardInterrupt
     assert len(list(tmp_path.iterdir())) == 1
-    with written_whole(tmp_path / "new") as beside:
+    with replacing_directory(tmp_path / "new") as beside:
         (beside / "config.json").touch()
     assert (tmp_path / "new" / "config.json").exists()
 
@@ -311,7 +311,7 @@ def test_a_link_is_followed_and_a_mount_point_refused_before_anything_is_written
     assert (tmp_path / "link").is_symlink()
     with (
         pytest.raises(FileExistsError, match=r"is a mount point, .* a directory inside it"),
-        written_whole(pathlib.Path("/proc")),
+        replacing_directory(pathlib.Path("/proc")),
     ):
         pytest.fail("was lent a directory")
 
@@ -320,7 +320,7 @@ def test_the_directory_that_one_is_in_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with (
         pytest.raises(FileExistsError, match="is the directory you are in"),
-        written_whole(pathlib.Path(".")),
+        replacing_directory(pathlib.Path(".")),
     ):
         pytest.fail("was lent a directory")
 

@@ -20,7 +20,6 @@ from small_run import run, small_config, write_corpus
 from test_loop import is_time
 
 import qwen3next_jax as q3n
-from qwen3next_jax.checkpoint.hugging_face import parameter_shapes
 from qwen3next_jax.checkpoint.load import (
     as_trained,
     check_same_model,
@@ -28,8 +27,10 @@ from qwen3next_jax.checkpoint.load import (
     load_checkpoint,
     load_parameters,
 )
-from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
+from qwen3next_jax.checkpoint.parameters import parameter_shapes
+from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.convert import from_hf
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training.program import abstract_model
 
 HERE = pathlib.Path(__file__).parent

@@ -18,13 +18,13 @@ from flax import nnx
 from launched import lines, start, virtual_devices
 from small_run import run, small_config, write_corpus
 
-from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import flatten
 from qwen3next_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from qwen3next_jax.evaluation.samples import samples
 from qwen3next_jax.parallel.mesh import make_mesh
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training import loop
-from qwen3next_jax.training.environment import keep_environment
+from qwen3next_jax.training.environment import record_environment
 
 HERE = pathlib.Path(__file__).parent
 # Keys of `train` that no step reads.
@@ -176,7 +176,7 @@ def test_metrics_have_what_the_docs_promise(whole):
 def test_half_a_line_of_a_start_on_a_full_disk_is_cut_off(tmp_path):
     file = tmp_path / "environment.jsonl"
     file.write_text('{"step": 1}\n{"step": 2, "ti')
-    keep_environment(tmp_path, make_mesh(small_config(tmp_path).mesh), start_step=3)
+    record_environment(tmp_path, make_mesh(small_config(tmp_path).mesh), start_step=3)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 3]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from hf_tensors import dump_tensors
 from oracles import (
     SMALL,
     abstract_model,
@@ -19,7 +20,7 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
 import qwen3next_jax as q3n
-from qwen3next_jax.checkpoint.hugging_face import dump_tensors, load_tensors
+from qwen3next_jax.checkpoint.hugging_face import load_tensors
 from qwen3next_jax.training.loss import TokenCounts, complete_batch, count_labels
 
 # One attention layer is model enough: MTP sees only its last hidden states.

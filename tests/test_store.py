@@ -25,9 +25,9 @@ from qwen3next_jax.checkpoint.store import (
     CheckpointStore,
     DamagedCheckpointError,
     Streamed,
-    named_leaves,
     save_streamed,
 )
+from qwen3next_jax.parallel.names import named_leaves
 
 ROOT = pathlib.Path(__file__).parents[1]
 

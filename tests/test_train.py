@@ -16,7 +16,7 @@ from test_pipeline import make_texts
 from configs import tiny
 from qwen3next_jax import command
 from qwen3next_jax.checkpoint.load import load_checkpoint
-from qwen3next_jax.command import told_errors
+from qwen3next_jax.command import friendly_errors
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.inference.decode import Generation, generate
@@ -52,12 +52,12 @@ def test_a_bucket_is_no_work_directory(tmp_path, monkeypatch):
 
 
 def test_a_mistake_is_told_without_a_traceback_and_a_bug_with_one(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end, told_errors():
+    with pytest.raises(SystemExit) as end, friendly_errors():
         RunConfig.from_dict({"trian": {}})
     assert str(end.value).startswith(
         "error: The run cannot start:\n  Unknown keys in config: 'trian'"
     )
-    with pytest.raises(ValueError, match="could not convert"), told_errors():
+    with pytest.raises(ValueError, match="could not convert"), friendly_errors():
         float("x")
     beside = pathlib.Path(command.__file__).parents[1] / "jax" / "core.py"
     for file, ours in ((command.__file__, True), (ROOT / "train.py", True), (beside, False)):

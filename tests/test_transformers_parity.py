@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from hf_tensors import dump_tensors
 from oracles import DENSE, SMALL, abstract_model, quick_jit, random_model, relative_error
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
-from qwen3next_jax.checkpoint.hugging_face import dump_tensors, load_tensors
+from qwen3next_jax.checkpoint.hugging_face import load_tensors
 from qwen3next_jax.config import ModelConfig
 
 torch.set_num_threads(1)  # for tensors of a few hundred numbers a second thread only costs

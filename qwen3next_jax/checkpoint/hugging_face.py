@@ -8,13 +8,11 @@ under another name and renamed at the end.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
 import shutil
 import time
-import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -24,15 +22,23 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from qwen3next_jax.checkpoint import safetensors_files
+from qwen3next_jax.checkpoint.parameters import (
+    build_model,
+    final_dtype,
+    parameter_shapes,
+    parameters_by_path,
+    shape_mismatches,
+    split_path,
+)
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
-from qwen3next_jax.command import unfinished
+from qwen3next_jax.command import partial_path
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.model.decoder import Qwen3Next
-from qwen3next_jax.parallel.mesh import parameter_shardings
 
 EXPERT_LAYOUTS = {"per_expert": (), "fused": ("model", "mtp")}
 _ARCHITECTURES = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_EMBED = "embed_tokens"
 
 
 class HFCheckpoint(NamedTuple):
@@ -147,33 +153,15 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
         the config; the model is unchanged.
     """
     params = parameters_by_path(nnx.state(model, nnx.Param))
-    table = _table(model.config, FileLayout.of(tensors, model.config), params)
+    table = checked_table(model.config, FileLayout.of(tensors, model.config), params)
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
-    problems = misfits(table.shapes, {name: x.shape for name, x in arrays.items()})
+    problems = shape_mismatches(table.shapes, {name: x.shape for name, x in arrays.items()})
     if problems:
         raise ValueError("The tensors do not fit the config:\n  " + "\n  ".join(problems))
     for path, param in params.items():
         block = (slice(None),) * len(param.shape)
         param.set_value(jax.numpy.asarray(table.read(arrays, path, block, param.dtype)))
-    nnx.update(model, nnx.from_flat_state([(_split(path), p) for path, p in params.items()]))
-
-
-def dump_tensors(
-    params: Any, config: ModelConfig, *, fused_experts: bool = False
-) -> dict[str, np.ndarray]:
-    """Parameters, or anything of their structure such as gradients, under Hugging Face's names.
-
-    Raises:
-      ValueError: names every missing, unexpected and misshapen parameter.
-    """
-    flat = {path: np.asarray(p[...]) for path, p in parameters_by_path(params).items()}
-    layout = FileLayout(fused=expert_layouts("fused" if fused_experts else "per_expert"))
-    table = _table(config, layout, flat)
-    dtypes = {name: x.dtype for path, x in flat.items() for name in table.tensors_of(path)}
-    tensors = {name: np.empty(shape, dtypes[name]) for name, shape in table.shapes.items()}
-    for path, x in flat.items():
-        table.write(tensors, path, (slice(None),) * x.ndim, x)
-    return tensors
+    nnx.update(model, nnx.from_flat_state([(split_path(path), p) for path, p in params.items()]))
 
 
 def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
@@ -195,9 +183,11 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
     except (ValueError, OSError) as error:
         raise _refused(directory, [f"config.json: {error}", *problems]) from None
     layout = FileLayout.of([*stored, *lost], config)
-    table = _table(config, layout)
+    table = checked_table(config, layout)
     if stored or not problems:
-        problems += misfits(table.shapes, {name: s.shape for name, s in stored.items()}, lost)
+        problems += shape_mismatches(
+            table.shapes, {name: s.shape for name, s in stored.items()}, lost
+        )
     dtypes = {}
     for path in table.parameters:
         found = {stored[name].dtype for name in table.tensors_of(path) if name in stored}
@@ -271,15 +261,16 @@ def write_hf(
       OSError: the disk is full.
     """
     dtypes = {path: final_dtype(path, x.dtype, dtype) for path, x in parameters.items()}
-    table = _table(config, layout, parameters)
+    table = checked_table(config, layout, parameters)
     described = hf_config(config, dtypes[_EMBED])
     tensor_dtypes = {name: dtypes[path] for path in dtypes for name in table.tensors_of(path)}
-    for found in sorted(
-        set(tensor_dtypes.values()) - set(safetensors_files.DTYPES.values()), key=str
-    ):
-        raise ValueError(f"dtype={found.name!r} is not supported; expected 'float32' or 'bfloat16'")
-    safetensors_files.parse_size(max_shard_size)
-    with written_whole(directory) as beside:
+    supported = set(safetensors_files.DTYPES.values())
+    if bad := sorted(set(tensor_dtypes.values()) - supported, key=str):
+        raise ValueError(
+            f"dtype={bad[0].name!r} is not supported; expected 'float32' or 'bfloat16'"
+        )
+    safetensors_files.parse_size(max_shard_size)  # refuses a bad size before anything is written
+    with replacing_directory(directory) as beside:
         tensors = safetensors_files.create(
             beside,
             {name: (tensor_dtypes[name], shape) for name, shape in table.shapes.items()},
@@ -320,92 +311,6 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return {**described, **dict.fromkeys(keys, dtype.name)}
 
 
-def build_model(
-    config: ModelConfig,
-    value: Callable[[str, jax.sharding.Sharding], jax.Array],
-    *,
-    dtype: Any,
-    mesh: Mesh | None,
-    unstacked: bool,
-) -> Qwen3Next:
-    """Builds a model from parameters that are made one by one.
-
-    Args:
-      config: its shape.
-      value: makes a parameter, given its path and sharding; stacked ones as such.
-      dtype: of activations.
-      mesh: over which parameters are split; None: one device.
-      unstacked: whether to build the model that `Qwen3Next.unstacked` gives. Each stacked parameter
-        is cut up as soon as it is made, so that but one is in memory twice.
-    """
-
-    def new() -> Qwen3Next:
-        return Qwen3Next(config, rngs=nnx.Rngs(0), dtype=dtype)
-
-    graph, params = nnx.split(nnx.eval_shape(new))
-    if mesh is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = dict.fromkeys(parameters_by_path(params), one)
-    else:
-        placed = parameters_by_path(parameter_shardings(params, mesh))
-        shardings = {path: param.get_value() for path, param in placed.items()}
-    if not unstacked:
-        return nnx.merge(graph, filled(params, lambda path, _: value(path, shardings[path])))
-
-    graph, params = nnx.split(nnx.eval_shape(lambda: new().unstacked()))
-    cut_up = jax.jit(tuple)
-    groups: dict[str, tuple[jax.Array, ...]] = {}
-
-    def part(path: str, _: Any) -> jax.Array:
-        if not path.startswith("groups/"):
-            return value(path, shardings[path])
-        _, group, rest = path.split("/", 2)
-        stacked = f"groups/{rest}"
-        if stacked not in groups:
-            groups[stacked] = cut_up(value(stacked, shardings[stacked]))
-        return groups[stacked][int(group)]
-
-    return nnx.merge(graph, filled(params, part))
-
-
-def filled(params: nnx.State, value: Callable[[str, Any], jax.Array]) -> nnx.State:
-    """The state with each parameter replaced by `value(path, parameter)`."""
-    found = []
-    for path, param in nnx.to_flat_state(params):
-        found.append((path, param.replace(value("/".join(map(str, path)), param.get_value()))))
-    return nnx.from_flat_state(found)
-
-
-@functools.lru_cache(maxsize=8)  # tracing the model takes half a second
-def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shapes of a model's parameters by path; nothing is allocated."""
-    model = nnx.eval_shape(lambda: Qwen3Next(config, rngs=nnx.Rngs(0)))
-    shapes = {path: p.shape for path, p in parameters_by_path(nnx.state(model, nnx.Param)).items()}
-    return types.MappingProxyType(shapes)  # all callers share it
-
-
-def parameters_by_path(params: Any) -> dict[str, Any]:
-    """The parameters of a model's state by path, such as `groups/layers/0/mlp/router`."""
-    return {"/".join(map(str, path)): p for path, p in nnx.to_flat_state(params)}
-
-
-def final_dtype(path: str, stored: Any, dtype: Any) -> Any:
-    """The dtype asked for; `stored` if that is None, or for `A_log` and `dt_bias`.
-
-    Raises:
-      ValueError: neither float32 nor bfloat16 is asked for.
-    """
-    if dtype is None:
-        return stored
-    try:
-        asked = np.dtype(dtype)
-    except TypeError:
-        asked = None
-    if asked not in safetensors_files.DTYPES.values():
-        raise ValueError(f"{dtype=} is not supported; expected 'float32' or 'bfloat16'")
-    return stored if path.endswith(("/A_log", "/dt_bias")) else asked
-
-
 def expert_layouts(name: str) -> tuple[str, ...]:
     """The parts of a model whose experts are fused.
 
@@ -420,7 +325,7 @@ def expert_layouts(name: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a directory beside this one; it takes its place at the end, or is removed on errors.
 
     Raises:
@@ -441,7 +346,7 @@ def written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         raise FileExistsError(
             f"{directory} exists; nothing is overwritten, name another or empty it"
         )
-    beside = unfinished(directory)
+    beside = partial_path(directory)
     beside.mkdir(parents=True)
     try:
         yield beside
@@ -468,43 +373,27 @@ def copy_companions(source: pathlib.Path | None, directory: pathlib.Path) -> Non
             shutil.copyfile(source / name, directory / name)
 
 
-_EMBED = "embed_tokens"
-
-
-def _table(
+def checked_table(
     config: ModelConfig, layout: FileLayout, parameters: Mapping[str, Any] | None = None
 ) -> TensorTable:
-    """The table of a config's parameters, which those given must be."""
+    """The table that maps a config's parameters to Hugging Face tensors.
+
+    Args:
+      config: the model's.
+      layout: how the files store experts and the output head.
+      parameters: arrays or shapes by path, which must be those of the config; None: not checked.
+
+    Raises:
+      ValueError: names every missing, unexpected and misshapen parameter.
+    """
     wanted = parameter_shapes(config)
     given = wanted if parameters is None else {path: p.shape for path, p in parameters.items()}
-    if problems := misfits(wanted, given):
+    if problems := shape_mismatches(wanted, given):
         raise ValueError(
             "Hugging Face has no model with these parameters (merge adapters into the weights that "
             "they change):\n  " + "\n  ".join(problems)
         )
     return TensorTable(config, layout, wanted)
-
-
-def misfits(
-    wanted: Mapping[str, tuple[int, ...]],
-    shapes: Mapping[str, tuple[int, ...]],
-    lost: Collection[str] = (),
-) -> list[str]:
-    """Names the arrays that are missing, unexpected or of another shape than wanted.
-
-    Args:
-      wanted: shapes by name.
-      shapes: of the arrays there are.
-      lost: names that are missing for a reason already reported.
-    """
-    known = {*shapes, *lost}
-    problems = [f"missing: {name} {list(s)}" for name, s in wanted.items() if name not in known]
-    for name, shape in shapes.items():
-        if name not in wanted:
-            problems.append(f"unexpected: {name} {list(shape)}")
-        elif tuple(shape) != wanted[name]:
-            problems.append(f"wrong shape: {name} is {list(shape)}, expected {list(wanted[name])}")
-    return problems
 
 
 def _same_bits(tensors: Mapping[str, np.ndarray], a: str, b: str) -> bool:
@@ -517,7 +406,3 @@ def _same_bits(tensors: Mapping[str, np.ndarray], a: str, b: str) -> bool:
 
 def _refused(directory: pathlib.Path, problems: list[str]) -> ValueError:
     return ValueError(f"{directory} cannot be loaded:\n  " + "\n  ".join(problems))
-
-
-def _split(path: str) -> tuple[str | int, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in path.split("/"))

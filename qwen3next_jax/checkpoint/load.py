@@ -18,17 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen3next_jax.checkpoint.hugging_face import (
+from qwen3next_jax.checkpoint.hugging_face import describe_hf, load_hf, open_hf, read_parameter
+from qwen3next_jax.checkpoint.parameters import (
     build_model,
-    describe_hf,
-    filled,
     final_dtype,
-    load_hf,
-    misfits,
-    open_hf,
+    map_parameters,
     parameter_shapes,
     parameters_by_path,
-    read_parameter,
+    shape_mismatches,
 )
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import ModelConfig
@@ -131,7 +128,7 @@ def load_parameters(
         hf = open_hf(pathlib.Path(path))
         _check_same_model(config, hf.config, path)
         _check_shapes(path, "the run's model", shapes, hf.table.parameters)
-        return filled(wanted, lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
+        return map_parameters(wanted, lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
     _check_same_model(config, ours.config, path)
 
     def read(store: CheckpointStore, step: int) -> nnx.State:
@@ -143,7 +140,7 @@ def load_parameters(
             there = jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=x.sharding)
             return _restore_parameter(store, step, name, there, x.dtype)
 
-        return filled(wanted, value)
+        return map_parameters(wanted, value)
 
     return from_step(ours, read)
 
@@ -264,7 +261,7 @@ def _check_shapes(
     wanted: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
 ) -> None:
-    if problems := misfits(wanted, found):
+    if problems := shape_mismatches(wanted, found):
         raise ValueError(f"{checkpoint} does not fit {of}:\n  " + "\n  ".join(problems))
 
 

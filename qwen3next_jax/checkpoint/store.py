@@ -35,6 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.parallel.processes import exchange
 
 # At absl's INFO level, the default of its applications, Orbax writes some sixty lines a save.
@@ -524,21 +525,6 @@ class _Batch:
         """Aborts what is not committed; nothing is written after this returns."""
         self._transaction.abort()
         self._transaction.future.exception()
-
-
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a pytree, in its order, with their names."""
-    return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """The name of a leaf, such as `groups/layers/0/mlp/router`, given its JAX key path.
-
-    A Flax variable and the array it holds have one name.
-    """
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _save_args(arrays: Mapping[str, Any]) -> dict[str, ocp.SaveArgs]:

@@ -32,7 +32,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from qwen3next_jax.command import cache_folder, unfinished
+from qwen3next_jax.command import cache_folder, replacing
 from qwen3next_jax.data.hashing import mix64
 
 _SCANNED = 1 << 24  # bytes at a time
@@ -404,13 +404,8 @@ def _unpacked(
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)
         logging.info("Unpacking %s to %s", path, copy)
-        beside = unfinished(copy)
-        try:
-            with beside.open("wb") as target:
-                unpack(target)
-            beside.replace(copy)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(copy) as partial, partial.open("wb") as target:
+            unpack(target)
     return copy
 
 

@@ -36,7 +36,7 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from qwen3next_jax.command import told_errors, write_whole
+from qwen3next_jax.command import friendly_errors, write_atomic
 from qwen3next_jax.data.documents import tokenized
 from qwen3next_jax.data.files import import_extra, size_and_time
 from qwen3next_jax.data.globs import fixed_folder, matching_files
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     run = functools.partial(_in_a_pipeline, options=options) if beam else (
         functools.partial(_in_processes, workers=workers))  # fmt: skip
     start = time.monotonic()
-    with told_errors():
+    with friendly_errors():
         try:
             manifest = prepare(Job(**args), run)
         except BadRecordError as error:
@@ -382,7 +382,7 @@ def _manifest(
 
 
 def _write_json(path: epath.Path, content: Any) -> None:
-    write_whole(path, json.dumps(content, indent=1) + "\n")
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from qwen3next_jax.command import unfinished
+from qwen3next_jax.command import replacing
 from qwen3next_jax.data.files import (
     BadFileError,
     BadValueError,
@@ -180,23 +180,17 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> tuple[int, str]:
     Returns:
       Its size in bytes and its SHA-256.
     """
-    beside = unfinished(path)
-    with tempfile.TemporaryDirectory() as folder:
-        local = pathlib.Path(beside if is_local(path) else os.path.join(folder, path.name))
+    with tempfile.TemporaryDirectory() as folder, replacing(path) as partial:
+        local = pathlib.Path(partial if is_local(path) else os.path.join(folder, path.name))
         writer = ArrayRecordWriter(os.fspath(local), _OPTIONS)
-        try:
-            for record in records:
-                writer.write(record)
-            writer.close()
-        except BaseException:
-            local.unlink()
-            raise
+        for record in records:
+            writer.write(record)
+        writer.close()
         with local.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = local.stat().st_size
         if not is_local(path):
-            epath.Path(local).copy(beside)
-    beside.replace(path)
+            epath.Path(local).copy(partial)
     return size, digest
 
 

@@ -28,7 +28,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from qwen3next_jax.command import write_whole
+from qwen3next_jax.command import write_atomic
 from qwen3next_jax.data.chat import load_chat_template
 
 _SPACE = "▁"
@@ -397,7 +397,7 @@ def train_tokenizer(
         if unread:
             raise unread[0] from None
         raise ValueError(_explain(str(error), vocab_size, len(texts))) from error
-    write_whole(epath.Path(path), model.content)
+    write_atomic(epath.Path(path), model.content)
     return SentencePieceTokenizer(path)
 
 
@@ -456,7 +456,7 @@ def keep_tokenizer(
             )
     for name, content in contents.items():
         if not (folder / name).exists() or (folder / name).read_bytes() != content:
-            write_whole(folder / name, content)
+            write_atomic(folder / name, content)
 
 
 BESIDE = (

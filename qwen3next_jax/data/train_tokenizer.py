@@ -13,7 +13,7 @@ import pathlib
 
 from etils import epath
 
-from qwen3next_jax.command import check_writable, told_errors
+from qwen3next_jax.command import check_writable, friendly_errors
 from qwen3next_jax.data.documents import RecordTexts
 from qwen3next_jax.data.files import is_local
 from qwen3next_jax.data.holdout import split_source
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--output", required=True, help="a file")
     args = parser.parse_args(argv)
-    with told_errors():
+    with friendly_errors():
         if is_local(epath.Path(args.output)):  # training takes long, and would be lost
             check_writable(pathlib.Path(args.output))
         records = open_source(

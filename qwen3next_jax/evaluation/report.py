@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3next_jax.command import check_writable, told_errors, write_whole
+from qwen3next_jax.command import check_writable, friendly_errors, write_atomic
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig, flatten
 
 _CURVE_SPANS = 400  # in a curve; when there are more than twice as many, pairs are merged
@@ -250,7 +250,7 @@ class Report:
         # JSON inside a script element must not contain the end tag: "<" is escaped.
         page = page.replace("<title>Report<", f"<title>{html.escape(title)}<")
         page = page.replace(">DATA<", ">" + text.replace("<", "\\u003c") + "<")
-        write_whole(self._output, page)
+        write_atomic(self._output, page)
 
 
 def _page(runs: list[Run], title: str) -> dict[str, Any]:
@@ -485,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     single = len(args.workdir) == 1
     output = pathlib.Path(args.workdir[0]) / "report.html" if single else "comparison.html"
     output = args.output or output
-    with told_errors():
+    with friendly_errors():
         if args.output:
             check_writable(pathlib.Path(output))
         Report(args.workdir, output).write()

@@ -29,10 +29,9 @@ from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from qwen3next_jax.config import MeshConfig, divisors, nearest
+from qwen3next_jax.config import AXES, MeshConfig, divisors, nearest
 from qwen3next_jax.ops.platform import platform
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
 ROWS = ("data", "fsdp", "expert")  # axes that split the rows of a batch
 SLICES = ("fsdp", "context", "expert")  # axes that split the parameters, until they are used
 BATCH = PartitionSpec(ROWS, "context")  # spec of arrays [B, T, ...]

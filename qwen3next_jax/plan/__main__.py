@@ -18,7 +18,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from qwen3next_jax.command import check_writable, known_keys, told_errors, write_whole
+from qwen3next_jax.command import check_writable, explain_unknown_key, friendly_errors, write_atomic
 from qwen3next_jax.config import ModelConfig, RunConfig
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
@@ -43,7 +43,7 @@ _YARDSTICK = dict(
 )  # fmt: skip
 
 
-@told_errors()
+@friendly_errors()
 def main(argv: list[str]) -> None:
     """Prints the plan."""
     if len(argv) > 1:
@@ -181,7 +181,7 @@ def _compiled(config: RunConfig, chip: Chip) -> dict[str, Any]:
         unknown = dict.fromkeys(("memory_bytes", "step_seconds", "step_seconds_bounds"))
         return {**unknown, "fits": False, "source": "compiler", "error": str(error)}
     if _HLO.value:
-        write_whole(pathlib.Path(_HLO.value), compiled.text)
+        write_atomic(pathlib.Path(_HLO.value), compiled.text)
     used = sum(compiled.memory.values())
     e, t = compiled.estimate, config.train
     low, high = e.step_seconds
@@ -269,4 +269,4 @@ def _table(rows: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=known_keys()(app.parse_flags_with_usage))
+    app.run(main, flags_parser=explain_unknown_key()(app.parse_flags_with_usage))

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import LINEAR, ModelConfig, RunConfig
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.plan.chips import Chip
 
 _EFFICIENCY = 0.3  # of the chip's peak, that products are taken to reach

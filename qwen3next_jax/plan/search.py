@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh
 
-from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import REMAT, RunConfig, divisors
 from qwen3next_jax.parallel.layout import check_fits, describe_layout
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.plan import costs
 from qwen3next_jax.plan.chips import Chip
 from qwen3next_jax.training.program import place_state

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig
 from qwen3next_jax.model.statistics import Largest, Observed
 from qwen3next_jax.parallel.mesh import constrain
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training.norm import norm
 
 # Parts of the model by their parameters' names; the first match counts.

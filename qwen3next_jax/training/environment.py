@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from qwen3next_jax.command import write_whole
+from qwen3next_jax.command import write_atomic
 
 _PACKAGES = (
     "qwen3next_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain",
@@ -20,7 +20,7 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def keep_environment(workdir: pathlib.Path, mesh: Mesh, *, start_step: int) -> None:
+def record_environment(workdir: pathlib.Path, mesh: Mesh, *, start_step: int) -> None:
     """Adds a line: the time, the step that the run starts from, machines, versions and command."""
     if jax.process_index() > 0:
         return
@@ -28,7 +28,7 @@ def keep_environment(workdir: pathlib.Path, mesh: Mesh, *, start_step: int) -> N
     path = workdir / "environment.jsonl"
     before = path.read_text() if path.exists() else ""
     before = before[: before.rfind("\n") + 1]  # without an incomplete line from a full disk
-    write_whole(path, before + json.dumps(line) + "\n")
+    write_atomic(path, before + json.dumps(line) + "\n")
 
 
 def environment() -> dict[str, Any]:

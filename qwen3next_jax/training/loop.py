@@ -22,13 +22,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
-from qwen3next_jax.checkpoint.store import CheckpointStore, named_leaves
+from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.pipeline import Data, check_same_data, input_metrics, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.context import implementations
 from qwen3next_jax.parallel.layout import describe_layout
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh, no_mesh
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.parallel.processes import (
     BatchShare,
     ShouldStop,
@@ -37,7 +38,7 @@ from qwen3next_jax.parallel.processes import (
     require_same,
 )
 from qwen3next_jax.training.diagnostics import for_all_layers
-from qwen3next_jax.training.environment import keep_environment
+from qwen3next_jax.training.environment import record_environment
 from qwen3next_jax.training.metrics import has_line, reporters
 from qwen3next_jax.training.program import Program, make_program, new_model
 from qwen3next_jax.training.step import TrainState, first_bad_parameter, initial_state
@@ -159,7 +160,7 @@ class _Run:
         self._start, self._tokens, self._state = _restore_or_initialize(
             config, self._program, self._store, data, self._batches
         )
-        keep_environment(workdir, mesh, start_step=self._start)
+        record_environment(workdir, mesh, start_step=self._start)
         self._writer, self._progress = reporters(workdir, t.num_steps, start_step=self._start)
         self._train_step = compiled_together(self._program.step)
         self._unsettled: deque[tuple[int, dict[str, jax.Array], Any, Any]] = deque()

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers as Matrix
 
-from qwen3next_jax.checkpoint.store import leaf_name, named_leaves
 from qwen3next_jax.config import OptimizerConfig
 from qwen3next_jax.ops.cpu import once
+from qwen3next_jax.parallel.names import leaf_name, named_leaves
 from qwen3next_jax.training.norm import norm
 
 # As published (Jordan, 2024; Liu et al., arXiv:2502.16982): Muon's momentum, and the root mean

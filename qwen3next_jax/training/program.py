@@ -12,12 +12,12 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from qwen3next_jax.checkpoint.store import named_leaves
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import BATCH, parameter_shardings
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training.optimizer import make_optimizer
 from qwen3next_jax.training.step import TrainState, initial_state, make_train_step
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 from absl import logging
 
-from qwen3next_jax.command import write_whole
+from qwen3next_jax.command import write_atomic
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.parallel.processes import exchange, require_shared
@@ -128,4 +128,4 @@ def keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def _write_config(config: RunConfig, path: pathlib.Path) -> None:
-    write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
+    write_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
