@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -84,3 +85,9 @@ def write_tfds(folder, texts):
     builder = Texts(data_dir=str(folder), file_format="array_record")
     builder.download_and_prepare()
     return builder.data_dir
+
+
+def make_texts(count=100, seed=0, longest=30):
+    rng = random.Random(seed)
+    words = ["def", "return", "self", "value", "(x)", "=", "\n", "    ", "é"]
+    return [f"{i} " + " ".join(rng.choices(words, k=rng.randrange(longest))) for i in range(count)]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 
 import numpy as np
 import safetensors.torch
@@ -125,3 +126,42 @@ def read(directory):
 def bits(tensor):
     flat = tensor.contiguous().flatten().view(torch.uint8)
     return str(tensor.dtype), tuple(tensor.shape), np.asarray(flat).tobytes()
+
+
+def change_shard(directory, number, change):
+    """Rewrites one file with the library; `change` edits its tensors in place."""
+    file = directory / f"model-{number:05}-of-00003.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+
+
+def broken(directory):
+    """A checkpoint with every fault at once; returns what a report of them has to say."""
+    names = sorted(released(directory))
+    (directory / "model-00002-of-00003.safetensors").unlink()
+    lost, scaled = names[3], next(n for n in names[2::3] if n.endswith("gate_proj.weight"))
+    assert names[0] == "lm_head.weight"
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
+        tensors["model.layers.9.extra"] = torch.zeros(2)
+        del tensors[lost]
+
+    change_shard(directory, 1, change)
+
+    def quantise(tensors):
+        tensors[scaled] = tensors[scaled].to(torch.float8_e4m3fn)
+
+    change_shard(directory, 3, quantise)
+    third = directory / "model-00003-of-00003.safetensors"
+    os.truncate(third, third.stat().st_size - 7)
+    size = third.stat().st_size
+    return [
+        "missing shard: model-00002-of-00003.safetensors",
+        f"truncated shard: model-00003-of-00003.safetensors has {size} of {size + 7} bytes",
+        f"unsupported dtype: {scaled} is F8_E4M3, expected F32 or BF16",
+        f"missing: {lost}, in model-00001-of-00003.safetensors by model.safetensors.index.json",
+        "unexpected: model.layers.9.extra [2]",
+        "wrong shape: lm_head.weight is [60, 32], expected [61, 32]",
+    ]

@@ -76,6 +76,11 @@ def _run(config, workdir, **hooks):
     return loop.train(config, workdir, data, **hooks)
 
 
+def is_time(name):
+    """Whether a metric is a time, which differs between equal runs."""
+    return name in ("tokens_per_second", "data_wait") or name.startswith("seconds/")
+
+
 if __name__ == "__main__":
     changes = (item.split("=") for item in sys.argv[3:])
     changes = {key.replace(".", "__"): ast.literal_eval(value) for key, value in changes}

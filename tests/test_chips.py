@@ -1,3 +1,5 @@
+"""Topologies are parsed, and unknown chips refused with those that are known."""
+
 import pytest
 
 from qwen3next_jax.plan.chips import CHIPS, parse_topology

@@ -7,19 +7,11 @@ import json
 import numpy as np
 import pytest
 from oracles import RELEASED, SMALL, small_config
+from run_dicts import run_dict
 from transformers import Qwen3Config, Qwen3NextConfig
 
 from configs import tiny
 from qwen3next_jax.config import ModelConfig, RunConfig
-
-
-def run_dict(**changes):
-    """The tiny run's config; `changes` are section__key=value."""
-    given = tiny.get_config().to_dict()
-    for name, value in changes.items():
-        section, key = name.split("__")
-        given[section][key] = value
-    return given
 
 
 def test_the_released_dialect_is_read():

@@ -5,31 +5,20 @@ recurrence (delta rule) and the implementations that see all tokens at once (the
 """
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
-from launched import virtual_devices
+from launched import TESTS, run_python
 from split_ops import MESHES, meshes
 
 from qwen3next_jax.parallel import context
 from qwen3next_jax.plan.search import abstract_mesh
 
-TESTS = pathlib.Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def report():
-    environment = os.environ | {
-        "XLA_FLAGS": virtual_devices(8),
-        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
-    }
-    command = [sys.executable, TESTS / "split_ops.py"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_python(TESTS / "split_ops.py", devices=8, capture_output=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hf_directory import broken
 from oracles import RELEASED, random_model, small_config
-from test_hugging_face import broken
 
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint import safetensors_files, store

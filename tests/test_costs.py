@@ -1,3 +1,5 @@
+"""Parameters, operations, memory and step times by arithmetic, against counts of real programs."""
+
 import dataclasses
 import functools
 import math

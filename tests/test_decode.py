@@ -1,13 +1,9 @@
 """Generated tokens are those of the full forward pass, whatever shares the batch."""
 
-import os
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from launched import virtual_devices
+from launched import run_python
 from oracles import quick_jit, random_model, small_config
 
 from qwen3next_jax.inference import decode
@@ -136,6 +132,4 @@ for prompts in ([[5, 9, 2], [7], [3, 3, 8]], [[i, 1] for i in range(8)]):
 
 @pytest.mark.slow
 def test_eight_devices_write_what_one_writes():
-    paths = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
-    environment = {**os.environ, "XLA_FLAGS": virtual_devices(8), "PYTHONPATH": paths}
-    subprocess.run([sys.executable, "-c", ON_A_MESH], env=environment, check=True, timeout=600)
+    run_python("-c", ON_A_MESH, devices=8, check=True, timeout=600)

@@ -1,15 +1,10 @@
 """Dispatch and combine with stand-ins for the experts, against a sum over all experts."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from launched import virtual_devices
+from launched import run_python
 
 from qwen3next_jax.parallel import expert
 from qwen3next_jax.parallel.expert import _cumsum, _order, _plan, apply_experts
@@ -227,8 +222,4 @@ for exchange in ("dense", "ragged"):
 
 
 def test_split_experts_equal_whole_ones_by_either_exchange_and_count_what_finds_no_place():
-    environment = os.environ | {
-        "XLA_FLAGS": virtual_devices(4),
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
-    }
-    subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=environment, check=True)
+    run_python("-c", ON_FOUR_DEVICES, devices=4, check=True)

@@ -1,3 +1,5 @@
+"""Costs read from compiled HLO text: collectives, loops and kernels."""
+
 import pytest
 
 from qwen3next_jax.plan.chips import Chip

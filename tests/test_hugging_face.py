@@ -152,47 +152,8 @@ def test_a_written_tied_head_is_read_if_it_is_the_embedding(tmp_path):
         q3n.load_hf(tmp_path)
 
 
-def change_shard(directory, number, change):
-    """Rewrites one file with the library; `change` edits its tensors in place."""
-    file = directory / f"model-{number:05}-of-00003.safetensors"
-    tensors = hf_directory.safetensors.torch.load_file(file)
-    change(tensors)
-    hf_directory.safetensors.torch.save_file(tensors, file)
-
-
-def broken(directory):
-    """A checkpoint with every fault at once; returns what a report of them has to say."""
-    names = sorted(hf_directory.released(directory))
-    (directory / "model-00002-of-00003.safetensors").unlink()
-    lost, scaled = names[3], next(n for n in names[2::3] if n.endswith("gate_proj.weight"))
-    assert names[0] == "lm_head.weight"
-
-    def change(tensors):
-        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
-        tensors["model.layers.9.extra"] = torch.zeros(2)
-        del tensors[lost]
-
-    change_shard(directory, 1, change)
-
-    def quantise(tensors):
-        tensors[scaled] = tensors[scaled].to(torch.float8_e4m3fn)
-
-    change_shard(directory, 3, quantise)
-    third = directory / "model-00003-of-00003.safetensors"
-    os.truncate(third, third.stat().st_size - 7)
-    size = third.stat().st_size
-    return [
-        "missing shard: model-00002-of-00003.safetensors",
-        f"truncated shard: model-00003-of-00003.safetensors has {size} of {size + 7} bytes",
-        f"unsupported dtype: {scaled} is F8_E4M3, expected F32 or BF16",
-        f"missing: {lost}, in model-00001-of-00003.safetensors by model.safetensors.index.json",
-        "unexpected: model.layers.9.extra [2]",
-        "wrong shape: lm_head.weight is [60, 32], expected [61, 32]",
-    ]
-
-
 def test_all_faults_come_in_one_report(tmp_path):
-    complaints = broken(tmp_path / "given")
+    complaints = hf_directory.broken(tmp_path / "given")
     with pytest.raises(ValueError, match="cannot be loaded") as error:
         q3n.load_hf(tmp_path / "given")
     assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == sorted(complaints)
@@ -222,10 +183,10 @@ def test_all_faults_come_in_one_report(tmp_path):
             (10).to_bytes(8, "little") + b"not JSON.."), "header of .* is damaged"),
         (lambda d: (d / "model-00004-of-00003.safetensors").write_bytes(b""),
          r"unexpected shard: model-00004-of-00003\.safetensors"),
-        (lambda d: change_shard(d, 1, lambda t: t.update({"lm_head.weight": t["lm_head.weight"],
-                                                          "model.norm.weight": torch.ones(32)})),
+        (lambda d: hf_directory.change_shard(
+            d, 1, lambda t: t.update({"model.norm.weight": torch.ones(32)})),
          r"twice: model\.norm\.weight"),
-        (lambda d: change_shard(d, 1, lambda t: t.update(
+        (lambda d: hf_directory.change_shard(d, 1, lambda t: t.update(
             {n: x.float() for n, x in t.items() if n.endswith("1.self_attn.k_proj.weight")})),
          r"mixed dtypes: model\.layers\.1\.self_attn\.k_proj.* are bfloat16 and float32"),
     ],

@@ -1,3 +1,5 @@
+"""Runs that do not fit their mesh are refused with sizes that would."""
+
 import re
 
 import jax
@@ -5,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_config import run_dict
+from run_dicts import run_dict
 
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.parallel.layout import check_fits, describe_layout

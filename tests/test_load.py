@@ -16,8 +16,7 @@ import pytest
 from flax import nnx
 from launched import virtual_devices
 from oracles import random_model
-from small_run import run, small_config, write_corpus
-from test_loop import is_time
+from small_run import is_time, run, small_config, write_corpus
 
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint.load import (

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from launched import lines, start, virtual_devices
-from small_run import run, small_config, write_corpus
+from small_run import is_time, run, small_config, write_corpus
 
 from qwen3next_jax.config import flatten
 from qwen3next_jax.data.tokenizer import load_tokenizer, train_tokenizer
@@ -98,10 +98,6 @@ def finished(corpus, tmp_path_factory):
 def two_steps(finished, tmp_path):
     """A copy of that run."""
     return shutil.copytree(finished, tmp_path / "two_steps")
-
-
-def is_time(name):
-    return name in ("tokens_per_second", "data_wait") or name.startswith("seconds/")
 
 
 def course(workdir):

@@ -1,3 +1,5 @@
+"""Meshes, and the table that shards parameters over them."""
+
 import itertools
 import math
 from unittest import mock

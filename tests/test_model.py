@@ -1,11 +1,7 @@
 """The whole model: its size, switches and dtypes, and what rematerialisation may not change."""
 
 import functools
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from launched import run_python
 from oracles import (
     RELEASED,
     abstract_model,
@@ -236,11 +233,7 @@ plain, fast = (
 )
 assert plain == fast
 """
-    environment = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": "tests"}
-    root = pathlib.Path(__file__).parents[1]
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True
-    )
+    run = run_python("-c", script, env={"JAX_ENABLE_X64": "1"}, capture_output=True)
     assert run.returncode == 0, run.stderr
 
 

@@ -66,10 +66,10 @@ def is_jaxpr(x):
 
 
 @pytest.mark.parametrize("module", [GatedAttention, GatedDeltaNet])
-def test_what_bends_is_computed_in_float32_whatever_the_activations_are(module):
+def test_nonlinearities_are_float32_whatever_the_activations_are(module):
     jaxpr = jax.make_jaxpr(make(module))(X.astype(jnp.bfloat16))
-    bent = {"logistic", "exp", "exp2", "log1p", "rsqrt", "sqrt", "tanh"}
-    found = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in bent]
+    nonlinear = {"logistic", "exp", "exp2", "log1p", "rsqrt", "sqrt", "tanh"}
+    found = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in nonlinear]
     assert {"logistic", "rsqrt"} <= {e.primitive.name for e in found}
     assert {str(e.invars[0].aval.dtype) for e in found} == {"float32"}
 

@@ -1,22 +1,17 @@
 """Eight virtual devices compute what one does, whichever way the model is split over them.
 
-The mesh's own process: a CPU has several devices only if asked before JAX starts.
+The meshes run in a process of their own: the number of CPU devices must be set before JAX starts.
 """
 
 import json
-import os
-import pathlib
 import subprocess
-import sys
 
 import pytest
-from launched import virtual_devices
+from launched import TESTS, run_python
 from split_model import MESHES
 
-HERE = pathlib.Path(__file__)
-
-# What the design says each axis sends around, beside the all-reduces of every mesh. The CPU's
-# compiler shows them as they are; a TPU's may fuse some into products.
+# The collectives of each axis by design, beyond the all-reduces of every mesh. XLA:CPU keeps them
+# as they are; the TPU compiler may fuse some into products.
 COLLECTIVES = {
     "data": set(),
     "fsdp": {"all-gather", "reduce-scatter"},
@@ -27,16 +22,10 @@ COLLECTIVES = {
 
 
 def on_eight_devices(*args):
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": virtual_devices(8),
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parents[1])]),
-    }
-    # The text of a program that comes from the cache cannot always be had.
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    done = subprocess.run(
-        [sys.executable, str(HERE.parent / "split_model.py"), *args],
-        env=environment, stdout=subprocess.PIPE, text=True, timeout=900,
+    # A program from the compilation cache does not always have its text.
+    done = run_python(
+        TESTS / "split_model.py", *args, devices=8, env={"JAX_COMPILATION_CACHE_DIR": None},
+        stdout=subprocess.PIPE, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

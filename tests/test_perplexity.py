@@ -1,3 +1,5 @@
+"""Perplexity and bits per byte against plain sums over all tokens."""
+
 import math
 
 import jax.numpy as jnp

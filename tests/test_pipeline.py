@@ -12,6 +12,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from corpora import make_texts
 
 from qwen3next_jax.data.pipeline import (
     Data,
@@ -26,12 +27,6 @@ from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import train_tokenizer
 
 SHAPE = dict(batch_size=3, sequence_length=16)
-
-
-def make_texts(count=100, seed=0, longest=30):
-    rng = random.Random(seed)
-    words = ["def", "return", "self", "value", "(x)", "=", "\n", "    ", "é"]
-    return [f"{i} " + " ".join(rng.choices(words, k=rng.randrange(longest))) for i in range(count)]
 
 
 def records_of(texts):

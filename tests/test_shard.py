@@ -13,7 +13,7 @@ import corpora
 import numpy as np
 import pytest
 import read_batches
-from test_pipeline import make_texts
+from corpora import make_texts
 
 from qwen3next_jax.data import documents
 from qwen3next_jax.data.packing import best_fit, concatenate

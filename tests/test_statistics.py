@@ -70,7 +70,7 @@ def test_parts_weigh_by_their_tokens():
     assert whole["peak"].value == 5
 
 
-def test_layers_stand_one_after_another_with_those_that_know_a_name():
+def test_observed_statistics_are_stacked_in_layer_order():
     delta = {"a": Largest(jnp.ones(2)), "b": Largest(jnp.full(2, 2.0))}
     attention = {"b": Largest(jnp.full(1, 3.0)), "c": Largest(jnp.full(1, 4.0))}
     joined = concatenate_layers([delta, attention])

@@ -11,7 +11,7 @@ import traceback
 import corpora
 import jax.numpy as jnp
 import pytest
-from test_pipeline import make_texts
+from corpora import make_texts
 
 from configs import tiny
 from qwen3next_jax import command

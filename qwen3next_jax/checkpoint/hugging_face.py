@@ -1,9 +1,9 @@
-"""Hugging Face directories: opened with all their faults in one report, loaded, and written whole.
+"""Reads and writes Hugging Face directories.
 
-How their tensors make up our parameters is said in `tensor_table.py` alone. Here a directory is
-checked against it before anything is read, so that a missing shard, a truncated one, an extra
-tensor and a wrong shape come in one error and not in four attempts. A new directory is written
-under another name and renamed at the end.
+`tensor_table.py` maps their tensors to our parameters. Before any tensor is read, a directory is
+checked against that table, so that a missing shard, a truncated one, an extra tensor and a wrong
+shape are reported in one error and not in four attempts. A new directory is written under another
+name and renamed when complete.
 """
 
 import contextlib
@@ -42,13 +42,13 @@ _EMBED = "embed_tokens"
 
 
 class HFCheckpoint(NamedTuple):
-    """A directory in which nothing is wrong, as far as headers tell."""
+    """A directory whose config and tensor headers passed all checks."""
 
     config: ModelConfig
     layout: FileLayout
     table: TensorTable
     tensors: Mapping[str, np.ndarray]
-    dtypes: dict[str, np.dtype]  # of our parameters, by path
+    dtypes: dict[str, np.dtype]  # dtypes that our parameters get, by path
 
 
 def load_hf(
@@ -62,16 +62,16 @@ def load_hf(
     """Loads a Hugging Face checkpoint, one file or sharded, experts one by one or fused.
 
     Args:
-      directory: holds config.json and safetensors.
-      dtype: of the parameters and of activations; `A_log` and `dt_bias` stay as stored. None: as
-        stored; activations take the embedding's.
-      mesh: over which the parameters are split by `parallel/mesh.py`; each process then reads what
-        its devices hold. None: one device.
-      rope_scaling: replaces the config's; {}: no YaRN.
+      directory: path of a directory with config.json and safetensors.
+      dtype: dtype of parameters and activations, float32 or bfloat16; `A_log` and `dt_bias` stay
+        as stored. None: parameters as stored, activations in the embedding's dtype.
+      mesh: mesh over which `parallel/mesh.py` shards the parameters; each process then reads only
+        its devices' shards. None: one device.
+      rope_scaling: replacement for the config's; {} disables YaRN.
       unstacked: see `load_checkpoint`.
 
     Returns:
-      The model. It has an MTP module where the files hold one, and `source`, the directory.
+      The model, with an MTP module if the files hold one; its `source` is the directory.
 
     Raises:
       ValueError: names all that is wrong with the directory.
@@ -87,7 +87,7 @@ def load_hf(
 
     computed_in = hf.dtypes["embed_tokens"]
     model = build_model(config, value, dtype=computed_in, mesh=mesh, unstacked=unstacked)
-    # Not a field of the model: only for `save_hf`, which takes the tokenizer from there. Graphs of
+    # An extra attribute for `save_hf`, which copies the tokenizer from there. Graphs of
     # two directories differ by it; if they did not, `nnx.jit` would give one model the other's.
     model.source = str(path.absolute())  # type: ignore[attr-defined]
     return model
@@ -103,11 +103,11 @@ def save_hf(
     """Writes a Hugging Face checkpoint, MTP included.
 
     Args:
-      model: all of it on this process's devices.
-      directory: does not exist, or is empty.
-      dtype: of the tensors; `A_log` and `dt_bias` stay as they are. None: the parameters'.
+      model: the model, all of it on this process's devices.
+      directory: path of a new or empty directory.
+      dtype: dtype of the tensors; `A_log` and `dt_bias` stay as they are. None: the parameters'.
       expert_layout: "per_expert", one tensor for each projection of each expert, or "fused".
-      max_shard_size: of a file, in bytes or such as "5GB".
+      max_shard_size: most bytes in a file, as a number or such as "5GB".
 
     Raises:
       FileExistsError: the directory holds something.
@@ -145,8 +145,8 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
     """Fills a model's parameters, which keep their dtypes.
 
     Args:
-      model: of the config that the tensors belong to.
-      tensors: by their names in a Hugging Face checkpoint; experts one by one or fused.
+      model: a model of the same config as the tensors.
+      tensors: tensors by name in a Hugging Face checkpoint; experts one by one or fused.
 
     Raises:
       ValueError: names every missing, unexpected and misshapen tensor, or parameter that is not of
@@ -165,11 +165,11 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
 
 
 def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
-    """Checks a directory and says how its tensors make up our parameters; reads headers only.
+    """Checks a directory and maps its tensors to our parameters; reads headers only.
 
     Args:
-      directory: holds config.json and safetensors.
-      dtype: that the parameters but `A_log` and `dt_bias` shall have; None: as stored.
+      directory: path of a directory with config.json and safetensors.
+      dtype: dtype of the parameters except `A_log` and `dt_bias`; None: as stored.
 
     Raises:
       ValueError: names all that is wrong with it.
@@ -193,7 +193,7 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
         found = {stored[name].dtype for name in table.tensors_of(path) if name in stored}
         found &= set(safetensors_files.DTYPES.values())
         dtypes[path] = final_dtype(path, next(iter(found), np.dtype(np.float32)), dtype)
-        if len(found) > 1 and final_dtype(path, None, dtype) is None:  # none was chosen
+        if len(found) > 1 and final_dtype(path, None, dtype) is None:  # none was requested
             names = table.tensors_of(path)
             problems.append(
                 f"mixed dtypes: {names[0]} to {names[-1]}, one parameter of ours, are "
@@ -210,7 +210,7 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
 
 
 def describe_hf(directory: pathlib.Path) -> ModelConfig:
-    """The model of a directory, of which only config.json and the tensors' names are looked at."""
+    """The config of a directory's model, read from config.json and the tensors' names alone."""
     tensors, _, lost = safetensors_files.read_directory(directory)
     return _described(directory, [*tensors.stored, *lost])
 
@@ -223,7 +223,7 @@ def _described(directory: pathlib.Path, names: Collection[str]) -> ModelConfig:
 def read_parameter(
     hf: HFCheckpoint, path: str, sharding: jax.sharding.Sharding, dtype: Any
 ) -> jax.Array:
-    """One of our parameters; each process reads what its devices hold of it."""
+    """Reads one of our parameters; each process reads only its devices' shards."""
 
     def read(block: tuple[slice, ...] | None) -> np.ndarray:
         assert block is not None
@@ -246,13 +246,13 @@ def write_hf(
     """Writes a directory from blocks of parameters, in memory one at a time.
 
     Args:
-      directory: does not exist, or is empty.
-      config: the model's.
-      parameters: their shapes and dtypes by path.
-      blocks: of a path, blocks that cover the parameter, and where in it they stand.
-      dtype: of the tensors but `A_log` and `dt_bias`; None: the parameters'.
-      layout: of the files.
-      max_shard_size: of a file.
+      directory: path of a new or empty directory.
+      config: the model's config.
+      parameters: shapes and dtypes of the parameters by path.
+      blocks: function from a path to (index, values) of blocks that cover the parameter.
+      dtype: dtype of the tensors except `A_log` and `dt_bias`; None: the parameters'.
+      layout: how the files store experts and the output head.
+      max_shard_size: most bytes in a file.
       companions: a directory to copy tokenizer files from, where it has any.
 
     Raises:
@@ -289,7 +289,7 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     """The `config.json` of a model whose weights have this dtype.
 
     Raises:
-      ValueError: names the fields that cannot be said in it.
+      ValueError: names the fields that it cannot express.
     """
     described = config.to_hf()
     back = dataclasses.replace(
@@ -312,7 +312,7 @@ def hf_config(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 def expert_layouts(name: str) -> tuple[str, ...]:
-    """The parts of a model whose experts are fused.
+    """The parts of a model ("model", "mtp") whose experts are fused.
 
     Raises:
       ValueError: there is no such layout.
@@ -326,12 +326,12 @@ def expert_layouts(name: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def replacing_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a directory beside this one; it takes its place at the end, or is removed on errors.
+    """Yields a new directory beside this one, which replaces it at the end or is removed on errors.
 
     Raises:
       FileExistsError: the directory holds something, or it cannot be replaced.
     """
-    directory = directory.resolve()  # of a link, what it leads to
+    directory = directory.resolve()  # so that the target of a link is replaced, not the link
     if directory.is_mount():
         raise FileExistsError(
             f"{directory} is a mount point, which nothing can take the place of; name a directory "
@@ -365,7 +365,7 @@ def replacing_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def copy_companions(source: pathlib.Path | None, directory: pathlib.Path) -> None:
-    """Copies the tokenizer files that there are."""
+    """Copies the tokenizer files that exist in `source`."""
     if source is None:
         return
     for name in TOKENIZER_FILES:

@@ -27,15 +27,15 @@ def build_model(
     mesh: Mesh | None,
     unstacked: bool,
 ) -> Qwen3Next:
-    """Builds a model from parameters that are made one by one.
+    """Builds a model from parameters that are created one by one.
 
     Args:
-      config: its shape.
-      value: makes a parameter, given its path and sharding; stacked ones as such.
-      dtype: of activations.
-      mesh: over which parameters are split; None: one device.
-      unstacked: whether to build the model that `Qwen3Next.unstacked` gives. Each stacked parameter
-        is cut up as soon as it is made, so that but one is in memory twice.
+      config: the model's shape.
+      value: function that creates a parameter from its path and sharding; layers are stacked.
+      dtype: dtype of activations.
+      mesh: mesh over which parameters are sharded; None: one device.
+      unstacked: whether to build the model that `Qwen3Next.unstacked` returns. Each stacked
+        parameter is split as soon as it is created, so only one is in memory twice.
     """
 
     def new() -> Qwen3Next:
@@ -70,7 +70,7 @@ def build_model(
 
 
 def map_parameters(params: nnx.State, value: Callable[[str, Any], jax.Array]) -> nnx.State:
-    """The state with each parameter replaced by `value(path, parameter)`."""
+    """A state with each parameter replaced by `value(path, parameter)`."""
     found = []
     for path, param in nnx.to_flat_state(params):
         found.append((path, param.replace(value("/".join(map(str, path)), param.get_value()))))
@@ -96,10 +96,10 @@ def split_path(path: str) -> tuple[str | int, ...]:
 
 
 def final_dtype(path: str, stored: Any, dtype: Any) -> Any:
-    """The dtype asked for; `stored` if that is None, or for `A_log` and `dt_bias`.
+    """The requested dtype, or `stored` if that is None or for `A_log` and `dt_bias`.
 
     Raises:
-      ValueError: neither float32 nor bfloat16 is asked for.
+      ValueError: the requested dtype is neither float32 nor bfloat16.
     """
     if dtype is None:
         return stored
@@ -120,8 +120,8 @@ def shape_mismatches(
     """Names the arrays that are missing, unexpected or of another shape than wanted.
 
     Args:
-      wanted: shapes by name.
-      shapes: of the arrays there are.
+      wanted: expected shapes by name.
+      shapes: actual shapes by name.
       lost: names that are missing for a reason already reported.
     """
     known = {*shapes, *lost}

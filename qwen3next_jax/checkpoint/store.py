@@ -46,10 +46,10 @@ logging.getLogger("absl").addFilter(
 
 _CHUNK_BYTES = 2**24
 _COMMIT_BYTES = 2**25
-# The most bytes in flight from a process's memory to the disk; raised to two parts of the largest
-# array where those are more.
+# Limit on a process's bytes in flight to the disk; raised to twice the largest shard of an array
+# where that is more.
 _WRITE_BYTES = 2**28
-# How many checkpoints a reader takes up in vain, because the run deleted each of them meanwhile.
+# After how many checkpoints that the run deleted while they were being read a reader gives up.
 _DELETED = 3
 
 Block = tuple[slice, ...]
@@ -88,9 +88,10 @@ class CheckpointStore:
         """Opens, and makes where needed, the directory.
 
         Args:
-          directory: holds nothing but checkpoints.
-          keep: how many of the newest steps stay; None: for reading only, also while a run writes.
-          keep_best: how many of those with the lowest metric stay besides.
+          directory: path of a directory that holds only checkpoints.
+          keep: how many of the newest steps to keep; None: open for reading only, which is safe
+            while a run writes.
+          keep_best: how many steps with the lowest metric to keep in addition.
         """
         self.directory, self._keep = pathlib.Path(directory).absolute(), keep
         writing = keep is not None
@@ -112,8 +113,8 @@ class CheckpointStore:
         Args:
           step: names the checkpoint.
           state: a pytree of arrays, none of size 0.
-          extras: anything that JSON can hold; process 0's count.
-          metric: by which `keep_best` chooses; the lower, the better.
+          extras: a JSON object; process 0's is saved.
+          metric: the number by which `keep_best` chooses, lower being better.
 
         Raises:
           ValueError: the store is open for reading only.
@@ -136,7 +137,7 @@ class CheckpointStore:
         self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
-        """Returns when all saves are complete; raises what they failed with."""
+        """Waits until all saves are complete; raises the error of one that failed."""
         with self._full_disk_told():
             self._manager.wait_until_finished()
 
@@ -167,7 +168,7 @@ class CheckpointStore:
         return arrays, index["extras"]
 
     def read_blocks(self, step: int, name: str) -> Iterator[tuple[Block, np.ndarray]]:
-        """Reads one array a chunk at a time, with each where in the array it stands.
+        """Reads one array a chunk at a time; yields each chunk with its index in the array.
 
         Raises:
           DamagedCheckpointError: its files are damaged; after the last chunk, if its bits are.
@@ -195,10 +196,10 @@ class CheckpointStore:
         """Reads one checkpoint.
 
         Args:
-          step: one of the saved ones.
+          step: a saved step.
           abstract_state: the state's structure with jax.ShapeDtypeStructs for leaves. Arrays get
             their shardings; without one, the first local device.
-          partial: allows the checkpoint to hold more, such as an optimizer's state.
+          partial: whether the checkpoint may hold more, such as an optimizer's state.
 
         Returns:
           The state, its arrays bit for bit as saved, and the extras.
@@ -220,7 +221,7 @@ class CheckpointStore:
             raise ValueError(
                 f"{self.directory / str(step)} holds another state:\n  " + "\n  ".join(problems)
             )
-        # One array at a time, so that beside what is on the devices only one part of one array,
+        # One array at a time, so that beyond the arrays on the devices only one shard of one array,
         # and a few chunks, are in memory.
         arrays = self._agreed(
             step, lambda: {name: self._read_array(step, name, x) for name, x in wanted.items()}
@@ -254,9 +255,9 @@ class CheckpointStore:
         )
 
     def newest_good(self, make: Callable[[int], Result]) -> Result:
-        """Calls `make` with the newest step; with the next older one where it finds damage.
+        """Calls `make` with the newest step, and after damage with the next older one.
 
-        A run that goes on may also delete a step while it is read; then there are newer ones.
+        A live run may also delete a step while it is read; then a newer one is tried.
 
         Raises:
           FileNotFoundError: there is no checkpoint, or each was deleted before it was read.
@@ -284,7 +285,7 @@ class CheckpointStore:
         )
 
     def close(self) -> None:
-        """Waits for saves and frees what the store holds."""
+        """Waits for saves and frees the store's resources."""
         with self._full_disk_told():
             self._manager.close()
 
@@ -293,7 +294,7 @@ class CheckpointStore:
 
     def _make_manager(self) -> ocp.CheckpointManager:
         together = ocp.options.MultiprocessingOptions(
-            # Names all, so that they wait for each other at the coordinator, not on the devices.
+            # Naming all processes makes them synchronise through the coordinator, not the devices.
             active_processes=set(range(jax.process_count()))
         )
         keep = self._keep
@@ -356,7 +357,7 @@ class CheckpointStore:
         kvstore = {
             "driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"
         }  # fmt: skip
-        # A cache of its own: one that lasts would not see that a step was saved anew.
+        # A cache of its own, because a shared one would miss that a step was saved again.
         cache = ts.Context({"cache_pool": {"total_bytes_limit": 2**26}})
         return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=cache).result()
 
@@ -380,11 +381,11 @@ class CheckpointStore:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager without its part in preemption, which is left to `processes.joined`.
+    """Orbax's manager without its preemption handling, which `processes.joined` does.
 
     At each save Orbax would report the step to JAX, and process 0 once more when the files are
-    written. By then the run may be steps ahead, and the step that JAX picks for all processes to
-    stop at may lie behind some of them.
+    written. By then the run may be steps ahead, and some processes may have passed the step that
+    JAX picks for all of them to stop at.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -394,7 +395,7 @@ class _Manager(ocp.CheckpointManager):
 
 @contextlib.contextmanager
 def _full_disk_told(message: str, directory: pathlib.Path) -> Iterator[None]:
-    """Raises an OSError for a full disk, which TensorStore reports by another kind of error."""
+    """Converts TensorStore's error for a full disk to an OSError."""
     try:
         yield
     except Exception as error:
@@ -404,7 +405,7 @@ def _full_disk_told(message: str, directory: pathlib.Path) -> Iterator[None]:
 
 
 class _Retention(ocp.checkpoint_managers.PreservationPolicy):
-    """The newest steps stay, and those with the lowest metric."""
+    """Keeps the newest steps and those with the lowest metric."""
 
     def __init__(self, newest: int, best: int, metric: Callable[[int], float | None]):
         self._newest, self._best, self._metric = newest, best, metric
@@ -430,10 +431,10 @@ def save_streamed(
     should write to a hidden directory and rename it.
 
     Args:
-      directory: new, or holds nothing but checkpoints.
-      step: names the checkpoint.
-      arrays: by their leaf names.
-      extras: anything that JSON can hold.
+      directory: path of a directory, new or with only checkpoints in it.
+      step: the checkpoint's number.
+      arrays: arrays by leaf name.
+      extras: a JSON object.
     """
     sums = dict.fromkeys(arrays, 0)
 
@@ -457,7 +458,7 @@ def save_streamed(
     with contextlib.closing(
         ocp.CheckpointManager(
             directory,
-            # In the foreground, so that an interrupt ends it.
+            # Synchronous, so that an interrupt ends it.
             options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
             item_handlers=handlers,
         )
@@ -510,7 +511,7 @@ class _Batch:
         self._transaction, self._bytes = ts.Transaction(), 0
 
     def write(self, target: Any, values: np.ndarray) -> None:
-        """Adds a block; commits those before it where they would be too many."""
+        """Adds a block; first commits the earlier ones if together they would be too large."""
         if self._bytes + values.nbytes > _COMMIT_BYTES:
             self.commit()
             self._transaction, self._bytes = ts.Transaction(), 0
@@ -518,11 +519,11 @@ class _Batch:
         self._bytes += values.nbytes
 
     def commit(self) -> None:
-        """Returns when what was added is on disk."""
+        """Waits until all added blocks are on disk."""
         self._transaction.commit_async().result()
 
     def settle(self) -> None:
-        """Aborts what is not committed; nothing is written after this returns."""
+        """Aborts uncommitted writes; nothing is written after this returns."""
         self._transaction.abort()
         self._transaction.future.exception()
 
@@ -585,13 +586,13 @@ def _first_line(name: str, error: Exception) -> str:
 
 
 def _sha256(index: Mapping[str, Any]) -> str:
-    plain = json.loads(json.dumps(index))  # as it will be read: all keys strings
+    plain = json.loads(json.dumps(index))  # as JSON will be read back, with all keys strings
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    # One at a time: the virtual devices of a CPU share its threads, and several sums over sliced
-    # arrays under way at once wait for each other for ever.
+    # One at a time: the virtual devices of XLA:CPU share its threads, and concurrent sums over
+    # sharded arrays deadlock.
     return {name: int(_checksum(x)) for name, x in arrays.items()}
 
 

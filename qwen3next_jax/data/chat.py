@@ -1,9 +1,9 @@
-"""From messages to the text that a chat model was trained on, by the model's own Jinja template.
+"""Renders messages to the text that a chat model was trained on, by the model's Jinja template.
 
 A template is code from whoever published the model, so it runs in Jinja's sandbox, where it can
-change nothing and reach no file. Around it stand the conventions that templates are written for,
-those of transformers' `apply_chat_template`. In the rendered text "<|im_start|>" and its like are
-tokens: encode it with `parse_special=True`, and with no BOS, which the template writes if need be.
+change nothing and reach no file. The environment follows the conventions of transformers'
+`apply_chat_template`. In the rendered text "<|im_start|>" and the like are tokens: encode it with
+`parse_special=True` and without BOS, which the template writes if it wants one.
 """
 
 import datetime
@@ -38,9 +38,9 @@ def render_chat(
       messages: `{"role": "user", "content": "..."}` and so on, as the template expects them.
       template: Jinja, as `load_chat_template` returns it.
       special_tokens: the tokenizer's; templates read `bos_token` and its like by these names.
-      add_generation_prompt: end with the head of the assistant's answer, to be written next.
+      add_generation_prompt: whether to end with the header of the assistant's next answer.
       tools: JSON schemas of functions that the model may call.
-      switches: what else the template reads, such as `enable_thinking`.
+      switches: further variables of the template, such as `enable_thinking`.
 
     Raises:
       ValueError: the template is no Jinja, refuses these messages, or fails on them.
@@ -59,10 +59,10 @@ def render_marked_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     **switches: Any,
 ) -> str:
-    """The text of a whole conversation, each `{% generation %}` between `MARKS`.
+    """The text of a whole conversation, with each `{% generation %}` block between `MARKS`.
 
     Raises:
-      ValueError: as `render_chat`.
+      ValueError: see `render_chat`.
     """
     return _render(
         _compile_marked, template, messages=messages, tools=tools, add_generation_prompt=False,
@@ -70,7 +70,7 @@ def render_marked_chat(
     )  # fmt: skip
 
 
-# Code points that Unicode keeps free of characters.
+# Noncharacters: code points that Unicode never assigns, so no text should hold them.
 MARKS = ("\ufdd0", "\ufdd1")
 
 
@@ -83,7 +83,7 @@ def _render(compile: Callable[[str], jinja2.Template], template: str, /, **varia
         jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError,
         MemoryError,
     ) as error:  # fmt: skip
-        # Python's words for what templates do: None + "<|im_end|>", "text".split(""), 1 / 0.
+        # Python's errors in a template's expressions: None + "<|im_end|>", "text".split(""), 1 / 0.
         raise ValueError(f"The chat template cannot render these messages: {error}") from error
 
 
@@ -146,7 +146,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter writes < and & so that a web page can hold them.
+    # Jinja's own filter escapes < and & for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                       sort_keys=sort_keys)  # fmt: skip
 
@@ -156,7 +156,7 @@ def _raise(message: str) -> None:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant wrote; here it is text."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's words; drops the marks."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 

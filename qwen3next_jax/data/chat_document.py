@@ -1,22 +1,24 @@
-"""A chat as a document to learn from: all of it is read, only the assistant's turns are learnt.
+"""A chat as a training document: the model reads all of it, the loss is on assistant turns only.
 
-Which characters are the assistant's is found in one of two ways.
+There are two ways to find which characters the assistant wrote.
 
-- If the template marks them, by `{% generation %}...{% endgeneration %}`, the marks are used.
-- Otherwise the template renders two parts of the chat: the messages before an answer, with the
+- If the template marks them by `{% generation %}...{% endgeneration %}`, the marks are used.
+- Otherwise the template renders two prefixes of the chat: the messages before an answer, with the
   generation prompt, and the messages through the answer. If the text of the whole chat begins with
-  both, the answer is what lies between their ends: without its header, which belongs to the prompt,
-  and with its end-of-turn token. White space behind that token is not learnt.
+  both, the answer lies between their ends. That excludes its header, which belongs to the prompt,
+  and includes its end-of-turn token. White space after that token has no loss.
 
-Some templates render an answer differently once more messages follow, as those of reasoning models
-that drop earlier thoughts. Then no single text shows every answer as the model would have written
-it, and learning from it would teach what never happens. Such a chat is refused, with what to do.
+Some templates render an answer differently once more messages follow: those of reasoning models,
+for example, drop earlier thoughts. Then no single text shows every answer as the model would write
+it, and training on it would teach the wrong text. Such a chat is refused, and the error says what
+to do.
 
-The tokens are those of the whole text. A token with characters on both sides of a boundary belongs
-to the side of its first one: where a header's line end and an answer's first are one token, the
-model is not asked for it, as it never begins in the middle of a token.
+The whole text is tokenised at once. A token that spans a boundary belongs to the side of its first
+character: where the line end of a header and the one that starts an answer are one token, that
+token has no loss, because generation never starts in the middle of a token.
 
-Nothing here depends on the day: `strftime_now` is undefined, for which templates have a fixed date.
+The result must not depend on the date: `strftime_now` is undefined, and most templates then use a
+fixed date.
 """
 
 import bisect
@@ -34,22 +36,23 @@ from qwen3next_jax.data.tokenizer import Tokenizer
 
 
 class MarkedText(NamedTuple):
-    """A rendered chat, and where in it is what the assistant wrote."""
+    """A rendered chat, and the spans in it that the assistant wrote."""
 
     text: str
-    spans: list[tuple[int, int]]  # first character, and the one after the last; in order
-    exact: bool  # the spans are the template's marks, and not what follows from its renderings
+    spans: list[tuple[int, int]]  # [start, stop) in characters, in order
+    exact: bool  # whether the spans are the template's own marks, not inferred from renderings
 
 
 def chat_document(
     chat: Mapping[str, Any], tokenizer: Tokenizer, template: str
 ) -> dict[str, Int32[np.ndarray, " n"] | Float32[np.ndarray, " n"]]:
-    """What is read and what is to be predicted in one chat, n + 1 being its number of tokens.
+    """The inputs, targets and loss weights of a chat of n + 1 tokens.
 
     Args:
-      chat: `messages`; if need be `tools` (JSON schemas) and `chat_template_kwargs` (what else the
-        template reads). An assistant's message may have a `weight`: 0, read but not learnt, or 1.
-      tokenizer: special tokens in the text are parsed.
+      chat: mapping with `messages` and optionally `tools` (JSON schemas) and
+        `chat_template_kwargs` (further variables of the template). An assistant's message may have
+        a `weight`: 1, or 0 to read it without a loss.
+      tokenizer: the model's tokenizer; special tokens in the text are parsed.
       template: Jinja, as `load_chat_template` returns it.
 
     Returns:
@@ -57,8 +60,8 @@ def chat_document(
       else 0.
 
     Raises:
-      ValueError: the messages are none, or the template fails on them, or it does not show which
-        characters are the assistant's, or there is nothing to learn.
+      ValueError: there are no messages, the template fails on them or does not show which
+        characters are the assistant's, or no token has a loss.
     """
     marked = mark_answers(chat, template, special_tokens=tokenizer.special_tokens)
     ids, starts = tokenizer.encode_with_starts(marked.text, parse_special=True)
@@ -77,7 +80,7 @@ def chat_document(
 def mark_answers(
     chat: Mapping[str, Any], template: str, *, special_tokens: Mapping[str, str] | None = None
 ) -> MarkedText:
-    """Renders a chat and finds the assistant's turns that are to be learnt.
+    """Renders a chat and finds the assistant's turns with weight 1.
 
     Args:
       chat: see `chat_document`.
@@ -126,7 +129,7 @@ _NO_CLOCK = jinja2.Undefined(
 
 
 def _messages(chat: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
-    """The messages as templates know them, and the weight of each."""
+    """The messages without their `weight`, which templates do not know, and the weights."""
     given = chat.get("messages")
     if not isinstance(given, Sequence) or not given:
         raise ValueError(f"messages={given!r} must be a list of messages")
@@ -149,12 +152,13 @@ def _messages(chat: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
 def _marked_spans(
     messages: Sequence[Message], template: str, text: str, asked: Mapping[str, Any]
 ) -> list[tuple[int, int]] | None:
-    """What lies between the template's own marks; None where it has none."""
+    """The spans between the template's own marks; None where it has none."""
     if "endgeneration" not in template:
         return None
     parts = re.split(f"([{''.join(MARKS)}])", render_marked_chat(messages, template, **asked))
-    # Text and marks in turn. Marks are followed only where they come in pairs and nothing but they
-    # has changed: no message holds them, and no filter of the template has touched them.
+    # `parts` alternates text and marks. The marks are trusted only if they come in pairs and are
+    # the only change to the text: then no message held them and no filter of the template moved
+    # them.
     if "".join(parts[::2]) != text or parts[1::2] != list(MARKS) * (len(parts) // 4):
         raise ValueError(
             "the template's {% generation %} marks cannot be followed; each must end where it "
@@ -167,7 +171,7 @@ def _marked_spans(
 def _span(
     messages: Sequence[Message], i: int, template: str, text: str, asked: Mapping[str, Any]
 ) -> tuple[int, int]:
-    """Where in the text the template writes answer `i`, as far as its renderings tell."""
+    """The span of answer `i` in the text, inferred from the template's renderings."""
     try:
         before = render_chat(messages[:i], template, add_generation_prompt=False, **asked)
         prompt = render_chat(messages[:i], template, add_generation_prompt=True, **asked)

@@ -1,4 +1,4 @@
-"""From a record to a tokenised document: inputs, targets and loss weights.
+"""Records to tokenised documents: inputs, targets and loss weights.
 
 A tokenised document is a dict of arrays [n]: `tokens`, the model's input, and `targets`, int32, and
 `loss_weights`, float32. A text becomes BOS, its ids, EOS: `tokens` are all of these but the last
@@ -15,7 +15,7 @@ from qwen3next_jax.data.chat_document import chat_document
 from qwen3next_jax.data.sources import BadRecordError, Record, Records
 from qwen3next_jax.data.tokenizer import Tokenizer, check_text
 
-# Arrays of one length, which differs between documents: hence no letter for it.
+# The arrays of a document have one length, which differs between documents, hence " _".
 Document = Mapping[str, Int32[np.ndarray, " _"] | Float32[np.ndarray, " _"]]
 
 
@@ -26,7 +26,7 @@ def tokenized(record: Record, tokenizer: Tokenizer) -> Document:
     if record.messages is not None:
         chat = {"messages": record.messages, "tools": record.tools,
                 "chat_template_kwargs": record.chat_template_kwargs}  # fmt: skip
-        template = tokenizer.chat_template  # where there is none, no chat can be used
+        template = tokenizer.chat_template  # outside of `try`: without one, no chat can be used
         try:
             return chat_document(chat, tokenizer, template)
         except ValueError as error:
@@ -67,7 +67,7 @@ def readable(
 
 
 def learnt_text(record: Record, document: Document, tokenizer: Tokenizer) -> str:
-    """The text that a document's loss is over: the record's, or of a chat the decoded targets."""
+    """The text in a document's loss: the record's text, or a chat's decoded targets."""
     if record.text is not None:
         return record.text
     return tokenizer.decode(document["targets"][document["loss_weights"] > 0].tolist())
@@ -116,7 +116,7 @@ class RecordTexts:
 
 
 def next_token_pairs(ids: list[int], *, bos: int, eos: int) -> Document:
-    """The document of one text, n = len(ids) + 1, with every weight 1."""
+    """The document of one text, of len(ids) + 1 tokens, with every weight 1."""
     delimited = np.array([bos, *ids, eos], np.int32)
     weights = np.ones(len(ids) + 1, np.float32)
     return {"tokens": delimited[:-1], "targets": delimited[1:], "loss_weights": weights}

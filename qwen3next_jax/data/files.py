@@ -1,13 +1,13 @@
 """Files as sequences of raw values, by number: a text, or the object of a JSON line or table row.
 
 Random access needs to know where a record begins. A plain JSONL file is scanned once for its line
-ends (8 bytes a line are kept), ArrayRecord holds its own index. Compressed JSONL, Parquet and
-files in the cloud have none that a single record could be read by, so they are unpacked once, as
-plain JSONL, into `$XDG_CACHE_HOME/qwen3next_jax/unpacked` (`~/.cache` where that is not set); the
+ends (8 bytes a line are kept), and ArrayRecord has an index. Compressed JSONL, Parquet and files in
+the cloud have no index by which to read a single record, so they are unpacked once, as plain JSONL,
+into `$XDG_CACHE_HOME/qwen3next_jax/unpacked` (`~/.cache` where that is not set); the
 disk must hold them. Corpora too large for that are for `data/prepare.py`.
 
-Whatever is wrong is an error: BadFileError for a file, BadValueError for one value. Neither names
-the file; who reads it does.
+A bad file raises BadFileError and a bad value BadValueError. Their messages do not name the file;
+the caller adds its name.
 """
 
 import codecs
@@ -35,10 +35,10 @@ from etils import epath
 from qwen3next_jax.command import cache_folder, replacing
 from qwen3next_jax.data.hashing import mix64
 
-_SCANNED = 1 << 24  # bytes at a time
+_SCANNED = 1 << 24  # bytes read at a time
 
 
-# Fields of an object that are read besides the messages of a chat, where it has them.
+# Optional fields of an object that are read along with the messages of a chat.
 BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 
 
@@ -52,11 +52,11 @@ class BadValueError(ValueError):
 
 @runtime_checkable
 class RecordFile(Protocol):
-    """What a source is made of.
+    """The records of one file of a source.
 
     Attributes:
       name: relative to the source.
-      is_one_document: the file is one record, which its name alone names.
+      is_one_document: whether the file is a single record, named by the file alone.
     """
 
     name: str
@@ -146,7 +146,7 @@ def open_json_lines(name: str, path: epath.Path) -> JsonLinesFile:
 
 
 def open_parquet(name: str, path: epath.Path, *, field: str) -> JsonLinesFile:
-    """A Parquet file's rows as objects of `field` and, where there are such, `BESIDE_MESSAGES`."""
+    """A Parquet file's rows as objects of `field` and, where they exist, `BESIDE_MESSAGES`."""
     arrow = import_extra("pyarrow")
     parquet = import_extra("pyarrow.parquet")
 
@@ -164,7 +164,7 @@ def open_parquet(name: str, path: epath.Path, *, field: str) -> JsonLinesFile:
         except (arrow.ArrowException, OSError) as error:
             raise BadFileError(f"is truncated or no Parquet: {error}") from error
 
-    # 3 is the version of the unpacked form: keys that a row lacks are left out, each row is a line.
+    # 3 is the version of the unpacked format: absent keys are left out, each row is a line.
     return JsonLinesFile(name, _unpacked(path, unpack, extra=f"{field}\x003"))
 
 
@@ -208,7 +208,7 @@ def riegeli_errors(
 ) -> Iterator[None]:
     """Turns errors of ArrayRecord's library (Riegeli) into ours.
 
-    Too many open files are no damage of this one; that becomes an OSError.
+    "Too many open files" is not this file's fault; it becomes an OSError.
     """
     try:
         yield
@@ -305,7 +305,7 @@ def _word(bits: int) -> str:
 
 
 def decode_utf8(content: bytes) -> str:
-    """The text of bytes, or a BadValueError that says where they are none."""
+    """Decodes UTF-8; a BadValueError says which byte is invalid."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -317,7 +317,7 @@ def decode_utf8(content: bytes) -> str:
 def _parse_json(text: str, hint: str = "") -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # the latter: a thousand brackets in brackets
+    except (ValueError, RecursionError) as error:  # the latter: brackets nested a thousand deep
         raise BadValueError(f"is no JSON: {error}{hint}") from error
 
 
@@ -349,7 +349,7 @@ def _line_ends(path: str) -> np.ndarray:
 
 
 def _unpack_zstd(zstandard: Any, file: BinaryIO, target: BinaryIO) -> None:
-    """Frame by frame: only a frame's own decompressor knows whether it has ended."""
+    """Unpacks frame by frame: only a frame's own decompressor knows whether it has ended."""
     new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
     frame = None
     try:
@@ -371,7 +371,7 @@ def _json_line(batch: Any, row: int) -> bytes:
         values = {name: batch.column(name)[row].as_py() for name in batch.schema.names}
         values = {k: _given(v) for k, v in values.items()}
     except UnicodeDecodeError as error:
-        # One line that is no UTF-8 either: the record is reported when it is met.
+        # Stays one line of invalid UTF-8: the record is reported when it is read.
         return error.object.replace(b"\n", b" ")
     return json.dumps(values, ensure_ascii=False, default=str).encode()
 
@@ -379,7 +379,7 @@ def _json_line(batch: Any, row: int) -> bytes:
 def _given(value: Any) -> Any:
     """Decodes bytes, and removes the None that Arrow fills in for keys that only other rows have.
 
-    A message's content stays, which may be None by itself.
+    A message's `content` stays, because None is a valid value there.
     """
     if isinstance(value, bytes):
         return value.decode()
@@ -391,9 +391,9 @@ def _given(value: Any) -> Any:
 def _unpacked(
     path: epath.Path, unpack: Callable[[BinaryIO], None], extra: str = ""
 ) -> pathlib.Path:
-    """The unpacked copy of a file, made where there is none of its present length and time.
+    """The unpacked copy of a file, made unless one exists for its current size and mtime.
 
-    It appears whole or not at all.
+    The copy appears whole or not at all.
     """
     size, changed = size_and_time(path)
     where = os.path.abspath(path) if is_local(path) else os.fspath(path)
@@ -410,14 +410,14 @@ def _unpacked(
 
 
 def size_and_time(path: epath.Path) -> tuple[int, float]:
-    """A file's length in bytes, and when it was changed, in seconds since 1970."""
+    """A file's size in bytes and its modification time in seconds since 1970."""
     if is_local(path):
-        stat = os.stat(path)  # epath's looks up the owner's name, which not every owner has
+        stat = os.stat(path)  # epath's stat looks up the owner's name, which may not exist
         return stat.st_size, stat.st_mtime
     remote = path.stat()
     return remote.length, float(remote.mtime)
 
 
 def is_local(path: epath.Path) -> bool:
-    """Whether other libraries can open the path."""
+    """Whether the path is on a mounted file system, so that other libraries can open it."""
     return "://" not in os.fspath(path)

@@ -1,7 +1,7 @@
-"""Globs over local and cloud paths that do not pass over what they may not read.
+"""Globs over local and cloud paths that report unreadable folders.
 
-The standard library's `glob` treats a folder without permission like an empty one. Here it is a
-problem that the caller hears of.
+The standard library's `glob` treats a folder without permission like an empty one. Here it is
+reported to the caller.
 """
 
 import fnmatch
@@ -17,14 +17,14 @@ def matching_files(pattern: str, problems: list[str]) -> list[epath.Path]:
 
     Args:
       pattern: as for `glob.glob`; `**` stands for any number of folders.
-      problems: folders that cannot be read are added to it.
+      problems: list to which folders that cannot be read are added.
 
     Raises:
       ValueError: no file matches.
     """
     root = fixed_folder(pattern)
     parts = epath.Path(pattern).parts[len(root.parts) :]
-    # `**/**` meets a file twice; "" and "." have no part that could match.
+    # `**/**` finds a file twice, hence the dict; "" and "." have no part that could match.
     found = dict.fromkeys(_match(root, parts, problems) if parts else ())
     if not found and not problems:
         raise ValueError(

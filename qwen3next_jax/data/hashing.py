@@ -1,4 +1,4 @@
-"""Numbers that look random and are the same on every machine and under every version of NumPy."""
+"""Pseudo-random numbers that are the same on every machine and with every version of NumPy."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 that leaves no pattern (splitmix64; Steele et al., OOPSLA 2014)."""
+    """A bijection of uint64 that scrambles all bits (splitmix64; Steele et al., OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         x = x.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -20,6 +20,6 @@ def hash64(text: str) -> int:
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """An order of `count` things that the key decides; int64 [count]."""
+    """A permutation of range(count) that depends on the key alone; int64 [count]."""
     seed = hash64(":".join(map(str, key)))
     return np.argsort(mix64(np.arange(count, dtype=np.uint64) ^ np.uint64(seed)), kind="stable")

@@ -1,4 +1,4 @@
-"""Which records are held out for evaluation: a property of a record's name alone.
+"""Chooses the records held out for evaluation, by a record's name alone.
 
 A held-out record must stay held out when a run is resumed, when other records or files are added or
 removed, and when the corpus moves to another folder. So the record's name is hashed to a number in
@@ -22,7 +22,7 @@ class Part:
     def __init__(self, source: Source, held_out: np.ndarray, *, training: bool):
         self.source = source
         self._held_out, self._training = held_out, training
-        # Of each held-out record, how many training records come before it.
+        # For each held-out record, the number of training records before it.
         self._before = held_out - np.arange(len(held_out))
 
     def __len__(self) -> int:
@@ -38,7 +38,7 @@ class Part:
 
 
 def split_source(source: Source, holdout_fraction: float) -> tuple[Part, Part]:
-    """The training part and the held-out part; a ValueError where one of them is empty."""
+    """The training part and the held-out part; raises a ValueError if either is empty."""
     parts, start = [np.zeros(0, np.int64)], 0
     for file in source.files:
         hashes = np.array([hash64(file.name)], np.uint64)

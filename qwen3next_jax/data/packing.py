@@ -1,17 +1,18 @@
-"""Documents of any length as rows of T tokens, in one of two ways.
+"""Packs documents of any length into rows of T tokens, in one of two ways.
 
-- `concatenate`: documents are laid end to end and cut every T tokens. No position is wasted, and a
-  document that is cut goes on in the next row as a new segment, without its context.
+- `concatenate`: documents are laid end to end and cut every T tokens. No position is wasted; a
+  document that is cut continues in the next row as a new segment, without its earlier context.
 - `best_fit`: documents stay whole. The longest come first, each into the fullest row that still has
   room (best-fit decreasing, never above 11/9 of the fewest rows possible plus one).
 
-Both are plans, made of lengths alone: a row is a list of pieces of documents. `fill_row` makes the
-arrays. Segments count from 1 in each row and 0 is padding; positions count from 0 in each segment.
+Both make a plan from the lengths alone, in which a row is a list of pieces of documents; `fill_row`
+then makes the arrays. Segments count from 1 in each row and 0 is padding; positions count from 0 in
+each segment.
 
 Grain has packers too, and its best fit fills rows as well as ours (`benchmarks/input.py`). But
 plans have the same small state for both ways, end where an epoch ends, and tell which documents
-begin in a row, so that what was read can be counted. And the state of Grain's concatenation does
-not survive JSON.
+begin in a row, so that the records read can be counted. Also, the state of Grain's concatenation
+does not survive JSON.
 """
 
 import bisect
@@ -42,7 +43,7 @@ def concatenate(
     Args:
       lengths: of the documents, in order.
       sequence_length: T.
-      offset: tokens of the first document that are left out.
+      offset: number of tokens of the first document to leave out.
     """
     rows: list[list[Piece]] = []
     room = 0
@@ -86,7 +87,7 @@ def best_fit(lengths: Sequence[int], sequence_length: int) -> list[list[Piece]]:
 def fill_row(pieces: Sequence[Piece], documents: Sequence[Document], sequence_length: int) -> Row:
     """The arrays of a row: tokens, targets, segment_ids, positions, int32; loss_weights, float32.
 
-    Each [T]; where no piece is, they are 0.
+    Each is [T], and 0 where there is no piece.
     """
     row: Row = {
         name: np.zeros(sequence_length, np.float32 if name == "loss_weights" else np.int32)

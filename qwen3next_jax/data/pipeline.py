@@ -48,7 +48,7 @@ from qwen3next_jax.data.tokenizer import (
 )
 
 _BATCHES_AHEAD = 2
-_LOOKED_AT = 100  # of a part's first records, for one that can be used
+_LOOKED_AT = 100  # how many of a part's first records are tried until one can be used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,19 +82,19 @@ class Data:
         )  # fmt: skip
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same when a run goes on, as JSON; see `check_same_data`.
+        """Identifies the data, as JSON: it must be equal when a run resumes (`check_same_data`).
 
         Returns:
-          "records": for each part, by name, its `TrainingPart.fingerprint`; "tokenizer": the
-          tokenizer's, for which its file is read.
+          "records": each part's `TrainingPart.fingerprint` by name; "tokenizer": the tokenizer's
+          fingerprint, which reads its file.
         """
         records = {part.name: list(part.fingerprint) for part in self.train}
         return {"records": records, "tokenizer": fingerprint(self.tokenizer)}
 
     def ends(self) -> list[int]:
-        """Special tokens that end what is learnt, by the first usable document of each part.
+        """Special tokens that end the loss's tokens in the first usable document of each part.
 
-        They are EOS, or of chats the token that their template ends an answer with.
+        They are EOS or, for chats, the token with which the template ends an answer.
         """
         ends = []
         known = {*self.tokenizer.special_ids, *self.tokenizer.stop_ids}
@@ -105,7 +105,7 @@ class Data:
                 except BadRecordError:
                     continue
                 learnt = document["targets"][document["loss_weights"] > 0].tolist()
-                # Marks of a template may include the line end behind the token.
+                # A template's marks may include the line end after the end-of-turn token.
                 while learnt and self.tokenizer.decode(learnt[-1:]).isspace():
                     learnt.pop()
                 if learnt and learnt[-1] in known:
@@ -130,22 +130,22 @@ class Data:
 
     @property
     def held_out_bytes(self) -> int:
-        """Length of the held-out texts in UTF-8, the denominator of bits per byte.
+        """Size of the held-out texts in UTF-8, the denominator of bits per byte.
 
         Raises:
-          ValueError: none of them can be used.
+          ValueError: none of the records can be used.
         """
         return self._held_out_sizes[0]
 
     @property
     def gzip_bits_per_byte(self) -> float:
-        """What gzip -9 needs for the held-out texts, one after another: a yardstick."""
+        """Bits per byte of the concatenated held-out texts under gzip -9, a baseline."""
         plain, compressed = self._held_out_sizes
         return 8 * compressed / plain
 
     @functools.cached_property
     def _held_out_sizes(self) -> tuple[int, int]:
-        """Bytes of the held-out texts, plain and compressed: one pass over all of them."""
+        """Size of the held-out texts in bytes, plain and compressed, in one pass over them."""
         gzip, plain, compressed = zlib.compressobj(level=9, wbits=31), 0, 0
         for record, document in readable(self.held_out, self.tokenizer, on_error=self.on_error):
             text = learnt_text(record, document, self.tokenizer).encode()
@@ -175,22 +175,22 @@ def load_data(
     given_weights: str = "",
     **rows: Any,
 ) -> Data:
-    """Opens the sources and the tokenizer, or trains one on the training part where there is none.
+    """Opens the sources and the tokenizer; trains a tokenizer on the training part if needed.
 
     The arguments up to `on_error`, and `rows`, are a config's `data` section:
     `load_data(**dataclasses.asdict(config.data), vocab_size=..., trained_tokenizer=...)`.
 
     Args:
       source, path, field, split, on_error: see `open_source`.
-      mixture: instead of one source several; of each, by its name, its `weight` and what differs
-        from the `source`, `path`, `field` and `split` given.
-      tokenizer, chat_template: what `load_tokenizer` takes; of the tokenizer, "" stands for that of
-        prepared data, or else for `trained_tokenizer`.
+      mixture: several sources instead of one, by name: for each its `weight` and whichever of
+        `source`, `path`, `field` and `split` differ from the arguments of that name.
+      tokenizer, chat_template: arguments of `load_tokenizer`; tokenizer "" means the tokenizer of
+        prepared data, or else `trained_tokenizer`.
       holdout_fraction: share of the records held out.
-      vocab_size: of the model, hence the most that the tokenizer may have.
-      trained_tokenizer: where the tokenizer is kept; it is trained if there is no such file.
+      vocab_size: the model's vocabulary, an upper limit on the tokenizer's.
+      trained_tokenizer: path of the run's own tokenizer, which is trained if the file is missing.
       given_weights: the checkpoint that a run begins with, or "". With one, training a tokenizer is
-        refused, because the weights belong to the tokens of their own.
+        refused, because the weights belong to the checkpoint's vocabulary.
       rows: `num_shards`, `packing`, `too_long`, `window_rows`, as `Data` has them.
 
     Raises:
@@ -254,12 +254,12 @@ def training_batches(
     the same data continues after the batch returned last, with any number of hosts.
 
     Args:
-      data: what to train on, and S, the number of its virtual shards.
-      batch_size: B, rows of the batches of all hosts together.
+      data: the training data and S, the number of its virtual shards.
+      batch_size: B, rows of a batch over all hosts.
       sequence_length: T.
-      seed: of the order of records and rows.
-      hosts: H.
-      host: h, from 0; yields rows h·B/H to (h + 1)·B/H.
+      seed: seed for the order of records and rows.
+      hosts: H, the number of hosts.
+      host: h, this host's number from 0; it yields rows h·B/H to (h + 1)·B/H.
 
     Raises:
       ValueError: S does not divide B, H does not divide S, or a source has fewer records than S.
@@ -286,8 +286,8 @@ def check_same_data(data: Data, began_with: Mapping[str, Any]) -> None:
     """Refuses to go on with other records or another tokenizer than a run began with.
 
     Args:
-      data: of the run now.
-      began_with: `data.fingerprint()` as the checkpoint holds it; keys that an old checkpoint lacks
+      data: the run's current data.
+      began_with: `Data.fingerprint()` stored in the checkpoint; keys that an old checkpoint lacks
         are not compared.
 
     Raises:
@@ -330,7 +330,7 @@ def check_shards(num_shards: int, *, batch_size: int, hosts: int) -> None:
 def input_metrics(
     data: Data, states: Mapping[str, Any], *, sequence_length: int
 ) -> dict[str, float]:
-    """Counts of what some shards have yielded so far, from their states.
+    """Counts of the records and tokens that shards have yielded so far, from their states.
 
     For each part NAME: NAME/epoch (how often its records were read), NAME/records and NAME/tokens.
     Over all parts: packing_efficiency, the share of positions that hold a token; skipped_records,
@@ -358,8 +358,8 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches in which every token of the held-out records, EOS included, is a target exactly once.
 
-    The last row is filled up with padding, the last batch with rows of padding. A document longer
-    than a row is cut, never left out, with `data.packing="best_fit"` too.
+    The last row is padded, and the last batch is filled with rows of padding. A document longer
+    than a row is cut, never left out, even with `data.packing="best_fit"`.
     """
     rows = _evaluation_rows(data, sequence_length)
     while batch := list(itertools.islice(rows, batch_size)):
@@ -368,7 +368,7 @@ def evaluation_batches(
 
 
 def _evaluation_rows(data: Data, sequence_length: int) -> Iterator[Row]:
-    """Window by window; a row that is not full goes on in the next one."""
+    """Packs window by window; a window's last row is continued in the next window."""
     pack = concatenate if data.packing == "concatenate" else best_fit
     window: list[Document] = []
 
@@ -397,7 +397,7 @@ def _stack(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 
 
 class _ShardedBatches(grain.IterDataset):
-    """Batches of the rows of some shards, without end."""
+    """An endless sequence of batches from the rows of some shards."""
 
     def __init__(self, shards: Mapping[str, Shard], *, rows_a_shard: int):
         super().__init__()

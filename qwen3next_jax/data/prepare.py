@@ -5,9 +5,9 @@ r"""Tokenises a source once, into ArrayRecord shards with a manifest.
 
 and then `data.source="prepared"`, `data.path=DIR` in a run's config. Each shard is made of a fixed
 share of the records, so it is a function of source, tokenizer and its number alone: whichever
-process or machine makes it, in whatever order, its bytes are the same. A shard appears when it is
-whole, with a note beside it; the same command goes on with those that have none, and the last step
-gathers the notes in the manifest.
+process or machine makes it, in whatever order, its bytes are the same. A finished shard is renamed
+into place and gets a note beside it. The same command, run again, makes the shards without a note;
+the last step gathers the notes in the manifest.
 
     ... --beam -- --runner=DataflowRunner --project=...
 
@@ -59,18 +59,18 @@ from qwen3next_jax.data.sources import (
 from qwen3next_jax.data.tokenizer import Tokenizer, fingerprint, keep_tokenizer, load_tokenizer
 
 _PLAN = "plan.json"
-_EXAMPLES = 5  # skipped records that a shard's note names, and that are logged at the end
+_EXAMPLES = 5  # how many skipped records a shard's note names, and how many are logged at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be prepared; small, as every worker gets it.
+    """A description of the data to prepare; small, because it is pickled to every worker.
 
     Attributes:
       source, path, field, split, on_error: see `open_source`.
       tokenizer, chat_template: see `load_tokenizer`.
       output: a directory.
-      num_shards: 0 stands for a number that follows from the number of records.
+      num_shards: number of shards; 0 derives it from the number of records.
     """
 
     source: str
@@ -173,7 +173,7 @@ def prepare(job: Job, run: Run) -> dict[str, Any]:
             run(job, todo, done)
         notes = [json.loads(_note(job, k).read_text()) for k in shards]
         _write_json(output / MANIFEST, _manifest(plan, source, notes))
-    # Notes are in the manifest by now, and what is unfinished was left by those who were killed.
+    # The manifest now holds the notes, and partial files were left by processes that were killed.
     for pattern in (_PLAN, "shard-*.array_record.json", ".shard-*", f".{_PLAN}.*"):
         for file in list(output.glob(pattern)):
             file.unlink()
@@ -181,7 +181,7 @@ def prepare(job: Job, run: Run) -> dict[str, Any]:
 
 
 def make_shard(job: Job, k: int) -> int:
-    """Writes shard k and the note that says so; returns k."""
+    """Writes shard k, then its note; returns k."""
     source, tokenizer = _open(job)
     path = epath.Path(job.output) / _shard_name(job, k)
     counts: dict[str, Any] = {"tokens": 0, "learnt": 0, "skipped": 0, "chats": 0, "examples": []}
@@ -230,12 +230,12 @@ def _in_processes(
                 "A worker process was killed, perhaps for lack of memory: take fewer --workers"
             ) from error
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # those under way are finished
+            pool.shutdown(cancel_futures=True)  # running ones finish
             raise
 
 
 def _begin_worker() -> None:
-    """Leaves interrupts to the parent, and ends when that is gone, however it went."""
+    """Leaves interrupts to the parent process, and exits when the parent dies for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -265,7 +265,7 @@ def _in_a_pipeline(
 
 @functools.lru_cache(maxsize=1)
 def _open(job: Job) -> tuple[Source, Tokenizer]:
-    """Once in each process."""
+    """Opens source and tokenizer, once in each process."""
     source = open_source(
         job.source, job.path, field=job.field, split=job.split, on_error=job.on_error
     )
@@ -290,18 +290,18 @@ def _note(job: Job, k: int) -> epath.Path:
 
 
 def _is_made(job: Job, k: int) -> bool:
-    """Whether a shard is there as its note says; the machine may have stopped before it was."""
+    """Whether a shard has the size in its note; a power cut may lose data after a rename."""
     shard = epath.Path(job.output) / _shard_name(job, k)
     if not (_note(job, k).exists() and shard.exists()):
         return False
     try:
         return json.loads(_note(job, k).read_text())["bytes"] == size_and_time(shard)[0]
-    except ValueError:  # a file without content
+    except ValueError:  # an empty note
         return False
 
 
 def _content(record: Record) -> bytes:
-    """What a record says, for a hash."""
+    """A record's content as bytes, for a hash."""
     content = (
         record.text
         if record.messages is None
@@ -311,7 +311,7 @@ def _content(record: Record) -> bytes:
 
 
 def _plan(job: Job, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that the shards depend on, but for the records' contents."""
+    """Everything that the shards depend on except the records' contents."""
     return {
         "format": FORMAT,
         "source": {
@@ -327,7 +327,7 @@ def _plan(job: Job, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _files_sha256(job: Job) -> str:
-    """Names, sizes and times of change of the source's files: cheap, where contents are not."""
+    """A hash of the files' names, sizes and mtimes, cheaper than one of their contents."""
     found: list[Any] = [sys.version] if job.source == "stdlib" else []
     if job.source in ("text", "jsonl", "parquet", "array_record"):
         root = fixed_folder(job.path)
@@ -349,7 +349,7 @@ def _check_plan(output: epath.Path, plan: dict[str, Any]) -> None:
                 f"remove {output} and begin anew"
             ) from error
         if name == _PLAN and (before.get("on_error"), plan["on_error"]) == ("raise", "skip"):
-            before["on_error"] = "skip"  # what is finished has no bad record
+            before["on_error"] = "skip"  # the finished shards have no bad record
         differing = [
             f"{key}: was {before.get(key)!r}, now {now!r}"
             for key, now in plan.items()
@@ -386,7 +386,7 @@ def _write_json(path: epath.Path, content: Any) -> None:
 
 
 if __name__ == "__main__":
-    # Workers know these functions by the module's own name.
+    # Pickled functions must carry the module's importable name, not "__main__".
     from qwen3next_jax.data import prepare as module
 
     module.main()

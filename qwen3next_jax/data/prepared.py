@@ -1,17 +1,16 @@
 """Prepared data: a source's records as tokens, in ArrayRecord shards with a manifest.
 
 The shards mirror the source record by record: the i-th record of one is the i-th of the other,
-under the same name, and a record that cannot be used is there with the reason. So training on
-prepared data takes the course of training on the source, bit for bit: the same split, the same
-order, the same skips.
+under the same name, and an unusable record is stored as the reason why. So training on prepared
+data equals training on the source, bit for bit: the same split, the same order, the same skips.
 
-A directory holds `manifest.json`, `shard-00000-of-00016.array_record` and its like, and the
+A directory holds `manifest.json`, shards such as `shard-00000-of-00016.array_record`, and the
 tokenizer. A record in them is a msgpack map of `name` and either `ids` (int32, little-endian: the
 whole document, of which all but the last are read and all but the first predicted) and, where not
 all are 1, `loss_weights` (float32, of what is predicted), or `error`.
 
-ArrayRecord holds a checksum of every record, the manifest the number and size of each shard, so one
-that is truncated, altered or mistaken for another is found when it is opened or read, and named.
+ArrayRecord stores a checksum of every record, and the manifest the record count and size of each
+shard, so a truncated, altered or swapped shard is detected when it is opened or read, and named.
 """
 
 import hashlib
@@ -41,7 +40,7 @@ from qwen3next_jax.data.tokenizer import Tokenizer, fingerprint
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_OPTIONS = "group_size:1,zstd:3"  # one record at a time is read
+_OPTIONS = "group_size:1,zstd:3"  # groups of 1, because records are read one at a time
 
 
 class TokenizedDocument(dict):
@@ -134,7 +133,7 @@ def check_prepared(path: str, tokenizer: Tokenizer) -> None:
 
 
 def read_manifest(directory: epath.Path) -> dict[str, Any]:
-    """What `manifest.json` says; a BadFileError where there is none."""
+    """Reads `manifest.json`; raises a BadFileError if it is missing or of another format."""
     file = directory / MANIFEST
     if not file.exists():
         raise BadFileError(
@@ -156,7 +155,7 @@ def chat_template_sha256(tokenizer: Tokenizer) -> str | None:
 
 
 def encode_document(name: str, document: Mapping[str, np.ndarray]) -> bytes:
-    """A record of a shard."""
+    """A shard's record for a document."""
     tokens, targets, weights = (document[k] for k in ("tokens", "targets", "loss_weights"))
     ids = np.append(tokens, targets[-1:])
     fields = {"name": name, "ids": ids.astype("<i4").tobytes()}
@@ -166,7 +165,7 @@ def encode_document(name: str, document: Mapping[str, np.ndarray]) -> bytes:
 
 
 def encode_error(name: str, reason: str) -> bytes:
-    """A record of a shard that stands for one of the source that cannot be used."""
+    """A shard's record in place of a record of the source that cannot be used."""
     return msgpack.packb({"name": name, "error": reason})
 
 
@@ -174,8 +173,8 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> tuple[int, str]:
     """Writes a shard, which appears whole or not at all.
 
     Args:
-      path: local or not.
-      records: in order.
+      path: the shard's path, local or in the cloud.
+      records: the shard's records, in order.
 
     Returns:
       Its size in bytes and its SHA-256.
@@ -195,7 +194,7 @@ def write_shard(path: epath.Path, records: Iterable[bytes]) -> tuple[int, str]:
 
 
 class _Shards:
-    """All records of a directory's shards by number, each with the shard that holds it."""
+    """All records of a directory's shards by number, each with its shard's path."""
 
     def __init__(self, directory: epath.Path, shards: Sequence[Mapping[str, Any]]):
         self._paths = [directory / shard["file"] for shard in shards]

@@ -54,9 +54,9 @@ class Packing:
     Attributes:
       kind: "concatenate" or "best_fit".
       sequence_length: T.
-      too_long: of documents longer than a row, with best_fit: "error" treats them as records that
+      too_long: with best_fit, for documents longer than a row: "error" treats them as records that
         cannot be used, "truncate" keeps their first T tokens and counts them.
-      on_error: records that cannot be used: "raise", or "skip" and count them.
+      on_error: for records that cannot be used: "raise", or "skip" and count them.
       window_rows: how many rows are packed and shuffled together.
     """
 
@@ -91,13 +91,13 @@ class _Reader:
             .repeat()
             .map(self._read)
         )
-        self._failures = 0  # in succession
+        self._failures = 0  # consecutive ones
 
     def __getitem__(self, place: int) -> tuple[Document | _Skipped, bool]:
         """The document, and whether it was truncated."""
         found, truncated = self._documents[place]
         self._failures = self._failures + 1 if isinstance(found, _Skipped) else 0
-        # The only usable record may come first in one epoch and last in the next: between them all
+        # The only usable record may come first in one epoch and last in the next; in between, all
         # the others fail twice. More failures in a row mean that no record can be used.
         if self._failures > 2 * (self.size - 1):
             raise ValueError(f"None of a shard's records of {self._part.name!r} can be used")
@@ -139,7 +139,7 @@ class _Window:
     ):  # fmt: skip
         self._readers, self._weights, self._packing = readers, weights, packing
         self._first = first
-        self._at = start  # after the documents read so far; replaced, never changed
+        self._at = start  # after the documents read so far; replaced, never mutated
         self._before_last = self._at
         self.documents: list[Document] = []
         self.parts: list[int] = []  # of each document
@@ -212,7 +212,7 @@ class Shard:
             "rows": 0, "records": list(zeros), "tokens": list(zeros), "skipped": 0, "truncated": 0
         }  # fmt: skip
         self._window = self._window_from({"read": zeros, "taken": zeros, "offset": 0})
-        self._row = 0  # rows given of the window
+        self._row = 0  # rows yielded from the window
         self._plan: list[list[Piece]] | None = None  # rows of the window, in their shuffled order
         self._upcoming = self._window
 

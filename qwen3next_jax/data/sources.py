@@ -33,7 +33,7 @@ from qwen3next_jax.data.tokenizer import check_text
 
 # Folders of the standard library that are not part of it, or whose odd files test Python itself.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-_LOGGED = 5  # of what is skipped, the first few
+_LOGGED = 5  # how many skipped files are logged
 
 
 class BadRecordError(ValueError):
@@ -42,14 +42,14 @@ class BadRecordError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """One document, in one of three forms; the others are None.
+    """One document as text, messages or tokens; the other two are None.
 
     Attributes:
-      name: file and number; where a file is one document, the file alone.
-      text: of a document.
-      messages: of a chat, as its template expects them.
+      name: file and number, such as `a.jsonl:17`; the file alone where it is one document.
+      text: the document's text.
+      messages: a chat's messages, as its template expects them.
       tools: JSON schemas of the functions that the chat may call, or None.
-      chat_template_kwargs: what else the chat's template reads, or None.
+      chat_template_kwargs: further variables of the chat's template, or None.
       tokens: a tokenised document, as `data/documents.py` describes it.
     """
 
@@ -84,7 +84,7 @@ class Chained:
         return sequence[number]
 
     def place(self, index: int) -> tuple[Any, int]:
-        """The sequence that an element is in, and its number there."""
+        """The sequence that holds an element, and the element's index in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)}")
         i = int(np.searchsorted(self._ends, index, side="right"))
@@ -95,23 +95,23 @@ class Source:
     """The records of files, one after another.
 
     Attributes:
-      files: those that could be opened, in the order of their names.
-      skipped_files: names of those that could not, where errors are skipped.
+      files: the files that could be opened, sorted by name.
+      skipped_files: names of the files that could not be opened, where errors are skipped.
 
     Indexing raises a BadRecordError for a record that cannot be used.
     """
 
     def __init__(
         self,
-        files: Sequence[RecordFile],
+        record_files: Sequence[RecordFile],
         *,
         field: str = "",
         skipped_files: Sequence[str] = (),
     ):
-        self.files = files
+        self.files = record_files
         self.skipped_files = tuple(skipped_files)
         self._field = field
-        self._values = Chained(files)
+        self._values = Chained(record_files)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -128,7 +128,7 @@ class Source:
             return _record(name, file[number], self._field)
         except (files.BadValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise  # the process's trouble, not the record's
+                raise  # the process is out of file descriptors; the record may be good
             raise BadRecordError(f"{name}: {error}") from error
 
 
@@ -190,7 +190,7 @@ def open_source(
     opened = []
     for name, file in sorted((file.relative_to(root).as_posix(), file) for file in found):
         try:
-            check_text(name)  # Python hides other bytes of a name in halves of surrogate pairs
+            check_text(name)  # Python decodes invalid bytes of a name to lone surrogates
         except ValueError:
             problems.append(f"{name!r}: its name is no UTF-8; rename it")
             continue

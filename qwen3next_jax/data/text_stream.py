@@ -1,8 +1,8 @@
-"""The text of a continuation while its tokens come, up to a stop string.
+"""Streams the text of a continuation as its tokens arrive, up to a stop string.
 
-Two things hold text back. A character may be spread over several tokens, and decodes to U+FFFD
-until the last one is there. And the end of the text may be the beginning of a stop string. What has
-been returned never changes, so it can be printed.
+Text is held back for two reasons. A character may be spread over several tokens, and decodes to
+U+FFFD until the last one arrives. And the end of the text may be the beginning of a stop string.
+Returned text never changes, so it can be printed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    r"""Turns the tokens of one row into text, bit by bit.
+    r"""Turns the tokens of one row into text incrementally.
 
         stream = TextStream(tokenizer, stop=["\n\n"])
         for tokens in ...:
@@ -22,13 +22,13 @@ class TextStream:
                 break
         print(stream.finish())
 
-    Of several stop strings the one that is complete first counts, and of those the longest, so the
-    text does not depend on how the tokens were handed over.
+    Of several stop strings the one that is complete first wins, and of those the longest, so the
+    text does not depend on how the tokens were split over calls.
 
     Attributes:
-      text: all that was returned so far; after `finish`, or where a stop string was met, the whole
-        text, which ends before that string.
-      stopped: a stop string was met; further tokens change nothing.
+      text: all text returned so far; after `finish` or a stop string, the whole text, which ends
+        before that string.
+      stopped: whether a stop string was met; further tokens change nothing.
 
     Raises:
       ValueError: a stop string is empty.
@@ -50,11 +50,11 @@ class TextStream:
         self._seen = 0  # how much of the window's text has been taken
 
     def feed(self, tokens: Iterable[int]) -> str:
-        """What is certain after these tokens and was not before."""
+        """Adds tokens; returns the text that has become certain."""
         return self._take("".join(map(self._decode, tokens)))
 
     def finish(self) -> str:
-        """The rest, once the last token is there; a part of a character is U+FFFD."""
+        """Returns the rest after the last token; an incomplete character is U+FFFD."""
         rest = self._tokenizer.decode(self._window)[self._seen :]
         self._window, self._boundary, self._seen = [], 0, 0
         return self._take(rest, last=True)
@@ -73,7 +73,7 @@ class TextStream:
         return new
 
     def _take(self, new: str, *, last: bool = False) -> str:
-        """Of what is held and new text, that which stands before any stop string."""
+        """Returns the held and new text up to any stop string, and holds back its beginnings."""
         if self.stopped:
             return ""
         text = self._held + new
@@ -88,7 +88,7 @@ class TextStream:
         return text
 
     def _beginning(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
+        """Length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         return next(
             (n for n in range(min(longest, len(text)), 0, -1)

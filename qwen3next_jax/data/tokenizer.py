@@ -6,11 +6,11 @@ are encoded with `parse_special=True`, which makes it the token of that name.
 
 Bits per byte are meaningful only if every byte is predicted, so the tokenizers trained here are
 lossless: no Unicode normalisation, no space put before the text, no run of spaces shortened, and
-bytes for whatever has no piece. Pieces end at spaces, but may span letters and punctuation
+bytes for characters without a piece. Pieces end at spaces, but may span letters and punctuation
 (`self.`, or `):` with its line end), and a run of spaces, such as an indentation, can be a piece.
 
-One trap remains: SentencePiece writes a space as "▁" (U+2581) and decodes every "▁" to a space, so
-`encode` passes a "▁" of the text itself as its three bytes.
+One trap remains: SentencePiece represents a space as "▁" (U+2581) and decodes every "▁" to a space,
+so `encode` encodes a literal "▁" of the text as its three bytes.
 """
 
 import bisect
@@ -34,7 +34,7 @@ from qwen3next_jax.data.chat import load_chat_template
 _SPACE = "▁"
 _RESERVED = "▅"  # SentencePiece skips training text that holds its mark for unknown pieces
 _TRAINING_CHARACTERS = 50_000_000  # enough for any vocabulary; takes about 15 seconds
-_SAMPLE = 1000  # documents from which the length of all is estimated
+_SAMPLE = 1000  # documents from which the total length is estimated
 
 
 def load_tokenizer(
@@ -73,8 +73,8 @@ _BYTES = epath.Path(__file__).parent / "bytes_tokenizer"
 
 
 def _tokenizer_file(path: str | os.PathLike) -> epath.Path:
-    """The file that a name stands for: itself, the bytes', or the one that a directory holds."""
-    # The bytes are a tokenizer.json like any other, so they travel with a run like any other.
+    """The file itself, the built-in one for "bytes", or the tokenizer file of a directory."""
+    # "bytes" is a tokenizer.json like any other, so that it is copied along with a run.
     file = _BYTES if path == "bytes" else epath.Path(path)
     return _file_within(file) if file.is_dir() else file
 
@@ -87,7 +87,7 @@ def _file_within(directory: epath.Path) -> epath.Path:
         if (run / name).exists():
             return run / name
     named = _read_json(run / "config.json").get("data", {}).get("tokenizer")
-    if named:  # a run that was started from Python has no copy
+    if named:  # a run started from Python keeps no copy of its tokenizer
         return _tokenizer_file(named)
     raise FileNotFoundError(f"{run} holds no tokenizer; expected tokenizer.json or tokenizer.model")
 
@@ -95,7 +95,7 @@ def _file_within(directory: epath.Path) -> epath.Path:
 class SentencePieceTokenizer:
     """A SentencePiece model, read from `path`.
 
-    Its attributes are those of `HuggingFaceTokenizer`.
+    It has the attributes of `HuggingFaceTokenizer`.
 
     With a model made by `train_tokenizer`, `decode(encode(text)) == text` for all text. Others may
     normalise.
@@ -141,11 +141,11 @@ class SentencePieceTokenizer:
         return self._pieces.vocab_size()
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """The ids of `text`, with neither BOS nor EOS unless it has them and they are asked for.
+        """The ids of `text`; neither BOS nor EOS is added.
 
         Args:
-          text: any.
-          parse_special: "<s>" in the text is the token of that name, not three characters.
+          text: any text.
+          parse_special: whether "<s>" in the text is the token of that name, not three characters.
 
         Raises:
           ValueError: see `check_text`.
@@ -171,7 +171,7 @@ class SentencePieceTokenizer:
     def encode_with_starts(
         self, text: str, *, parse_special: bool = False
     ) -> tuple[list[int], list[int]]:
-        """What `encode` returns, and at which character of `text` each of these tokens begins.
+        """The ids that `encode` returns, and the index in `text` at which each token begins.
 
         Raises:
           ValueError: the model changes text, so that its pieces are not parts of it.
@@ -198,29 +198,29 @@ class SentencePieceTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; nothing for BOS and EOS.
+        """The text of `ids`; BOS and EOS become nothing.
 
-        An id that only the model knows, whose vocabulary may be the larger one, becomes " ⁇ ".
+        An id outside of this vocabulary, which the model's may exceed, becomes " ⁇ ".
         """
         unknown = self._pieces.unk_id()
         return self._pieces.decode([int(i) if i < self.vocab_size else unknown for i in ids])
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, read from `path`, with what the files beside it say about it.
+    """A `tokenizer.json`, read from `path`, and the special tokens named by files beside it.
 
-    Which tokens begin and end a document is not in `tokenizer.json`. They are the first that these
-    files name, in this order: `tokenizer_config.json` (`bos_token`, `eos_token`),
+    `tokenizer.json` does not say which tokens begin and end a document. They are the first that
+    these files name, in this order: `tokenizer_config.json` (`bos_token`, `eos_token`),
     `generation_config.json` and `config.json` (`bos_token_id`, `eos_token_id`; of several EOS the
     first). So it is "<|endoftext|>" 151643 and "<|im_end|>" 151645 for an instruction-tuned Qwen.
-    Where no file names a BOS, the EOS is what stands between documents, and serves as both.
+    Where no file names a BOS, EOS separates documents and serves as both.
 
     Attributes:
       path: the file.
       bos_id, eos_id: the two tokens.
-      stop_ids: all the tokens that end a text: the EOS, and those of `generation_config.json`.
+      stop_ids: all tokens that end a text: EOS, and those of `generation_config.json`.
       adds_bos: whether a prompt begins with BOS (`add_bos_token`); not so for Qwen.
-      special_tokens: name → text of those that `tokenizer_config.json` names, for chat templates.
+      special_tokens: texts by name of the tokens in `tokenizer_config.json`, for templates.
 
     Raises:
       ValueError: the file is no `tokenizer.json`, or no EOS is named, or one that it lacks.
@@ -232,9 +232,9 @@ class HuggingFaceTokenizer:
         try:
             self._parsing = tokenizers.Tokenizer.from_buffer(content)
             self._literal = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing more particular
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
-        # A property of the whole tokenizer; two of them are safe where threads share this one.
+        # This is state of the whole tokenizer; having two makes sharing between threads safe.
         self._literal.encode_special_tokens = True
         for tokenizer in (self._parsing, self._literal):
             tokenizer.no_truncation()
@@ -244,8 +244,8 @@ class HuggingFaceTokenizer:
         folder = self.path.parent
         config = _read_json(folder / "tokenizer_config.json")
         ids = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
-        ids[1] = ids[1].get("model", ids[1])  # a work directory's has sections,
-        ids[1] = {**ids[1], **ids[1].get("extra", {})}  # and such keys apart
+        ids[1] = ids[1].get("model", ids[1])  # a work directory's config.json has sections,
+        ids[1] = {**ids[1], **ids[1].get("extra", {})}  # and keeps these keys in `extra`
         self.special_tokens: dict[str, str] = {
             name: token["content"] if isinstance(token, Mapping) else token
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -306,12 +306,12 @@ class HuggingFaceTokenizer:
         return self._vocab_size
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """The ids of `text`, with neither BOS nor EOS unless it has them and they are asked for.
+        """The ids of `text`; neither BOS nor EOS is added.
 
         Args:
-          text: any.
-          parse_special: "<|im_end|>" in the text is the token of that name, not its characters.
-            Tokens that were added but are not special, such as Qwen's "<think>", always are.
+          text: any text.
+          parse_special: whether "<|im_end|>" in the text is the token of that name, not its
+            characters. Added tokens that are not special, such as Qwen's "<think>", always are.
 
         Raises:
           ValueError: see `check_text`.
@@ -323,7 +323,7 @@ class HuggingFaceTokenizer:
     def encode_with_starts(
         self, text: str, *, parse_special: bool = False
     ) -> tuple[list[int], list[int]]:
-        """What `encode` returns, and at which character of `text` each of these tokens begins."""
+        """The ids that `encode` returns, and the index in `text` at which each token begins."""
         check_text(text)
         tokenizer = self._parsing if parse_special else self._literal
         encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -336,7 +336,7 @@ class HuggingFaceTokenizer:
         return frozenset(i for i, token in added if token.special)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; nothing for special tokens and for ids that only the model knows."""
+        """The text of `ids`; special tokens and ids outside of this vocabulary become nothing."""
         return self._parsing.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
@@ -356,8 +356,8 @@ def train_tokenizer(
 ) -> SentencePieceTokenizer:
     """Trains a lossless byte-pair encoding on `texts` and writes it to `path`.
 
-    The same texts give the same file. Of long corpora evenly spaced documents are used, about
-    50 million characters. The file appears whole or not at all.
+    The same texts give the same file. From long corpora, evenly spaced documents of about
+    50 million characters are used. The file appears whole or not at all.
 
     Raises:
       ValueError: the texts are too small for `vocab_size`, or it is too small for the 256 bytes.
@@ -365,7 +365,7 @@ def train_tokenizer(
     sample = range(0, len(texts), max(1, len(texts) // _SAMPLE))
     characters = sum(len(texts[i]) for i in sample) * len(texts) // max(1, len(sample))
     stride = -(-characters // _TRAINING_CHARACTERS) or 1
-    unread: list[Exception] = []  # the library would tell it as an error of its own
+    unread: list[Exception] = []  # SentencePiece would replace it by an error of its own
 
     def chosen() -> Iterator[str]:
         try:
@@ -383,12 +383,12 @@ def train_tokenizer(
             model_type="bpe",
             vocab_size=vocab_size,
             max_sentence_length=2**30,  # a whole document is one "sentence"
-            # Nothing is lost.
+            # These make the encoding lossless.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             byte_fallback=True,
-            # What suits source code.
+            # These suit source code.
             split_by_unicode_script=False,
             allow_whitespace_only_pieces=True,
             minloglevel=2,
@@ -402,7 +402,7 @@ def train_tokenizer(
 
 
 def fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that decides the ids of a document, as JSON: equal for tokenizers that do the same."""
+    """Everything that decides a document's ids, as JSON; equal tokenizers have equal ones."""
     return {
         "sha256": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
         "bos_id": tokenizer.bos_id,
@@ -415,12 +415,11 @@ def keep_tokenizer(
 ) -> None:
     """Copies a tokenizer, its chat template and the files beside it that describe its tokens.
 
-    The directory holds what depends on it, a run or prepared data. Each file appears whole or not
-    at all.
+    The directory is a run's or holds prepared data. Each file appears whole or not at all.
 
     Args:
-      tokenizer: what is copied.
-      directory: where to.
+      tokenizer: the tokenizer to copy.
+      directory: the destination.
       ends: tokens that a run teaches its model to end with. Beside a `tokenizer.json`,
         `generation_config.json` then names those that `stop_ids` lacks too, so that texts end
         there, here and in other engines.
@@ -434,11 +433,11 @@ def keep_tokenizer(
     for name in BESIDE:
         if (file := tokenizer.path.parent / name).exists():
             contents[name] = file.read_bytes()
-    # There may be none, or several of which no chat chose one: texts need none.
+    # There may be no template, or several without a default; plain text needs none.
     with contextlib.suppress(FileNotFoundError, ValueError):
         contents["chat_template.jinja"] = tokenizer.chat_template.encode()
     if isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.names_delimiters():
-        # A model's config.json did, which does not come along.
+        # The model's config.json named them, and it is not copied.
         config = json.loads(contents.get("tokenizer_config.json", b"{}"))
         contents["tokenizer_config.json"] = json.dumps(
             {**config, **tokenizer.delimiters()}, indent=2, ensure_ascii=False
@@ -467,7 +466,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "chat_template.jinja", *
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text that a model is to continue, never none.
+    """The tokens of a text to continue, at least one.
 
     They begin with BOS where the model was trained on texts that do (`tokenizer.adds_bos`), and an
     empty text is BOS alone: the start of a document.
@@ -477,9 +476,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def split_stops(tokenizer: Tokenizer, stop: Iterable[str]) -> tuple[list[str], list[int]]:
-    """Stop strings, and apart from them the ids of those that are special tokens.
+    """Separates plain stop strings from special tokens, which are returned as ids.
 
-    The text that tokens are decoded to has no special tokens, so there they would not be found.
+    Decoded text contains no special tokens, so they could not be found in it.
 
     Raises:
       ValueError: names a string that holds a special token and more.
@@ -501,7 +500,7 @@ def split_stops(tokenizer: Tokenizer, stop: Iterable[str]) -> tuple[list[str], l
 
 
 def check_text(text: str) -> None:
-    """Refuses, by a ValueError, half of a surrogate pair: JSON can hold it, but no UTF-8."""
+    """Refuses, by a ValueError, half of a surrogate pair, which JSON can hold but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -521,7 +520,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
-    """A file that need not be there."""
+    """The JSON of a file; {} if it does not exist."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -530,7 +529,7 @@ def _as_list(given: int | list[int] | None) -> list[int]:
 
 
 class _Bytes:
-    """What the trainer writes to."""
+    """A sink for the model that SentencePiece's trainer writes."""
 
     content = b""
 
