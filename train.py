@@ -4,8 +4,8 @@
     python train.py --config=configs/80b_a3b.py --workdir=DIR
     python train.py --config.train.num_steps=1200     any value of the config can be given
 
-Run again with the same --workdir, it goes on from the last checkpoint. SIGTERM, and in one process
-Ctrl-C, saves the step under way and leaves. `docs/launch.md` tells how one run goes over many
+Run again with the same --workdir, it resumes from the last checkpoint. SIGTERM, and in one process
+Ctrl-C, finishes and saves the current step and exits. `docs/launch.md` describes runs on many
 machines.
 """
 
@@ -39,7 +39,8 @@ def _known_keys():
             raise
 
 
-with _known_keys():  # absl looks up keys of the default config here, those of others at the start
+# absl looks up the keys of the default config here, those of another config in app.run.
+with _known_keys():
     _CONFIG = config_flags.DEFINE_config_file("config", os.path.join(_ROOT, "configs", "tiny.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/CONFIG when not given.")
 _COORDINATOR = flags.DEFINE_string(

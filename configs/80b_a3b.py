@@ -60,8 +60,8 @@ def get_config() -> ConfigDict:
         sample_tokens=0,
     )
     config.precision.update(compute="bfloat16", optimizer="bfloat16")
-    # A router that has not learnt to balance yet sends some chips more than the buffers hold. What
-    # finds no place is counted (`dropped_share`); ending so long a run over it helps nobody.
-    # Experts are shared out over all 64 chips, so that no chip gathers their matrices.
+    # An untrained router sends some chips more rows than their buffers hold. These are dropped and
+    # counted (`dropped_share`), because ending so long a run over them would help nobody.
+    # Experts are split over all 64 chips, so that no chip gathers their matrices.
     config.mesh.update(data=1, fsdp=-1, expert=64, moe_buffer_factor=1.25, on_overflow="drop")
     return config

@@ -14,7 +14,7 @@ import importlib
 
 from ml_collections import ConfigDict
 
-shorter = importlib.import_module("configs.80b_a3b")  # whose name no import statement can say
+shorter = importlib.import_module("configs.80b_a3b")  # no identifier starts with a digit
 
 
 def get_config() -> ConfigDict:

@@ -5,8 +5,8 @@
 
 DIR is a Hugging Face model (or a checkpoint of ours); its config is the run's. A line of the files
 is `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}], "tools": [...]}`.
-Only what the assistant says is learnt. Chats stay whole: one that is longer than a row is an error,
-or with `data.too_long="truncate"` loses its end. `docs/finetuning.md` says more.
+Only the assistant's turns are in the loss. Chats stay whole: one that is longer than a row is an
+error, or with `data.too_long="truncate"` loses its end. `docs/finetuning.md` says more.
 """
 
 import dataclasses

@@ -59,8 +59,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         dict(
             source="stdlib",  # Python's standard library; docs/data.md lists the others
-            path="",  # of the other sources a glob, such as "/corpus/**/*.txt"
-            field="text",  # of JSON objects and table rows, the one that holds the text
+            path="",  # for the other sources a glob, such as "/corpus/**/*.txt"
+            field="text",  # the field of JSON objects and table rows that holds the text
             split="train",  # of TensorFlow Datasets
             mixture=ConfigDict(),  # of source="mixture": {name: {weight=..., source=..., ...}}
             tokenizer="",  # SentencePiece, tokenizer.json or "bytes"; "": train one and keep it
@@ -68,9 +68,9 @@ def get_config() -> ConfigDict:
             holdout_fraction=0.05,  # share of the records kept for evaluation
             on_error="raise",  # at a bad record; or "skip" it and count it
             packing="concatenate",  # and split; or "best_fit", which keeps documents whole
-            too_long="error",  # for "best_fit", of documents longer than a row; or "truncate"
+            too_long="error",  # for "best_fit", on documents longer than a row; or "truncate"
             num_shards=4,  # divides global_batch_size; any divisor of it may be the number of hosts
-            window_rows=128,  # of a shard; packed and shuffled together
+            window_rows=128,  # rows of a shard that are packed and shuffled together
         )
     )
 
@@ -108,8 +108,8 @@ def get_config() -> ConfigDict:
             diagnostics=True,  # metrics of layers and updates, docs/training.md lists them
             eval_every=0,  # 0: only at the end
             checkpoint_every=100,  # 0: only at the end
-            keep_checkpoints=2,  # the newest
-            keep_best=0,  # besides, those with the lowest cross-entropy at an evaluation
+            keep_checkpoints=2,  # how many of the newest stay
+            keep_best=0,  # how many with the lowest evaluation cross-entropy also stay
             sample_tokens=200,  # length of the texts written as samples; 0: none
             sample_every=100,  # 0: only at the end
             sample_prompts=("",),  # each is continued; "" is the start of a document
@@ -126,7 +126,7 @@ def get_config() -> ConfigDict:
         )
     )
 
-    # Suites that are run on the model in training; docs/evaluation.md tells of them.
+    # Suites to run during training; docs/evaluation.md describes them.
     config.evaluation = ConfigDict(
         dict(
             suites=(),  # "perplexity", "lm_eval", "long_context", "speculation"
@@ -150,15 +150,15 @@ def get_config() -> ConfigDict:
     # Sizes of the mesh axes; -1 takes the devices that are left.
     config.mesh = ConfigDict(
         dict(
-            data=-1,  # copies of the parameters, each with its own rows of the batch
-            fsdp=1,  # slices of the parameters, put together where they are used; own rows
-            expert=1,  # each its own experts, to which tokens travel; own rows
-            context=1,  # each its own stretch of every row's tokens
-            tensor=1,  # each its own heads and columns
+            data=-1,  # replicas of the parameters, each with its own rows of the batch
+            fsdp=1,  # shards of the parameters, gathered where they are used; own rows
+            expert=1,  # each device its own experts, to which tokens are sent; own rows
+            context=1,  # each device its own stretch of every row's tokens
+            tensor=1,  # each device its own heads and columns
             num_slices=1,  # TPU slices joined by a slower network, along data; -1: as found
-            moe_buffer_factor=-1.0,  # rows a device can receive, times an even load; -1: all
-            on_overflow="error",  # rows without place end the run; "drop": are counted
-            max_replicated=0.02,  # share of a device's state that may be copies, or it is refused
+            moe_buffer_factor=-1.0,  # receive buffer, in even loads; -1: for any load
+            on_overflow="error",  # rows beyond the buffer end the run; "drop": are counted
+            max_replicated=0.02,  # largest share of a device's state that may be replicas
         )
     )
     return config

@@ -4,9 +4,9 @@
     python -m qwen3next_jax.convert to-hf   SRC DST [--dtype=bfloat16] [--expert_layout=fused]
                                                     [--max_shard_size=5GB]
 
-Ours is a work directory (config.json, checkpoints/), a run's or one made here; `to-hf` also takes
-one of its step folders. Chunk after chunk goes from the one to the other, so the memory it takes
-does not depend on the model's size. DST appears when it is whole.
+Ours is a work directory (config.json, checkpoints/), of a run or made by `from-hf`; `to-hf` also
+takes one of its step folders. Data is copied chunk by chunk, so memory does not depend on the
+model's size. DST appears only when it is complete.
 """
 
 import argparse
@@ -68,12 +68,12 @@ def _local(path: str) -> pathlib.Path:
 
 
 def from_hf(src: pathlib.Path, dst: pathlib.Path, *, dtype: Any = None) -> None:
-    """Makes a work directory of a Hugging Face directory: its checkpoint is of step 0.
+    """Converts a Hugging Face directory to a work directory with a checkpoint of step 0.
 
     Args:
-      src: holds config.json and safetensors.
-      dst: does not exist, or is empty.
-      dtype: of the parameters but `A_log` and `dt_bias`; None: as stored.
+      src: path of a directory with config.json and safetensors.
+      dst: path of a new or empty directory.
+      dtype: dtype of the parameters except `A_log` and `dt_bias`; None: as stored.
 
     Raises:
       FileExistsError: `dst` holds something.
@@ -105,15 +105,15 @@ def to_hf(
     expert_layout: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Makes a Hugging Face directory of a checkpoint of ours.
+    """Converts one of our checkpoints to a Hugging Face directory.
 
     Args:
       src: a work directory, whose newest good checkpoint is taken, or one of its step folders.
-      dst: does not exist, or is empty.
-      dtype: of the tensors but `A_log` and `dt_bias`; None: as stored.
+      dst: path of a new or empty directory.
+      dtype: dtype of the tensors except `A_log` and `dt_bias`; None: as stored.
       expert_layout: "per_expert" or "fused"; None: that of the files it was converted from, or
         "per_expert".
-      max_shard_size: of a file, in bytes or such as "5GB".
+      max_shard_size: most bytes in a file, as a number or such as "5GB".
 
     Raises:
       FileExistsError: `dst` holds something.

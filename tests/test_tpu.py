@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tpu_program
+from launched import TESTS, run_python
 
 from qwen3next_jax.plan import tpu
 from qwen3next_jax.plan.chips import CHIPS
@@ -65,30 +66,11 @@ def test_a_plan_for_gpus_is_by_arithmetic_alone():
     assert "error: --compile asks the TPU compiler, which knows no h200:16" in done.stderr
 
 
-# In the compiler's place: the first layout is too large, the third is faster than the second.
-ANSWERS = """
-import itertools, runpy
-from qwen3next_jax.plan import hlo, tpu
-
-asked = itertools.count()
-def compile_step(config, topology):
-    number = next(asked)
-    if number == 0:
-        raise tpu.OutOfMemoryError("used 120G of 96G")
-    took = hlo.Estimate(10.0 - number, 0.0, 0.0, {}, [], [])
-    return tpu.Compiled(seconds=1.0, memory={"temporary": 1e9}, estimate=took, text="")
-
-tpu.compile_step = compile_step
-runpy.run_module("qwen3next_jax.plan", run_name="__main__", alter_sys=True)
-"""
-
-
 def test_search_compiles_as_many_as_told_and_names_the_fastest_of_them():
     options = ["--config=configs/tiny.py", "--topology=v5p:2x2x1", "--search", "--best=3", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", ANSWERS, *options],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_python(
+        TESTS / "tpu_answers.py", "0", *options, cwd=ROOT, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["search"]
     assert len({(row["remat"], *row["mesh"].values()) for row in rows}) == len(rows) == 10
@@ -120,13 +102,11 @@ def test_search_needs_no_mesh_that_the_config_itself_could_use():
 
 
 def test_the_compiled_text_goes_to_a_folder_that_is_not_there_yet(tmp_path):
-    # What the stand-in is asked second fits.
-    program = ANSWERS.replace("itertools.count()", "itertools.count(1)")
     file = tmp_path / "plans" / "step.txt"
     options = ["--config=configs/tiny.py", "--topology=v5p:2x2x1", "--compile", f"--hlo={file}"]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *options, "--json"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    done = run_python(
+        TESTS / "tpu_answers.py", "1", *options, "--json",
+        cwd=ROOT, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["source"] == "compiler"

@@ -36,17 +36,17 @@ Result = TypeVar("Result")
 
 
 class OurCheckpoint(NamedTuple):
-    """A work directory of ours, and which of its steps to use."""
+    """One of our work directories, and the step to use."""
 
     workdir: pathlib.Path
     step: int | None  # None: the newest good one
     config: ModelConfig
-    compute: str | None  # the dtype of activations, where the work directory says
-    matmul: str | None  # the precision of products, likewise
+    compute: str | None  # dtype of activations; None: not recorded
+    matmul: str | None  # precision of matrix products; None: not recorded
 
 
 class OpenCheckpoint(NamedTuple):
-    """What is known of a checkpoint before its parameters are read."""
+    """A checkpoint's config and tokenizer, before its parameters are read."""
 
     ours: OurCheckpoint | None  # None: a Hugging Face directory
     config: ModelConfig
@@ -66,12 +66,12 @@ def load_checkpoint(
     Args:
       path: a Hugging Face directory, a work directory of ours, whose newest good checkpoint is
         taken, or a step folder such as `runs/tiny/checkpoints/300`.
-      dtype: of the parameters but `A_log` and `dt_bias`, and of activations. None: as stored, and
-        for activations what the run computed in, else the embedding's.
-      mesh: over which the parameters are split; None: one device.
-      rope_scaling: replaces the config's; {}: no YaRN.
-      unstacked: for generation alone, which needs each layer's parameters by themselves: such a
-        model cannot score or train, but `generate` need not copy it.
+      dtype: dtype of activations and of the parameters except `A_log` and `dt_bias`. None:
+        parameters as stored, activations as in the run, or else in the embedding's dtype.
+      mesh: mesh over which the parameters are sharded; None: one device.
+      rope_scaling: replacement for the config's; {} disables YaRN.
+      unstacked: whether to store each layer's parameters separately, as generation needs them: such
+        a model cannot score or train, but `generate` need not copy it.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -106,20 +106,21 @@ def load_parameters(
 ) -> nnx.State:
     """Reads the initial parameters of a training run.
 
-    They are read one after another, each straight to its devices and in its final dtype, so that no
-    device and no process holds more than its part of the model.
+    Parameters are read one after another, each straight to its devices and in its final dtype, so
+    that no device and no process holds more than its shards of the model.
 
     Args:
       path: see `load_checkpoint`.
-      config: the run's model. It may differ from the checkpoint's only in what does not change the
-        meaning of the weights: length of the context and YaRN, coefficient of the balance loss,
+      config: the run's model. It may differ from the checkpoint's only in keys that do not change
+        the meaning of the weights: length of the context and YaRN, coefficient of the balance loss,
         number of MTP steps, and initialisation.
-      wanted: the run's parameters as jax.ShapeDtypeStructs, with shardings. Where modules of the
-        model were replaced, the checkpoint must have the parameters of these.
+      wanted: the run's parameters as jax.ShapeDtypeStructs with shardings. If modules of the model
+        were replaced, the checkpoint must hold the replacements' parameters.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
-      ValueError: it is of another model; names all keys that differ. Or see `load_checkpoint`.
+      ValueError: the checkpoint is of another model; names all keys that differ. Or see
+        `load_checkpoint`.
       DamagedCheckpointError: the step, or every step of the work directory, is damaged.
     """
     ours = find_checkpoint(pathlib.Path(path))
@@ -155,7 +156,7 @@ def check_same_model(path: str | os.PathLike[str], config: ModelConfig) -> None:
 def open_checkpoint(
     path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None
 ) -> OpenCheckpoint:
-    """Opens a checkpoint to use its model for text: all that can be refused before it is read.
+    """Opens a checkpoint for text, with all checks that are possible before the model is read.
 
     Args:
       path: see `load_checkpoint`, which then reads the model.
@@ -184,7 +185,7 @@ def checkpoint_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def find_checkpoint(path: pathlib.Path) -> OurCheckpoint | None:
-    """The checkpoint of ours that a path leads to; None for a Hugging Face directory.
+    """Finds our checkpoint at a path; None for a Hugging Face directory.
 
     Raises:
       FileNotFoundError: the path does not exist.
@@ -219,7 +220,7 @@ def find_checkpoint(path: pathlib.Path) -> OurCheckpoint | None:
 def as_trained(ours: OurCheckpoint | None) -> contextlib.AbstractContextManager[Any]:
     """A context in which matrix products have the precision that the run trained with.
 
-    It does nothing for a checkpoint that does not say, such as a Hugging Face directory (None).
+    It does nothing where the precision is unknown, as for a Hugging Face directory (None).
     """
     if ours is None or ours.matmul is None:
         return contextlib.nullcontext()
@@ -265,7 +266,7 @@ def _check_shapes(
         raise ValueError(f"{checkpoint} does not fit {of}:\n  " + "\n  ".join(problems))
 
 
-# Keys in which a run may differ from the checkpoint it begins with.
+# Keys in which a run's model may differ from that of its initial checkpoint.
 _FREE = {
     "max_position_embeddings", "rope_scaling", "router_aux_loss_coef", "initializer_range",
     "router_init", "mtp_steps", "extra",
@@ -281,7 +282,7 @@ def _check_same_model(
     if config.layers == found.layers:
         free |= _LAYERS
     if all(sparse for _, sparse in [*config.layers, *found.layers]):
-        free.add("intermediate_size")  # no layer has it
+        free.add("intermediate_size")  # no layer uses it
     differing = [
         f"model.{field.name}={getattr(config, field.name)!r}, in the checkpoint "
         f"{getattr(found, field.name)!r}"

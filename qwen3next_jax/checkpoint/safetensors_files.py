@@ -1,10 +1,10 @@
-"""Safetensors files: all checked before any is read; tensors are in memory only while in use.
+"""Safetensors files: checked before any tensor is read, and mapped to memory only while in use.
 
-A file is the length of its header (8 bytes, little-endian), the header in JSON, which gives each
-tensor's dtype, shape and place, and the tensors. The format is read and written here, because the
-`safetensors` package has no bfloat16 for numpy and writes only what is in memory as a whole. Each
-tensor is mapped into memory on its own: what is read or written counts as this process's memory
-until the mapping is dropped, and only the pages that are touched are read.
+A file consists of the header's length (8 bytes, little-endian), the header in JSON, which gives
+each tensor's dtype, shape and offsets, and the tensors. The format is read and written here,
+because the `safetensors` package has no bfloat16 for numpy and writes only tensors that are in
+memory as a whole. Each tensor is memory-mapped separately: the pages that are read or written count
+as this process's memory until the mapping is dropped, and only touched pages are read.
 """
 
 import json
@@ -24,7 +24,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 class Stored(NamedTuple):
-    """Where a tensor is."""
+    """The location, dtype and shape of a tensor."""
 
     file: pathlib.Path
     offset: int
@@ -51,7 +51,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return len(self.stored)
 
     def sync(self) -> None:
-        """Returns when all files are on disk."""
+        """Waits until all files are on disk."""
         for file in {s.file for s in self.stored.values()}:
             sync(file)
 
@@ -60,8 +60,8 @@ def read_directory(directory: pathlib.Path) -> tuple[TensorFiles, list[str], set
     """Reads the headers of a checkpoint in one file or several.
 
     Returns:
-      The tensors; all that is wrong with the files; the names of the tensors that are missing
-      because of that, and need not be reported again.
+      The tensors; the problems of the files; the names of tensors that these problems made
+      unavailable, which need not be reported again.
     """
     stored: dict[str, Stored] = {}
     problems: list[str] = []
@@ -103,18 +103,19 @@ def create(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     max_shard_size: int | str,
 ) -> TensorFiles:
-    """Makes the files of a checkpoint in their full size; the tensors are to be filled in.
+    """Creates the files of a checkpoint in their full size; the caller then fills in the tensors.
 
     Args:
-      directory: exists.
-      tensors: dtype and shape by name, in the order in which they are to stand.
-      max_shard_size: of a file, in bytes or such as "5GB"; a larger tensor gets a file alone.
+      directory: path of an existing directory.
+      tensors: dtypes and shapes by name, in the order in which they are assigned to files.
+      max_shard_size: most bytes in a file, as a number or such as "5GB"; a larger tensor gets a
+        file of its own.
 
     Raises:
       OSError: the disk has no room for them.
     """
     limit = parse_size(max_shard_size)
-    shards: list[dict[str, int]] = [{}]  # of each, the bytes of its tensors
+    shards: list[dict[str, int]] = [{}]  # per file, the sizes of its tensors in bytes
     for name, (dtype, shape) in tensors.items():
         size = int(np.prod(shape)) * dtype.itemsize
         if shards[-1] and sum(shards[-1].values()) + size > limit:
@@ -143,9 +144,9 @@ def create(
         with file.open("wb") as opened:
             opened.write(len(text).to_bytes(8, "little") + text)
             opened.flush()
-            if hasattr(os, "posix_fallocate"):  # a full disk is found out here
+            if hasattr(os, "posix_fallocate"):  # a full disk fails here
                 os.posix_fallocate(opened.fileno(), 0, origin + end)
-            else:  # macOS and Windows: it is found out when the pages are written
+            else:  # macOS and Windows: a full disk fails when the pages are written
                 opened.truncate(origin + end)
     if len(shards) > 1:
         total = sum(size for shard in shards for size in shard.values())
@@ -202,7 +203,7 @@ def _read_header(file: pathlib.Path) -> tuple[dict[str, Stored], list[str]]:
         problems.append(f"truncated shard: {name} has {size} of {end} bytes")
     elif end < size:
         problems.append(f"unreadable shard: {name} has {size - end} bytes that no tensor owns")
-    # Tensors with problems of their own are still there, so that nobody misses their names.
+    # Tensors with problems are included too, so that they are not also reported as missing.
     stored = {}
     for tensor, (code, shape, start, stop) in places.items():
         dtype = DTYPES.get(code)

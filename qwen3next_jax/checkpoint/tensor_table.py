@@ -1,17 +1,17 @@
 """Hugging Face tensors and our parameters, as one table of names, shapes and rearrangements.
 
-Each `Entry` is a tensor of theirs and the places in our parameters where its numbers stand. For
-each place there is a *view* of the tensor, with the same numbers in the same order: `ours[place] =
-view(theirs)` reads and `view(theirs)[...] = ours[place]` writes. So one line of the table serves
-both ways, and numbers are moved, not changed. Because a view costs nothing, any block of a
-parameter is put together from the tensors that overlap it, and nothing else is touched. What the
-two sides do differently:
+Each `Entry` is one of their tensors and its places in our parameters. For each place there is a
+numpy *view* of the tensor with the same numbers in the same order: `ours[place] = view(theirs)`
+reads and `view(theirs)[...] = ours[place]` writes. So one line of the table serves both directions,
+and numbers are moved, not changed. Because a view costs nothing, any block of a parameter is
+assembled from the tensors that overlap it, and no other data is touched. The two sides ("there"
+and "here") differ as follows:
 - a Linear's matrix is [out, in] there, and [in, heads..., ...] here;
 - `in_proj_qkvz` holds, key head by key head, [q | k | its value heads' v | their z];
   `in_proj_ba` likewise [b | a]; `conv1d` holds all q channels, then all k, then all v;
 - with an output gate, `q_proj` holds [query | gate] head by head;
 - experts are one tensor each, or fused as [E, 2F, D] and [E, D, F];
-- layers are apart there, and stacked over the repeats of their group here.
+- layers are separate there, and stacked over the repeats of their group here.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ View = Callable[[np.ndarray], np.ndarray]
 class FileLayout:
     """The ways in which files of the same model may differ."""
 
-    # Of "model" and "mtp", those whose experts are fused into one tensor a layer.
+    # The parts ("model", "mtp") whose experts are fused into one tensor per layer.
     fused: tuple[str, ...] = ()
-    # The output head is the embedding, and yet written a second time.
+    # Whether an output head that is tied to the embedding is stored a second time.
     tied_head: bool = False
 
     @classmethod
@@ -45,20 +45,20 @@ class FileLayout:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "FileLayout":
-        """What `dataclasses.asdict` and JSON made of one."""
+        """The inverse of `dataclasses.asdict`, after a round trip through JSON."""
         return cls(fused=tuple(given["fused"]), tied_head=given["tied_head"])
 
 
 class Part(NamedTuple):
-    """Where some of a tensor's numbers stand in a parameter of ours, and the view of them."""
+    """A place in one of our parameters, and the view of the tensor that belongs there."""
 
     path: str
-    place: Block  # slice(None) for an axis as a whole
+    place: Block  # slice(None) for a whole axis
     view: View
 
 
 class Entry(NamedTuple):
-    """A tensor of theirs; its parts hold each of its numbers once."""
+    """One of their tensors; its parts cover each of its numbers once."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,9 +74,9 @@ class TensorTable:
         """Builds the table.
 
         Args:
-          config: of the model.
-          layout: of their files.
-          parameters: our shapes by path.
+          config: the model's config.
+          layout: the layout of their files.
+          parameters: shapes of our parameters by path.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.parameters = dict(parameters)
@@ -85,7 +85,7 @@ class TensorTable:
             self.shapes[name] = shape
             for part in parts:
                 self._parts[part.path].append((name, part))
-        # Of each part of a path, where it starts and ends: [parts, axes, 2].
+        # By path, the start and stop of each part along each axis: [parts, axes, 2].
         self._bounds = {
             path: np.array([_bounds(part.place, parameters[path]) for _, part in parts])
             for path, parts in self._parts.items()
@@ -98,7 +98,7 @@ class TensorTable:
     def read(
         self, tensors: Mapping[str, np.ndarray], path: str, block: Block, dtype: np.dtype
     ) -> np.ndarray:
-        """Puts together a block of one of our parameters from the tensors that overlap it."""
+        """Assembles a block of one of our parameters from the tensors that overlap it."""
         values = np.empty([stop - start for start, stop in _bounds(block, self.parameters[path])],
                           dtype)  # fmt: skip
         for ours, theirs in self._overlaps(tensors, path, block):
@@ -108,14 +108,14 @@ class TensorTable:
     def write(
         self, tensors: Mapping[str, np.ndarray], path: str, block: Block, values: np.ndarray
     ) -> None:
-        """Puts a block of one of our parameters where it belongs in their tensors."""
+        """Writes a block of one of our parameters to its places in their tensors."""
         for ours, theirs in self._overlaps(tensors, path, block):
             theirs[...] = values[ours]
 
     def _overlaps(
         self, tensors: Mapping[str, np.ndarray], path: str, block: Block
     ) -> Iterator[tuple[Block, np.ndarray]]:
-        """For each tensor that overlaps the block: where in the block, and that part's view."""
+        """Yields, for each overlapping tensor, an index into the block and a view of the tensor."""
         bounds = _bounds(block, self.parameters[path])
         starts = np.maximum(self._bounds[path][..., 0], bounds[:, 0])
         stops = np.minimum(self._bounds[path][..., 1], bounds[:, 1])
@@ -242,9 +242,9 @@ def _linear(name: str, path: str, inputs: tuple[int, ...], outputs: tuple[int, .
 
 
 def _by_heads(name: str, D: int, heads: int, parts: Mapping[str, tuple[int, ...]]) -> Entry:
-    """A Linear whose outputs are, head by head, several parts, as one parameter for each part.
+    """A Linear whose outputs hold several parts head by head; each part is one parameter.
 
-    A part (R, P) of each of K heads stands in [D, K · R, P].
+    A part of shape (R, P) in each of K heads belongs to a parameter [D, K · R, P].
     """
     found, row = [], 0
     for head in range(heads):
@@ -273,7 +273,7 @@ def _rows(t: np.ndarray, *, rows: slice, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _placed(entry: Entry, there: str, here: str, repeat: int | None) -> Entry:
-    """A layer's entry as one of the model: full names, and the layer's place if it is stacked."""
+    """Turns a layer's entry into a model's: full names, and the index in the stack if stacked."""
 
     def placed(part: Part) -> Part:
         if repeat is None:
@@ -285,10 +285,10 @@ def _placed(entry: Entry, there: str, here: str, repeat: int | None) -> Entry:
 
 
 def _bounds(block: Block, shape: tuple[int, ...]) -> np.ndarray:
-    """Where a block starts and ends along each axis: [axes, 2]."""
+    """Start and stop of a block along each axis: [axes, 2]."""
     return np.array([s.indices(size)[:2] for s, size in zip(block, shape, strict=True)])
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    """An array of a shape that takes no memory."""
+    """An array of this shape that takes no memory."""
     return np.broadcast_to(np.uint8(0), shape)
