@@ -522,7 +522,7 @@ class TrainConfig:
 
     num_steps: int
     # Weights to begin with: a Hugging Face directory, a work directory or one of its step folders;
-    # "": drawn from `seed`. Not read when a run goes on.
+    # "": drawn from `seed`. Not read when a run resumes.
     initial_checkpoint: str
     global_batch_size: int  # rows in a step, all micro-batches and devices together
     sequence_length: int  # tokens in a row

@@ -171,7 +171,7 @@ def checkpoints(directory):
 
 
 def stop(when, directory):
-    """SIGTERM to process 1, before its first step or behind a save; tells the step to stop at."""
+    """SIGTERM to process 1, before its first step or after a save; tells the step to stop at."""
     first = 41  # of a run that goes on
     if when == "after_a_save":
         first = 4

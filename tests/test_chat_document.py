@@ -1,4 +1,4 @@
-"""In a chat the assistant's turns are learnt, to the token, and nothing else."""
+"""In a chat exactly the tokens of the assistant's turns are in the loss."""
 
 import json
 import pathlib
@@ -116,7 +116,7 @@ def tokenizers(tmp_path_factory):
 
 
 def with_marks(document, tokenizer):
-    """The text of a document, what is learnt between ⟦ and ⟧."""
+    """The text of a document, with the tokens in the loss between ⟦ and ⟧."""
     ids = [document["tokens"][0], *document["targets"]]
     learnt = [0, *document["loss_weights"], 0]
     text, start = "", 0
@@ -130,7 +130,7 @@ def with_marks(document, tokenizer):
 
 
 @pytest.mark.parametrize("chat", CHATS)
-def test_what_is_learnt_is_what_the_golden_file_shows(family, chat, tokenizers):
+def test_the_loss_is_on_the_tokens_that_the_golden_file_marks(family, chat, tokenizers):
     document = chat_document(CHATS[chat], tokenizers[family], plain_template(family))
     golden = HERE / "golden" / f"{family}_{chat}.txt"
     assert with_marks(document, tokenizers[family]) == golden.read_text()
@@ -192,7 +192,7 @@ def test_a_sentencepiece_model_finds_the_answers_too(family, tmp_path):
     assert "Bye" not in said
 
 
-def test_an_answer_ends_with_its_token_and_not_with_the_line_end_behind(tokenizers):
+def test_an_answer_ends_with_its_token_and_not_with_the_line_end_after_it(tokenizers):
     tokenizer = tokenizers["chatml"]
     document = chat_document(CHATS["one_turn"], tokenizer, plain_template("chatml"))
     assert document["targets"][-2:].tolist() == [tokenizer.eos_id, tokenizer.encode("\n")[0]]
@@ -210,7 +210,7 @@ THINKING = """\
 """
 
 
-def test_a_template_that_drops_old_thoughts_is_refused_unless_only_the_last_is_learnt(tokenizers):
+def test_a_template_that_drops_old_thoughts_is_refused_unless_only_the_last_has_weight(tokenizers):
     first = assistant("one", thoughts="hm")
     chat = {"messages": [user("1?"), first, user("2?"), assistant("two", thoughts="oh")]}
     with pytest.raises(ValueError, match=r"message 1: .* has '<think>' where .* has 'one<") as e:

@@ -93,7 +93,7 @@ def test_the_delta_rules_gates_are_not_rounded_where_activations_are_bfloat16():
         np.testing.assert_allclose(observed[name].total, values, rtol=1e-6)
 
 
-def test_attention_behind_a_cache_is_told_where_its_tokens_go():
+def test_attention_with_a_cache_needs_the_positions_of_its_tokens():
     module = make(GatedAttention)
     cache = empty_cache(CONFIG, FULL, batch=B, slots=T, dtype=jnp.float32)
     with pytest.raises(ValueError, match="With a cache give positions"):

@@ -59,7 +59,7 @@ def test_greedy_tokens_are_the_same_whatever_is_drafted(
     drafts_known_in_advance(truth)
     generation = Generation(model, PROMPTS, speculative=drafts, **options)
     assert collect(generation) == plain
-    # Some drafts are wrong, and those behind a wrong one fall with it.
+    # Some drafts are wrong, and those after a wrong one are rejected too.
     shares = np.array(generation.accepted) / generation.drafted
     assert 0.4 < shares[0] < 0.9
     assert (np.diff(shares) <= 0).all()

@@ -153,7 +153,7 @@ COMPILES = 1800  # seconds; three minutes where nothing else runs
 
 
 def compiled(*options):
-    """What the compiler says of a run, whose memory arithmetic has told to 15%."""
+    """What the compiler says of a run, whose memory the arithmetic predicts to 15%."""
     said, is_so = planned(*options), planned(*options, "--compile", timeout=COMPILES)
     assert (said["source"], is_so["source"]) == ("arithmetic", "compiler")
     assert said["memory_bytes"] == pytest.approx(is_so["memory_bytes"], rel=0.15)
@@ -161,7 +161,7 @@ def compiled(*options):
 
 
 @pytest.mark.slow
-def test_the_80b_step_compiles_fits_and_is_estimated_as_told():
+def test_the_80b_step_compiles_fits_and_is_estimated_as_documented():
     step = compiled("--config=configs/80b_a3b.py", "--config.model.mtp_steps=0")
     # Figures of docs/plan.md, which are estimates but for the memory, with some room.
     assert step["fits"]

@@ -109,8 +109,10 @@ def mark_answers(
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = _marked_spans(messages, template, text, asked)
     if spans is None:
-        learnt = [i for i in answers if weights[i]]
-        return MarkedText(text, [_span(messages, i, template, text, asked) for i in learnt], False)
+        weighted = [i for i in answers if weights[i]]
+        return MarkedText(
+            text, [_span(messages, i, template, text, asked) for i in weighted], False
+        )
     if not all(weights[i] for i in answers):
         if len(spans) != len(answers):
             raise ValueError(

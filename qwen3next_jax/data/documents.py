@@ -66,7 +66,7 @@ def readable(
         logging.warning("Skipped %d of %d records to evaluate on", skipped, len(records))
 
 
-def learnt_text(record: Record, document: Document, tokenizer: Tokenizer) -> str:
+def text_in_loss(record: Record, document: Document, tokenizer: Tokenizer) -> str:
     """The text in a document's loss: the record's text, or a chat's decoded targets."""
     if record.text is not None:
         return record.text

@@ -29,8 +29,8 @@ from qwen3next_jax.data.documents import (
     BadRecordError,
     Document,
     RecordTexts,
-    learnt_text,
     readable,
+    text_in_loss,
     tokenized,
 )
 from qwen3next_jax.data.hashing import hash64
@@ -104,17 +104,17 @@ class Data:
                     document = tokenized(part.records[i], self.tokenizer)
                 except BadRecordError:
                     continue
-                learnt = document["targets"][document["loss_weights"] > 0].tolist()
+                in_loss = document["targets"][document["loss_weights"] > 0].tolist()
                 # A template's marks may include the line end after the end-of-turn token.
-                while learnt and self.tokenizer.decode(learnt[-1:]).isspace():
-                    learnt.pop()
-                if learnt and learnt[-1] in known:
-                    ends.append(learnt[-1])
-                elif learnt:
+                while in_loss and self.tokenizer.decode(in_loss[-1:]).isspace():
+                    in_loss.pop()
+                if in_loss and in_loss[-1] in known:
+                    ends.append(in_loss[-1])
+                elif in_loss:
                     logging.warning(
                         "What is learnt of %s ends with %r, which is no special token of %s: texts "
                         "will not know where to end; take a chat template of this tokenizer's own",
-                        part.records[i].name, self.tokenizer.decode(learnt[-8:]),
+                        part.records[i].name, self.tokenizer.decode(in_loss[-8:]),
                         self.tokenizer.path,
                     )  # fmt: skip
                 break
@@ -148,7 +148,7 @@ class Data:
         """Size of the held-out texts in bytes, plain and compressed, in one pass over them."""
         gzip, plain, compressed = zlib.compressobj(level=9, wbits=31), 0, 0
         for record, document in readable(self.held_out, self.tokenizer, on_error=self.on_error):
-            text = learnt_text(record, document, self.tokenizer).encode()
+            text = text_in_loss(record, document, self.tokenizer).encode()
             plain += len(text)
             compressed += len(gzip.compress(text))
         if not plain:

@@ -21,7 +21,7 @@ from absl import logging
 from flax import nnx
 
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.data.documents import learnt_text, readable
+from qwen3next_jax.data.documents import readable, text_in_loss
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
@@ -143,7 +143,7 @@ def _table(
             starts = range(0, len(ids) - 1, length)
             rows += [ids[start : start + length + 1] for start in starts]
             weights += [document["loss_weights"][start : start + length] for start in starts]
-            text = learnt_text(record, document, evaluator.tokenizer)
+            text = text_in_loss(record, document, evaluator.tokenizer)
             sizes.append((len(starts), len(ids) - 1, len(text.encode())))
         scores = iter(zip(evaluator.score(rows), weights, strict=True))
         for pieces, tokens, size in sizes:
