@@ -56,7 +56,7 @@ def small_products(
     # The CPU vectorises over the result's last axis if it is the operands' last axis, too.
     x, left = _with_last_axis(out[-1], x, left)
     y, right = _with_last_axis(out[-1], y, right)
-    # Without `once`, XLA would recompute the expressions behind the operands for each product.
+    # Without `once`, XLA would recompute the operands' expressions for each product.
     return once(functools.partial(_entry_by_entry, left, right, out), x, y)
 
 
