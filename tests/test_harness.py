@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from local_tasks import write_tasks
 import qwen3next_jax as q3n
 from qwen3next_jax.config import EvaluationConfig
 from qwen3next_jax.data.tokenizer import load_tokenizer
-from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.evaluation.evaluator import Evaluator, RowScores
 from qwen3next_jax.evaluation.suites import check_suites, check_usable
 
 pytestmark = pytest.mark.slow  # importing the harness takes longer than most tests
@@ -261,3 +262,63 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(checkpoin
     assert lm.truncated == 2
     with pytest.raises(ValueError, match="max_gen_toks=600 leaves no room"):
         lm.generate_until(ask("y", {**options, "max_gen_toks": 600}))
+
+
+class Reader(Evaluator):
+    """Only notes what it is to read."""
+
+    def __init__(self, context):
+        self.model = SimpleNamespace(config=SimpleNamespace(context_length=context))
+        self.tokenizer, self.read = load_tokenizer("bytes"), []
+        self.tokenizer.adds_bos = False  # as Qwen's
+
+    def score(self, rows):
+        self.read += rows
+        zeros = [np.zeros(len(row) - 1, np.float32) for row in rows]
+        return [RowScores(losses, losses) for losses in zeros]
+
+    def generate(self, prompts, **_):
+        self.read += prompts
+        return [[] for _ in prompts]
+
+
+def test_of_what_is_too_long_the_end_is_read_as_far_as_the_context_goes():
+    from qwen3next_jax.evaluation.harness import HarnessLM
+
+    evaluator = Reader(context=8)
+    lm = HarnessLM(evaluator)
+    lm.loglikelihood(ask("abcdefghijkl", "xy"))
+    lm.generate_until(ask("abcdefghijkl", {"until": ["."], "max_gen_toks": 3}))
+    # Of a row all but the last are read; of a prompt and what is written, all.
+    assert [bytes(row) for row in evaluator.read] == [b"fghijklxy", b"hijkl"]
+    assert lm.truncated == 2
+
+
+def test_a_long_text_is_cut_into_windows_that_predict_each_token_once():
+    from qwen3next_jax.evaluation.harness import HarnessLM
+
+    evaluator = Reader(context=8)
+    lm = HarnessLM(evaluator)
+    lm.loglikelihood_rolling(ask("abcdefghijklmnopqr"))
+    first, *others = evaluator.read
+    assert first == [lm.prefix_token_id, *b"abcdefgh"]
+    assert [bytes(row) for row in others] == [b"hijklmnop", b"jklmnopqr"]
+    assert lm.truncated == 0
+
+
+def test_examples_seed_and_limit_are_those_asked_for(tasks):
+    from qwen3next_jax.evaluation.harness import run_tasks
+
+    def prompts(seed):
+        found = run_tasks(
+            Reader(context=4096), ["local_chat"], include_path=str(tasks),
+            num_fewshot=2, seed=seed, limit=4,
+        )  # fmt: skip
+        samples = found["samples"]["local_chat"]
+        assert found["num_fewshot"] == {"local_chat": 2}  # the task says 1
+        return [sample["arguments"][0][0] for sample in samples]
+
+    first = prompts(seed=1)
+    assert [len(prompt.split("\n\n")) for prompt in first] == [3] * 4  # the question besides
+    assert prompts(seed=1) == first
+    assert prompts(seed=2) != first
