@@ -294,10 +294,12 @@ def test_of_what_is_too_long_the_end_is_read_as_far_as_the_context_goes():
     assert lm.truncated == 2
 
 
-def test_a_long_text_is_cut_into_windows_that_predict_each_token_once():
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_long_text_is_cut_into_windows_that_predict_each_token_once(adds_bos):
     from qwen3next_jax.evaluation.harness import HarnessLM
 
     evaluator = Reader(context=8)
+    evaluator.tokenizer.adds_bos = adds_bos
     lm = HarnessLM(evaluator)
     lm.loglikelihood_rolling(ask("abcdefghijklmnopqr"))
     first, *others = evaluator.read

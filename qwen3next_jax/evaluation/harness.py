@@ -291,8 +291,10 @@ class HarnessLM(TemplateLM):
         """The ln p of each text after BOS; a text too long is cut into windows."""
         windows, counts = [], []
         for request in requests:
+            # Without BOS, which is the prefix: nothing is trained to predict a second one.
+            text = self.tok_encode(request.args[0], add_special_tokens=False)
             pairs = get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                token_list=text, prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length, context_len=1,
             )  # fmt: skip
             own = [(None, *make_disjoint_window(pair)) for pair in pairs]
