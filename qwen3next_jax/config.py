@@ -826,6 +826,11 @@ def _length_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
             f"train.sequence_length={train.sequence_length} exceeds the model's context of "
             f"{c.model.context_length} tokens; shorten the rows, or {_longer(c.model, train)}"
         )
+    if c.model.mtp_steps >= train.sequence_length:
+        yield (
+            f"model.mtp_steps={c.model.mtp_steps} must be below "
+            f"train.sequence_length={train.sequence_length}, for rows to have tokens so far ahead"
+        )
     for key in ("train.sample_tokens", "evaluation.length"):
         if flat[key] > c.model.context_length:
             yield (

@@ -308,6 +308,7 @@ def test_a_run_s_config_survives_json():
         ({"train__num_steps": 0}, "train.num_steps=0 must be at least 1"),
         ({"train__num_steps": "many"}, "train.num_steps='many' must be of type int"),
         ({"train__num_steps": True}, "train.num_steps=True must be of type int"),
+        ({"model__mtp_steps": 512}, "mtp_steps=512 must be below train.sequence_length="),
         ({"train__sequence_length": 4097}, "sequence_length=4097 exceeds the model's context of 4"),
         ({"train__gradient_accumulation_steps": 3}, "global_batch_size=8 is not divisible by"),
         (
