@@ -248,6 +248,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_lost(
     assert_same_model(model, whole[1])
 
 
+def test_parameters_that_are_not_finite_are_not_saved_even_if_no_batch_reads_them(
+    corpus, tmp_path, monkeypatch
+):
+    compiled_together = loop.compiled_together
+
+    def spoiling(step):
+        compiled = compiled_together(step)
+
+        def call(state, batch):
+            state, metrics = compiled(state, batch)
+            if int(state.step) == 4:  # the row of a byte that UTF-8 never has
+                table = state.params["embed_tokens"]
+                state.params["embed_tokens"] = table.replace(table[...].at[255].set(np.inf))
+            return state, metrics
+
+        return call
+
+    monkeypatch.setattr(loop, "compiled_together", spoiling)
+    with pytest.raises(loop.NonFiniteLossError) as error:
+        run(config_of(corpus), tmp_path)
+    message = str(error.value)
+    assert "of step 6 made parameters that are not finite, first of all embed_tokens" in message
+    assert "The last good checkpoint, of step 3" in message
+    assert loop.last_step(tmp_path) == 3
+
+
 def test_accumulated_micro_batches_take_nearly_the_same_course(whole, corpus, tmp_path):
     config = config_of(corpus, steps=3, train__gradient_accumulation_steps=4)
     run(config, tmp_path)

@@ -41,7 +41,12 @@ from qwen3next_jax.training.diagnostics import for_all_layers
 from qwen3next_jax.training.environment import record_environment
 from qwen3next_jax.training.metrics import has_line, reporters
 from qwen3next_jax.training.program import Program, make_program, new_model
-from qwen3next_jax.training.step import TrainState, first_bad_parameter, initial_state
+from qwen3next_jax.training.step import (
+    TrainState,
+    first_bad_parameter,
+    first_non_finite,
+    initial_state,
+)
 from qwen3next_jax.training.timing import Clock, Profile
 from qwen3next_jax.training.workdir import has_steps, keep_config, last_step
 
@@ -55,7 +60,7 @@ class Stopped(Exception):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or a gradient was not finite; the message says where, and how to go on."""
+    """The loss, a gradient or a parameter is not finite; the message says where and what helps."""
 
 
 class ExpertOverflowError(RuntimeError):
@@ -240,8 +245,22 @@ class _Run:
         if finite and values.get("dropped_assignments"):
             raise _overflow(step, values["dropped_assignments"], self._config)
         bad = first_bad_parameter(self._program.graph, self._config, self._state.params, batch)
+        raise self._non_finite(
+            f"The loss or its gradient is not finite at step {step} (loss {values['loss']}, "
+            f"gradient norm {values['grad_norm']}). The first to be so is {bad}."
+        )
+
+    def _non_finite(self, problem: str) -> NonFiniteLossError:
         self._store.wait()
-        raise _non_finite(step, values, bad, self._store.latest_step(), self._workdir)
+        last_good = self._store.latest_step()
+        left = f"There is no checkpoint yet in {self._workdir}."
+        if last_good is not None:
+            left = (
+                f"The last good checkpoint, of step {last_good}, is in "
+                f"{self._workdir / 'checkpoints'}: run the same command again to go on from it, or "
+                "another --workdir with a lower learning rate."
+            )
+        return NonFiniteLossError(f"{problem} {left}")
 
     def _asked_to_stop(self, step: int) -> bool:
         """Whether to save and leave after this step; never after the last step."""
@@ -289,6 +308,13 @@ class _Run:
         case.
         """
         hooks, saved = self._hooks, step == self._start
+        # A step is halted by its gradient, before the update. What the update made of rows that no
+        # batch reads would be noticed late, or never.
+        if not saved and (bad := first_non_finite(self._state.params)):
+            raise self._non_finite(
+                f"The update of step {step} made parameters that are not finite, first of all "
+                f"{bad}; it is not saved."
+            )
         scores: dict[str, Any] = {}
 
         def save() -> None:
@@ -423,22 +449,6 @@ def _overflow(step: int, dropped: float, config: RunConfig) -> ExpertOverflowErr
         "was not taken. Raise the factor (-1: room for whatever comes), or let them be dropped "
         'and counted by mesh.on_overflow="drop"; the same command then goes on from the last '
         "checkpoint."
-    )
-
-
-def _non_finite(
-    step: int, values: dict[str, float], bad: str, last_good: int | None, workdir: pathlib.Path
-) -> NonFiniteLossError:
-    left = f"There is no checkpoint yet in {workdir}."
-    if last_good is not None:
-        left = (
-            f"The last good checkpoint, of step {last_good}, is in {workdir / 'checkpoints'}: run "
-            "the same command again to go on from it, or another --workdir with a lower learning "
-            "rate."
-        )
-    return NonFiniteLossError(
-        f"The loss or its gradient is not finite at step {step} (loss {values['loss']}, gradient "
-        f"norm {values['grad_norm']}). The first to be so is {bad}. {left}"
     )
 
 

@@ -162,10 +162,24 @@ def first_bad_parameter(
     @jax.jit
     def finite(params, batch):
         grads, _ = make_gradients(graph, config)(params, batch)
-        return jax.tree.map(lambda x: jnp.isfinite(x).all(), (params, grads))
+        return _finite(params), _finite(grads)
 
     for what, flags in zip(("value", "gradient"), finite(params, batch), strict=True):
-        for path, flag in nnx.to_flat_state(flags):
-            if not flag[...]:
-                return f"the {what} of {'/'.join(map(str, path))}"
+        if name := _first_false(flags):
+            return f"the {what} of {name}"
     return "no single parameter (the loss alone)"
+
+
+def first_non_finite(params: nnx.State) -> str | None:
+    """Names the first parameter with an entry that is not finite; None if there is none."""
+    return _first_false(_finite(params))
+
+
+@jax.jit
+def _finite(params):
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
+
+
+def _first_false(flags: nnx.State) -> str | None:
+    flat = nnx.to_flat_state(flags)
+    return next(("/".join(map(str, path)) for path, flag in flat if not flag[...]), None)
