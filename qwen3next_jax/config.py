@@ -60,6 +60,8 @@ _QWEN3 = {
     "attention_output_gate": False,
 }
 
+_FLOAT32_TINY, _FLOAT32_MAX = 2.0**-126, 2.0**128 * (1 - 2.0**-24)  # the range of normal numbers
+
 # Keys for which only one value is supported.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 
@@ -377,8 +379,8 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         )
         return
     for name in ("rope_theta", "rms_norm_eps"):
-        if not 0 < getattr(c, name) < math.inf:
-            yield f"{name}={getattr(c, name)} must be a positive number"
+        if not _FLOAT32_TINY <= getattr(c, name) <= _FLOAT32_MAX:
+            yield f"{name}={getattr(c, name)} must be a positive number in float32"
     for name in ("initializer_range", "router_aux_loss_coef", "shared_expert_intermediate_size",
                  "num_experts"):  # fmt: skip
         if not 0 <= getattr(c, name) < math.inf:
@@ -386,10 +388,12 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
     if c.num_attention_heads % c.num_key_value_heads:
         yield _not_divisible("num_attention_heads", c.num_attention_heads,
                              "num_key_value_heads", c.num_key_value_heads)  # fmt: skip
-    if c.rotary_dim % 2 or not 0 < c.partial_rotary_factor <= 1:
+    if not 0 < c.partial_rotary_factor <= 1:
+        yield f"partial_rotary_factor={c.partial_rotary_factor} must be above 0 and at most 1"
+    elif c.rotary_dim % 2 or not c.rotary_dim:
         yield (
             f"partial_rotary_factor={c.partial_rotary_factor} of head_dim={c.head_dim} rotates "
-            f"{c.rotary_dim} entries; expected an even number of at most {c.head_dim}"
+            f"{c.rotary_dim} entries; expected an even number from 2 to {c.head_dim}"
         )
     if c.rope_scaling is not None:
         yield from _yarn_problems(c.rope_scaling, c.rope_theta)
@@ -468,7 +472,8 @@ def _not_divisible(name: str, value: int, divisor_name: str, divisor: int) -> st
 
 def divisors(number: int) -> list[int]:
     """All divisors of a positive number, in rising order."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
 
 
 def nearest(choices: Iterable[int], wanted: int) -> str:
@@ -800,8 +805,8 @@ def _value_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
     for key, least in _LEAST.items():
         if not flat[key] >= least:
             yield f"{key}={flat[key]} must be at least {least}"
-        elif flat[key] == math.inf:
-            yield f"{key}=inf must be finite"
+        elif flat[key] > _FLOAT32_MAX:
+            yield f"{key}={flat[key]} must be finite in float32"
     for key in ("train.seed", "evaluation.seed"):
         if not flat[key] < 2**32:
             yield f"{key}={flat[key]} must be below 2**32"
@@ -811,10 +816,10 @@ def _value_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
     for key in _BELOW_ONE:
         if not 0 <= flat[key] < 1:
             yield f"{key}={flat[key]} must lie between 0 and 1, below 1"
-    if not 0 < c.optimizer.eps < math.inf:
+    if not _FLOAT32_TINY <= c.optimizer.eps <= _FLOAT32_MAX:
         yield (
-            f"optimizer.eps={c.optimizer.eps} must be above 0 and finite: rows without gradient "
-            "divide by it"
+            f"optimizer.eps={c.optimizer.eps} must be above 0 and finite in float32: rows without "
+            "gradient divide by it"
         )
 
 
