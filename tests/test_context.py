@@ -77,7 +77,7 @@ def test_attention_whose_results_are_kept_goes_around_the_ring_once_less(report)
 def test_attention_deals_every_piece_once_and_early_ones_with_late_ones():
     for ways in (2, 3, 4, 8, 16):
         held = {rank: [] for rank in range(ways)}
-        for half, pairs in enumerate(context._dealing(ways)):
+        for half, pairs in enumerate(context._piece_moves(ways)):
             assert sorted(to for _, to in pairs) == list(range(ways))
             for source, to in pairs:
                 held[to].append(2 * source + half)

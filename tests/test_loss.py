@@ -294,6 +294,7 @@ def test_evaluation_takes_the_next_token_alone_whatever_the_chunk():
         (jnp.ones(3, jnp.int32), None, r"tokens is of shape \[3\]; expected an array \[B, T\]"),
         ([[1, 2]], None, r"tokens is a list; expected an array \[B, T\]"),
         (jnp.ones((1, 3)), None, "tokens is of float32; expected integers"),
+        (jnp.array([[1, -100]]), None, "tokens holds -100; expected ids of at least 0"),
         (
             jnp.ones((1, 3), jnp.int32),
             jnp.ones((1, 2), jnp.int32),
@@ -305,3 +306,17 @@ def test_evaluation_takes_the_next_token_alone_whatever_the_chunk():
 def test_what_is_no_rows_of_tokens_makes_no_batch(tokens, segment_ids, message):
     with pytest.raises(ValueError, match=message):
         complete_batch(tokens, segment_ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": None}, "The batch lacks positions; `complete_batch` makes all from tokens"),
+        ({"loss_weights": jnp.ones((2, 3))}, r"loss_weights is of shape \[2, 3\]; expected an .*2"),
+    ],
+)
+def test_what_is_no_whole_batch_has_no_loss(change, message):
+    model = random_model(small_config())
+    batch = complete_batch(jnp.ones((2, 4), jnp.int32)) | change
+    with pytest.raises(ValueError, match=message):
+        q3n.loss(model, {name: x for name, x in batch.items() if x is not None})

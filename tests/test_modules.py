@@ -12,6 +12,7 @@ from qwen3next_jax.config import FULL, LINEAR
 from qwen3next_jax.model.cache import empty_cache
 from qwen3next_jax.model.gated_attention import GatedAttention
 from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
+from qwen3next_jax.model.layers import RMSNorm
 from qwen3next_jax.model.moe import SparseMoE
 
 pytestmark = pytest.mark.usefixtures("untyped")
@@ -63,6 +64,19 @@ def equations(jaxpr):
 
 def is_jaxpr(x):
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (jnp.ones((2, 3)), r"x is float32\[2, 3\]; expected floats \[..., 8\]"),
+        (jnp.ones(8, jnp.int32), r"x is int32\[8\]; expected floats"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_a_norm_refuses_what_it_cannot_normalise(x, message):
+    with pytest.raises(ValueError, match=message):
+        RMSNorm(CONFIG, 8)(x)
 
 
 @pytest.mark.parametrize("module", [GatedAttention, GatedDeltaNet])

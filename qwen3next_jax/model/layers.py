@@ -110,7 +110,14 @@ class RMSNorm(nnx.Module):
         self.weight = weight(None, start, param_dtype, norm=size or config.hidden_size)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalises the last axis."""
+        """Normalises the last axis.
+
+        Raises:
+          ValueError: x is not of floats, or its last axis of another size.
+        """
+        size = self.weight.shape[0]
+        if x.shape[-1:] != (size,) or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected floats [..., {size}]")
         scale = self.weight[...].astype(jnp.float32) + self.zero_centered
         # An explicit broadcast, whose transpose is one sum over all leading axes. The broadcast
         # implied by `*` leaves axes of size 1 out of that sum, which takes XLA:CPU 20 times as

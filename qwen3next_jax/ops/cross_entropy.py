@@ -7,6 +7,7 @@ backward pass only multiplies them by the cotangent of the sum.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -166,15 +167,15 @@ def _forward(hidden, head, targets, weights, chunk):
 
 def scale_gradients(
     chunk: int,
-    gradients: tuple[Float[Array, "B T D"], Float[Array, "D V"]],
-    cotangents: tuple[Float[Array, ""], Float[Array, "B T"]],
+    gradients: Sequence[Array],
+    cotangents: Sequence[Array],
 ) -> tuple[Float[Array, "B T D"], Float[Array, "D V"], None, None]:
     """The backward rule of `cross_entropy`, whose forward pass already has the gradients.
 
     Args:
       chunk: not used; the rule receives it as a non-differentiable argument.
-      gradients: gradients of the weighted sum with respect to hidden and head.
-      cotangents: cotangents of the weighted sum and of the losses; the latter is not used.
+      gradients: gradients [B, T, D] and [D, V] of the weighted sum, for hidden and head.
+      cotangents: cotangents of the weighted sum, a scalar, and of the losses, which is not used.
 
     Returns:
       Gradients of hidden and head, in the dtypes of `gradients`; None for targets and weights.

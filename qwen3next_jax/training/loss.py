@@ -29,6 +29,9 @@ from qwen3next_jax.parallel.vocabulary import cross_entropy
 Batch = Mapping[str, Array]
 
 
+_ARRAYS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")  # of a batch
+
+
 class TokenCounts(NamedTuple):
     """The number of labels in each mean: of the next token, and of each MTP step."""
 
@@ -75,8 +78,15 @@ def loss(
       as the model has them) and assignments [L, E], the earlier ones included. All float32.
 
     Raises:
-      ValueError: `balance_scope` is unknown.
+      ValueError: `balance_scope` is unknown, or the batch lacks an array or has one of another
+        shape.
     """
+    if missing := [name for name in _ARRAYS if name not in batch]:
+        raise ValueError(
+            f"The batch lacks {', '.join(missing)}; `complete_batch` makes all from tokens"
+        )
+    check_shape("tokens", batch["tokens"], "B", "T")
+    check_rows(batch["tokens"].shape, **{name: batch[name] for name in _ARRAYS})
     if balance_scope not in ("global", "micro_batch", "sequence"):
         raise ValueError(
             f"{balance_scope=} is unknown; expected 'global', 'micro_batch' or 'sequence'"
@@ -240,12 +250,18 @@ def complete_batch(
       segment_ids: document of each token, 0 for padding; None: each row is one document.
 
     Raises:
-      ValueError: tokens are not an integer array [B, T], or segment_ids not of that shape.
+      ValueError: tokens are not an integer array [B, T] or, outside of transformations, have
+        negative entries; or segment_ids are not of that shape.
     """
     check_shape("tokens", tokens, "B", "T")
     check_rows(tokens.shape, segment_ids=segment_ids)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens is of {tokens.dtype}; expected integers")
+    if not isinstance(tokens, jax.core.Tracer) and tokens.size and (least := tokens.min()) < 0:
+        raise ValueError(
+            f"tokens holds {least}; expected ids of at least 0. Padding has segment id 0, and "
+            "labels to be ignored have loss_weights 0"
+        )
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens)
     after = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
