@@ -11,6 +11,8 @@ def test_topologies_are_read_and_unknown_ones_name_known_ones():
     assert parse_topology("h100:8") == (CHIPS["h100"], 8)
     with pytest.raises(ValueError, match=r"give one such as v5p:4x4x4 or .* or h100:64"):
         parse_topology("v5q:4x4x4")
+    with pytest.raises(ValueError, match="should have 3 sizes of at least 1; known are v5p:"):
+        parse_topology("v5p:0x4x4")
     with pytest.raises(ValueError, match="should have 2 sizes; known are v6e:2x2"):
         parse_topology("v6e:4x4x4")
     with pytest.raises(ValueError, match="should have one size; known are h200:1, h200:2"):

@@ -61,6 +61,7 @@ def parse_topology(name: str) -> tuple[Chip, int]:
     parts = sizes.split("x")
     if len(parts) != chip.dimensions or not all(p.isdigit() and int(p) > 0 for p in parts):
         counted = "one size" if chip.is_gpu else f"{chip.dimensions} sizes"
+        counted += " of at least 1" if "0" in parts else ""
         raise ValueError(
             f"The topology {name!r} should have {counted}; known are {known_topologies(kind)}"
         )
