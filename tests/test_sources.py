@@ -356,6 +356,20 @@ def test_names_of_compressed_files_may_be_long_or_in_capitals(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("text", "a.txt.gz", r"is compressed as \.gz, which is not read as text; unpack it"),
+        ("text", "a.parquet", r"is a Parquet file by its name; set data\.source='parquet'"),
+        ("jsonl", "a.PARQUET", r"is a Parquet file by its name; set data\.source='parquet'"),
+    ],
+)
+def test_files_of_another_kind_are_refused_by_their_names(source, name, message, tmp_path):
+    (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(BadFileError, match=message):
+        open_source(source, f"{tmp_path}/{name}")
+
+
+@pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("gzip", "is truncated or no gzip"),

@@ -115,8 +115,23 @@ class JsonLinesFile:
         return _parse_json(decode_utf8(line))
 
 
+def open_text(name: str, path: epath.Path) -> TextFile:
+    """A text file, whose name is not that of a compressed or a Parquet file."""
+    _refuse_parquet(path)
+    suffix = path.suffix.lower()
+    if suffix in (".gz", ".zst", ".zstd", ".bz2", ".xz", ".zip"):
+        raise BadFileError(f"is compressed as {suffix}, which is not read as text; unpack it")
+    return TextFile(name, path)
+
+
+def _refuse_parquet(path: epath.Path) -> None:
+    if path.suffix.lower() == ".parquet":
+        raise BadFileError("is a Parquet file by its name; set data.source='parquet'")
+
+
 def open_json_lines(name: str, path: epath.Path) -> JsonLinesFile:
     """A JSONL file, plain or compressed (`.gz`, `.zst`), local or not."""
+    _refuse_parquet(path)
     suffix = path.suffix.lower()
     if suffix in (".bz2", ".xz", ".zip"):
         raise BadFileError(f"is compressed as {suffix}, which is not read; pack it as .gz or .zst")

@@ -169,7 +169,7 @@ def open_source(
         return Source([files.TfdsSplit(path, split)], field=field)
     open_file: Callable[[str, epath.Path], RecordFile]
     if source == "text":
-        open_file = files.TextFile
+        open_file = files.open_text
     elif source == "stdlib":
         open_file = files.PythonFile
     elif source == "jsonl":
