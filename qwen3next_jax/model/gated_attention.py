@@ -7,7 +7,7 @@ The gate (Qiu et al., arXiv:2505.06708) lets a head output zero. Softmax weights
 without a gate cannot: it puts its weight on the first token instead, and activations grow large.
 """
 
-from typing import overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,30 +48,6 @@ class GatedAttention(nnx.Module):
         self.q_norm = RMSNorm(config, H, param_dtype=param_dtype)
         self.k_norm = RMSNorm(config, H, param_dtype=param_dtype)
 
-    @overload
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        cache: None = None,
-        implementation: str | None = None,
-        observed: Observed | None = None,
-    ) -> Float[Array, "B T D"]: ...
-
-    @overload
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"],
-        cache: AttentionCache,
-        implementation: str | None = None,
-        observed: Observed | None = None,
-    ) -> tuple[Float[Array, "B T D"], AttentionCache]: ...
-
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -81,7 +57,7 @@ class GatedAttention(nnx.Module):
         cache: AttentionCache | None = None,
         implementation: str | None = None,
         observed: Observed | None = None,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], AttentionCache]:
+    ) -> Any:
         """Mixes tokens within their documents.
 
         Args:

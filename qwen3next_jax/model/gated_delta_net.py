@@ -11,7 +11,7 @@ A_log is drawn in float32, where log U(0.01, 16) cannot become log 0.
 Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
 """
 
-from typing import overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,32 +65,6 @@ class GatedDeltaNet(nnx.Module):
         self.norm = nnx.Dict(weight=weight(None, constant(1.0), param_dtype, norm=P))
         self.out_proj = weight(rngs, init, param_dtype, value_heads=N, head_dim=P, embed=D)
 
-    @overload
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        cache: None = None,
-        draft: bool = False,
-        implementation: str | None = None,
-        observed: Observed | None = None,
-    ) -> Float[Array, "B T D"]: ...
-
-    @overload
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-        cache: DeltaCache,
-        draft: bool = False,
-        implementation: str | None = None,
-        observed: Observed | None = None,
-    ) -> tuple[Float[Array, "B T D"], DeltaCache | DeltaDraft]: ...
-
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -101,7 +75,7 @@ class GatedDeltaNet(nnx.Module):
         draft: bool = False,
         implementation: str | None = None,
         observed: Observed | None = None,
-    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], DeltaCache | DeltaDraft]:
+    ) -> Any:
         """Mixes tokens within their documents.
 
         Args:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Int
 
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.statistics import combine_parts
+from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training.diagnostics import layer_metrics, update_ratios
 from qwen3next_jax.training.loss import Batch, count_labels, loss
 from qwen3next_jax.training.norm import norm
@@ -181,5 +182,4 @@ def _finite(params):
 
 
 def _first_false(flags: nnx.State) -> str | None:
-    flat = nnx.to_flat_state(flags)
-    return next(("/".join(map(str, path)) for path, flag in flat if not flag[...]), None)
+    return next((name for name, flag in named_leaves(flags) if not flag), None)
