@@ -36,20 +36,23 @@ _MESH_FSDP = flags.DEFINE_integer(
     "mesh_fsdp", None, "Split parameters and rows over this many devices, -1: all.", lower_bound=-1
 )
 _DATA = flags.DEFINE_multi_string(
-    "data", [],
+    "data",
+    [],
     "Texts for perplexity and speculation, as SOURCE, SOURCE:PATH or SOURCE:PATH#FIELD (see "
     "docs/data.md); all of their records. May be given several times. Else what the run held out.",
-)  # fmt: skip
+)
 _SPLIT = flags.DEFINE_string("split", "train", "Of --data from TensorFlow Datasets.")
 _TASKS = flags.DEFINE_list("tasks", [], "Of lm_eval: names or YAML files; of long_context: names.")
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 0, "Rows at a time; 0: 8192 tokens a device.", lower_bound=0
 )
 _LIMIT = flags.DEFINE_integer(
-    "limit", 0,
+    "limit",
+    0,
     "Documents of perplexity and of each task of lm_eval; prompts of each --data of speculation; "
-    "questions of each cell of long_context. 0: all, all, 16, 4.", lower_bound=0,
-)  # fmt: skip
+    "questions of each cell of long_context. 0: all, all, 16, 4.",
+    lower_bound=0,
+)
 _SEED = flags.DEFINE_integer("seed", 1234, "Of all that is drawn.", lower_bound=0)
 _LENGTH = flags.DEFINE_integer(
     "length", 0, "perplexity: tokens of a document read at once; 0: the context.", lower_bound=0
@@ -175,12 +178,20 @@ def _options() -> "EvaluationConfig":
         raise app.UsageError(f"--lengths={_LENGTHS.value} must be whole numbers") from None
     tasks, asks_long = tuple(_TASKS.value), _SUITE.value == "long_context"
     return EvaluationConfig(
-        batch_size=_BATCH_SIZE.value, limit=_LIMIT.value, seed=_SEED.value, length=_LENGTH.value,
-        tasks=() if asks_long else tasks, include_path=_INCLUDE_PATH.value,
-        num_fewshot=_NUM_FEWSHOT.value, confirm_run_unsafe_code=_UNSAFE.value,
-        long_context_tasks=tasks if asks_long else (), lengths=lengths, depths=_DEPTHS.value,
-        chat=_CHAT.value, drafts=_DRAFTS.value,
-    )  # fmt: skip
+        batch_size=_BATCH_SIZE.value,
+        limit=_LIMIT.value,
+        seed=_SEED.value,
+        length=_LENGTH.value,
+        tasks=() if asks_long else tasks,
+        include_path=_INCLUDE_PATH.value,
+        num_fewshot=_NUM_FEWSHOT.value,
+        confirm_run_unsafe_code=_UNSAFE.value,
+        long_context_tasks=tasks if asks_long else (),
+        lengths=lengths,
+        depths=_DEPTHS.value,
+        chat=_CHAT.value,
+        drafts=_DRAFTS.value,
+    )
 
 
 def _domains(

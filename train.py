@@ -120,14 +120,19 @@ def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop"
         )
         keep_tokenizer(data.tokenizer, workdir, ends=data.ends())
     check_usable(
-        config.evaluation.suites, config.evaluation, config.model, data.tokenizer,
-        data.held_out_parts, on_error=data.on_error,
-    )  # fmt: skip
+        config.evaluation.suites,
+        config.evaluation,
+        config.model,
+        data.tokenizer,
+        data.held_out_parts,
+        on_error=data.on_error,
+    )
     logging.info(
         "%d records to train on, %d held out (%s bytes)",
-        sum(len(part.records) for part in data.train), len(data.held_out),
+        sum(len(part.records) for part in data.train),
+        len(data.held_out),
         f"{data.held_out_bytes:,}",
-    )  # fmt: skip
+    )
 
     def evaluate(graph, params):
         batches = evaluation_batches(
@@ -144,8 +149,10 @@ def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop"
         )
         logging.info(
             "Held-out text: %.4f nats a token, %.4f bits per byte (gzip -9: %.4f)",
-            result["eval_ce"], result["eval_bits_per_byte"], data.gzip_bits_per_byte,
-        )  # fmt: skip
+            result["eval_ce"],
+            result["eval_bits_per_byte"],
+            data.gzip_bits_per_byte,
+        )
         return result
 
     def sample(model):
@@ -160,9 +167,11 @@ def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop"
     sampling = config.train.sample_tokens > 0 and bool(config.train.sample_prompts)
     if sampling:
         check_samples(
-            config.model, data.tokenizer, config.train.sample_prompts,
+            config.model,
+            data.tokenizer,
+            config.train.sample_prompts,
             max_new_tokens=config.train.sample_tokens,
-        )  # fmt: skip
+        )
     page = Report([workdir], workdir / "report.html")
 
     def report():

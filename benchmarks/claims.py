@@ -78,9 +78,15 @@ def training_times(args, context):
     rng, sides = np.random.default_rng(0), {}
     for name, shape in SIDES.items():
         options = argparse.Namespace(
-            shape=shape, batch=1, seq=context, compute="float32", remat=args.remat, mesh="",
-            forward=False, only=None,
-        )  # fmt: skip
+            shape=shape,
+            batch=1,
+            seq=context,
+            compute="float32",
+            remat=args.remat,
+            mesh="",
+            forward=False,
+            only=None,
+        )
         sides[name] = Apart(Ours, options, None)
         sides[name].call("prepare", rng.integers(0, config(shape).vocab_size, (1, context)))
     times = {name: [] for name in sides}

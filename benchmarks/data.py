@@ -63,9 +63,10 @@ def measure(args, texts, folder):
         output = folder / str(workers)
         tokens, seconds, cpu, busy = prepare(corpus, args.tokenizer, output, workers)
         result[f"prepare_{workers}"] = {
-            "tokens_per_second": tokens / seconds, "tokens_per_cpu_second": tokens / cpu,
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_cpu_second": tokens / cpu,
             "busy": busy,
-        }  # fmt: skip
+        }
         print(
             f"prepare --workers={workers}: {tokens / seconds:,.0f} tokens/s ({tokens:,} in "
             f"{seconds:.1f} s), {busy:.0%} busy, {tokens / cpu:,.0f} a second of processor time"
@@ -126,9 +127,15 @@ def workers_of(pid):
 
 def reading_speed(source, path, args, vocab_size):
     data = load_data(
-        source=source, path=str(path), tokenizer=str(args.tokenizer), holdout_fraction=0.05,
-        num_shards=4, window_rows=128, vocab_size=vocab_size, trained_tokenizer="none",
-    )  # fmt: skip
+        source=source,
+        path=str(path),
+        tokenizer=str(args.tokenizer),
+        holdout_fraction=0.05,
+        num_shards=4,
+        window_rows=128,
+        vocab_size=vocab_size,
+        trained_tokenizer="none",
+    )
     rows = training_batches(data, batch_size=8, sequence_length=512, seed=0)
     next(rows)
     start = time.monotonic()

@@ -150,9 +150,13 @@ def speculation(args):
                 times, new_tokens, generation = [], 0, None
                 for seed in range(args.rounds + 1):
                     generation = Generation(
-                        model, prompts[:batch], max_new_tokens=args.new, speculative=drafts,
-                        seed=seed, **options,
-                    )  # fmt: skip
+                        model,
+                        prompts[:batch],
+                        max_new_tokens=args.new,
+                        speculative=drafts,
+                        seed=seed,
+                        **options,
+                    )
                     parts = iter(generation)
                     next(parts)
                     start = time.monotonic()
@@ -166,11 +170,14 @@ def speculation(args):
                 tokens_per_pass = new_tokens / generation.passes / batch
                 result["runs"].append(
                     {
-                        "batch": batch, **options, "drafts": drafts, "acceptance": accepted,
+                        "batch": batch,
+                        **options,
+                        "drafts": drafts,
+                        "acceptance": accepted,
                         "tokens_per_pass": tokens_per_pass,
                         "tokens_per_second": runs[drafts],
                     }
-                )  # fmt: skip
+                )
                 kind = "sampled" if options else "greedy"
                 print(
                     f"batch {batch}, {kind}, {drafts} drafts: {runs[drafts]:.0f} tokens/s "

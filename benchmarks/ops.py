@@ -74,11 +74,13 @@ def measure(name, args, peak_flops, peak_bandwidth):
         outputs = jax.tree.leaves(jax.eval_shape(runs[implementation, direction], *arrays))
         moved = sum(x.size * x.dtype.itemsize for x in (*arrays, *outputs))
         row = {
-            "op": name, "implementation": implementation, "direction": direction,
+            "op": name,
+            "implementation": implementation,
+            "direction": direction,
             "seconds": taken,
             "flops_per_second": (3 if whole else 1) * flops / taken,
             "bytes_per_second": moved / taken,
-        }  # fmt: skip
+        }
         print(
             f"{name:>14} {implementation:>10} {'fwd+bwd' if whole else 'fwd':>8}{1e3 * taken:10.2f}"
             f"{row['flops_per_second'] / 1e9:10.1f}{row['flops_per_second'] / peak_flops:9.1%}"
@@ -166,9 +168,7 @@ def cross_entropy(args):
     return {"chunked": loss}, flops, [random(D), head, targets, weights], 2
 
 
-OPS = {
-    f.__name__: f for f in (delta_rule, attention, grouped_matmul, causal_conv, cross_entropy)
-}  # fmt: skip
+OPS = {f.__name__: f for f in (delta_rule, attention, grouped_matmul, causal_conv, cross_entropy)}
 
 
 def _kernels(on_gpu=None):

@@ -66,9 +66,10 @@ def main():
     parser.add_argument("--compute", default="float32", help="dtype of activations and products")
     parser.add_argument("--remat", default="none")
     parser.add_argument(
-        "--loss-chunk", type=int,
+        "--loss-chunk",
+        type=int,
         help="positions of a row with logits at once; left out, about 512 of all rows together",
-    )  # fmt: skip
+    )
     parser.add_argument("--mesh", default="", help="such as data=2, over as many devices")
     parser.add_argument("--forward", action="store_true", help="logits alone, no training")
     parser.add_argument("--vs", choices=["transformers"])
@@ -204,9 +205,12 @@ class Ours:
         # Products of fewer rows are slow; logits of more rows take memory.
         loss_chunk = args.loss_chunk or max(128, 512 // args.batch)
         run.train.update(
-            global_batch_size=args.batch, sequence_length=args.seq, remat=args.remat,
-            loss_chunk=min(loss_chunk, args.seq), diagnostics=False,
-        )  # fmt: skip
+            global_batch_size=args.batch,
+            sequence_length=args.seq,
+            remat=args.remat,
+            loss_chunk=min(loss_chunk, args.seq),
+            diagnostics=False,
+        )
         run.data.num_shards = 1
         run.precision.compute = args.compute
         sizes = dict(axis.split("=") for axis in args.mesh.split(",") if axis)
@@ -251,9 +255,11 @@ class Ours:
         self.measured["peak_memory_bytes"] = memory.peak_memory_in_bytes
         if jax.default_backend() == "cpu":
             self.measured["peak_memory_bytes"] = (
-                memory.argument_size_in_bytes + memory.output_size_in_bytes
-                + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-            )  # fmt: skip
+                memory.argument_size_in_bytes
+                + memory.output_size_in_bytes
+                + memory.temp_size_in_bytes
+                - memory.alias_size_in_bytes
+            )
         first = self.step() if run else None
         return None if self.forward or first is None else float(first["ce"])
 

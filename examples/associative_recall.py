@@ -56,17 +56,31 @@ FIRST_KEY, FIRST_VALUE, VOCAB = 3, 3 + KEYS, 3 + KEYS + VALUES
 
 CONFIG = q3n.ModelConfig.from_hf(
     dict(
-        model_type="qwen3_next", vocab_size=VOCAB, hidden_size=64, max_position_embeddings=32,
-        num_hidden_layers=2, full_attention_interval=2, initializer_range=0.1,
-        linear_conv_kernel_dim=4, linear_num_key_heads=2, linear_num_value_heads=2,
-        linear_key_head_dim=8, linear_value_head_dim=16,  # less room than 16 keys need
-        num_attention_heads=2, num_key_value_heads=2, head_dim=32,
-        rope_theta=10_000.0, partial_rotary_factor=0.25,
+        model_type="qwen3_next",
+        vocab_size=VOCAB,
+        hidden_size=64,
+        max_position_embeddings=32,
+        num_hidden_layers=2,
+        full_attention_interval=2,
+        initializer_range=0.1,
+        linear_conv_kernel_dim=4,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=16,  # less room than 16 keys need
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        rope_theta=10_000.0,
+        partial_rotary_factor=0.25,
         # No experts and no feed-forward here, but a config is that of a whole model.
-        num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0,
-        shared_expert_intermediate_size=0, intermediate_size=64,
+        num_experts=0,
+        num_experts_per_tok=0,
+        moe_intermediate_size=0,
+        shared_expert_intermediate_size=0,
+        intermediate_size=64,
     )
-)  # fmt: skip
+)
 
 
 # --- The tasks ---------------------------------------------------------------------------------
@@ -154,9 +168,12 @@ class AblatedDeltaNet(q3n.GatedDeltaNet):
         g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(project(self.a_proj) + self.dt_bias[...])
         rule = q3n.ops.gated_delta_rule if self.delta else gated_linear_attention
         out, _ = rule(
-            unit(q) * q.shape[-1] ** -0.5, unit(k), v,
-            log_decay=g if self.decay else jnp.zeros_like(g), beta=beta,
-        )  # fmt: skip
+            unit(q) * q.shape[-1] ** -0.5,
+            unit(k),
+            v,
+            log_decay=g if self.decay else jnp.zeros_like(g),
+            beta=beta,
+        )
         out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + self.eps)
         out = out * self.norm.weight[...] * jax.nn.silu(project(self.z_proj))
         return jnp.tensordot(out, self.out_proj[...], axes=2)

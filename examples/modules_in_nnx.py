@@ -21,19 +21,33 @@ TABLE = jax.random.randint(jax.random.key(0), (LETTERS, LETTERS), 0, LETTERS)
 # model's config.json, or a dict based on one, works as well.
 CONFIG = q3n.ModelConfig.from_hf(
     dict(
-        model_type="qwen3_next", vocab_size=LETTERS, hidden_size=64, num_hidden_layers=1,
-        full_attention_interval=2, max_position_embeddings=64, initializer_range=0.1,
+        model_type="qwen3_next",
+        vocab_size=LETTERS,
+        hidden_size=64,
+        num_hidden_layers=1,
+        full_attention_interval=2,
+        max_position_embeddings=64,
+        initializer_range=0.1,
         # Gated DeltaNet: two heads, each with a memory of 32 × 32.
-        linear_conv_kernel_dim=4, linear_num_key_heads=2, linear_num_value_heads=2,
-        linear_key_head_dim=32, linear_value_head_dim=32,
+        linear_conv_kernel_dim=4,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
         # Experts: each token uses two of eight, and the shared one.
-        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
-        shared_expert_intermediate_size=32, router_aux_loss_coef=1e-3,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        router_aux_loss_coef=1e-3,
         # Full attention, not used by this model.
-        num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-        rope_theta=10_000.0, partial_rotary_factor=0.25,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        rope_theta=10_000.0,
+        partial_rotary_factor=0.25,
     )
-)  # fmt: skip
+)
 
 
 class Block(nnx.Module):

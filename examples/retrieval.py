@@ -104,22 +104,42 @@ def write_chats(path, *, rows):
 def config(folder, tokenizer, *, steps):
     run = tiny.get_config()
     run.model.update(
-        vocab_size=-(-tokenizer.vocab_size // 8) * 8, hidden_size=64, num_hidden_layers=2,
-        full_attention_interval=2, max_position_embeddings=CONTEXT, initializer_range=0.08,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=32,
-        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
-        linear_value_head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-        shared_expert_intermediate_size=32, mtp_steps=0,
-    )  # fmt: skip
+        vocab_size=-(-tokenizer.vocab_size // 8) * 8,
+        hidden_size=64,
+        num_hidden_layers=2,
+        full_attention_interval=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.08,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        mtp_steps=0,
+    )
     run.data.update(
-        source="jsonl", path=str(folder / "chats.jsonl"), field="messages",
-        tokenizer=str(folder / "tokenizer.json"), packing="best_fit", holdout_fraction=0.01,
-    )  # fmt: skip
+        source="jsonl",
+        path=str(folder / "chats.jsonl"),
+        field="messages",
+        tokenizer=str(folder / "tokenizer.json"),
+        packing="best_fit",
+        holdout_fraction=0.01,
+    )
     run.optimizer.update(name="muon", learning_rate=1e-2, warmup_steps=30, weight_decay=0.01)
     run.train.update(
-        num_steps=steps, global_batch_size=32, sequence_length=CONTEXT, sample_tokens=0,
-        log_every=20, checkpoint_every=0,
-    )  # fmt: skip
+        num_steps=steps,
+        global_batch_size=32,
+        sequence_length=CONTEXT,
+        sample_tokens=0,
+        log_every=20,
+        checkpoint_every=0,
+    )
     return RunConfig.from_dict(run.to_dict())
 
 
@@ -165,9 +185,10 @@ def main(argv=None):
         write_chats(args.workdir / "data" / "chats.jsonl", rows=20_000)
         run = config(args.workdir / "data", tokenizer, steps=args.steps)
         data = load_data(
-            **dataclasses.asdict(run.data), vocab_size=run.model.vocab_size,
+            **dataclasses.asdict(run.data),
+            vocab_size=run.model.vocab_size,
             trained_tokenizer=args.workdir / "tokenizer.model",
-        )  # fmt: skip
+        )
         keep_tokenizer(tokenizer, args.workdir)
         model, _ = train(run, args.workdir, data, evaluate=lambda graph, params: {})
     lengths = [n for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384) if n <= args.longest]

@@ -40,8 +40,12 @@ SOURCES = {
 }
 
 _YARN_KEYS = (
-    "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"
-)  # fmt: skip
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+)
 
 # Keys that the dense `qwen3` lacks, with the values that switch off what they describe.
 _QWEN3 = {
@@ -125,8 +129,11 @@ class ModelConfig:
 
     # Fields that a Hugging Face `config.json` cannot hold.
     NOT_IN_HF: ClassVar[tuple[str, ...]] = (
-        "mtp_steps", "zero_centered_norm", "attention_output_gate", "router_init"
-    )  # fmt: skip
+        "mtp_steps",
+        "zero_centered_norm",
+        "attention_output_gate",
+        "router_init",
+    )
 
     def __post_init__(self):
         problems = list(_model_problems(self))
@@ -366,9 +373,17 @@ def _interval_pattern(layers: int, interval: int) -> tuple[str, ...]:
 
 
 def _model_problems(c: ModelConfig) -> Iterable[str]:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "full_attention_interval",
-                 "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "max_position_embeddings", "decoder_sparse_step"):  # fmt: skip
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "full_attention_interval",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "decoder_sparse_step",
+    ):
         if getattr(c, name) < 1:
             yield f"{name}={getattr(c, name)} must be at least 1"
             return
@@ -381,13 +396,21 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
     for name in ("rope_theta", "rms_norm_eps"):
         if not _FLOAT32_TINY <= getattr(c, name) <= _FLOAT32_MAX:
             yield f"{name}={getattr(c, name)} must be a positive number in float32"
-    for name in ("initializer_range", "router_aux_loss_coef", "shared_expert_intermediate_size",
-                 "num_experts"):  # fmt: skip
+    for name in (
+        "initializer_range",
+        "router_aux_loss_coef",
+        "shared_expert_intermediate_size",
+        "num_experts",
+    ):
         if not 0 <= getattr(c, name) < math.inf:
             yield f"{name}={getattr(c, name)} must be a number of at least 0"
     if c.num_attention_heads % c.num_key_value_heads:
-        yield _not_divisible("num_attention_heads", c.num_attention_heads,
-                             "num_key_value_heads", c.num_key_value_heads)  # fmt: skip
+        yield _not_divisible(
+            "num_attention_heads",
+            c.num_attention_heads,
+            "num_key_value_heads",
+            c.num_key_value_heads,
+        )
     if not 0 < c.partial_rotary_factor <= 1:
         yield f"partial_rotary_factor={c.partial_rotary_factor} must be above 0 and at most 1"
     elif c.rotary_dim % 2 or not c.rotary_dim:
@@ -434,14 +457,23 @@ def _yarn_problems(rope: Mapping[str, Any], theta: float) -> Iterable[str]:
 
 
 def _linear_problems(c: ModelConfig) -> Iterable[str]:
-    sizes = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads",
-             "linear_key_head_dim", "linear_value_head_dim")  # fmt: skip
+    sizes = (
+        "linear_conv_kernel_dim",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+    )
     small = [name for name in sizes if getattr(c, name) < 1]
     if small:
         yield f"{', '.join(small)} must be at least 1 where a layer is {LINEAR}"
     elif c.linear_num_value_heads % c.linear_num_key_heads:
-        yield _not_divisible("linear_num_value_heads", c.linear_num_value_heads,
-                             "linear_num_key_heads", c.linear_num_key_heads)  # fmt: skip
+        yield _not_divisible(
+            "linear_num_value_heads",
+            c.linear_num_value_heads,
+            "linear_num_key_heads",
+            c.linear_num_key_heads,
+        )
 
 
 def _feed_forward_problems(c: ModelConfig) -> Iterable[str]:
@@ -766,9 +798,11 @@ _LEAST = {
     "evaluation.seed": 0, "train.seed": 0,
 }  # fmt: skip
 _SHARES = (  # each in [0, 1]
-    "data.holdout_fraction", "optimizer.decay_fraction", "optimizer.final_fraction",
+    "data.holdout_fraction",
+    "optimizer.decay_fraction",
+    "optimizer.final_fraction",
     "mesh.max_replicated",
-)  # fmt: skip
+)
 _BELOW_ONE = ("optimizer.b1", "optimizer.b2")
 
 
@@ -779,9 +813,12 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     if train.gradient_accumulation_steps >= 1 and (
         train.global_batch_size % train.gradient_accumulation_steps
     ):
-        yield _not_divisible("train.global_batch_size", train.global_batch_size,
-                             "train.gradient_accumulation_steps",
-                             train.gradient_accumulation_steps)  # fmt: skip
+        yield _not_divisible(
+            "train.global_batch_size",
+            train.global_batch_size,
+            "train.gradient_accumulation_steps",
+            train.gradient_accumulation_steps,
+        )
     yield from _length_problems(c, flat)
     steps = train.profile_steps
     if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
@@ -790,8 +827,9 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     if "speculation" in c.evaluation.suites and not c.model.mtp_steps:
         yield "evaluation.suites has 'speculation', but model.mtp_steps=0: there is no MTP module"
     if train.global_batch_size % max(c.data.num_shards, 1):
-        yield _not_divisible("train.global_batch_size", train.global_batch_size,
-                             "data.num_shards", c.data.num_shards)  # fmt: skip
+        yield _not_divisible(
+            "train.global_batch_size", train.global_batch_size, "data.num_shards", c.data.num_shards
+        )
     if c.precision.parameters == "bfloat16" and c.precision.compute == "float32":
         yield "precision.compute='float32' contradicts parameters='bfloat16'; use bfloat16 for both"
     yield from _mesh_problems(c.mesh)

@@ -29,8 +29,9 @@ from qwen3next_jax.command import friendly_errors
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line."""
-    parser = argparse.ArgumentParser(prog="python -m qwen3next_jax.convert",
-                                     description=(__doc__ or "").partition("\n")[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen3next_jax.convert", description=(__doc__ or "").partition("\n")[0]
+    )
     commands, subs = parser.add_subparsers(required=True), {}
     for name, run, source in (
         ("from-hf", from_hf, "a Hugging Face directory"),
@@ -40,12 +41,16 @@ def main(argv: list[str] | None = None) -> None:
         sub.set_defaults(run=run)
         sub.add_argument("src", type=_local, help=source)
         sub.add_argument("dst", type=_local, help="a new or empty directory")
-        sub.add_argument("--dtype", choices=("float32", "bfloat16"),
-                         help="of all but A_log and dt_bias; as stored if not given")  # fmt: skip
+        sub.add_argument(
+            "--dtype",
+            choices=("float32", "bfloat16"),
+            help="of all but A_log and dt_bias; as stored if not given",
+        )
     subs["to-hf"].add_argument(
-        "--expert_layout", choices=tuple(hf.EXPERT_LAYOUTS),
+        "--expert_layout",
+        choices=tuple(hf.EXPERT_LAYOUTS),
         help="the source's if not given, per_expert for a run's",
-    )  # fmt: skip
+    )
     subs["to-hf"].add_argument("--max_shard_size", default="5GB", help="of a file, such as 5GB")
     args = vars(parser.parse_args(argv))
     run = args.pop("run")
@@ -86,10 +91,11 @@ def from_hf(src: pathlib.Path, dst: pathlib.Path, *, dtype: Any = None) -> None:
             return found.table.read(found.tensors, path, block, dtype)
 
         arrays = {
-            f"params/{path}": Streamed(shape, found.dtypes[path],
-                                       partial(read, path, found.dtypes[path]))
+            f"params/{path}": Streamed(
+                shape, found.dtypes[path], partial(read, path, found.dtypes[path])
+            )
             for path, shape in found.table.parameters.items()
-        }  # fmt: skip
+        }
         layout = dataclasses.asdict(found.layout)
         save_streamed(beside / "checkpoints", 0, arrays, {"hugging_face_layout": layout})
         described = {"model": found.config.to_dict()}

@@ -27,11 +27,13 @@ _HANGUP = getattr(signal, "SIGHUP", None)  # which Windows does not have
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m qwen3next_jax.launch",
-                                     description=(__doc__ or "").partition("\n")[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen3next_jax.launch", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("-n", "--processes", type=int, required=True, help="how many")
-    parser.add_argument("--grace", type=float, default=120.0,
-                        help="seconds for the others to end after one failed")  # fmt: skip
+    parser.add_argument(
+        "--grace", type=float, default=120.0, help="seconds for the others to end after one failed"
+    )
     parser.add_argument("command", nargs="+", help="what Python runs: a file, or -m and a module")
     args = parser.parse_args(argv)
     if args.processes < 1:
@@ -80,9 +82,11 @@ def launch(command: list[str], count: int, grace: float) -> int:
     readers = [
         threading.Thread(target=_copy, args=(source, target, f"[{i}] ".encode()))
         for i, process in enumerate(processes)
-        for source, target in ((process.stdout, sys.stdout.buffer),
-                               (process.stderr, sys.stderr.buffer))
-    ]  # fmt: skip
+        for source, target in (
+            (process.stdout, sys.stdout.buffer),
+            (process.stderr, sys.stderr.buffer),
+        )
+    ]
     for reader in readers:
         reader.start()
     try:

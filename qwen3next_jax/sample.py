@@ -42,13 +42,19 @@ _TEMPERATURE = flags.DEFINE_float(
 )
 _TOP_K = flags.DEFINE_integer("top_k", None, "Sample from this many likeliest.", lower_bound=1)
 _TOP_P = flags.DEFINE_float(
-    "top_p", None, "Sample from the likeliest that together have this probability.",
-    lower_bound=0, upper_bound=1,
-)  # fmt: skip
+    "top_p",
+    None,
+    "Sample from the likeliest that together have this probability.",
+    lower_bound=0,
+    upper_bound=1,
+)
 _MIN_P = flags.DEFINE_float(
-    "min_p", None, "Sample from those at least this times as likely as the likeliest.",
-    lower_bound=0, upper_bound=1,
-)  # fmt: skip
+    "min_p",
+    None,
+    "Sample from those at least this times as likely as the likeliest.",
+    lower_bound=0,
+    upper_bound=1,
+)
 _REPETITION_PENALTY = flags.DEFINE_float(
     "repetition_penalty", 1.0, "Above 1: tokens that were there become less likely."
 )

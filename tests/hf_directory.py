@@ -20,10 +20,13 @@ def transformers_model(name="sparse"):
     changes = {
         "sparse": {"num_hidden_layers": 4},
         "chat": {"num_hidden_layers": 4, "vocab_size": 288},  # holds hf_tokenizer.py's tokens
-        "one dense layer, tied": {"mlp_only_layers": [1], "intermediate_size": 40,
-                                  "tie_word_embeddings": True},
+        "one dense layer, tied": {
+            "mlp_only_layers": [1],
+            "intermediate_size": 40,
+            "tie_word_embeddings": True,
+        },
         "dense": DENSE,
-    }[name]  # fmt: skip
+    }[name]
     torch.manual_seed(0)
     if name == "dense":
         model = Qwen3ForCausalLM(Qwen3Config(**changes, initializer_range=0.1))

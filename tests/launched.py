@@ -38,13 +38,24 @@ def run_python(*arguments, devices=None, env=None, **kwargs):
 
 def start(*command, processes=2, devices=2, grace=60.0, env=None):
     return subprocess.Popen(
-        [sys.executable, "-m", "qwen3next_jax.launch", "-n", str(processes), f"--grace={grace}",
-         "--", *map(str, command)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [
+            sys.executable,
+            "-m",
+            "qwen3next_jax.launch",
+            "-n",
+            str(processes),
+            f"--grace={grace}",
+            "--",
+            *map(str, command),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ
         | {"XLA_FLAGS": virtual_devices(devices), "JAX_PLATFORMS": "cpu"}
         | (env or {}),
-    )  # fmt: skip
+    )
 
 
 def lines(output, process):

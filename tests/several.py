@@ -105,13 +105,14 @@ def place(state, sharding):
     return {
         "w": jax.make_array_from_callback(state["w"].shape, sharding, lambda i: state["w"][i]),
         "b": jax.make_array_from_callback(
-            state["b"].shape, NamedSharding(sharding.mesh, PartitionSpec("b")),
+            state["b"].shape,
+            NamedSharding(sharding.mesh, PartitionSpec("b")),
             lambda i: state["b"][i],
         ),
         "step": jax.make_array_from_callback(
             (), NamedSharding(sharding.mesh, PartitionSpec()), lambda i: state["step"]
         ),
-    }  # fmt: skip
+    }
 
 
 def abstract(state):

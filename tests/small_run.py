@@ -34,12 +34,22 @@ def small_config(corpus, **changes):
     """The tiny config, smaller; `changes` are `section__key=value`."""
     config = tiny.get_config()
     config.model.update(
-        vocab_size=320, hidden_size=32, num_hidden_layers=2, full_attention_interval=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=8,
-        linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=2,
+        full_attention_interval=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
         shared_expert_intermediate_size=8,
-    )  # fmt: skip
+    )
     config.data.update(source="text", path=f"{corpus}/*.txt", holdout_fraction=0.2)
     config.optimizer.update(warmup_steps=2)
     config.train.update(
@@ -70,9 +80,7 @@ def _run(config, workdir, **hooks):
         )
         return perplexity(graph, params, batches, text_bytes=data.held_out_bytes)
 
-    hooks = {
-        "evaluate": evaluate, "suites": suites_in_training(config.evaluation, data), **hooks
-    }  # fmt: skip
+    hooks = {"evaluate": evaluate, "suites": suites_in_training(config.evaluation, data), **hooks}
     return loop.train(config, workdir, data, **hooks)
 
 

@@ -254,10 +254,12 @@ def main():
     report = {
         f"{op} {'packed' if packed else 'whole'}": dict(errors(packed))
         for op, errors in (
-            ("delta", delta_errors), ("attention", attention_errors), ("conv", conv_errors)
+            ("delta", delta_errors),
+            ("attention", attention_errors),
+            ("conv", conv_errors),
         )
         for packed in (True, False)
-    }  # fmt: skip
+    }
     report["modules"] = dict(module_errors())
     blocks._BLOCK = 128
     for op in ("delta", "attention"):

@@ -123,9 +123,13 @@ def test_queries_see_the_filled_slots_of_a_cache_and_new_tokens_up_to_their_own(
     later = (jnp.arange(slots) >= lengths[:, None])[..., None, None]
     cached_k, cached_v = (jnp.where(later, 1e4, x) for x in (k, v))
     out = cached_attention(
-        q[row, own], k[row, own], v[row, own], lengths=lengths,
-        cached_k=cached_k.transpose(0, 2, 3, 1), cached_v=cached_v.swapaxes(1, 2),
-    )  # fmt: skip
+        q[row, own],
+        k[row, own],
+        v[row, own],
+        lengths=lengths,
+        cached_k=cached_k.transpose(0, 2, 3, 1),
+        cached_v=cached_v.swapaxes(1, 2),
+    )
     np.testing.assert_allclose(out, whole[row, own], atol=2e-6)  # float32 sums, reordered
 
 

@@ -30,11 +30,14 @@ CHATS = {
     "system first": [{"role": "system", "content": "Be brief."}, USER],
     "several turns": [USER, {"role": "assistant", "content": "Warm.\n"}, USER],
     "a tool": [
-        {"role": "system", "content": "Be brief."}, USER, CALL,
+        {"role": "system", "content": "Be brief."},
+        USER,
+        CALL,
         {"role": "tool", "content": '{"celsius": 21}'},
-        {"role": "assistant", "content": "21 °C."}, USER,
+        {"role": "assistant", "content": "21 °C."},
+        USER,
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

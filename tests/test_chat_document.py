@@ -122,8 +122,9 @@ def with_marks(document, tokenizer):
     text, start = "", 0
     for k in range(1, len(ids) + 1):
         if learnt[k] != learnt[k - 1] or k == len(ids):
-            part = tokenizer._parsing.decode([int(i) for i in ids[start:k]],
-                                             skip_special_tokens=False)  # fmt: skip
+            part = tokenizer._parsing.decode(
+                [int(i) for i in ids[start:k]], skip_special_tokens=False
+            )
             text += f"⟦{part}⟧" if learnt[k - 1] else part
             start = k
     return text
@@ -143,9 +144,12 @@ def test_tokens_and_mask_are_those_of_transformers(family, chat, tokenizers):
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer.path), **tokenizer.special_tokens)
     want = theirs.apply_chat_template(
         [{k: v for k, v in m.items() if k != "weight"} for m in CHATS[chat]["messages"]],
-        tools=CHATS[chat].get("tools"), chat_template=marked_template(family),
-        date_string="26 Jul 2024", return_dict=True, return_assistant_tokens_mask=True,
-    )  # fmt: skip
+        tools=CHATS[chat].get("tools"),
+        chat_template=marked_template(family),
+        date_string="26 Jul 2024",
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
     mask = np.array(want["assistant_masks"], np.float32)
     for template in (plain_template(family), marked_template(family)):
         got = chat_document(CHATS[chat], tokenizer, template)
@@ -170,8 +174,9 @@ def test_a_sentencepiece_model_finds_the_answers_too(family, tmp_path):
     texts = [json.dumps(chat, ensure_ascii=False) for chat in CHATS.values()]
     tokenizer = train_tokenizer(texts, tmp_path / "tokenizer.model", vocab_size=380)
     chat = CHATS["several_turns"]
-    text, spans, exact = mark_answers(chat, plain_template(family),
-                                      special_tokens=tokenizer.special_tokens)  # fmt: skip
+    text, spans, exact = mark_answers(
+        chat, plain_template(family), special_tokens=tokenizer.special_tokens
+    )
     assert not exact
     document = chat_document(chat, tokenizer, plain_template(family))
     ids = [document["tokens"][0], *document["targets"]]

@@ -51,8 +51,11 @@ def test_rotary_keys_mean_what_transformers_takes_them_for_wherever_they_stand(n
         theirs = Qwen3NextConfig(**json.loads(json.dumps(given))).rope_parameters
         ours = ModelConfig.from_hf(given)
         assert ours.rope_scaling is not None
-        ours = {"rope_theta": ours.rope_theta, **ours.rope_scaling,
-                "partial_rotary_factor": ours.partial_rotary_factor}  # fmt: skip
+        ours = {
+            "rope_theta": ours.rope_theta,
+            **ours.rope_scaling,
+            "partial_rotary_factor": ours.partial_rotary_factor,
+        }
         assert {"rope_type": "yarn", **ours} == theirs
     for given in ({**RELEASED, name: {key: "default"}}, {**RELEASED, name: {}}):
         assert ModelConfig.from_hf(given) == ModelConfig.from_hf(RELEASED)
@@ -407,8 +410,14 @@ def test_several_problems_of_a_run_are_named_at_once():
     given["model"]["num_key_value_heads"] = 3
     with pytest.raises(ValueError, match="cannot start") as error:
         RunConfig.from_dict(given)
-    for part in ("'num_stepz' (did", "'lr'", "data.num_shards='x' must be", "lacks train.seed",
-                 "num_key_value_heads=3", "lacks the sections mesh"):  # fmt: skip
+    for part in (
+        "'num_stepz' (did",
+        "'lr'",
+        "data.num_shards='x' must be",
+        "lacks train.seed",
+        "num_key_value_heads=3",
+        "lacks the sections mesh",
+    ):
         assert part in str(error.value), str(error.value)
 
 
@@ -464,10 +473,16 @@ def test_what_may_change_are_keys_that_exist():
     assert {key for key in flat - decides if key not in RunConfig.MUTABLE} == {
         f"train.{key}"
         for key in (
-            "initial_checkpoint", "global_batch_size", "sequence_length", "seed", "balance_scope",
-            "gradient_accumulation_steps", "mtp_loss_weight", "router_z_loss_weight",
+            "initial_checkpoint",
+            "global_batch_size",
+            "sequence_length",
+            "seed",
+            "balance_scope",
+            "gradient_accumulation_steps",
+            "mtp_loss_weight",
+            "router_z_loss_weight",
         )
-    }  # fmt: skip
+    }
 
 
 def test_a_work_directorys_config_is_known_for_one():

@@ -47,8 +47,10 @@ def test_there_and_back_by_command_changes_no_bit_and_no_name(fused, tmp_path, m
     given = hf_directory.released(tmp_path / "given", fused=fused)
     main(["from-hf", str(tmp_path / "given"), str(tmp_path / "ours")])
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == [
-        "checkpoints", "config.json", "tokenizer.json",
-    ]  # fmt: skip
+        "checkpoints",
+        "config.json",
+        "tokenizer.json",
+    ]
     back = str(tmp_path / "back")
     main(["to-hf", str(tmp_path / "ours"), back, "--max_shard_size=100KB"])
     assert hf_directory.read(tmp_path / "back") == in_bits(given)
@@ -115,8 +117,10 @@ def run(tmp_path):
     writer.close()
     switches = {k: getattr(config, k) for k in ("mtp_steps", "zero_centered_norm")}
     described = {
-        "model": {**config.to_hf(), **switches}, "precision": {"compute": "bfloat16"}, "data": {}
-    }  # fmt: skip
+        "model": {**config.to_hf(), **switches},
+        "precision": {"compute": "bfloat16"},
+        "data": {},
+    }
     (workdir / "config.json").write_text(json.dumps(described))
     (workdir / "tokenizer.model").write_bytes(b"pieces")
     return workdir, model
@@ -207,8 +211,10 @@ def test_a_checkpoint_of_another_config_is_refused_naming_each_parameter(run, tm
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "qwen3next_jax.convert", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_the_command_names_all_faults_and_leaves_nothing_behind(tmp_path):
@@ -251,8 +257,10 @@ def test_a_conversion_that_is_told_to_end_leaves_nothing_behind(number, tmp_path
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "from-hf", tmp_path / "given", tmp_path / "ours"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert "Terminated; nothing was written." in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
@@ -325,10 +333,20 @@ def test_two_gigabytes_are_converted_in_half_a_gigabyte(layout, tmp_path):
     peaks = {}
     for name, source, target in (("from-hf", "given", "ours"), ("to-hf", "ours", "back")):
         done = subprocess.run(
-            [sys.executable, "-c", MEASURE, name, str(tmp_path / source), str(tmp_path / target),
-             *(["--max_shard_size=700MB"] if name == "to-hf" else [])],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                MEASURE,
+                name,
+                str(tmp_path / source),
+                str(tmp_path / target),
+                *(["--max_shard_size=700MB"] if name == "to-hf" else []),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         peaks[name] = float(done.stdout.splitlines()[-1])
     print(layout, peaks)
     # At most 310 was measured; what the allocator keeps varies.

@@ -108,12 +108,24 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     T = 32
     given = tiny.get_config()
     given.model.update(
-        vocab_size=4096, hidden_size=512, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=128, linear_num_key_heads=4, linear_num_value_heads=8,
-        linear_key_head_dim=64, linear_value_head_dim=64, num_experts=8, num_experts_per_tok=2,
-        moe_intermediate_size=512, shared_expert_intermediate_size=512, intermediate_size=1024,
-        full_attention_interval=2 if kind == "hybrid" else 1, mtp_steps=int(kind != "dense"),
-    )  # fmt: skip
+        vocab_size=4096,
+        hidden_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+        intermediate_size=1024,
+        full_attention_interval=2 if kind == "hybrid" else 1,
+        mtp_steps=int(kind != "dense"),
+    )
     if kind == "dense":
         given.model.update(num_experts=0, num_experts_per_tok=0)
     given.data.num_shards = 1

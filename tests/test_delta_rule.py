@@ -120,10 +120,15 @@ CASES = [
 def run(arrays, segments, implementation, dtype=jnp.float32):
     q, k, v, g, beta, state = (jnp.asarray(x, dtype) for x in arrays)
     return gated_delta_rule(
-        q, k, v, log_decay=g, beta=beta, initial_state=state.astype(jnp.float32),
+        q,
+        k,
+        v,
+        log_decay=g,
+        beta=beta,
+        initial_state=state.astype(jnp.float32),
         segment_ids=None if segments is None else jnp.asarray(segments),
         implementation=implementation,
-    )  # fmt: skip
+    )
 
 
 IMPLEMENTATIONS = ["reference", "chunked", "pallas"]
@@ -283,9 +288,10 @@ def check_bfloat16(implementation, *arrays, tolerance=6e-3):
     cotangents = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in cotangents]
     expected = recurrence_gradients(*arrays, segments, *cotangents)
     (got, got_final), grads = with_gradients(implementation, jnp.bfloat16)(
-        [jnp.asarray(x, jnp.float32) for x in arrays], jnp.asarray(segments),
+        [jnp.asarray(x, jnp.float32) for x in arrays],
+        jnp.asarray(segments),
         (jnp.asarray(cotangents[0], jnp.bfloat16), jnp.asarray(cotangents[1], jnp.float32)),
-    )  # fmt: skip
+    )
     # Gradients and outputs are rounded to 8 bits, 2e-3 of each, and the kernels' states and
     # inverses before them; the largest error seen is 3.3e-3.
     for x, want in zip((got, got_final, *grads), (out, final, *expected), strict=True):

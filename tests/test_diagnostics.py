@@ -24,10 +24,14 @@ E, A = 4, 2
 
 def config(**changes):
     given = dict(
-        model__num_hidden_layers=6, model__full_attention_interval=3, model__mtp_steps=2,
-        model__num_attention_heads=4, model__num_key_value_heads=2,
-        train__global_batch_size=4, train__sequence_length=40,
-    )  # fmt: skip
+        model__num_hidden_layers=6,
+        model__full_attention_interval=3,
+        model__mtp_steps=2,
+        model__num_attention_heads=4,
+        model__num_key_value_heads=2,
+        train__global_batch_size=4,
+        train__sequence_length=40,
+    )
     return small_config("nowhere", **(given | changes))
 
 
@@ -157,9 +161,11 @@ def expected():
         told = {name: np.concatenate(parts) for name, parts in told.items()}
         loads = np.bincount(told.pop("chosen").flatten(), minlength=E)
         share = loads / loads.sum()
-        own = {"load_max": loads.max() / loads.mean(),
-               "load_entropy": -(share * np.log(share)).sum() / np.log(E),
-               "activation_max": told.pop("activation_max").max()}  # fmt: skip
+        own = {
+            "load_max": loads.max() / loads.mean(),
+            "load_entropy": -(share * np.log(share)).sum() / np.log(E),
+            "activation_max": told.pop("activation_max").max(),
+        }
         for name, x in told.items():
             if name in ("decay", "beta"):
                 heads = x.mean(0)

@@ -27,8 +27,11 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 
 def evaluate(*arguments):
     return subprocess.run(
         [sys.executable, "eval.py", *map(str, arguments)],
-        cwd=ROOT, text=True, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
 
 
 def test_unknown_suites_come_with_the_nearest_known_ones():
@@ -195,15 +198,20 @@ def domains(*given):
     )
     return subprocess.run(
         [sys.executable, "-c", read, *(f"--data={x}" for x in given)],
-        cwd=ROOT, text=True, capture_output=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_texts_are_named_with_their_field_which_may_be_none(tmp_path):
     corpora.write("array_record", tmp_path / "texts", ["a text", "another"])
     (tmp_path / "a.jsonl").write_text('{"text": "one", "code": "two"}\n')
-    given = [f"array_record:{tmp_path}/texts/*.array_record#", f"jsonl:{tmp_path}/a.jsonl",
-             f"jsonl:{tmp_path}/a.jsonl#code"]  # fmt: skip
+    given = [
+        f"array_record:{tmp_path}/texts/*.array_record#",
+        f"jsonl:{tmp_path}/a.jsonl",
+        f"jsonl:{tmp_path}/a.jsonl#code",
+    ]
     found = domains(*given)
     assert found.stdout == "['a text', 'one', 'two']\n", found.stderr
 
@@ -213,9 +221,11 @@ def test_texts_that_cannot_be_what_was_meant_are_refused(tmp_path):
     make_tokenizer_json(tmp_path / "tokenizer")
     (tmp_path / "a.txt").write_text("a text of another tokenizer")
     job = Job(
-        source="text", path=f"{tmp_path}/*.txt", tokenizer=f"{tmp_path}/tokenizer",
+        source="text",
+        path=f"{tmp_path}/*.txt",
+        tokenizer=f"{tmp_path}/tokenizer",
         output=f"{tmp_path}/prepared",
-    )  # fmt: skip
+    )
     prepare(job, lambda job, shards, done: [done(make_shard(job, k)) for k in shards])
     refused = domains(f"prepared:{tmp_path}/prepared")
     assert "was prepared with another tokenizer than" in refused.stderr
@@ -230,9 +240,11 @@ def test_held_out_records_are_told_by_the_part_of_the_mixture(tmp_path):
             name: {"weight": 1.0, "source": "text", "path": f"{tmp_path / name}/*.txt"}
             for name in ("a", "b")
         },
-        tokenizer="bytes", holdout_fraction=0.5, vocab_size=258,
+        tokenizer="bytes",
+        holdout_fraction=0.5,
+        vocab_size=258,
         trained_tokenizer=tmp_path / "none",
-    )  # fmt: skip
+    )
     parts = data.held_out_parts
     assert list(parts) == ["a", "b"]
     assert sum(map(len, parts.values())) == len(data.held_out) > 0

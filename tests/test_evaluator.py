@@ -89,13 +89,20 @@ def test_continuations_are_those_of_each_prompt_alone_up_to_the_stop_string(mode
 def test_scores_and_texts_of_eight_devices_are_those_of_one():
     result = subprocess.run(
         [sys.executable, "tests/split_evaluation.py"],
-        cwd=HERE.parent, text=True, capture_output=True,
-    )  # fmt: skip
+        cwd=HERE.parent,
+        text=True,
+        capture_output=True,
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert set(found) == {
-        "fsdp", "expert", "context", "tensor_fsdp", "in a run's mesh", "in the caller's mesh",
-    }  # fmt: skip
+        "fsdp",
+        "expert",
+        "context",
+        "tensor_fsdp",
+        "in a run's mesh",
+        "in the caller's mesh",
+    }
     for name, (difference, same_text, same_greedy) in found.items():
         assert difference < 1e-4, name  # float32, summed in another order
         assert same_text, name

@@ -61,9 +61,13 @@ def test_rows_and_assignments_find_each_other_on_every_platform(alignment, monke
 def test_identity_experts_give_each_token_back_times_its_weights(alignment):
     x, weights = make()
     y = apply_experts(
-        x, jnp.asarray(EXPERTS), weights, lambda rows, weights, sizes: weights[:, None] * rows,
-        num_experts=E, alignment=alignment,
-    )  # fmt: skip
+        x,
+        jnp.asarray(EXPERTS),
+        weights,
+        lambda rows, weights, sizes: weights[:, None] * rows,
+        num_experts=E,
+        alignment=alignment,
+    )
     np.testing.assert_allclose(y, x * weights.sum(1, keepdims=True), rtol=1e-6)
 
 
@@ -105,9 +109,13 @@ def test_rows_come_sorted_by_expert_in_aligned_groups_with_zeros_between(alignme
     x, weights = make()
     seen = []
     apply_experts(
-        x, jnp.asarray(EXPERTS), weights, lambda *given: seen.append(given) or given[0],
-        num_experts=E, alignment=alignment,
-    )  # fmt: skip
+        x,
+        jnp.asarray(EXPERTS),
+        weights,
+        lambda *given: seen.append(given) or given[0],
+        num_experts=E,
+        alignment=alignment,
+    )
     ((rows, row_weights, sizes),) = seen
     counts = np.bincount(EXPERTS.ravel(), minlength=E)
     np.testing.assert_array_equal(sizes, -(-counts // alignment) * alignment)

@@ -56,11 +56,17 @@ def test_train_step_lowers_for_cuda(mesh, changes):
 def test_train_step_of_large_heads_takes_the_kernels_for_hopper_gpus():
     sizes = {**dict.fromkeys(AXES, 1), "fsdp": 2, "expert": 2}
     config = small_config(
-        "unread", train__sequence_length=128, model__hidden_size=256, model__head_dim=128,
-        model__linear_key_head_dim=128, model__linear_value_head_dim=128,
-        model__moe_intermediate_size=256, model__mtp_steps=0, **BFLOAT16,
+        "unread",
+        train__sequence_length=128,
+        model__hidden_size=256,
+        model__head_dim=128,
+        model__linear_key_head_dim=128,
+        model__linear_value_head_dim=128,
+        model__moe_intermediate_size=256,
+        model__mtp_steps=0,
+        **BFLOAT16,
         **{f"mesh__{axis}": n for axis, n in sizes.items()},
-    )  # fmt: skip
+    )
     program = make_program(config, gpus(sizes.values(), AXES))
     text = lowered(gpus(sizes.values(), AXES), program.step, program.state, program.batch)
     kernels = "_product_kernel", "_outer_kernel", "_forward_kernel", "_backward_chunk_kernel"

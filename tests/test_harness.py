@@ -69,9 +69,7 @@ def run_ours(checkpoint, tasks, names, **options):
     from qwen3next_jax.evaluation.harness import run_tasks
 
     batch_size = options.pop("batch_size", 0)
-    return run_tasks(
-        evaluator(checkpoint, batch_size), names, include_path=str(tasks), **options
-    )  # fmt: skip
+    return run_tasks(evaluator(checkpoint, batch_size), names, include_path=str(tasks), **options)
 
 
 @functools.cache
@@ -82,9 +80,13 @@ def run_theirs(checkpoint, tasks, names, chat, batch_size=1):
 
     lm = HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", batch_size=batch_size)
     return lm_eval.simple_evaluate(
-        model=lm, tasks=list(names), task_manager=TaskManager(include_path=str(tasks)),
-        apply_chat_template=chat, random_seed=1234, fewshot_random_seed=1234,
-    )  # fmt: skip
+        model=lm,
+        tasks=list(names),
+        task_manager=TaskManager(include_path=str(tasks)),
+        apply_chat_template=chat,
+        random_seed=1234,
+        fewshot_random_seed=1234,
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 0])
@@ -313,9 +315,13 @@ def test_examples_seed_and_limit_are_those_asked_for(tasks):
 
     def prompts(seed):
         found = run_tasks(
-            Reader(context=4096), ["local_chat"], include_path=str(tasks),
-            num_fewshot=2, seed=seed, limit=4,
-        )  # fmt: skip
+            Reader(context=4096),
+            ["local_chat"],
+            include_path=str(tasks),
+            num_fewshot=2,
+            seed=seed,
+            limit=4,
+        )
         samples = found["samples"]["local_chat"]
         assert found["num_fewshot"] == {"local_chat": 2}  # the task says 1
         return [sample["arguments"][0][0] for sample in samples]

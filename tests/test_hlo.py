@@ -5,9 +5,7 @@ import pytest
 from qwen3next_jax.plan.chips import Chip
 from qwen3next_jax.plan.hlo import estimate
 
-CHIP = Chip(
-    flops=1e9, hbm=1e9, hbm_bandwidth=1e9, ici_bandwidth=1e6, clock=1e6, dimensions=2
-)  # fmt: skip
+CHIP = Chip(flops=1e9, hbm=1e9, hbm_bandwidth=1e9, ici_bandwidth=1e6, clock=1e6, dimensions=2)
 
 # A loop of 3 fusions in a loop of 5, a kernel with an estimate and one without, a reduce-scatter
 # over 4 devices, an asynchronous all-gather, whose text lists operand and result, and a gather of a

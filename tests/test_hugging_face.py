@@ -170,27 +170,51 @@ def test_all_faults_come_in_one_report(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (lambda d: (d / "model.safetensors.index.json").unlink(),
-         r"missing: model\.safetensors\.index\.json or model\.safetensors"),
+        (
+            lambda d: (d / "model.safetensors.index.json").unlink(),
+            r"missing: model\.safetensors\.index\.json or model\.safetensors",
+        ),
         (lambda d: (d / "model.safetensors.index.json").write_text("{"), "unreadable index"),
-        (lambda d: (d / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"lm_head.weight": null}}'), "no file is named for lm_head.weight"),
+        (
+            lambda d: (d / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"lm_head.weight": null}}'
+            ),
+            "no file is named for lm_head.weight",
+        ),
         (lambda d: (d / "config.json").unlink(), r"config\.json does not exist"),
-        (lambda d: os.truncate(d / "model-00001-of-00003.safetensors", 100),
-         r"truncated shard: model-00001-of-00003\.safetensors ends within its header"),
+        (
+            lambda d: os.truncate(d / "model-00001-of-00003.safetensors", 100),
+            r"truncated shard: model-00001-of-00003\.safetensors ends within its header",
+        ),
         (lambda d: os.truncate(d / "model-00001-of-00003.safetensors", 3), "truncated shard"),
-        (lambda d: (d / "model-00001-of-00003.safetensors").write_bytes(
-            (10).to_bytes(8, "little") + b"not JSON.."), "header of .* is damaged"),
-        (lambda d: (d / "model-00004-of-00003.safetensors").write_bytes(b""),
-         r"unexpected shard: model-00004-of-00003\.safetensors"),
-        (lambda d: hf_directory.change_shard(
-            d, 1, lambda t: t.update({"model.norm.weight": torch.ones(32)})),
-         r"twice: model\.norm\.weight"),
-        (lambda d: hf_directory.change_shard(d, 1, lambda t: t.update(
-            {n: x.float() for n, x in t.items() if n.endswith("1.self_attn.k_proj.weight")})),
-         r"mixed dtypes: model\.layers\.1\.self_attn\.k_proj.* are bfloat16 and float32"),
+        (
+            lambda d: (d / "model-00001-of-00003.safetensors").write_bytes(
+                (10).to_bytes(8, "little") + b"not JSON.."
+            ),
+            "header of .* is damaged",
+        ),
+        (
+            lambda d: (d / "model-00004-of-00003.safetensors").write_bytes(b""),
+            r"unexpected shard: model-00004-of-00003\.safetensors",
+        ),
+        (
+            lambda d: hf_directory.change_shard(
+                d, 1, lambda t: t.update({"model.norm.weight": torch.ones(32)})
+            ),
+            r"twice: model\.norm\.weight",
+        ),
+        (
+            lambda d: hf_directory.change_shard(
+                d,
+                1,
+                lambda t: t.update(
+                    {n: x.float() for n, x in t.items() if n.endswith("1.self_attn.k_proj.weight")}
+                ),
+            ),
+            r"mixed dtypes: model\.layers\.1\.self_attn\.k_proj.* are bfloat16 and float32",
+        ),
     ],
-)  # fmt: skip
+)
 def test_single_faults_are_named(spoil, complaint, tmp_path):
     hf_directory.released(tmp_path / "given")
     spoil(tmp_path / "given")
@@ -372,8 +396,9 @@ def test_a_model_is_loaded_and_saved_split_over_a_mesh(tmp_path):
     environment = os.environ | {"XLA_FLAGS": virtual_devices(4)}
     subprocess.run(
         [sys.executable, "-c", SHARDED, str(tmp_path / "given"), str(tmp_path / "new")],
-        check=True, env=environment,
-    )  # fmt: skip
+        check=True,
+        env=environment,
+    )
     assert hf_directory.read(tmp_path / "new") == {
         name: hf_directory.bits(tensor) for name, tensor in given.items()
     }

@@ -28,25 +28,52 @@ def problems(sizes, **changes):
     ("sizes", "changes", "message"),
     [
         (dict(expert=3), {}, r"num_experts=16 is not divisible by mesh.expert=3; 2 or 4 would"),
-        (dict(tensor=3), {}, r"num_attention_heads=4, .*linear_num_key_heads=2, .* mesh.tensor=3; "
-                             r"1 or 2 would work"),
-        (dict(tensor=2), {"model__num_key_value_heads": 3, "model__num_attention_heads": 6},
-         r"num_key_value_heads=3 and mesh.tensor=2 do not divide one another; 1 or 3 would"),
-        (dict(tensor=6), {"model__num_key_value_heads": 4, "model__num_attention_heads": 12},
-         r"num_key_value_heads=4 and mesh.tensor=6 do not divide one another; 2 or 4 would"),
-        (dict(context=8), {"train__sequence_length": 640},
-         r"sequence_length=640 is not divisible by mesh.context=8 times 64 tokens.*; a length of "
-         r"512 or 1024 would work, or mesh.context=5 or 10"),
-        (dict(fsdp=4, expert=4), {}, r"global_batch_size=8 is not divisible by mesh.fsdp=4 x "
-                                     r"mesh.expert=4; 4 or 8 in all would work"),
-        (dict(data=8), {"train__gradient_accumulation_steps": 2},
-         r"size / train.gradient_accumulation_steps=4 is not divisible by mesh.data=8"),
-        (dict(fsdp=3), {"train__global_batch_size": 12},
-         r"model.hidden_size=128 is not divisible by mesh.fsdp=3; 2 or 4 in all would work"),
-        (dict(expert=16), {"train__global_batch_size": 16},
-         r"moe_buffer_factor=-1 makes room for 16 times an even load.*name a factor, such as 2.0"),
+        (
+            dict(tensor=3),
+            {},
+            r"num_attention_heads=4, .*linear_num_key_heads=2, .* mesh.tensor=3; "
+            r"1 or 2 would work",
+        ),
+        (
+            dict(tensor=2),
+            {"model__num_key_value_heads": 3, "model__num_attention_heads": 6},
+            r"num_key_value_heads=3 and mesh.tensor=2 do not divide one another; 1 or 3 would",
+        ),
+        (
+            dict(tensor=6),
+            {"model__num_key_value_heads": 4, "model__num_attention_heads": 12},
+            r"num_key_value_heads=4 and mesh.tensor=6 do not divide one another; 2 or 4 would",
+        ),
+        (
+            dict(context=8),
+            {"train__sequence_length": 640},
+            r"sequence_length=640 is not divisible by mesh.context=8 times 64 tokens.*; a length "
+            r"of 512 or 1024 would work, or mesh.context=5 or 10",
+        ),
+        (
+            dict(fsdp=4, expert=4),
+            {},
+            r"global_batch_size=8 is not divisible by mesh.fsdp=4 x "
+            r"mesh.expert=4; 4 or 8 in all would work",
+        ),
+        (
+            dict(data=8),
+            {"train__gradient_accumulation_steps": 2},
+            r"size / train.gradient_accumulation_steps=4 is not divisible by mesh.data=8",
+        ),
+        (
+            dict(fsdp=3),
+            {"train__global_batch_size": 12},
+            r"model.hidden_size=128 is not divisible by mesh.fsdp=3; 2 or 4 in all would work",
+        ),
+        (
+            dict(expert=16),
+            {"train__global_batch_size": 16},
+            r"moe_buffer_factor=-1 makes room for 16 times an even load.*name a "
+            r"factor, such as 2.0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_run_that_does_not_fit_is_told_what_would(sizes, changes, message):
     assert problems({}, **changes) == ""
     assert re.search(message, problems(sizes, **changes)), problems(sizes, **changes)

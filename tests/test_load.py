@@ -197,17 +197,25 @@ def test_a_run_begins_with_given_weights_and_goes_on_with_its_own(earlier, corpu
 
     def config(num_steps):
         return small_config(
-            corpus, train__initial_checkpoint=str(given / "checkpoints" / "3"),
-            train__num_steps=num_steps, optimizer__schedule="constant", data__tokenizer=tokenizer,
-            train__seed=5, optimizer__warmup_steps=0,
-        )  # fmt: skip
+            corpus,
+            train__initial_checkpoint=str(given / "checkpoints" / "3"),
+            train__num_steps=num_steps,
+            optimizer__schedule="constant",
+            data__tokenizer=tokenizer,
+            train__seed=5,
+            optimizer__warmup_steps=0,
+        )
 
     run(config(4), tmp_path / "whole")
     # A step with the rate 0 shows what the run began with.
     still = small_config(
-        corpus, train__initial_checkpoint=str(given / "checkpoints" / "3"), train__num_steps=1,
-        data__tokenizer=tokenizer, train__seed=5, optimizer__learning_rate=0.0,
-    )  # fmt: skip
+        corpus,
+        train__initial_checkpoint=str(given / "checkpoints" / "3"),
+        train__num_steps=1,
+        data__tokenizer=tokenizer,
+        train__seed=5,
+        optimizer__learning_rate=0.0,
+    )
     model, _ = run(still, tmp_path / "still")
     assert_same(nnx.state(model, nnx.Param), load_checkpoint(given / "checkpoints" / "3"))
     assert steps(tmp_path / "still")[0]["loss"] == steps(tmp_path / "whole")[0]["loss"]
@@ -251,15 +259,20 @@ def test_another_model_is_refused_before_the_directory_is_this_runs(corpus, tmp_
 def test_a_split_model_begins_with_the_same_weights(earlier, corpus, tmp_path):
     """On eight virtual devices, where each parameter is read into its own slices."""
     changes = [
-        f"train.initial_checkpoint={str(earlier)!r}", "train.num_steps=2", "mesh.fsdp=4",
-        "mesh.data=2", f"data.tokenizer={str(earlier / 'tokenizer.model')!r}",
-    ]  # fmt: skip
+        f"train.initial_checkpoint={str(earlier)!r}",
+        "train.num_steps=2",
+        "mesh.fsdp=4",
+        "mesh.data=2",
+        f"data.tokenizer={str(earlier / 'tokenizer.model')!r}",
+    ]
     command = [sys.executable, HERE / "small_run.py", corpus, tmp_path / "eight", *changes]
     subprocess.run(command, env=os.environ | {"XLA_FLAGS": virtual_devices(8)}, check=True)
     one = small_config(
-        corpus, train__initial_checkpoint=str(earlier), train__num_steps=2,
+        corpus,
+        train__initial_checkpoint=str(earlier),
+        train__num_steps=2,
         data__tokenizer=str(earlier / "tokenizer.model"),
-    )  # fmt: skip
+    )
     run(one, tmp_path / "one")
     assert parameter_shapes(one.model).keys() == dict(named_leaves(abstract_model(one)[1])).keys()
     for a, b in zip(steps(tmp_path / "eight"), steps(tmp_path / "one"), strict=True):

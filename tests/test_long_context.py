@@ -173,9 +173,13 @@ def test_every_task_length_and_depth_has_a_cell_and_unknown_tasks_the_nearest_na
     assert len(TOKENIZER.encode(result["examples"]["common_words"]["prompt"])) < 512
     places = [(c["task"], c["length"], c["depth"], c["yarn_factor"]) for c in result["cells"]]
     assert places == [
-        ("niah_single", 512, 0.0, 0), ("niah_single", 512, 1.0, 0), ("common_words", 512, 0.0, 0),
-        ("niah_single", 640, 0.0, 2), ("niah_single", 640, 1.0, 2), ("common_words", 640, 0.0, 2),
-    ]  # fmt: skip
+        ("niah_single", 512, 0.0, 0),
+        ("niah_single", 512, 1.0, 0),
+        ("common_words", 512, 0.0, 0),
+        ("niah_single", 640, 0.0, 2),
+        ("niah_single", 640, 1.0, 2),
+        ("common_words", 640, 0.0, 2),
+    ]
     scores = [cell["score"] for cell in result["cells"]]
     np.testing.assert_allclose(result["score"], np.mean(scores))
     with pytest.raises(ValueError, match=r"'niah_singel' \(did you mean 'niah_single'"):

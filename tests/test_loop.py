@@ -72,9 +72,12 @@ def corpus(tmp_path_factory):
 def config_of(corpus, steps=8, **changes):
     """A rate that rises, then stays: however many the steps are, they are one program."""
     return small_config(
-        corpus, train__num_steps=steps, optimizer__schedule="constant", optimizer__warmup_steps=6,
+        corpus,
+        train__num_steps=steps,
+        optimizer__schedule="constant",
+        optimizer__warmup_steps=6,
         **changes,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +197,11 @@ def test_samples_and_reports_come_at_their_steps_and_change_no_loss(whole, corpu
     assert reported == [3, 6, 8]  # checkpoints, and the end
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(line["step"], line["prompt"]) for line in lines] == [
-        (5, ""), (5, "ab"), (8, ""), (8, "ab")
-    ]  # fmt: skip
+        (5, ""),
+        (5, "ab"),
+        (8, ""),
+        (8, "ab"),
+    ]
     assert [line["text"] for line in lines] == [x["text"] for text in shown for x in text]
 
 
@@ -349,8 +355,9 @@ def test_a_directory_that_is_no_run_s_is_not_written_over(corpus, tmp_path):
     with pytest.raises(ValueError, match=r"config.json is not a run's"):
         run(config_of(corpus), tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "config.json": given, "tokenizer.json": given,
-    }  # fmt: skip
+        "config.json": given,
+        "tokenizer.json": given,
+    }
 
 
 def test_checkpoints_without_their_config_are_not_gone_on_with(corpus, two_steps):
@@ -414,9 +421,13 @@ def test_asked_to_stop_in_a_hook_a_run_saves_and_calls_no_other(corpus, tmp_path
         return call
 
     config = config_of(
-        corpus, 3, train__eval_every=1, train__sample_every=1, train__checkpoint_every=0,
+        corpus,
+        3,
+        train__eval_every=1,
+        train__sample_every=1,
+        train__checkpoint_every=0,
         evaluation__every=1,
-    )  # fmt: skip
+    )
     with pytest.raises(loop.Stopped, match="step 1 is saved"):
         run(
             config,
@@ -527,10 +538,14 @@ def test_eight_devices_take_the_course_of_one(corpus, tmp_path, mesh):
 
 def train_together(processes, devices, corpus, workdir):
     return start(
-        "train.py", f"--config={HERE / 'smallest.py'}", f"--workdir={workdir}",
+        "train.py",
+        f"--config={HERE / 'smallest.py'}",
+        f"--workdir={workdir}",
         "--peer_timeout=15",
-        processes=processes, devices=devices, env={"CORPUS": str(corpus)},
-    )  # fmt: skip
+        processes=processes,
+        devices=devices,
+        env={"CORPUS": str(corpus)},
+    )
 
 
 def wait_for_step(launched, workdir, step):

@@ -108,9 +108,13 @@ def test_slices_that_do_not_divide_data_are_refused_without_devices():
 def gpu(number):
     """One of eight on each host, as JAX numbers them."""
     return mock.Mock(
-        jax.Device, id=number, platform="gpu", device_kind="gpu",
-        process_index=number // 8, slice_index=number // 8,
-    )  # fmt: skip
+        jax.Device,
+        id=number,
+        platform="gpu",
+        device_kind="gpu",
+        process_index=number // 8,
+        slice_index=number // 8,
+    )
 
 
 @pytest.mark.parametrize(("slices", "data"), [(1, 1), (2, 2), (-1, 1)])

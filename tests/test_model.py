@@ -55,8 +55,11 @@ def test_the_released_model_with_mtp_has_the_published_sizes():
     assert round(total / 1e9, 2) == 81.32
     inner = sum(n for path, n in main.items() if path not in ("embed_tokens", "lm_head"))
     assert round(inner / 1e9, 2) == 79.05
-    experts = sum(n for path, n in main.items() if path.split("/")[-2:][0] == "mlp"
-                  and path.endswith(("mlp/gate_up_proj", "mlp/down_proj")))  # fmt: skip
+    experts = sum(
+        n
+        for path, n in main.items()
+        if path.split("/")[-2:][0] == "mlp" and path.endswith(("mlp/gate_up_proj", "mlp/down_proj"))
+    )
     assert round((inner - experts * 502 / 512) / 1e9, 2) == 3.25
 
 

@@ -121,9 +121,11 @@ def test_attention_with_a_cache_needs_the_positions_of_its_tokens():
 
 def test_configs_without_such_layers_are_refused():
     dense = small_config(
-        layer_types=(FULL,) * CONFIG.num_hidden_layers, linear_num_value_heads=0,
-        num_experts=0, intermediate_size=16,
-    )  # fmt: skip
+        layer_types=(FULL,) * CONFIG.num_hidden_layers,
+        linear_num_value_heads=0,
+        num_experts=0,
+        intermediate_size=16,
+    )
     with pytest.raises(ValueError, match=r"no linear_\* sizes"):
         GatedDeltaNet(dense, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="num_experts=0; give that of a model with experts"):
@@ -132,10 +134,14 @@ def test_configs_without_such_layers_are_refused():
 
 K, N, H, P = 2, 4, 5, 7
 RULE = dict(
-    q=drawn(B, T, K, H), k=drawn(B, T, K, H, seed=1), v=drawn(B, T, N, P, seed=2),
-    log_decay=-jnp.ones((B, T, N)), beta=jnp.full((B, T, N), 0.5),
-    segment_ids=jnp.ones((B, T), jnp.int32), initial_state=drawn(B, N, H, P, seed=3),
-)  # fmt: skip
+    q=drawn(B, T, K, H),
+    k=drawn(B, T, K, H, seed=1),
+    v=drawn(B, T, N, P, seed=2),
+    log_decay=-jnp.ones((B, T, N)),
+    beta=jnp.full((B, T, N), 0.5),
+    segment_ids=jnp.ones((B, T), jnp.int32),
+    initial_state=drawn(B, N, H, P, seed=3),
+)
 
 
 @pytest.mark.parametrize("implementation", ["chunked", "reference"])

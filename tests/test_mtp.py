@@ -135,11 +135,12 @@ def test_packed_documents_give_the_mtp_losses_they_give_alone():
         batch = complete_batch(tokens, segment_ids)
         return [
             # Dividing a step's sum by infinity leaves the other's; both are halved in the mean.
-            2 * q3n.loss(
-                nnx.merge(graph, params), batch, counts=TokenCounts(jnp.ones(()), counts)
-            )[1]["mtp_ce"]
+            2
+            * q3n.loss(nnx.merge(graph, params), batch, counts=TokenCounts(jnp.ones(()), counts))[
+                1
+            ]["mtp_ce"]
             for counts in (jnp.array([1.0, jnp.inf]), jnp.array([jnp.inf, 1.0]))
-        ]  # fmt: skip
+        ]
 
     def row(documents):
         tokens = np.concatenate(documents)

@@ -18,9 +18,18 @@ from qwen3next_jax.training.optimizer import MUON_RMS, make_optimizer, make_sche
 from qwen3next_jax.training.program import make_program
 
 CONFIG = OptimizerConfig(
-    name="adamw", learning_rate=1e-2, schedule="constant", warmup_steps=0, decay_fraction=0.2,
-    final_fraction=0.1, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8, clip_norm=0.0,
-)  # fmt: skip
+    name="adamw",
+    learning_rate=1e-2,
+    schedule="constant",
+    warmup_steps=0,
+    decay_fraction=0.2,
+    final_fraction=0.1,
+    weight_decay=0.1,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+    clip_norm=0.0,
+)
 MUON = dataclasses.replace(CONFIG, name="muon")
 
 D, N, K, H, P, W, E, F, V, G = 8, 4, 2, 3, 5, 4, 6, 7, 16, 2

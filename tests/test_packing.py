@@ -48,8 +48,9 @@ def test_rows_equal_plain_python(sequence_length, longest):
     rows = rows_of(documents, sequence_length)
     fields = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
     expected = np.array(expected_rows(documents, sequence_length))
-    np.testing.assert_array_equal([[row[f] for f in fields] for row in rows],
-                                  expected.transpose(0, 2, 1))  # fmt: skip
+    np.testing.assert_array_equal(
+        [[row[f] for f in fields] for row in rows], expected.transpose(0, 2, 1)
+    )
     for row in rows:
         assert set(row) == set(fields)
         assert {row[f].dtype for f in fields if f != "loss_weights"} == {np.dtype(np.int32)}

@@ -24,9 +24,13 @@ COLLECTIVES = {
 def on_eight_devices(*args):
     # A program from the compilation cache does not always have its text.
     done = run_python(
-        TESTS / "split_model.py", *args, devices=8, env={"JAX_COMPILATION_CACHE_DIR": None},
-        stdout=subprocess.PIPE, timeout=900,
-    )  # fmt: skip
+        TESTS / "split_model.py",
+        *args,
+        devices=8,
+        env={"JAX_COMPILATION_CACHE_DIR": None},
+        stdout=subprocess.PIPE,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

@@ -76,13 +76,17 @@ def test_documents_are_told_by_length_and_tokens_by_position():
         np.testing.assert_allclose(part["ce"], np.mean(positions[i]), rtol=1e-5)
     # 4, 49, 31 and 101 tokens, EOS among them.
     assert [(p["from"], p["documents"]) for p in got["by_length"]] == [
-        (4, 1), (16, 1), (32, 1), (64, 1),
-    ]  # fmt: skip
+        (4, 1),
+        (16, 1),
+        (32, 1),
+        (64, 1),
+    ]
     np.testing.assert_allclose(got["by_length"][3]["ce"], np.mean(by_text["y" * 100]), rtol=1e-5)
     np.testing.assert_allclose(
         got["domains"]["a"]["ce"],
-        np.mean([x for text in texts["a"] for x in by_text[text]]), rtol=1e-5,
-    )  # fmt: skip
+        np.mean([x for text in texts["a"] for x in by_text[text]]),
+        rtol=1e-5,
+    )
 
 
 TEMPLATE = (
@@ -97,8 +101,9 @@ def test_of_a_chat_the_answers_count(tmp_path):
     messages, parts = [], []  # the text in parts, of which every second one is learnt
     for question, answer in (("a", "hi"), ("b", "def f(x)")):
         messages += [
-            {"role": "user", "content": question}, {"role": "assistant", "content": answer},
-        ]  # fmt: skip
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
         parts += [f"<|im_start|>user\n{question}<|im_start|>assistant\n", f"{answer}<|im_end|>\n"]
     model = random_model(small_config(vocab_size=tokenizer.vocab_size))
     records = {"chats": [Record(name="a", messages=messages)]}

@@ -181,12 +181,14 @@ def test_each_part_is_in_an_order_of_its_own_in_each_shard(tokenizer):
 def test_resumption_is_exact_after_any_batch(
     texts, data_of, tokenizer, batch_size, sequence_length, window_rows, num_shards, packing
 ):
-    data = data_of(texts, window_rows=window_rows, num_shards=num_shards, packing=packing,
-                   too_long="truncate")  # fmt: skip
+    data = data_of(
+        texts, window_rows=window_rows, num_shards=num_shards, packing=packing, too_long="truncate"
+    )
 
     def start():
-        return training_batches(data, batch_size=batch_size, sequence_length=sequence_length,
-                                seed=7)  # fmt: skip
+        return training_batches(
+            data, batch_size=batch_size, sequence_length=sequence_length, seed=7
+        )
 
     iterator, batches, states = start(), [], []
     tokens_an_epoch = sum(map(len, expected_targets(texts, tokenizer)))
@@ -349,8 +351,14 @@ def test_the_parts_of_a_mixture_are_read_and_weighed_as_told(tmp_path):
         "few": {"weight": 1, "path": f"{tmp_path}/a.jsonl", "source": "jsonl"},
         "many": {"weight": 3, "path": f"{tmp_path}/b.jsonl", "source": "jsonl", "field": "body"},
     }
-    data = load_data(source="mixture", mixture=mixture, tokenizer="bytes", holdout_fraction=0.25,
-                     vocab_size=258, trained_tokenizer=tmp_path / "none")  # fmt: skip
+    data = load_data(
+        source="mixture",
+        mixture=mixture,
+        tokenizer="bytes",
+        holdout_fraction=0.25,
+        vocab_size=258,
+        trained_tokenizer=tmp_path / "none",
+    )
     assert {part.name: part.weight for part in data.train} == {"few": 1.0, "many": 3.0}
     for part, name in zip(data.train, "ab", strict=True):
         held_out = data.held_out_parts[part.name]
@@ -363,8 +371,14 @@ def test_records_that_moved_to_another_file_are_other_data(tmp_path):
         for name, n in zip("ab", lengths, strict=True):
             lines = [json.dumps({"text": f"{name} {i}"}) for i in range(n)]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        return load_data(source="jsonl", path=f"{tmp_path}/*.jsonl", tokenizer="bytes",
-                         holdout_fraction=0.25, vocab_size=258, trained_tokenizer="")  # fmt: skip
+        return load_data(
+            source="jsonl",
+            path=f"{tmp_path}/*.jsonl",
+            tokenizer="bytes",
+            holdout_fraction=0.25,
+            vocab_size=258,
+            trained_tokenizer="",
+        )
 
     began_with = json.loads(json.dumps(load(12, 8).fingerprint()))
     check_same_data(load(12, 8), began_with)

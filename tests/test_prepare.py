@@ -92,8 +92,14 @@ def test_batches_of_prepared_data_are_those_of_the_source(kind, packing, folder,
     given = described(kind, folder)
     raw = data_of(tmp_path, packing, tokenizer=f"{folder}/tokenizer", **given)
     # Its own tokenizer is in the directory.
-    ready = data_of(tmp_path, packing, source="prepared", path=str(tmp_path / "prepared"),
-                    tokenizer="", on_error=given.get("on_error", "raise"))  # fmt: skip
+    ready = data_of(
+        tmp_path,
+        packing,
+        source="prepared",
+        path=str(tmp_path / "prepared"),
+        tokenizer="",
+        on_error=given.get("on_error", "raise"),
+    )
     sizes = dict(batch_size=4, sequence_length=64)
     ours, theirs = (training_batches(data, seed=3, **sizes) for data in (ready, raw))
     weights = 0
@@ -135,9 +141,12 @@ def test_the_manifest_counts_and_its_hashes_are_those_of_the_files(folder, tmp_p
     assert len({shard["source_sha256"] for shard in manifest["shards"]}) == 7
     assert any("a.jsonl:8: is no JSON" in e for s in manifest["shards"] for e in s["examples"])
     assert {path.name for path in tmp_path.iterdir()} == {
-        MANIFEST, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        MANIFEST,
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
         *(shard["file"] for shard in manifest["shards"]),
-    }  # fmt: skip
+    }
 
 
 def contents(directory):
@@ -165,8 +174,13 @@ def test_killed_halfway_and_started_again_it_ends_with_the_same_bytes(folder, tm
     with (tmp_path / "texts.jsonl").open("w") as file:
         for i in range(1000):
             file.write(json.dumps({"text": json.dumps([line(i * j) for j in range(12)])}) + "\n")
-    given = ["--source=jsonl", f"--path={tmp_path}/texts.jsonl", "--num_shards=16",
-             f"--tokenizer={folder}/tokenizer", "--workers=2"]  # fmt: skip
+    given = [
+        "--source=jsonl",
+        f"--path={tmp_path}/texts.jsonl",
+        "--num_shards=16",
+        f"--tokenizer={folder}/tokenizer",
+        "--workers=2",
+    ]
     main([*given, f"--output={tmp_path}/whole"])
     output = tmp_path / "killed"
     process = subprocess.Popen(command(*given, f"--output={output}"), cwd=ROOT)
@@ -200,8 +214,13 @@ def test_killed_halfway_and_started_again_it_ends_with_the_same_bytes(folder, tm
 
 def test_an_apache_beam_pipeline_makes_the_same_shards(folder, tmp_path):
     pytest.importorskip("apache_beam", reason="pip install 'qwen3next_jax[beam]' for this test")
-    given = ["--source=jsonl", f"--path={folder}/*.jsonl", "--on_error=skip", "--num_shards=5",
-             f"--tokenizer={folder}/tokenizer"]  # fmt: skip
+    given = [
+        "--source=jsonl",
+        f"--path={folder}/*.jsonl",
+        "--on_error=skip",
+        "--num_shards=5",
+        f"--tokenizer={folder}/tokenizer",
+    ]
     main([*given, f"--output={tmp_path}/beam", "--beam", "--", "--runner=DirectRunner"])
     prepare(job_of("jsonl", folder, tmp_path / "plain", num_shards=5), here)
     assert contents(tmp_path / "beam") == contents(tmp_path / "plain")
@@ -379,9 +398,10 @@ def test_impossible_values_are_refused(change, message, folder, tmp_path):
 def test_a_record_says_only_what_is_needed():
     """So that a text's token takes little more than its four bytes."""
     document = {
-        "tokens": np.arange(100, dtype=np.int32), "targets": np.arange(1, 101, dtype=np.int32),
+        "tokens": np.arange(100, dtype=np.int32),
+        "targets": np.arange(1, 101, dtype=np.int32),
         "loss_weights": np.ones(100, np.float32),
-    }  # fmt: skip
+    }
     assert len(encode_document("a.jsonl:17", document)) < 4 * 101 + 32
     assert len(encode_error("a.jsonl:17", "is no JSON")) < 50
     assert os.path.basename(MANIFEST) == "manifest.json"

@@ -38,8 +38,9 @@ def write_run(workdir, *, steps=range(1, STEPS + 1), mode="w", **config):
                 file.write(json.dumps({"step": step, **scores}) + "\n")
     model = {
         **tiny.get_config().model.to_dict(),
-        "num_hidden_layers": LAYERS - 1, "full_attention_interval": 4,
-    }  # fmt: skip
+        "num_hidden_layers": LAYERS - 1,
+        "full_attention_interval": 4,
+    }
     given = {"model": model, "train": {"num_steps": 80}, **config}
     (workdir / "config.json").write_text(json.dumps(given))
     sample = {"step": 20, "prompt": "if ", "text": "a < b:\n</script><b>&amp;"}
@@ -141,8 +142,9 @@ def test_several_runs_lie_over_one_another_and_differences_come_first(tmp_path, 
     assert labels["Training loss"] == ["one: loss", "one: ce", "two: loss", "two: ce"]
     config = next(p for p in parts(data, "table") if p["title"] == "Config")
     assert config["rows"][0] == {
-        "cells": ["optimizer.learning_rate", "0.1", "0.2"], "differs": True
-    }  # fmt: skip
+        "cells": ["optimizer.learning_rate", "0.1", "0.2"],
+        "differs": True,
+    }
     assert not any(row["differs"] for row in config["rows"][1:])
     assert len(parts(data, "heat")) == 4
 
@@ -168,10 +170,17 @@ def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for switch in (
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-        "disable-background-networking", "disable-component-update", "disable-sync",
-        "window-size=1500,1000", f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "window-size=1500,1000",
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -216,9 +225,17 @@ def test_the_browser_has_nothing_to_complain_about_and_fetches_nothing(opened):
     assert "run" in opened.title
     sections = [h.text for h in opened.find_elements("css selector", "h2")]
     assert sections == [
-        "Loss", "Evaluation", "Retrieval", "Optimization", "Throughput", "Experts", "Layers",
-        "Samples", "Config", "Environment",
-    ]  # fmt: skip
+        "Loss",
+        "Evaluation",
+        "Retrieval",
+        "Optimization",
+        "Throughput",
+        "Experts",
+        "Layers",
+        "Samples",
+        "Config",
+        "Environment",
+    ]
     assert "2 x abacus" in opened.find_element("id", "summary").text
 
 
@@ -304,8 +321,9 @@ def test_heat_maps_have_their_cells(opened):
 def test_retrieval_scores_and_samples_are_there_as_they_are(opened):
     rows = figure(opened, "needle").find_elements("css selector", "tbody tr")
     assert [row.text.split() for row in rows] == [
-        ["0%", "1.00", "0.50", "0.25"], ["50%", "1.00", "0.50", "0.25"]
-    ]  # fmt: skip
+        ["0%", "1.00", "0.50", "0.25"],
+        ["50%", "1.00", "0.50", "0.25"],
+    ]
     assert opened.find_element("css selector", "pre").text == "if a < b:\n</script><b>&amp;"
 
 

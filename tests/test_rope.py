@@ -74,8 +74,11 @@ def cos_and_sin(config, positions):
 def test_angles_of_the_released_model_are_those_of_transformers_to_1010000(factor, way):
     scaling = None
     if factor is not None:
-        scaling = {"rope_type": "yarn", "factor": factor,
-                   "original_max_position_embeddings": 262_144}  # fmt: skip
+        scaling = {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": 262_144,
+        }
     given = {**RELEASED, "rope_scaling": scaling}
     positions = np.concatenate(
         [np.arange(0, 1_010_000, 997), np.arange(262_140, 262_150), [1_009_998, 1_009_999]]
@@ -98,10 +101,13 @@ def test_logits_with_yarn_are_those_of_transformers_beyond_the_original_length(f
     shape = dict(max_position_embeddings=32, partial_rotary_factor=0.5, rope_theta=100.0)
     torch.manual_seed(0)
     given = Qwen3NextConfig(
-        **{**SMALL, **shape, "rope_parameters": {**yarn, "rope_theta": 100.0,
-                                                 "partial_rotary_factor": 0.5}},
+        **{
+            **SMALL,
+            **shape,
+            "rope_parameters": {**yarn, "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        },
         initializer_range=0.1,
-    )  # fmt: skip
+    )
     given._experts_implementation = "eager"
     reference = Qwen3NextForCausalLM(given).eval()
     tensors = {name: p.detach().numpy() for name, p in reference.named_parameters()}

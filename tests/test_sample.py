@@ -117,16 +117,36 @@ def test_a_single_text_is_shown_as_it_comes_in_whole_characters(hf_directory, ru
 def test_the_options_reach_the_generation_and_the_model(with_mtp, run):
     script = Script([])
     run(
-        script, f"--checkpoint={with_mtp}", "--prompt=ab", "--max_new_tokens=5",
-        "--temperature=0.5", "--top_k=7", "--top_p=0.9", "--min_p=0.1",
-        "--repetition_penalty=1.1", "--seed=3", "--drafts=4", "--dtype=bfloat16",
-    )  # fmt: skip
+        script,
+        f"--checkpoint={with_mtp}",
+        "--prompt=ab",
+        "--max_new_tokens=5",
+        "--temperature=0.5",
+        "--top_k=7",
+        "--top_p=0.9",
+        "--min_p=0.1",
+        "--repetition_penalty=1.1",
+        "--seed=3",
+        "--drafts=4",
+        "--dtype=bfloat16",
+    )
     tokens = HuggingFaceTokenizer(with_mtp / "tokenizer.json").encode("ab")
     assert script.asked == dict(
-        prompts=[tokens], max_new_tokens=5, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1,
-        repetition_penalty=1.1, seed=3, speculative=4, stop_tokens=(2, 0), path=with_mtp,
-        dtype="bfloat16", mesh=None, rope_scaling=None,
-    )  # fmt: skip
+        prompts=[tokens],
+        max_new_tokens=5,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        seed=3,
+        speculative=4,
+        stop_tokens=(2, 0),
+        path=with_mtp,
+        dtype="bfloat16",
+        mesh=None,
+        rope_scaling=None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,8 +194,13 @@ def test_a_chat_has_the_template_beside_the_tokenizer(hf_directory, run, tmp_pat
     make_tokenizer_json(tmp_path / "other")
     (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     script = Script([])
-    run(script, f"--checkpoint={hf_directory}", f"--tokenizer={tmp_path / 'other'}", "--chat",
-        "--prompt=x")  # fmt: skip
+    run(
+        script,
+        f"--checkpoint={hf_directory}",
+        f"--tokenizer={tmp_path / 'other'}",
+        "--chat",
+        "--prompt=x",
+    )
     tokenizer = HuggingFaceTokenizer(hf_directory / "tokenizer.json")
     assert script.asked["prompts"] == [tokenizer.encode("x!")]
 

@@ -83,10 +83,17 @@ def test_draws_follow_their_weights():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0),
-     ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0.0),
-     ("repetition_penalty", float("inf"))],
-)  # fmt: skip
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+    ],
+)
 def test_options_out_of_range_are_refused_by_name(option, value):
     with pytest.raises(ValueError, match=f"{option}={value} must"):
         Sampling(**{option: value})

@@ -50,9 +50,13 @@ def directory(tmp_path_factory):
 def train(directory, *arguments):
     command = [sys.executable, ROOT / "train.py", f"--config=configs/sft.py:{directory}"]
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, check=False, cwd=ROOT,
+        [*command, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    )
 
 
 def losses(directory, chats):
@@ -62,9 +66,12 @@ def losses(directory, chats):
     sums = {True: [], False: []}
     for messages in chats:
         encoded = tokenizer.apply_chat_template(
-            messages, chat_template=TEMPLATE.read_text(), return_dict=True,
-            return_assistant_tokens_mask=True, return_tensors="pt",
-        )  # fmt: skip
+            messages,
+            chat_template=TEMPLATE.read_text(),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            return_tensors="pt",
+        )
         ids, mask = encoded["input_ids"], np.asarray(encoded["assistant_masks"]).reshape(-1)
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]
@@ -112,14 +119,19 @@ def test_answers_are_learnt_and_what_belongs_to_the_model_travels(directory, tmp
     exported = tmp_path / "exported"
     to_hf(run, exported)
     unseen = [chat(i) for i in range(1000, 1010)]
-    answers, rest = (np.array(x) for x in zip(*(losses(d, unseen) for d in (directory, exported)),
-                                              strict=True))  # fmt: skip
+    answers, rest = (
+        np.array(x) for x in zip(*(losses(d, unseen) for d in (directory, exported)), strict=True)
+    )
     assert answers[1] < answers[0] / 2
     # Nothing was asked of the model there; learnt, it would be below two nats by now.
     assert rest[1] > rest[0] * 0.7
 
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "generation_config.json"):  # fmt: skip
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ):
         assert (exported / name).read_bytes() == (directory / name).read_bytes(), name
     before, after = (json.loads((d / "config.json").read_text()) for d in (directory, exported))
     assert q3n.ModelConfig.from_hf(before) == q3n.ModelConfig.from_hf(after)
@@ -136,8 +148,11 @@ def test_answers_are_learnt_and_what_belongs_to_the_model_travels(directory, tmp
 def test_without_a_directory_the_config_asks_for_one(tmp_path):
     result = subprocess.run(
         [sys.executable, ROOT / "train.py", "--config=configs/sft.py", f"--workdir={tmp_path}/x"],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     assert result.returncode != 0
     assert "Give its directory: --config=configs/sft.py:DIR" in result.stderr
 
@@ -145,11 +160,16 @@ def test_without_a_directory_the_config_asks_for_one(tmp_path):
 def test_a_run_is_named_after_its_config_and_not_after_what_that_is_given(directory, tmp_path):
     result = subprocess.run(
         [
-            sys.executable, ROOT / "train.py", f"--config={ROOT}/configs/sft.py:{directory}/",
+            sys.executable,
+            ROOT / "train.py",
+            f"--config={ROOT}/configs/sft.py:{directory}/",
             "--config.data.path=/nowhere/*.jsonl",
         ],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert result.returncode == 1
     assert "/nowhere" in result.stderr
     assert os.listdir(tmp_path / "runs") == ["sft"]

@@ -78,9 +78,17 @@ def test_a_killed_reader_goes_on_bit_for_bit_from_every_source_in_both_packings(
     runs = {}
     for kind, source in given.items():
         for packing in ("concatenate", "best_fit"):
-            load = dict(source, tokenizer=tokenizer_file, holdout_fraction=0.2, vocab_size=300,
-                        trained_tokenizer="", packing=packing, too_long="truncate", num_shards=2,
-                        window_rows=8)  # fmt: skip
+            load = dict(
+                source,
+                tokenizer=tokenizer_file,
+                holdout_fraction=0.2,
+                vocab_size=300,
+                trained_tokenizer="",
+                packing=packing,
+                too_long="truncate",
+                num_shards=2,
+                window_rows=8,
+            )
             runs[f"{kind}, {packing}"] = {"load": load, "read": read, "state": None}
     rng = random.Random()  # another moment each time
     before = read_until_killed(runs, tmp_path, "first", rng.randrange(40, 400))
@@ -117,9 +125,17 @@ def test_what_is_skipped_or_truncated_is_counted_and_nothing_else_is_missing(
     bad = [(3, "no JSON"), (17, '{"text": ""}'), (40, '{"other": 1}')]
     write_lines(tmp_path / "a.jsonl", texts, bad)
     (tmp_path / "b.jsonl.gz").write_bytes(b"truncated")
-    given = dict(source="jsonl", path=f"{tmp_path}/*.jsonl*", tokenizer=tokenizer_file,
-                 holdout_fraction=0.1, vocab_size=300, trained_tokenizer="", packing=packing,
-                 window_rows=4, num_shards=2)  # fmt: skip
+    given = dict(
+        source="jsonl",
+        path=f"{tmp_path}/*.jsonl*",
+        tokenizer=tokenizer_file,
+        holdout_fraction=0.1,
+        vocab_size=300,
+        trained_tokenizer="",
+        packing=packing,
+        window_rows=4,
+        num_shards=2,
+    )
     with pytest.raises(ValueError, match=r"b\.jsonl\.gz: is truncated or no gzip"):
         load_data(**given)
     data = load_data(**given, on_error="skip", too_long="truncate")
@@ -165,8 +181,14 @@ def _usable(records, i):
 
 def test_a_bad_record_stops_a_run_that_does_not_skip(tmp_path, tokenizer_file):
     write_lines(tmp_path / "a.jsonl", make_texts(30), [(3, '{"text": ""}')])
-    given = dict(source="jsonl", path=f"{tmp_path}/*.jsonl", tokenizer=tokenizer_file,
-                 holdout_fraction=0.1, vocab_size=300, trained_tokenizer="")  # fmt: skip
+    given = dict(
+        source="jsonl",
+        path=f"{tmp_path}/*.jsonl",
+        tokenizer=tokenizer_file,
+        holdout_fraction=0.1,
+        vocab_size=300,
+        trained_tokenizer="",
+    )
     data = load_data(**given)
     batches = training_batches(data, batch_size=1, sequence_length=64, seed=0)
     with pytest.raises(BadRecordError, match=r"a\.jsonl:4: is an empty document"):
@@ -175,9 +197,15 @@ def test_a_bad_record_stops_a_run_that_does_not_skip(tmp_path, tokenizer_file):
 
 def test_a_document_longer_than_a_row_is_named_where_documents_stay_whole(tmp_path, tokenizer_file):
     write_lines(tmp_path / "a.jsonl", ["word " * 100] * 20, [])
-    data = load_data(source="jsonl", path=f"{tmp_path}/a.jsonl", tokenizer=tokenizer_file,
-                     holdout_fraction=0.2, vocab_size=300, trained_tokenizer="",
-                     packing="best_fit")  # fmt: skip
+    data = load_data(
+        source="jsonl",
+        path=f"{tmp_path}/a.jsonl",
+        tokenizer=tokenizer_file,
+        holdout_fraction=0.2,
+        vocab_size=300,
+        trained_tokenizer="",
+        packing="best_fit",
+    )
     batches = training_batches(data, batch_size=1, sequence_length=64, seed=0)
     with pytest.raises(BadRecordError, match=r"a\.jsonl:\d+: has \d+ tokens, more than a row of"):
         next(batches)
@@ -186,9 +214,16 @@ def test_a_document_longer_than_a_row_is_named_where_documents_stay_whole(tmp_pa
 def test_a_truncated_document_keeps_as_many_of_its_tokens_as_a_row_has(tmp_path, tokenizer_file):
     text = " ".join(f"word {i}" for i in range(60))
     write_lines(tmp_path / "a.jsonl", [text] * 20, [])
-    data = load_data(source="jsonl", path=f"{tmp_path}/a.jsonl", tokenizer=tokenizer_file,
-                     holdout_fraction=0.2, vocab_size=300, trained_tokenizer="",
-                     packing="best_fit", too_long="truncate")  # fmt: skip
+    data = load_data(
+        source="jsonl",
+        path=f"{tmp_path}/a.jsonl",
+        tokenizer=tokenizer_file,
+        holdout_fraction=0.2,
+        vocab_size=300,
+        trained_tokenizer="",
+        packing="best_fit",
+        too_long="truncate",
+    )
     batch = next(training_batches(data, batch_size=1, sequence_length=64, seed=0))
     ids = data.tokenizer.encode(text)
     assert len(ids) > 64
@@ -199,9 +234,15 @@ def test_a_truncated_document_keeps_as_many_of_its_tokens_as_a_row_has(tmp_path,
 
 def test_a_shard_without_a_usable_record_ends_the_run(tmp_path, tokenizer_file):
     write_lines(tmp_path / "a.jsonl", [], [(0, "bad")] * 20)
-    data = load_data(source="jsonl", path=f"{tmp_path}/a.jsonl", tokenizer=tokenizer_file,
-                     holdout_fraction=0.2, vocab_size=300, trained_tokenizer="",
-                     on_error="skip")  # fmt: skip
+    data = load_data(
+        source="jsonl",
+        path=f"{tmp_path}/a.jsonl",
+        tokenizer=tokenizer_file,
+        holdout_fraction=0.2,
+        vocab_size=300,
+        trained_tokenizer="",
+        on_error="skip",
+    )
     batches = training_batches(data, batch_size=1, sequence_length=64, seed=0)
     with pytest.raises(ValueError, match="None of a shard's records of 'jsonl' can be used"):
         next(batches)
@@ -210,9 +251,15 @@ def test_a_shard_without_a_usable_record_ends_the_run(tmp_path, tokenizer_file):
 @pytest.mark.parametrize("seed", range(8))
 def test_one_usable_record_of_a_shard_is_enough(seed, tmp_path, tokenizer_file):
     write_lines(tmp_path / "a.jsonl", ["good"], [(i, "bad") for i in range(4)])
-    data = load_data(source="jsonl", path=f"{tmp_path}/a.jsonl", tokenizer=tokenizer_file,
-                     holdout_fraction=0.5, vocab_size=300, trained_tokenizer="",
-                     on_error="skip")  # fmt: skip
+    data = load_data(
+        source="jsonl",
+        path=f"{tmp_path}/a.jsonl",
+        tokenizer=tokenizer_file,
+        holdout_fraction=0.5,
+        vocab_size=300,
+        trained_tokenizer="",
+        on_error="skip",
+    )
     every = dataclasses.replace(data.train[0], records=open_source("jsonl", f"{tmp_path}/a.jsonl"))
     data = dataclasses.replace(data, train=[every])
     batches = training_batches(data, batch_size=1, sequence_length=64, seed=seed)

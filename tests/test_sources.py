@@ -70,8 +70,11 @@ def test_records_are_named_by_their_file_and_their_number_from_one(tmp_path):
     for folder in ("a", "b/c"):
         corpora.write("jsonl", tmp_path / folder, TEXTS[:3], files=2)
     source = open_source("jsonl", f"{tmp_path}/**/*.jsonl")
-    expected = [f"{folder}/{name}" for folder in ("a", "b/c") for name in ("0.jsonl:1", "0.jsonl:2",
-                                                                          "1.jsonl:1")]  # fmt: skip
+    expected = [
+        f"{folder}/{name}"
+        for folder in ("a", "b/c")
+        for name in ("0.jsonl:1", "0.jsonl:2", "1.jsonl:1")
+    ]
     assert [source[i].name for i in range(len(source))] == expected
     corpora.write("text", tmp_path / "text", TEXTS[:2])
     assert open_source("text", f"{tmp_path}/text/*.txt")[1].name == "001.txt"
@@ -306,8 +309,11 @@ def test_bytes_that_are_no_utf8_are_named_in_every_format(tmp_path):
     writer.write(b"good")
     writer.write(bad)
     writer.close()
-    for source, name in (("text", "a.txt"), ("parquet", "a.parquet:2"),
-                         ("array_record", "a.array_record:2")):  # fmt: skip
+    for source, name in (
+        ("text", "a.txt"),
+        ("parquet", "a.parquet:2"),
+        ("array_record", "a.array_record:2"),
+    ):
         field = "" if source == "array_record" else "text"
         opened = open_source(source, f"{tmp_path}/{name.split(':')[0]}", field=field)
         with pytest.raises(BadRecordError, match=rf"{name}: is no UTF-8: byte 0xff at 2"):
@@ -430,13 +436,22 @@ def test_a_folder_without_permission_is_an_error_or_a_counted_skip(tmp_path, mon
     locked.chmod(0o755)
 
 
-@pytest.mark.parametrize("pattern", ["*.txt", "**/*.txt", "a/**/*.txt", "a/*/x.txt", "**/x.*",
-                                     "a/b/x.txt", "[ab]/*", "**", "a/**"])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern",
+    ["*.txt", "**/*.txt", "a/**/*.txt", "a/*/x.txt", "**/x.*", "a/b/x.txt", "[ab]/*", "**", "a/**"],
+)
 def test_globs_match_what_pythons_own_do(pattern, tmp_path):
     import glob
 
-    for name in ("x.txt", "a/x.txt", "a/b/x.txt", "a/b/y.txt", "a/.hidden/x.txt", "b/.x.txt",
-                 "b/z.md"):  # fmt: skip
+    for name in (
+        "x.txt",
+        "a/x.txt",
+        "a/b/x.txt",
+        "a/b/y.txt",
+        "a/.hidden/x.txt",
+        "b/.x.txt",
+        "b/z.md",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
     expected = {p for p in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if os.path.isfile(p)}

@@ -85,9 +85,17 @@ def test_drafts_are_those_of_the_mtp_module_over_the_whole_row(model):
     hidden, _ = model.hidden_states(row)
     cache = empty_cache(model.config, FULL, batch=1, slots=16)
     drafts, *_ = draft(
-        model, hidden, following, positions, positions[:, -1], cache,
-        count=3, sampling=Sampling(), seen=None, key=jax.random.key(0),
-    )  # fmt: skip
+        model,
+        hidden,
+        following,
+        positions,
+        positions[:, -1],
+        cache,
+        count=3,
+        sampling=Sampling(),
+        seen=None,
+        key=jax.random.key(0),
+    )
 
     want = []
     for _ in range(3):  # without a cache, each time over all of the row

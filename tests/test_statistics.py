@@ -75,5 +75,7 @@ def test_observed_statistics_are_stacked_in_layer_order():
     attention = {"b": Largest(jnp.full(1, 3.0)), "c": Largest(jnp.full(1, 4.0))}
     joined = concatenate_layers([delta, attention])
     assert {name: x.value.tolist() for name, x in joined.items()} == {
-        "a": [1, 1], "b": [2, 2, 3], "c": [4]
-    }  # fmt: skip
+        "a": [1, 1],
+        "b": [2, 2, 3],
+        "c": [4],
+    }

@@ -84,12 +84,20 @@ def test_donated_state_is_updated_where_it_lies(train_step):
 def accumulating(parts):
     """A step's gradients and metrics, with every term of the loss at a weight that shows."""
     return small_config(
-        "nowhere", model__num_hidden_layers=1, model__layer_types=("full_attention",),
-        model__router_aux_loss_coef=0.2, model__mtp_steps=1, train__global_batch_size=4,
-        train__sequence_length=12, train__gradient_accumulation_steps=parts,
-        train__mtp_loss_weight=0.5, train__router_z_loss_weight=0.3,
-        train__balance_scope="sequence", train__diagnostics=False, train__loss_chunk=4,
-    )  # fmt: skip
+        "nowhere",
+        model__num_hidden_layers=1,
+        model__layer_types=("full_attention",),
+        model__router_aux_loss_coef=0.2,
+        model__mtp_steps=1,
+        train__global_batch_size=4,
+        train__sequence_length=12,
+        train__gradient_accumulation_steps=parts,
+        train__mtp_loss_weight=0.5,
+        train__router_z_loss_weight=0.3,
+        train__balance_scope="sequence",
+        train__diagnostics=False,
+        train__loss_chunk=4,
+    )
 
 
 def rows_of_as_many_tokens():

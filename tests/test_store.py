@@ -191,9 +191,11 @@ def test_processes_save_together_and_agree_on_which_checkpoint_is_good(tmp_path)
 def test_a_checkpoint_of_eight_devices_is_restored_on_any_others(tmp_path):
     def on(devices, *command):
         subprocess.run(
-            [sys.executable, "tests/several.py", *map(str, command)], cwd=ROOT, check=True,
+            [sys.executable, "tests/several.py", *map(str, command)],
+            cwd=ROOT,
+            check=True,
             env=os.environ | {"XLA_FLAGS": virtual_devices(devices)},
-        )  # fmt: skip
+        )
 
     on(8, "save", tmp_path, 5)
     for devices in (8, 4, 2):
@@ -391,8 +393,11 @@ def test_a_kill_while_saving_leaves_whole_checkpoints_only(tmp_path, kills):
     store.close()
     with subprocess.Popen(
         [sys.executable, "-c", KILLER, str(tmp_path), str(kills)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as killer:  # fmt: skip
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as killer:
         for _ in range(kills):
             check_after_kill(tmp_path, int(killer.stdout.readline()))
             killer.stdin.write("go on\n")
@@ -420,9 +425,12 @@ def test_orbax_is_silent_at_the_info_level_of_absl(tmp_path):
     """)
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path), "--verbosity=0"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},  # JAX reports platforms it looks for in vain
-    )  # fmt: skip
+    )
     [line] = done.stderr.splitlines()
     assert "our own line" in line
 
@@ -473,8 +481,11 @@ def test_saving_and_restoring_take_memory_for_parts_not_for_the_whole(tmp_path):
     def peak(count, what):
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, str(count), str(tmp_path / str(count)), what],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return float(done.stdout)
 
     # Arrays of 32 MiB, 0.25 and 1 GiB in all. Saving has two of them on their way, and as much

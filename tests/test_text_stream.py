@@ -43,9 +43,12 @@ def test_the_pieces_are_whole_characters_and_together_the_text(tokenizer):
 def test_a_tokenizer_that_drops_the_first_space_keeps_all_the_others(tmp_path):
     with open(tmp_path / "model", "wb") as file:  # with its defaults, SentencePiece makes such ones
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(["one two three one two three"] * 9), model_writer=file,
-            model_type="bpe", vocab_size=30, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(["one two three one two three"] * 9),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=30,
+            minloglevel=2,
+        )
     tokenizer = SentencePieceTokenizer(tmp_path / "model")
     rng = random.Random(2)
     for _ in range(500):

@@ -25,6 +25,9 @@ def test_every_second_between_two_lines_is_spent_on_one_thing(monkeypatch):
     assert clock.taken("evaluation") == {"seconds/evaluation": 7}
     spend(2, "checkpoint")
     assert clock.read(500) == {
-        "tokens_per_second": 30, "data_wait": 0.2, "seconds/data": 2, "seconds/step": 8,
+        "tokens_per_second": 30,
+        "data_wait": 0.2,
+        "seconds/data": 2,
+        "seconds/step": 8,
         "seconds/checkpoint": 2,
-    }  # fmt: skip
+    }

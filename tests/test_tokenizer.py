@@ -46,11 +46,27 @@ def tokenizer(tmp_path_factory):
 @pytest.mark.parametrize(
     "text",
     [
-        "", " ", "  leading", "trailing \n", "\t\ttabs\tand spaces  ", "CRLF\r\n\r\n", "\n\n\n",
-        "▁", " ▁ ▁▁", "a▁b é▁é", "▅", "\0", "a\0b", "<s></s><unk><0x41>", "\ufeffBOM",
-        "e\u0301 ﬁ ① Ａ", "\u3000\xa0\u2028", "日本語🎉👩‍👩‍👧", TEXTS[0],
+        "",
+        " ",
+        "  leading",
+        "trailing \n",
+        "\t\ttabs\tand spaces  ",
+        "CRLF\r\n\r\n",
+        "\n\n\n",
+        "▁",
+        " ▁ ▁▁",
+        "a▁b é▁é",
+        "▅",
+        "\0",
+        "a\0b",
+        "<s></s><unk><0x41>",
+        "\ufeffBOM",
+        "e\u0301 ﬁ ① Ａ",
+        "\u3000\xa0\u2028",
+        "日本語🎉👩‍👩‍👧",
+        TEXTS[0],
     ],
-)  # fmt: skip
+)
 def test_decode_undoes_encode(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -185,9 +201,13 @@ def test_another_kind_of_file_is_refused(tmp_path):
 def test_a_model_without_bos_is_refused(tmp_path):
     with open(tmp_path / "model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS), model_writer=file, model_type="bpe", vocab_size=80,
-            bos_id=-1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(TEXTS),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=80,
+            bos_id=-1,
+            minloglevel=2,
+        )
     with pytest.raises(ValueError, match="has bos_id=-1"):
         SentencePieceTokenizer(tmp_path / "model")
 
@@ -299,8 +319,11 @@ def test_padding_and_truncation_stored_in_the_file_are_not_applied(tmp_path):
     path = make_tokenizer_json(tmp_path)
     content = json.loads(path.read_text())
     content["truncation"] = {
-        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
-    }  # fmt: skip
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     path.write_text(json.dumps(content))
     tokenizer = HuggingFaceTokenizer(path)
     assert tokenizer.decode(tokenizer.encode("a long text")) == "a long text"
@@ -332,8 +355,11 @@ def test_a_kept_tokenizer_is_the_same_wherever_its_tokens_were_named(config, tmp
     path = make_tokenizer_json(tmp_path / "model", **config)
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     described = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
-    write(tmp_path / "model", config={"eos_token_id": 2, "bos_token_id": 0},
-          generation_config={"eos_token_id": [2, 0]})  # fmt: skip
+    write(
+        tmp_path / "model",
+        config={"eos_token_id": 2, "bos_token_id": 0},
+        generation_config={"eos_token_id": [2, 0]},
+    )
     for told in (described, {k: v for k, v in described.items() if k[1:] != "os_token"}):
         write(tmp_path / "model", tokenizer_config=told)
         tokenizer = load_tokenizer(path)
@@ -378,10 +404,14 @@ def test_texts_end_where_a_run_has_taught_its_model_to_end(tmp_path, caplog):
     (tmp_path / "text.jsonl").write_text('{"text": "x"}\n' * 20)
     for name, field, ends in (("chats", "messages", (0, 2)), ("text", "text", (0,))):
         data = load_data(
-            source="jsonl", path=f"{tmp_path}/{name}.jsonl", field=field, vocab_size=300,
-            tokenizer=str(tmp_path / "base"), trained_tokenizer=tmp_path / "unused",
+            source="jsonl",
+            path=f"{tmp_path}/{name}.jsonl",
+            field=field,
+            vocab_size=300,
+            tokenizer=str(tmp_path / "base"),
+            trained_tokenizer=tmp_path / "unused",
             holdout_fraction=0.5,
-        )  # fmt: skip
+        )
         for _ in range(2):
             keep_tokenizer(data.tokenizer, tmp_path / name, ends=data.ends())
         assert load_tokenizer(tmp_path / name).stop_ids == ends
@@ -389,10 +419,15 @@ def test_texts_end_where_a_run_has_taught_its_model_to_end(tmp_path, caplog):
     assert not caplog.records
     # To a tokenizer without that mark it is text as any other.
     data = load_data(
-        source="jsonl", path=f"{tmp_path}/chats.jsonl", field="messages", vocab_size=300,
-        tokenizer="bytes", chat_template=str(tmp_path / "base" / "chat_template.jinja"),
-        trained_tokenizer=tmp_path / "unused", holdout_fraction=0.5,
-    )  # fmt: skip
+        source="jsonl",
+        path=f"{tmp_path}/chats.jsonl",
+        field="messages",
+        vocab_size=300,
+        tokenizer="bytes",
+        chat_template=str(tmp_path / "base" / "chat_template.jinja"),
+        trained_tokenizer=tmp_path / "unused",
+        holdout_fraction=0.5,
+    )
     assert data.ends() == []
     assert "ends with 'im_end|>', which is no special token" in caplog.text
 

@@ -20,8 +20,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 def plan(*options, timeout=300):
     return subprocess.run(
         [sys.executable, "-m", "qwen3next_jax.plan", *options],
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def planned(*options, timeout=300):
@@ -105,9 +108,14 @@ def test_the_compiled_text_goes_to_a_folder_that_is_not_there_yet(tmp_path):
     file = tmp_path / "plans" / "step.txt"
     options = ["--config=configs/tiny.py", "--topology=v5p:2x2x1", "--compile", f"--hlo={file}"]
     done = run_python(
-        TESTS / "tpu_answers.py", "1", *options, "--json",
-        cwd=ROOT, capture_output=True, timeout=300,
-    )  # fmt: skip
+        TESTS / "tpu_answers.py",
+        "1",
+        *options,
+        "--json",
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["source"] == "compiler"
     assert file.exists()
@@ -173,8 +181,13 @@ def test_the_80b_step_compiles_fits_and_is_estimated_as_documented():
 @pytest.mark.slow
 def test_memory_of_a_model_cut_down():
     compiled(
-        "--config=configs/80b_a3b.py", "--topology=v5p:2x2x1", "--config.mesh.expert=4",
-        "--config.model.num_hidden_layers=4", "--config.model.hidden_size=1024",
-        "--config.model.num_experts=32", "--config.model.vocab_size=16384",
-        "--config.train.global_batch_size=16", "--config.data.num_shards=16",
-    )  # fmt: skip
+        "--config=configs/80b_a3b.py",
+        "--topology=v5p:2x2x1",
+        "--config.mesh.expert=4",
+        "--config.model.num_hidden_layers=4",
+        "--config.model.hidden_size=1024",
+        "--config.model.num_experts=32",
+        "--config.model.vocab_size=16384",
+        "--config.train.global_batch_size=16",
+        "--config.data.num_shards=16",
+    )

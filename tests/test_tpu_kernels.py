@@ -66,9 +66,15 @@ def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chun
     keys, values = ((1, tokens, heads, 128) for heads in (16, 32))
     gates = ((1, tokens, 32), jnp.float32)
     program = compiled(
-        delta_rule_gradients, topology,
-        (keys, dtype), (keys, dtype), (values, dtype), gates, gates, ((1, tokens), jnp.int32),
-    )  # fmt: skip
+        delta_rule_gradients,
+        topology,
+        (keys, dtype),
+        (keys, dtype),
+        (values, dtype),
+        gates,
+        gates,
+        ((1, tokens), jnp.int32),
+    )
     check_costs(program)
     size = jnp.dtype(dtype).itemsize
     states = 32 * tokens // 64 * 128 * 128 * size
@@ -82,10 +88,12 @@ def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chun
 def test_the_delta_rule_has_no_64_bit_numbers_under_x64(dtype):
     with jax.enable_x64(True):
         lowered(
-            delta_rule_gradients, "v5p:2x2x1",
-            *(((1, 128, 2, 128), dtype),) * 3, *(((1, 128, 2), jnp.float32),) * 2,
+            delta_rule_gradients,
+            "v5p:2x2x1",
+            *(((1, 128, 2, 128), dtype),) * 3,
+            *(((1, 128, 2), jnp.float32),) * 2,
             ((1, 128), jnp.int32),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.slow
@@ -100,9 +108,13 @@ def test_the_delta_rule_has_no_64_bit_numbers_under_x64(dtype):
 def test_the_convolution_compiles_for_a_tpu_and_holds_nothing(topology, tokens, size, dtype):
     heads = (1, 32, tokens, size), dtype
     program = compiled(
-        conv_gradients, topology,
-        heads, ((4, 32, size), jnp.float32), ((1, tokens), jnp.int32), heads,
-    )  # fmt: skip
+        conv_gradients,
+        topology,
+        heads,
+        ((4, 32, size), jnp.float32),
+        ((1, tokens), jnp.int32),
+        heads,
+    )
     check_costs(program)
     if tokens % 512 == 0:  # else inputs are padded to whole blocks
         # Which taps are a token's own, spread over the lanes, and gradients of taps by block.
@@ -115,9 +127,11 @@ def test_the_convolution_compiles_for_a_tpu_and_holds_nothing(topology, tokens, 
 def test_attention_compiles_for_a_tpu_and_holds_no_scores(topology, tokens):
     q, kv = ((1, tokens, heads, 256) for heads in (16, 2))
     program = compiled(
-        attention_gradients, topology,
-        *((x, jnp.bfloat16) for x in (q, kv, kv)), ((1, tokens), jnp.int32),
-    )  # fmt: skip
+        attention_gradients,
+        topology,
+        *((x, jnp.bfloat16) for x in (q, kv, kv)),
+        ((1, tokens), jnp.int32),
+    )
     check_costs(program)
     # Queries, outputs, their gradients and copies; float32 norms of 128 lanes.
     assert program.memory_analysis().temp_size_in_bytes < 8 * 2 * tokens * 16 * 256
@@ -138,10 +152,14 @@ def test_experts_compile_for_a_tpu_and_hold_nothing_between_their_products(topol
     R, E, size = 40960, 8, jnp.dtype(dtype).itemsize
     assert can_compile(D, F, jnp.dtype(dtype))
     program = compiled(
-        expert_gradients, topology,
-        ((R, D), dtype), ((R,), jnp.float32),
-        ((E, 2, D, F), dtype), ((E, F, D), dtype), ((E,), jnp.int32),
-    )  # fmt: skip
+        expert_gradients,
+        topology,
+        ((R, D), dtype),
+        ((R,), jnp.float32),
+        ((E, 2, D, F), dtype),
+        ((E, F, D), dtype),
+        ((E,), jnp.int32),
+    )
     check_costs(program)
     # The gradient of what they give, a copy of rows in the layout of the kernels, and of what comes
     # back; the products would be another half each.

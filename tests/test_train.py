@@ -64,9 +64,10 @@ def test_a_mistake_is_told_without_a_traceback_and_a_bug_with_one(tmp_path, caps
         frame = traceback.FrameSummary(str(file), 1, "f", line="raise ValueError('x')")
         assert command.is_ours(frame) is ours
     result = train(
-        "--config.train.num_steps=0", "--config.train.gradient_accumulation_steps=3",
+        "--config.train.num_steps=0",
+        "--config.train.gradient_accumulation_steps=3",
         workdir=tmp_path / "run",
-    )  # fmt: skip
+    )
     assert result.returncode == 1
     first, second = map(str.strip, result.stderr.strip().splitlines()[-2:])
     assert first == "train.num_steps=0 must be at least 1"
@@ -78,11 +79,22 @@ def test_a_mistake_is_told_without_a_traceback_and_a_bug_with_one(tmp_path, caps
 def test_help_answers_at_once_and_under_a_profiler(command, tmp_path):
     profile = tmp_path / "profile"
     run = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "cProfile", "-o", profile, ROOT / command,
-         "--help"],
-        capture_output=True, text=True, cwd=ROOT,
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "cProfile",
+            "-o",
+            profile,
+            ROOT / command,
+            "--help",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"},
-    )  # fmt: skip
+    )
     assert "--workdir" in run.stdout
     # Options of the interpreter outlive the new start for the sake of large pages.
     assert profile.exists()
@@ -116,18 +128,22 @@ def test_a_refused_run_changes_nothing_in_the_directory(tmp_path):
 
 def test_a_prompt_without_room_for_its_sample_is_refused_at_the_start(tmp_path):
     result = train(
-        "--config.train.sample_tokens=4090", "--config.train.sample_prompts=('too long a text',)",
-        "--config.data.tokenizer=bytes", workdir=tmp_path,
-    )  # fmt: skip
+        "--config.train.sample_tokens=4090",
+        "--config.train.sample_prompts=('too long a text',)",
+        "--config.data.tokenizer=bytes",
+        workdir=tmp_path,
+    )
     assert result.returncode == 1
     assert "The sample prompt 'too long a text' of 16 tokens and" in result.stderr
 
 
 def test_suites_that_chat_need_a_template_at_the_start(tmp_path):
     result = train(
-        "--config.evaluation.suites=('long_context',)", "--config.evaluation.chat=True",
-        "--config.data.tokenizer=bytes", workdir=tmp_path,
-    )  # fmt: skip
+        "--config.evaluation.suites=('long_context',)",
+        "--config.evaluation.chat=True",
+        "--config.data.tokenizer=bytes",
+        workdir=tmp_path,
+    )
     assert result.returncode == 1
     assert "chat_template" in result.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -136,9 +152,12 @@ def test_suites_that_chat_need_a_template_at_the_start(tmp_path):
 @pytest.mark.slow
 def test_a_run_without_prompts_ends_well(tmp_path):
     result = train(
-        "--config.train.num_steps=1", "--config.train.sample_prompts=()",
-        "--config.train.sequence_length=64", "--config.data.tokenizer=bytes", workdir=tmp_path,
-    )  # fmt: skip
+        "--config.train.num_steps=1",
+        "--config.train.sample_prompts=()",
+        "--config.train.sequence_length=64",
+        "--config.data.tokenizer=bytes",
+        workdir=tmp_path,
+    )
     assert result.returncode == 0, result.stderr
 
 
@@ -203,11 +222,14 @@ def test_every_source_trains_by_values_of_the_config_alone(kind, packing, tmp_pa
         values["holdout_fraction"] = 1e-4
     result = train(
         *(f"--config.data.{key}={value}" for key, value in values.items()),
-        "--config.train.num_steps=2", "--config.train.sequence_length=64",
-        "--config.train.sample_tokens=0", "--config.model.num_hidden_layers=1",
-        "--config.model.full_attention_interval=1", "--config.model.mtp_steps=0",
+        "--config.train.num_steps=2",
+        "--config.train.sequence_length=64",
+        "--config.train.sample_tokens=0",
+        "--config.model.num_hidden_layers=1",
+        "--config.model.full_attention_interval=1",
+        "--config.model.mtp_steps=0",
         workdir=tmp_path / "run",
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[1][f"{given['source']}/tokens"] == lines[1]["tokens"] > 0
@@ -217,9 +239,11 @@ def test_every_source_trains_by_values_of_the_config_alone(kind, packing, tmp_pa
 @pytest.mark.slow
 def test_a_profile_is_written_for_the_steps_asked_for(tmp_path):
     result = train(
-        "--config.train.num_steps=3", "--config.train.profile_steps=(2, 3)",
-        "--config.train.sequence_length=64", "--config.train.sample_tokens=0",
+        "--config.train.num_steps=3",
+        "--config.train.profile_steps=(2, 3)",
+        "--config.train.sequence_length=64",
+        "--config.train.sample_tokens=0",
         workdir=tmp_path,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

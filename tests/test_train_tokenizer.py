@@ -11,8 +11,13 @@ def test_it_is_the_runs_own(tmp_path, capsys):
     corpus = write_corpus(tmp_path / "texts")
     given = ["--source=text", f"--path={corpus}/*.txt", "--vocab_size=320"]
     main([*given, "--holdout_fraction=0.2", f"--output={tmp_path}/a.model"])
-    load_data(source="text", path=f"{corpus}/*.txt", holdout_fraction=0.2, vocab_size=320,
-              trained_tokenizer=tmp_path / "b.model")  # fmt: skip
+    load_data(
+        source="text",
+        path=f"{corpus}/*.txt",
+        holdout_fraction=0.2,
+        vocab_size=320,
+        trained_tokenizer=tmp_path / "b.model",
+    )
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
     assert "a.model: 320 tokens, from 3" in capsys.readouterr().out
     main([*given, f"--output={tmp_path}/all.model"])

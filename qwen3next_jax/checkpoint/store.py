@@ -355,8 +355,10 @@ class CheckpointStore:
     def _open(self, step: int, name: str) -> ts.TensorStore:
         state = self.directory / str(step) / "state"
         kvstore = {
-            "driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}, "path": f"{name}/"
-        }  # fmt: skip
+            "driver": "ocdbt",
+            "base": {"driver": "file", "path": f"{state}/"},
+            "path": f"{name}/",
+        }
         # A cache of its own, because a shared one would miss that a step was saved again.
         cache = ts.Context({"cache_pool": {"total_bytes_limit": 2**26}})
         return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=cache).result()

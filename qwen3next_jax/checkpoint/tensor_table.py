@@ -99,8 +99,9 @@ class TensorTable:
         self, tensors: Mapping[str, np.ndarray], path: str, block: Block, dtype: np.dtype
     ) -> np.ndarray:
         """Assembles a block of one of our parameters from the tensors that overlap it."""
-        values = np.empty([stop - start for start, stop in _bounds(block, self.parameters[path])],
-                          dtype)  # fmt: skip
+        values = np.empty(
+            [stop - start for start, stop in _bounds(block, self.parameters[path])], dtype
+        )
         for ours, theirs in self._overlaps(tensors, path, block):
             values[ours] = theirs
         return values
@@ -186,11 +187,14 @@ def _delta_net(c: ModelConfig) -> Iterator[Entry]:
     there, here = "linear_attn.", "linear_attn/"
     parts = {"q_proj": (1, H), "k_proj": (1, H), "v_proj": (R, P), "z_proj": (R, P)}
     yield _by_heads(there + "in_proj_qkvz.weight", D, K, {here + k: v for k, v in parts.items()})
-    yield _by_heads(there + "in_proj_ba.weight", D, K,
-                    {here + "b_proj": (R,), here + "a_proj": (R,)})  # fmt: skip
-    yield _convolution(there + "conv1d.weight", W,
-                       {here + "q_conv": (K, H), here + "k_conv": (K, H), here + "v_conv": (N, P)},
-                       )  # fmt: skip
+    yield _by_heads(
+        there + "in_proj_ba.weight", D, K, {here + "b_proj": (R,), here + "a_proj": (R,)}
+    )
+    yield _convolution(
+        there + "conv1d.weight",
+        W,
+        {here + "q_conv": (K, H), here + "k_conv": (K, H), here + "v_conv": (N, P)},
+    )
     yield _same(there + "A_log", here + "A_log", (N,))
     yield _same(there + "dt_bias", here + "dt_bias", (N,))
     yield _same(there + "norm.weight", here + "norm/weight", (P,))
@@ -202,8 +206,12 @@ def _experts(c: ModelConfig, fused: bool) -> Iterator[Entry]:
     there, gate_up, down = "mlp.experts.", "mlp/gate_up_proj", "mlp/down_proj"
     yield _linear("mlp.gate.weight", "mlp/router", (D,), (E,))
     if fused:
-        yield _whole(there + "gate_up_proj", gate_up, (E, 2 * F, D),
-                     lambda t: t.reshape(E, 2, F, D).swapaxes(2, 3))  # fmt: skip
+        yield _whole(
+            there + "gate_up_proj",
+            gate_up,
+            (E, 2 * F, D),
+            lambda t: t.reshape(E, 2, F, D).swapaxes(2, 3),
+        )
         yield _whole(there + "down_proj", down, (E, D, F), lambda t: t.swapaxes(1, 2))
     else:
         full = slice(None)

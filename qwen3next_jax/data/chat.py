@@ -46,9 +46,13 @@ def render_chat(
       ValueError: the template is no Jinja, refuses these messages, or fails on them.
     """
     return _render(
-        _compile, template, messages=messages, tools=tools,
-        add_generation_prompt=add_generation_prompt, **{**(special_tokens or {}), **switches},
-    )  # fmt: skip
+        _compile,
+        template,
+        messages=messages,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        **{**(special_tokens or {}), **switches},
+    )
 
 
 def render_marked_chat(
@@ -65,9 +69,13 @@ def render_marked_chat(
       ValueError: see `render_chat`.
     """
     return _render(
-        _compile_marked, template, messages=messages, tools=tools, add_generation_prompt=False,
+        _compile_marked,
+        template,
+        messages=messages,
+        tools=tools,
+        add_generation_prompt=False,
         **{**(special_tokens or {}), **switches},
-    )  # fmt: skip
+    )
 
 
 # Noncharacters: code points that Unicode never assigns, so no text should hold them.
@@ -80,9 +88,14 @@ def _render(compile: Callable[[str], jinja2.Template], template: str, /, **varia
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"Line {error.lineno} of the chat template: {error.message}") from error
     except (
-        jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError,
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
         MemoryError,
-    ) as error:  # fmt: skip
+    ) as error:
         # Python's errors in a template's expressions: None + "<|im_end|>", "text".split(""), 1 / 0.
         raise ValueError(f"The chat template cannot render these messages: {error}") from error
 
@@ -147,8 +160,9 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes < and & for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)  # fmt: skip
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:

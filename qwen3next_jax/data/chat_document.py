@@ -103,8 +103,11 @@ def mark_answers(
     ):
         raise ValueError(f"tools={tools!r:.80} must be a list of JSON schemas, not text of one")
     asked: dict[str, Any] = {
-        "special_tokens": special_tokens, "tools": tools, "strftime_now": _NO_CLOCK, **switches
-    }  # fmt: skip
+        "special_tokens": special_tokens,
+        "tools": tools,
+        "strftime_now": _NO_CLOCK,
+        **switches,
+    }
     text = render_chat(messages, template, add_generation_prompt=False, **asked)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = _marked_spans(messages, template, text, asked)
@@ -214,11 +217,13 @@ def _header(before: Sequence[Message], template: str, asked: Mapping[str, Any]) 
     """What the template writes before the content of an answer that follows these messages."""
     a, b = (
         render_chat(
-            [*before, {"role": "assistant", "content": content}], template,
-            add_generation_prompt=False, **asked,
+            [*before, {"role": "assistant", "content": content}],
+            template,
+            add_generation_prompt=False,
+            **asked,
         )
         for content in ("yes", "no")
-    )  # fmt: skip
+    )
     return a[: _common_prefix(a, b)]
 
 

@@ -24,8 +24,11 @@ def tokenized(record: Record, tokenizer: Tokenizer) -> Document:
     if record.tokens is not None:
         return record.tokens
     if record.messages is not None:
-        chat = {"messages": record.messages, "tools": record.tools,
-                "chat_template_kwargs": record.chat_template_kwargs}  # fmt: skip
+        chat = {
+            "messages": record.messages,
+            "tools": record.tools,
+            "chat_template_kwargs": record.chat_template_kwargs,
+        }
         template = tokenizer.chat_template  # outside of `try`: without one, no chat can be used
         try:
             return chat_document(chat, tokenizer, template)

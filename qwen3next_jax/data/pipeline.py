@@ -77,9 +77,12 @@ class Data:
     def row_packing(self, sequence_length: int) -> Packing:
         """How documents become rows of T = `sequence_length`."""
         return Packing(
-            kind=self.packing, sequence_length=sequence_length, too_long=self.too_long,
-            on_error=self.on_error, window_rows=self.window_rows,
-        )  # fmt: skip
+            kind=self.packing,
+            sequence_length=sequence_length,
+            too_long=self.too_long,
+            on_error=self.on_error,
+            window_rows=self.window_rows,
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """Identifies the data, as JSON: it must be equal when a run resumes (`check_same_data`).
@@ -114,9 +117,10 @@ class Data:
                     logging.warning(
                         "What is learnt of %s ends with %r, which is no special token of %s: texts "
                         "will not know where to end; take a chat template of this tokenizer's own",
-                        part.records[i].name, self.tokenizer.decode(in_loss[-8:]),
+                        part.records[i].name,
+                        self.tokenizer.decode(in_loss[-8:]),
                         self.tokenizer.path,
-                    )  # fmt: skip
+                    )
                 break
         return list(dict.fromkeys(ends))
 
@@ -233,9 +237,13 @@ def load_data(
     for directory in prepared:
         check_prepared(directory, loaded)
     return Data(
-        train=train, held_out=Chained(held_out), tokenizer=loaded, on_error=on_error,
-        skipped_files=skipped_files, **rows,
-    )  # fmt: skip
+        train=train,
+        held_out=Chained(held_out),
+        tokenizer=loaded,
+        on_error=on_error,
+        skipped_files=skipped_files,
+        **rows,
+    )
 
 
 def training_batches(
@@ -270,11 +278,15 @@ def training_batches(
     own = data.num_shards // hosts
     shards = {
         str(shard): Shard(
-            data.train, data.tokenizer, data.row_packing(sequence_length),
-            seed=seed, shard=shard, num_shards=data.num_shards,
+            data.train,
+            data.tokenizer,
+            data.row_packing(sequence_length),
+            seed=seed,
+            shard=shard,
+            num_shards=data.num_shards,
         )
         for shard in range(host * own, (host + 1) * own)
-    }  # fmt: skip
+    }
     batches = _ShardedBatches(shards, rows_a_shard=batch_size // data.num_shards)
     ahead = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=_BATCHES_AHEAD

@@ -88,14 +88,16 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a command line."""
     argv = sys.argv[1:] if argv is None else argv
     at = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(prog="python -m qwen3next_jax.data.prepare",
-                                     description=(__doc__ or "").partition("\n")[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen3next_jax.data.prepare", description=(__doc__ or "").partition("\n")[0]
+    )
     add_source_arguments(parser)
     parser.add_argument("--tokenizer", required=True, help="a file, or a directory that holds one")
     parser.add_argument("--chat_template", default="", help="a file; else the tokenizer's")
     parser.add_argument("--output", required=True, help="a directory")
-    parser.add_argument("--num_shards", type=int, default=0,
-                        help="else 16 to 1024, by the number of records")  # fmt: skip
+    parser.add_argument(
+        "--num_shards", type=int, default=0, help="else 16 to 1024, by the number of records"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--beam", action="store_true", help="in an Apache Beam pipeline")
     args = vars(parser.parse_args(argv[:at]))
@@ -105,8 +107,11 @@ def main(argv: list[str] | None = None) -> None:
     if workers < 1:
         parser.error(f"--workers={workers} must be at least 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Terminated."))
-    run = functools.partial(_in_a_pipeline, options=options) if beam else (
-        functools.partial(_in_processes, workers=workers))  # fmt: skip
+    run = (
+        functools.partial(_in_a_pipeline, options=options)
+        if beam
+        else (functools.partial(_in_processes, workers=workers))
+    )
     start = time.monotonic()
     with friendly_errors():
         try:
@@ -315,15 +320,20 @@ def _plan(job: Job, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "source": {
-            "source": job.source, "path": job.path, "field": job.field, "split": job.split,
-            "records": len(source), "files_sha256": _files_sha256(job),
+            "source": job.source,
+            "path": job.path,
+            "field": job.field,
+            "split": job.split,
+            "records": len(source),
+            "files_sha256": _files_sha256(job),
         },
         "on_error": job.on_error,
         "num_shards": job.num_shards,
         "tokenizer": {
-            **fingerprint(tokenizer), "chat_template_sha256": chat_template_sha256(tokenizer)
+            **fingerprint(tokenizer),
+            "chat_template_sha256": chat_template_sha256(tokenizer),
         },
-    }  # fmt: skip
+    }
 
 
 def _files_sha256(job: Job) -> str:

@@ -75,9 +75,15 @@ class _Reader:
     """The documents of one part of one shard, indexed by their place in its endless sequence."""
 
     def __init__(
-        self, part: TrainingPart, tokenizer: Tokenizer, packing: Packing,
-        *, seed: int, shard: int, num_shards: int,
-    ):  # fmt: skip
+        self,
+        part: TrainingPart,
+        tokenizer: Tokenizer,
+        packing: Packing,
+        *,
+        seed: int,
+        shard: int,
+        num_shards: int,
+    ):
         self.size = len(range(shard, len(part.records), num_shards))
         if not self.size:
             raise ValueError(
@@ -134,9 +140,13 @@ class _Window:
     """
 
     def __init__(
-        self, start: dict[str, Any], readers: Sequence[_Reader], weights: Sequence[float],
-        packing: Packing, first: Document | None = None,
-    ):  # fmt: skip
+        self,
+        start: dict[str, Any],
+        readers: Sequence[_Reader],
+        weights: Sequence[float],
+        packing: Packing,
+        first: Document | None = None,
+    ):
         self._readers, self._weights, self._packing = readers, weights, packing
         self._first = first
         self._at = start  # after the documents read so far; replaced, never mutated
@@ -198,9 +208,15 @@ class Shard:
     """An endless iterator over the rows of one virtual shard."""
 
     def __init__(
-        self, parts: Sequence[TrainingPart], tokenizer: Tokenizer, packing: Packing,
-        *, seed: int, shard: int, num_shards: int,
-    ):  # fmt: skip
+        self,
+        parts: Sequence[TrainingPart],
+        tokenizer: Tokenizer,
+        packing: Packing,
+        *,
+        seed: int,
+        shard: int,
+        num_shards: int,
+    ):
         self._parts, self._packing = parts, packing
         self._key = (seed, shard)
         self._readers = [
@@ -209,8 +225,12 @@ class Shard:
         ]
         zeros = [0] * len(parts)
         self._counts: dict[str, Any] = {
-            "rows": 0, "records": list(zeros), "tokens": list(zeros), "skipped": 0, "truncated": 0
-        }  # fmt: skip
+            "rows": 0,
+            "records": list(zeros),
+            "tokens": list(zeros),
+            "skipped": 0,
+            "truncated": 0,
+        }
         self._window = self._window_from({"read": zeros, "taken": zeros, "offset": 0})
         self._row = 0  # rows yielded from the window
         self._plan: list[list[Piece]] | None = None  # rows of the window, in their shuffled order

@@ -91,7 +91,10 @@ class TextStream:
         """Length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         return next(
-            (n for n in range(min(longest, len(text)), 0, -1)
-             if any(stop.startswith(text[-n:]) for stop in self._stop)),
+            (
+                n
+                for n in range(min(longest, len(text)), 0, -1)
+                if any(stop.startswith(text[-n:]) for stop in self._stop)
+            ),
             0,
-        )  # fmt: skip
+        )

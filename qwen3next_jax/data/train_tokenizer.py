@@ -23,8 +23,10 @@ from qwen3next_jax.data.tokenizer import train_tokenizer
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command line."""
-    parser = argparse.ArgumentParser(prog="python -m qwen3next_jax.data.train_tokenizer",
-                                     description=(__doc__ or "").partition("\n")[0])  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m qwen3next_jax.data.train_tokenizer",
+        description=(__doc__ or "").partition("\n")[0],
+    )
     add_source_arguments(parser)
     parser.add_argument("--holdout_fraction", type=float, default=0.0, help="as in the config")
     parser.add_argument("--vocab_size", type=int, required=True)

@@ -109,8 +109,9 @@ class Evaluator:
         if dropped:
             logging.warning(
                 "%d assignments of tokens to experts found no place (mesh.moe_buffer_factor), and "
-                "count as zeros in these scores", dropped,
-            )  # fmt: skip
+                "count as zeros in these scores",
+                dropped,
+            )
         return scores
 
     def _score(self, *arrays):
@@ -153,9 +154,13 @@ class Evaluator:
         new: list[list[int]] = [[] for _ in prompts]
         strings, tokens = split_stops(self.tokenizer, stop)
         for numbers, generation in self._generations(
-            prompts, max_new_tokens=max_new_tokens, stop_tokens=tokens, seed=seed,
-            speculative=False, **sampling,
-        ):  # fmt: skip
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=tokens,
+            seed=seed,
+            speculative=False,
+            **sampling,
+        ):
             streams = [TextStream(self.tokenizer, strings) for _ in numbers]
             for item in generation:
                 for row, (number, stream) in enumerate(zip(numbers, streams, strict=True)):
@@ -208,10 +213,13 @@ class Evaluator:
         for slots, batch, numbers in self._batches(lengths):
             filling = [[self.tokenizer.bos_id]] * (batch - len(numbers))
             generation = Generation(
-                self.model, [*(prompts[number] for number in numbers), *filling],
+                self.model,
+                [*(prompts[number] for number in numbers), *filling],
                 max_new_tokens=max_new_tokens,
-                stop_tokens=(*self.tokenizer.stop_ids, *stop_tokens), slots=slots, **options,
-            )  # fmt: skip
+                stop_tokens=(*self.tokenizer.stop_ids, *stop_tokens),
+                slots=slots,
+                **options,
+            )
             for row in range(len(numbers), batch):
                 generation.stop(row)
             yield numbers, generation

@@ -81,16 +81,25 @@ def run_tasks(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     lm = HarnessLM(evaluator, seed=seed)
     results = lm_eval.simple_evaluate(
-        model=lm, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot,
-        apply_chat_template=chat, limit=limit or None,
-        confirm_run_unsafe_code=confirm_run_unsafe_code, random_seed=seed, numpy_random_seed=seed,
-        torch_random_seed=seed, fewshot_random_seed=seed, bootstrap_iters=1000,
-    )  # fmt: skip
+        model=lm,
+        tasks=list(tasks),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        apply_chat_template=chat,
+        limit=limit or None,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+        bootstrap_iters=1000,
+    )
     if lm.truncated:
         logging.warning(
             "%d requests did not fit into the context of %d tokens and lost their beginning",
-            lm.truncated, lm.max_length,
-        )  # fmt: skip
+            lm.truncated,
+            lm.max_length,
+        )
     scores = {**results["results"], **results.get("groups", {})}
     return {
         "tasks": {
@@ -237,10 +246,11 @@ class HarnessLM(TemplateLM):
             *earlier, begun = chat_history
             chat_history = [*earlier, {**begun, "content": f"{begun['content']}{mark} "}]
         render = functools.partial(
-            render_chat, template=self.tokenizer.chat_template,
+            render_chat,
+            template=self.tokenizer.chat_template,
             special_tokens=self.tokenizer.special_tokens,
             add_generation_prompt=add_generation_prompt,
-        )  # fmt: skip
+        )
         try:
             text = render(chat_history)
         except ValueError as error:
@@ -294,9 +304,11 @@ class HarnessLM(TemplateLM):
             # Without BOS, which is the prefix: nothing is trained to predict a second one.
             text = self.tok_encode(request.args[0], add_special_tokens=False)
             pairs = get_rolling_token_windows(
-                token_list=text, prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length, context_len=1,
-            )  # fmt: skip
+                token_list=text,
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
             own = [(None, *make_disjoint_window(pair)) for pair in pairs]
             windows += own
             counts.append(len(own))
@@ -320,8 +332,11 @@ class HarnessLM(TemplateLM):
             self.truncated += sum(len(prompt) > self.max_length - count for prompt in prompts)
             written = self._evaluator.generate(
                 [prompt[-(self.max_length - count) :] for prompt in prompts],
-                max_new_tokens=count, stop=stop, seed=self._seed, **sampling,
-            )  # fmt: skip
+                max_new_tokens=count,
+                stop=stop,
+                seed=self._seed,
+                **sampling,
+            )
             for number, tokens in zip(numbers, written, strict=True):
                 text = self.tokenizer.decode(tokens)
                 texts[number] = postprocess_generated_text(text, stop, None)

@@ -111,9 +111,15 @@ def long_context(
     tasks = tuple(tasks) or tuple(TASKS)
     config = evaluator.model.config
     check_questions(
-        config, evaluator.tokenizer, tasks=tasks, lengths=lengths, depths=depths, samples=samples,
-        chat=chat, seed=seed,
-    )  # fmt: skip
+        config,
+        evaluator.tokenizer,
+        tasks=tasks,
+        lengths=lengths,
+        depths=depths,
+        samples=samples,
+        chat=chat,
+        seed=seed,
+    )
     room = _answer_room(tasks, evaluator.tokenizer)
     cells: list[dict[str, Any]] = []
     examples: dict[str, Any] = {}
@@ -122,8 +128,10 @@ def long_context(
         if factor:
             logging.info(
                 "%d tokens lie beyond the %d that the model was trained on: YaRN, factor %d",
-                length, config.max_position_embeddings, factor,
-            )  # fmt: skip
+                length,
+                config.max_position_embeddings,
+                factor,
+            )
         here = evaluator.with_model(with_yarn(evaluator.model, factor)) if factor else evaluator
         asked = _asked(tasks, length, depths=depths, samples=samples, seed=seed)
         prompts = [
@@ -139,13 +147,18 @@ def long_context(
             examples.setdefault(task, example)
         cells += [
             {
-                "task": task, "length": length, "depth": round(depth, 4),
-                "score": float(np.mean(values)), "yarn_factor": factor,
+                "task": task,
+                "length": length,
+                "depth": round(depth, 4),
+                "score": float(np.mean(values)),
+                "yarn_factor": factor,
             }
             for (task, depth), values in scores.items()
-        ]  # fmt: skip
-        means = {t: np.mean([c["score"] for c in cells if (c["task"], c["length"]) == (t, length)])
-                 for t in tasks}  # fmt: skip
+        ]
+        means = {
+            t: np.mean([c["score"] for c in cells if (c["task"], c["length"]) == (t, length)])
+            for t in tasks
+        }
         summary = ", ".join(f"{task} {mean:.2f}" for task, mean in means.items())
         logging.info("Long context, %d tokens: %s", length, summary)
     by_task = {t: float(np.mean([c["score"] for c in cells if c["task"] == t])) for t in tasks}
@@ -316,9 +329,10 @@ def _tokens(text: str, question: str, tokenizer: Tokenizer, chat: bool) -> list[
     # The beginning of the answer is the assistant's, so it follows the rendered chat.
     asked, _, begun = question.rpartition("\n")
     rendered = render_chat(
-        [{"role": "user", "content": text + asked}], tokenizer.chat_template,
+        [{"role": "user", "content": text + asked}],
+        tokenizer.chat_template,
         special_tokens=tokenizer.special_tokens,
-    )  # fmt: skip
+    )
     return tokenizer.encode(rendered + begun, parse_special=True)
 
 
@@ -335,10 +349,11 @@ def _multikey(rng: np.random.Generator, *, keys: int = 4) -> Question:
 def _multivalue(rng: np.random.Generator) -> Question:
     name, values = rng.choice(KEYS), rng.permutation(WORDS)[:4]
     return Question(
-        tuple(f"A magic word of {name} is {value}." for value in values), (),
+        tuple(f"A magic word of {name} is {value}." for value in values),
+        (),
         f"\nWhat are the four magic words of {name}?\nThe four magic words of {name} are",
         tuple(map(str, values)),
-    )  # fmt: skip
+    )
 
 
 def _variable_tracking(rng: np.random.Generator) -> Question:
@@ -350,10 +365,11 @@ def _variable_tracking(rng: np.random.Generator) -> Question:
             yield f"The {name} box holds what the {before} box holds."
 
     return Question(
-        tuple(chain(boxes[:4], word)), tuple(chain(boxes[4:], other)),
+        tuple(chain(boxes[:4], word)),
+        tuple(chain(boxes[4:], other)),
         f"\nWhich four boxes hold {word}?\nThe four boxes that hold {word} are",
         tuple(map(str, boxes[:4])),
-    )  # fmt: skip
+    )
 
 
 def _common_words(rng: np.random.Generator) -> Question:
@@ -361,10 +377,12 @@ def _common_words(rng: np.random.Generator) -> Question:
     common, rare = words[:3], words[3:23]
     noise = rng.permutation([*np.repeat(common, 10), *rare])
     return Question(
-        (), (),
+        (),
+        (),
         "\nWhat are the three most frequent words?\nThe three most frequent words are",
-        tuple(map(str, common)), tuple(map(str, noise)),
-    )  # fmt: skip
+        tuple(map(str, common)),
+        tuple(map(str, noise)),
+    )
 
 
 TASKS: dict[str, Callable[[np.random.Generator], Question]] = {

@@ -112,8 +112,10 @@ def document_perplexity(
     if result["cut_documents"]:
         logging.warning(
             "%d of %d documents are longer than %d tokens and were cut",
-            result["cut_documents"], result["documents"], length or context,
-        )  # fmt: skip
+            result["cut_documents"],
+            result["documents"],
+            length or context,
+        )
     if len(tables) > 1:
         result["domains"] = {name: table.result() for name, table in tables.items()}
     return result
@@ -197,8 +199,11 @@ class _Table:
             "cut_documents": self.cut,
             "by_length": [
                 {
-                    "from": 2 ** (power - 1), "to": 2**power, "documents": int(documents),
-                    "tokens": int(tokens), "ce": nats / tokens,
+                    "from": 2 ** (power - 1),
+                    "to": 2**power,
+                    "documents": int(documents),
+                    "tokens": int(tokens),
+                    "ce": nats / tokens,
                     "bits_per_byte": _bits(nats, size),
                 }
                 for power, (nats, tokens, documents, size) in enumerate(self.lengths.tolist())
@@ -209,4 +214,4 @@ class _Table:
                 for power, (nats, count) in enumerate(self.positions.tolist())
                 if count
             ],
-        }  # fmt: skip
+        }

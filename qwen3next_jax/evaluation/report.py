@@ -258,9 +258,14 @@ def _page(runs: list[Run], title: str) -> dict[str, Any]:
     for panel, names in _panels(_CHARTS, (run.curves for run in runs), _unknown_chart):
         if series := _series(runs, names):
             sections[panel.section].append(
-                {"kind": "chart", "title": panel.title, "log": panel.log, "series": series,
-                 "note": "; ".join(filter(None, [panel.note, _not_finite(runs, names)]))}
-            )  # fmt: skip
+                {
+                    "kind": "chart",
+                    "title": panel.title,
+                    "log": panel.log,
+                    "series": series,
+                    "note": "; ".join(filter(None, [panel.note, _not_finite(runs, names)])),
+                }
+            )
     for panel, names in _panels(_MAPS, (run.maps for run in runs), _unknown_map):
         for name in names:
             sections[panel.section] += _heat_maps(runs, name, panel)
@@ -319,11 +324,14 @@ def _series(runs: list[Run], names: list[str]) -> list[dict[str, Any]]:
                 continue
             color, dash = (r, i) if len(runs) > 1 else (i, i // _COLORS)
             series.append(
-                {"label": _label(run, name, several_runs=len(runs) > 1, alone=len(names) == 1),
-                 "color": color % _COLORS,
-                 "dash": _DASHES[dash % len(_DASHES)],
-                 "x": [step for step, _ in points], "y": [_short(value) for _, value in points]}
-            )  # fmt: skip
+                {
+                    "label": _label(run, name, several_runs=len(runs) > 1, alone=len(names) == 1),
+                    "color": color % _COLORS,
+                    "dash": _DASHES[dash % len(_DASHES)],
+                    "x": [step for step, _ in points],
+                    "y": [_short(value) for _, value in points],
+                }
+            )
     return series
 
 
@@ -351,12 +359,19 @@ def _heat_maps(runs: list[Run], name: str, panel: Panel) -> list[dict[str, Any]]
         rows = [i for i, row in enumerate(values) if np.isfinite(row).any()]
         labels = _layer_labels(run.config, len(values))
         maps.append(
-            {"kind": "heat", "note": panel.note, "log": panel.log, "columns": columns,
-             "title": panel.title + (f": {run.name}" if len(runs) > 1 else ""),
-             "rows": [labels[i] for i in rows], "last": run.step,
-             "low": _short(low), "high": _short(high),
-             "values": [[_short(v) for v in values[i]] for i in rows]}
-        )  # fmt: skip
+            {
+                "kind": "heat",
+                "note": panel.note,
+                "log": panel.log,
+                "columns": columns,
+                "title": panel.title + (f": {run.name}" if len(runs) > 1 else ""),
+                "rows": [labels[i] for i in rows],
+                "last": run.step,
+                "low": _short(low),
+                "high": _short(high),
+                "values": [[_short(v) for v in values[i]] for i in rows],
+            }
+        )
     return maps
 
 
@@ -390,12 +405,16 @@ def _cells(run: Run, *, several: bool) -> list[dict[str, Any]]:
         depths = sorted({depth for depth, _ in scores}, key=lambda d: -1 if d is None else d)
         lengths = sorted({length for _, length in scores})
         parts.append(
-            {"kind": "cells", "title": task + (f": {run.name}" if several else ""),
-             "note": f"score by length and depth, at step {step}", "corner": "depth \\ tokens",
-             "rows": ["any" if d is None else f"{d:.0%}" for d in depths],
-             "columns": [f"{length:,}" for length in lengths],
-             "values": [[_short(scores.get((d, length))) for length in lengths] for d in depths]}
-        )  # fmt: skip
+            {
+                "kind": "cells",
+                "title": task + (f": {run.name}" if several else ""),
+                "note": f"score by length and depth, at step {step}",
+                "corner": "depth \\ tokens",
+                "rows": ["any" if d is None else f"{d:.0%}" for d in depths],
+                "columns": [f"{length:,}" for length in lengths],
+                "values": [[_short(scores.get((d, length))) for length in lengths] for d in depths],
+            }
+        )
     return parts
 
 
@@ -405,11 +424,16 @@ def _samples(run: Run, *, several: bool) -> list[dict[str, Any]]:
         return []
     kept = np.unique(np.linspace(0, len(steps) - 1, min(_SAMPLES, len(steps))).round().astype(int))
     groups = [
-        {"title": f"{run.name + ', ' if several else ''}step {steps[i]}",
-         "samples": [{"prompt": s.get("prompt", ""), "text": s.get("text", "")}
-                     for s in run.samples if s["step"] == steps[i]]}
+        {
+            "title": f"{run.name + ', ' if several else ''}step {steps[i]}",
+            "samples": [
+                {"prompt": s.get("prompt", ""), "text": s.get("text", "")}
+                for s in run.samples
+                if s["step"] == steps[i]
+            ],
+        }
         for i in kept
-    ]  # fmt: skip
+    ]
     return [{"kind": "samples", "groups": groups}]
 
 
@@ -433,14 +457,25 @@ def _summary(runs: list[Run]) -> dict[str, Any]:
         planned = run.config.get("train", {}).get("num_steps", run.step)
         tokens = run.last("tokens")
         rows.append(
-            {"cells": [
-                run.name, f"{run.step:,} of {planned:,}",
-                "–" if tokens is None else f"{tokens:,.0f}",
-                *(_text(run.last(name)) for name in
-                  ("loss", "ce", "eval_ce", "eval_bits_per_byte", "tokens_per_second")),
-                run.starts[-1].get("devices", "–") if run.starts else "–",
-            ]}
-        )  # fmt: skip
+            {
+                "cells": [
+                    run.name,
+                    f"{run.step:,} of {planned:,}",
+                    "–" if tokens is None else f"{tokens:,.0f}",
+                    *(
+                        _text(run.last(name))
+                        for name in (
+                            "loss",
+                            "ce",
+                            "eval_ce",
+                            "eval_bits_per_byte",
+                            "tokens_per_second",
+                        )
+                    ),
+                    run.starts[-1].get("devices", "–") if run.starts else "–",
+                ]
+            }
+        )
     head = ["run", "step", "tokens", "loss", "ce", "held-out ce", "bits per byte", "tokens/s",
             "devices"]  # fmt: skip
     return {"head": head, "rows": rows}

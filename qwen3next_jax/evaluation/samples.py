@@ -30,10 +30,14 @@ def samples(
       For each prompt, `prompt` and its continuation, `text`.
     """
     new = generate(
-        model, [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        model,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
         max_new_tokens=max_new_tokens,
-        temperature=0.8, top_p=0.95, stop_tokens=tokenizer.stop_ids, seed=seed,
-    )  # fmt: skip
+        temperature=0.8,
+        top_p=0.95,
+        stop_tokens=tokenizer.stop_ids,
+        seed=seed,
+    )
     return [
         {"prompt": prompt, "text": tokenizer.decode(tokens)}
         for prompt, tokens in zip(prompts, new, strict=True)

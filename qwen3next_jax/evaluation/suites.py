@@ -85,9 +85,11 @@ def check_usable(
         check_length(config, options.length)
     if "lm_eval" in names:
         _harness().check_loadable(
-            options.tasks, context=config.context_length, include_path=options.include_path,
+            options.tasks,
+            context=config.context_length,
+            include_path=options.include_path,
             confirm_run_unsafe_code=options.confirm_run_unsafe_code,
-        )  # fmt: skip
+        )
     if "speculation" in names:
         check_drafting(config)
         beginnings(domains, tokenizer, on_error=on_error)
@@ -98,9 +100,13 @@ def check_usable(
 def _questions(options: EvaluationConfig) -> dict[str, Any]:
     """The options of `long_context` as its arguments."""
     return {
-        "tasks": options.long_context_tasks, "lengths": options.lengths, "depths": options.depths,
-        "samples": options.limit or 4, "chat": options.chat, "seed": options.seed,
-    }  # fmt: skip
+        "tasks": options.long_context_tasks,
+        "lengths": options.lengths,
+        "depths": options.depths,
+        "samples": options.limit or 4,
+        "chat": options.chat,
+        "seed": options.seed,
+    }
 
 
 def run_suite(
@@ -139,10 +145,15 @@ def run_suite(
     if name == "long_context":
         return long_context(evaluator, **_questions(options))
     return _harness().run_tasks(
-        evaluator, options.tasks, include_path=options.include_path,
-        num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot, chat=options.chat,
-        limit=limit, confirm_run_unsafe_code=options.confirm_run_unsafe_code, seed=options.seed,
-    )  # fmt: skip
+        evaluator,
+        options.tasks,
+        include_path=options.include_path,
+        num_fewshot=None if options.num_fewshot < 0 else options.num_fewshot,
+        chat=options.chat,
+        limit=limit,
+        confirm_run_unsafe_code=options.confirm_run_unsafe_code,
+        seed=options.seed,
+    )
 
 
 def suites_in_training(
@@ -216,14 +227,25 @@ def table(name: str, result: Mapping[str, Any]) -> str:
                 rows.append([task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"])
         return _aligned(heads, rows)
     if name == "speculation":
-        heads = ["", *(f"draft {i + 1}" for i in range(len(result["acceptance"]))),
-                 "tokens a pass", "passes"]  # fmt: skip
+        heads = [
+            "",
+            *(f"draft {i + 1}" for i in range(len(result["acceptance"]))),
+            "tokens a pass",
+            "passes",
+        ]
         parts = {"all": result, **(result["domains"] if len(result["domains"]) > 1 else {})}
-        return _aligned(heads, [
-            [n, *(f"{share:.1%}" for share in part["acceptance"]),
-             f"{part['tokens_per_pass']:.2f}", f"{part['drafted']}"]
-            for n, part in parts.items()
-        ])  # fmt: skip
+        return _aligned(
+            heads,
+            [
+                [
+                    n,
+                    *(f"{share:.1%}" for share in part["acceptance"]),
+                    f"{part['tokens_per_pass']:.2f}",
+                    f"{part['drafted']}",
+                ]
+                for n, part in parts.items()
+            ],
+        )
     cells = result["cells"]
     lengths = sorted({cell["length"] for cell in cells})
     rows = []

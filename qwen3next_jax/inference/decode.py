@@ -221,9 +221,16 @@ class Generation:
         budget = place(jnp.full(B, self._max_new_tokens, jnp.int32))
         key = jax.random.key(self._seed)
         return _begin(
-            structure, self._rules, params, caches, last_hidden,
-            length=length, seen=seen, budget=budget, key=key,
-        )  # fmt: skip
+            structure,
+            self._rules,
+            params,
+            caches,
+            last_hidden,
+            length=length,
+            seen=seen,
+            budget=budget,
+            key=key,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,9 +422,17 @@ def _draft(model, rules, state, hidden, tokens, positions, last):
         return state
     key, draft_key = jax.random.split(state.key)
     drafts, q, mtp_cache = draft(
-        model, hidden, tokens, positions, last, state.mtp_cache,
-        count=rules.drafts, sampling=rules.sampling, seen=state.seen, key=draft_key,
-    )  # fmt: skip
+        model,
+        hidden,
+        tokens,
+        positions,
+        last,
+        state.mtp_cache,
+        count=rules.drafts,
+        sampling=rules.sampling,
+        seen=state.seen,
+        key=draft_key,
+    )
     return state._replace(drafts=drafts, q=q, mtp_cache=mtp_cache, key=key)
 
 

@@ -55,9 +55,14 @@ class DeltaDraft(NamedTuple):
         accepted = (jnp.arange(self.k.shape[1]) < lengths[:, None]).astype(jnp.int32)
         _, state = gated_delta_rule(
             self.k,  # in place of q: only the final state is used, so any q will do
-            self.k, self.v, log_decay=self.log_decay, beta=self.beta, segment_ids=accepted,
-            initial_state=self.before.state, implementation="reference",
-        )  # fmt: skip
+            self.k,
+            self.v,
+            log_decay=self.log_decay,
+            beta=self.beta,
+            segment_ids=accepted,
+            initial_state=self.before.state,
+            implementation="reference",
+        )
         q_tail, k_tail, v_tail = (
             next_tail(tail, x, lengths)
             for tail, x in zip(self.before[:3], self.conv_inputs, strict=True)

@@ -31,9 +31,11 @@ class GatedAttention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype=jnp.float32):
         """Builds the layer from the attention fields of `config`."""
         D, N, K, H = (
-            config.hidden_size, config.num_attention_heads,
-            config.num_key_value_heads, config.head_dim,
-        )  # fmt: skip
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.config = config
         init = normal(config.initializer_range)
         self.q_proj = weight(rngs, init, param_dtype, embed=D, heads=N, head_dim=H)

@@ -121,9 +121,15 @@ class GatedDeltaNet(nnx.Module):
         if cache is not None and T <= _RECURRENT_TOKENS:
             implementation = "reference"
         out, state = implementations.gated_delta_rule(
-            q, k, v, log_decay=log_decay, beta=beta, segment_ids=segment_ids,
-            initial_state=None if cache is None else cache.state, implementation=implementation,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            log_decay=log_decay,
+            beta=beta,
+            segment_ids=segment_ids,
+            initial_state=None if cache is None else cache.state,
+            implementation=implementation,
+        )
         out = rms_normalize(out, self.eps) * self.norm.weight[...].astype(jnp.float32)
         out = out * jax.nn.silu(projected(self.z_proj).astype(jnp.float32))
         y = project(out.astype(x.dtype), all_gathered(self.out_proj, x.dtype), over=2)

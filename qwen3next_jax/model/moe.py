@@ -136,9 +136,13 @@ class SparseMoE(nnx.Module):
         tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
         alignment = self._alignment(len(tokens))
         y = apply_experts(
-            tokens, experts, weights, self._compute(gate_up, down, len(tokens), alignment),
-            num_experts=self.config.num_experts, alignment=alignment,
-        )  # fmt: skip
+            tokens,
+            experts,
+            weights,
+            self._compute(gate_up, down, len(tokens), alignment),
+            num_experts=self.config.num_experts,
+            alignment=alignment,
+        )
         return y.reshape(x.shape), stats
 
     def _compute(self, gate_up, down, num_tokens, alignment):
@@ -146,9 +150,14 @@ class SparseMoE(nnx.Module):
 
         def compute(rows, weights, group_sizes):
             return expert_mlp(
-                rows, weights, gate_up.astype(rows.dtype), down.astype(rows.dtype), group_sizes,
-                block=alignment, expected_rows=num_tokens * self.config.num_experts_per_tok,
-            )  # fmt: skip
+                rows,
+                weights,
+                gate_up.astype(rows.dtype),
+                down.astype(rows.dtype),
+                group_sizes,
+                block=alignment,
+                expected_rows=num_tokens * self.config.num_experts_per_tok,
+            )
 
         return compute
 
@@ -168,8 +177,10 @@ class SparseMoE(nnx.Module):
         stats_specs = RouterStats._make((row, row, row, row, row, BATCH))
         return jax.shard_map(
             functools.partial(self._shard_body, specs=specs),
-            in_specs=(rows, rows, *specs), out_specs=(rows, stats_specs), check_vma=False,
-        )(x, segment_ids, *params)  # fmt: skip
+            in_specs=(rows, rows, *specs),
+            out_specs=(rows, stats_specs),
+            check_vma=False,
+        )(x, segment_ids, *params)
 
     def _shard_body(self, x, segment_ids, *params, specs):
         """Runs inside `shard_map`, on a device's tokens and its shards of the parameters."""
@@ -192,10 +203,15 @@ class SparseMoE(nnx.Module):
             real = segment_ids.reshape(-1, 1) != 0
             experts = jnp.where(real, experts, self.config.num_experts)
             y, dropped = apply_split_experts(
-                tokens, experts, weights, compute, axis="expert",
+                tokens,
+                experts,
+                weights,
+                compute,
+                axis="expert",
                 buffer_factor=self.moe_buffer_factor,
-                exchange="dense" if platform() == "cpu" else "ragged", **options,
-            )  # fmt: skip
+                exchange="dense" if platform() == "cpu" else "ragged",
+                **options,
+            )
         # Each device along `tensor` holds partial sums of y, over its columns of the experts.
         y = sum_columns(y.reshape(x.shape))
         by_row = jax.tree.map(lambda s: jax.lax.psum(s, "context"), stats)

@@ -41,9 +41,12 @@ class MTP(nnx.Module):
         init = normal(config.initializer_range)
         self.fc = weight(rngs, init, param_dtype, pair=2, embed=D, embed__out=D)
         self.layer = DecoderLayer(
-            config, *config.mtp_layer, rngs=rngs, param_dtype=param_dtype,
+            config,
+            *config.mtp_layer,
+            rngs=rngs,
+            param_dtype=param_dtype,
             moe_buffer_factor=moe_buffer_factor,
-        )  # fmt: skip
+        )
         self.norm = RMSNorm(config, param_dtype=param_dtype)
 
     def __call__(

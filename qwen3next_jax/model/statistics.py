@@ -74,9 +74,11 @@ def sink_share(
     own = sampled(segment_ids)
     seen = (own[:, :, None] == segment_ids[:, None]) & (index[:, :, None] >= jnp.arange(T))
     scores = jnp.einsum(
-        "bqkrh,bskh->bkrqs", sampled(q).reshape(B, -1, K, N // K, H), k,
+        "bqkrh,bskh->bkrqs",
+        sampled(q).reshape(B, -1, K, N // K, H),
+        k,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], H**-0.5 * scores, -1e30), axis=-1)
     share = (weights * first[:, None, None, None]).sum(-1).mean((1, 2))
     counted = ((own != 0) & ~sampled(first)).astype(jnp.float32)

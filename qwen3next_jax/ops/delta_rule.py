@@ -117,8 +117,15 @@ def gated_delta_rule(
         check_platform(implementation)
     return _apply(
         implementations[implementation],
-        q, k, v, log_decay, beta, segment_ids, initial_state, jnp.zeros(len(q), jnp.int32),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        segment_ids,
+        initial_state,
+        jnp.zeros(len(q), jnp.int32),
+    )
 
 
 Scan = Callable[..., Any]
@@ -275,9 +282,13 @@ def _by_hopper(q, k, v, g, beta, segments, before, state):
     solve, scores = inverse * beta[..., None, :], _score(queries, keys, decay)
     start, end, whole = decay[1:]
     out, state = delta_hopper.recurrence(
-        q, k, v, *(by_head(x.astype(v.dtype)) for x in (solve, scores)),
-        *map(by_head, (start, end, whole[..., None])), state,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        *(by_head(x.astype(v.dtype)) for x in (solve, scores)),
+        *map(by_head, (start, end, whole[..., None])),
+        state,
+    )
     return out[:, :T], state
 
 

@@ -167,9 +167,11 @@ def _blocked_backward(block, residuals, d_out):
         return at.put(d_rows, d_x), at.put(d_weights, d_w), d_gate_up, d_down
 
     start = (
-        d_out, jnp.zeros_like(weights),
-        jnp.zeros(gate_up.shape, jnp.float32), jnp.zeros(down.shape, jnp.float32),
-    )  # fmt: skip
+        d_out,
+        jnp.zeros_like(weights),
+        jnp.zeros(gate_up.shape, jnp.float32),
+        jnp.zeros(down.shape, jnp.float32),
+    )
     d_rows, d_weights, d_gate_up, d_down = _visit_all(visit, start, plan, block)
     return d_rows, d_weights, d_gate_up.astype(dtype), d_down.astype(dtype), None
 

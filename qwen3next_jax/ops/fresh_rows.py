@@ -22,6 +22,10 @@ def fresh_rows(size: int, rows: Float[Array, "R ..."]) -> Float[Array, "size ...
     # and copy it in each iteration.
     spec = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
-        lambda rows, fresh: None, shape, in_specs=[spec], out_specs=spec, name="fresh_rows",
+        lambda rows, fresh: None,
+        shape,
+        in_specs=[spec],
+        out_specs=spec,
+        name="fresh_rows",
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0),
-    )(rows)  # fmt: skip
+    )(rows)

@@ -147,9 +147,13 @@ def _pallas_backward(residuals, d_out):
     rows, weights, group_sizes = residuals
     d_rows = _gmm(d_out.astype(rows.dtype), weights, group_sizes, transpose_rhs=True)
     d_weights = tgmm(
-        _whole_tiles(rows).T, _whole_tiles(d_out.astype(rows.dtype)), group_sizes.astype(jnp.int32),
-        weights.dtype, _tiling(rows.shape[1], weights.shape[2]), interpret=platform() == "cpu",
-    )  # fmt: skip
+        _whole_tiles(rows).T,
+        _whole_tiles(d_out.astype(rows.dtype)),
+        group_sizes.astype(jnp.int32),
+        weights.dtype,
+        _tiling(rows.shape[1], weights.shape[2]),
+        interpret=platform() == "cpu",
+    )
     return d_rows, d_weights, None
 
 
@@ -159,9 +163,14 @@ _pallas.defvjp(_pallas_forward, _pallas_backward)
 def _gmm(rows, weights, group_sizes, *, transpose_rhs=False):
     inner, outer = weights.shape[1:][::-1] if transpose_rhs else weights.shape[1:]
     out = gmm(
-        _whole_tiles(rows), weights, group_sizes.astype(jnp.int32), rows.dtype,
-        _tiling(inner, outer), transpose_rhs=transpose_rhs, interpret=platform() == "cpu",
-    )  # fmt: skip
+        _whole_tiles(rows),
+        weights,
+        group_sizes.astype(jnp.int32),
+        rows.dtype,
+        _tiling(inner, outer),
+        transpose_rhs=transpose_rhs,
+        interpret=platform() == "cpu",
+    )
     return out[: len(rows)]
 
 

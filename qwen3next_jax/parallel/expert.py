@@ -297,9 +297,12 @@ def _route(
     )
     # Runs must ascend by slot: by expert, then by source.
     source_of_slot = _gather_index(
-        slot[:, me].T, kept[:, me].T, (first[:, me] + device * rows).T,
-        size=capacity, none=n * rows,
-    )  # fmt: skip
+        slot[:, me].T,
+        kept[:, me].T,
+        (first[:, me] + device * rows).T,
+        size=capacity,
+        none=n * rows,
+    )
     return _Route(
         first=first[me],
         sent=kept[me],

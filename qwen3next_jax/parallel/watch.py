@@ -80,8 +80,10 @@ class Watch:
         if _from_runtime(error):
             logging.error(
                 "%s: %s\nWaiting up to %g s to learn if another process is the reason",
-                type(error).__name__, str(error).partition("\n")[0], self._timeout,
-            )  # fmt: skip
+                type(error).__name__,
+                str(error).partition("\n")[0],
+                self._timeout,
+            )
             time.sleep(self._timeout)  # a verdict ends the process in the meantime
         self._leaving.set()
         self._say(f"{self._name(self._me)} failed: {type(error).__name__}: {error}")
@@ -156,8 +158,9 @@ class Watch:
             return
         logging.error(
             "%s\nEnding %s. The same command goes on from the last checkpoint.",
-            message, self._name(self._me),
-        )  # fmt: skip
+            message,
+            self._name(self._me),
+        )
         logging.flush()
         # The main thread may be in a collective that never returns.
         os._exit(EXIT_CODE)

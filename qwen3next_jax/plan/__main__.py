@@ -37,10 +37,18 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line
 
 # Dense Qwen3-32B, to which the authors of Qwen3-Next compare.
 _YARDSTICK = dict(
-    model_type="qwen3", vocab_size=151936, hidden_size=5120, num_hidden_layers=64,
-    max_position_embeddings=40960, num_attention_heads=64, num_key_value_heads=8, head_dim=128,
-    rope_theta=1e6, intermediate_size=25600, tie_word_embeddings=False,
-)  # fmt: skip
+    model_type="qwen3",
+    vocab_size=151936,
+    hidden_size=5120,
+    num_hidden_layers=64,
+    max_position_embeddings=40960,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=1e6,
+    intermediate_size=25600,
+    tie_word_embeddings=False,
+)
 
 
 @friendly_errors()
@@ -230,10 +238,14 @@ def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> lis
         used = {axis: n for axis, n in candidate.mesh.items() if n > 1}
         remat = candidate.config.train.remat
         memory = candidate.memory_bytes
-        row: dict[str, Any] = dict(mesh=candidate.mesh, remat=remat, memory_bytes=memory,
-                   step_seconds=high)  # fmt: skip
-        print(f"{i + 1:3} {low:7.2f} to {high:6.2f} s  {memory / 1e9:6.1f} GB  "
-              f"remat={remat:19}  {used}", flush=True)  # fmt: skip
+        row: dict[str, Any] = dict(
+            mesh=candidate.mesh, remat=remat, memory_bytes=memory, step_seconds=high
+        )
+        print(
+            f"{i + 1:3} {low:7.2f} to {high:6.2f} s  {memory / 1e9:6.1f} GB  "
+            f"remat={remat:19}  {used}",
+            flush=True,
+        )
         rows.append(row)
     for i, row in enumerate(rows[: 0 if chip.is_gpu else _BEST.value]):
         try:
@@ -248,8 +260,10 @@ def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> lis
             memory = sum(compiled.memory.values())
             low, high = compiled.estimate.step_seconds
             row["compiled"] = dict(memory_bytes=memory, step_seconds=high)
-            print(f"{i + 1:3} by the compiler: {low:.2f} to {high:.2f} s, {memory / 1e9:.1f} GB",
-                  flush=True)  # fmt: skip
+            print(
+                f"{i + 1:3} by the compiler: {low:.2f} to {high:.2f} s, {memory / 1e9:.1f} GB",
+                flush=True,
+            )
     taken = [row for row in rows if isinstance(row.get("compiled"), dict)]
     untried = [row for row in rows if "compiled" not in row]  # the others were refused
     if taken:

@@ -297,9 +297,11 @@ class _Run:
         )[0]
         due = self._due(step)
         return _Due(
-            evaluate=False, save=False,
-            suites=due.suites and not tested, sample=due.sample and not written,
-        )  # fmt: skip
+            evaluate=False,
+            save=False,
+            suites=due.suites and not tested,
+            sample=due.sample and not written,
+        )
 
     def _evaluate_and_save(self, step: int, due: _Due) -> None:
         """Calls the hooks that are due, and saves if that is due; the step must be settled.

@@ -151,9 +151,12 @@ def _mtp_terms(
         ahead = _ahead(batch, step)
         observed: Observed | None = {} if observe else None
         hidden, stats, _ = model.mtp(
-            hidden, model.embed(ahead["tokens"]),
-            segment_ids=ahead["segment_ids"], positions=batch["positions"], observed=observed,
-        )  # fmt: skip
+            hidden,
+            model.embed(ahead["tokens"]),
+            segment_ids=ahead["segment_ids"],
+            positions=batch["positions"],
+            observed=observed,
+        )
         total, _ = cross_entropy(hidden, head, ahead["targets"], ahead["loss_weights"], chunk=chunk)
         mtp_ce += total / counts[step - 1] / len(counts)
         all_stats.append(stats)

@@ -94,9 +94,14 @@ class _Walk:
     def kernel(self):
         block = self.block
         sizes = splash.BlockSizes(
-            block_q=block, block_kv=block, block_q_dq=block, block_kv_dq=block,
-            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-        )  # fmt: skip
+            block_q=block,
+            block_kv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+        )
         mask = splash.CausalMask((self.tokens, self.tokens))
         kernel = splash.make_splash_mha_single_device(
             splash.MultiHeadMask([mask] * self.heads),

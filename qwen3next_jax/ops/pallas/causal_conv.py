@@ -182,9 +182,19 @@ def _forward_kernel(before_ref, x_ref, own_ref, taps_ref, out_ref, *, silu):
 
 
 def _backward_kernel(
-    before_ref, x_ref, behind_ref, d_out_ref, d_behind_ref, own_ref, own_behind_ref, taps_ref,
-    d_x_ref, d_taps_ref, *, silu,
-):  # fmt: skip
+    before_ref,
+    x_ref,
+    behind_ref,
+    d_out_ref,
+    d_behind_ref,
+    own_ref,
+    own_behind_ref,
+    taps_ref,
+    d_x_ref,
+    d_taps_ref,
+    *,
+    silu,
+):
     tokens, (W, _) = x_ref.shape[2], taps_ref.shape[1:]
     own = jnp.concatenate([own_ref[0], own_behind_ref[0]])
     row = jax.lax.broadcasted_iota(jnp.int32, (tokens + _HALO, LANES), 0)

@@ -102,12 +102,17 @@ def _backward(q, k, v, solve, scores, start, end, whole, states, d_out, d_final)
     d_q, d_k, d_solve, d_scores, d_start, d_end, d_whole = _run(
         _backward_chunk_kernel,
         [
-            keys, keys, shape(solve.shape, solve.dtype), shape(scores.shape, scores.dtype),
-            gates, gates, shape((B, N, Z * H), jnp.float32),
+            keys,
+            keys,
+            shape(solve.shape, solve.dtype),
+            shape(scores.shape, scores.dtype),
+            gates,
+            gates,
+            shape((B, N, Z * H), jnp.float32),
         ],
         (B, N, Z),
         (q, k, v, solve, start, end, states, d_states, d_out, d_new, d_v),
-    )  # fmt: skip
+    )
 
     def sum_heads(x):  # [B, T, N, H] → [B, T, K, H]
         x = x.reshape(B, T, q.shape[2], -1, H)
@@ -244,13 +249,21 @@ def _forward_kernel(q, k, v, solve, scores, start, end, whole, initial, out, fin
             grid=(p.chunks,),
             in_specs=p.blocks(
                 lambda z: z,
-                (C, p.H), (C, p.H), (C, _COLUMNS), (C, C), (C, C), (C,), (C,),
+                (C, p.H),
+                (C, p.H),
+                (C, _COLUMNS),
+                (C, C),
+                (C, C),
+                (C,),
+                (C,),
             ),
             init_carry=p.initial(initial),
         )(
-            p.of_keys(q), p.of_keys(k), p.of_values(v),
+            p.of_keys(q),
+            p.of_keys(k),
+            p.of_values(v),
             *map(p.of_head, (solve, scores, start, end)),
-        )  # fmt: skip
+        )
         p.stored()
         p.finish(state, final)
 
@@ -289,14 +302,14 @@ def _backward_states_kernel(
         d_state = p.gpu.emit_pipeline(
             visit,
             grid=(p.chunks,),
-            in_specs=p.blocks(
-                order, (C, p.H), (C, p.H), (C, C), (C, C), (C,), (C,), (C, _COLUMNS)
-            ),
+            in_specs=p.blocks(order, (C, p.H), (C, p.H), (C, C), (C, C), (C,), (C,), (C, _COLUMNS)),
             init_carry=p.initial(d_final),
         )(
-            p.of_keys(q), p.of_keys(k), *map(p.of_head, (solve, scores, start, end)),
+            p.of_keys(q),
+            p.of_keys(k),
+            *map(p.of_head, (solve, scores, start, end)),
             p.of_values(d_out),
-        )  # fmt: skip
+        )
         p.stored()
         p.finish(d_state, d_initial)
 
@@ -305,9 +318,25 @@ def _backward_states_kernel(
 
 
 def _backward_chunk_kernel(
-    q, k, v, solve, start, end, states, d_states, d_out, d_new, d_error,
-    d_q, d_k, d_solve, d_scores, d_start, d_end, d_whole,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    solve,
+    start,
+    end,
+    states,
+    d_states,
+    d_out,
+    d_new,
+    d_error,
+    d_q,
+    d_k,
+    d_solve,
+    d_scores,
+    d_start,
+    d_end,
+    d_whole,
+):
     """Computes one chunk's other gradients; results overwrite their inputs in shared memory."""
     p = _Program(k, v)
     z, P = p.part, v.shape[3]
@@ -357,18 +386,34 @@ def _backward_chunk_kernel(
             grid=(1,),
             in_specs=p.blocks(
                 lambda _: 0,
-                (C, p.H), (C, p.H), (C, P), (C, C), (C,), (C,),
-                (p.H, P), (p.H, P), (C, P), (C, P), (C, P),
+                (C, p.H),
+                (C, p.H),
+                (C, P),
+                (C, C),
+                (C,),
+                (C,),
+                (p.H, P),
+                (p.H, P),
+                (C, P),
+                (C, P),
+                (C, P),
             ),
         )(
-            *(x.at[p.batch, tokens, p.key_head] for x in (q, k)), rows_of(v),
+            *(x.at[p.batch, tokens, p.key_head] for x in (q, k)),
+            rows_of(v),
             *(p.of_head(x).at[tokens] for x in (solve, start, end)),
             *(p.of_head(x).at[of_states] for x in (states, d_states)),
             *map(rows_of, (d_out, d_new, d_error)),
-        )  # fmt: skip
+        )
 
     whole_row, square, gates = p.scratch(C, P), p.scratch(C, C), p.gpu.SMEM((C,), jnp.float32)
     pl.run_scoped(
-        with_scratch, whole_row, whole_row, square, square, gates, gates,
+        with_scratch,
+        whole_row,
+        whole_row,
+        square,
+        square,
+        gates,
+        gates,
         p.gpu.SMEM((p.H,), jnp.float32),
-    )  # fmt: skip
+    )

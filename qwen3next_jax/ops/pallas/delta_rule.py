@@ -161,9 +161,7 @@ def _forward(q, k, v, gates, marks, state, *, save):
 def _backward(q, k, v, gates, marks, states, inverses, d_out, d_final):
     sizes = _Sizes(v, gates, d_final)
     spec = functools.partial(sizes.spec, reverse=True)
-    out_shape = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, gates, d_final)
-    ]  # fmt: skip
+    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, gates, d_final)]
     given = q, k, v, gates, marks, states, inverses, d_out, d_final
     names = "key", "key", "value", "gates", "marks", "states", "inverses", "value", "state"
     d_q, d_k, d_v, d_gates, d_state = pl.pallas_call(
@@ -227,10 +225,8 @@ class _Sizes:
         inverse = three * _BLOCK * C * sum(range(_BLOCK, C, _BLOCK))
         if forward:
             products = key_products + R * (
-                inverse
-                + one * 3 * C * H * P
-                + (two + three) * C * C * P
-            )  # fmt: skip
+                inverse + one * 3 * C * H * P + (two + three) * C * C * P
+            )
         else:
             products = (
                 key_products
@@ -294,9 +290,21 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, gates_ref, marks_ref, states_ref, inverses_ref, d_out_ref, d_final_ref,
-    d_q_ref, d_k_ref, d_v_ref, d_gates_ref, d_state_ref,
-):  # fmt: skip
+    q_ref,
+    k_ref,
+    v_ref,
+    gates_ref,
+    marks_ref,
+    states_ref,
+    inverses_ref,
+    d_out_ref,
+    d_final_ref,
+    d_q_ref,
+    d_k_ref,
+    d_v_ref,
+    d_gates_ref,
+    d_state_ref,
+):
     @pl.when(pl.program_id(2) == 0)
     def _():
         d_state_ref[...] = d_final_ref[...]
@@ -472,10 +480,12 @@ def _parts(x):
 def _rough_dot(x, y, *, dtype, contract=(1, 0)):
     """Sums x · y, both rounded to the dtype, in float32."""
     return jax.lax.dot_general(
-        x.astype(dtype), y.astype(dtype), (((contract[0],), (contract[1],)), ((), ())),
+        x.astype(dtype),
+        y.astype(dtype),
+        (((contract[0],), (contract[1],)), ((), ())),
         precision=None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
 
 
 def _strictly_lower(x):

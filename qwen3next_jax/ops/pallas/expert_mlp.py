@@ -148,9 +148,11 @@ class _Tiles:
         expert = jnp.minimum(expert, self.E - 1).astype(jnp.int32)
         tile = (first + visits - last_step)[expert] + step
         self.scalars = (
-            expert, jnp.minimum(tile, self.tiles - 1).astype(jnp.int32),
-            starts.astype(jnp.int32), ends.astype(jnp.int32),
-        )  # fmt: skip
+            expert,
+            jnp.minimum(tile, self.tiles - 1).astype(jnp.int32),
+            starts.astype(jnp.int32),
+            ends.astype(jnp.int32),
+        )
 
     def cut(self, rows):
         """[R, D] → [R, D / 128, 128]."""
@@ -223,9 +225,23 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    experts, tiles, starts, ends, rows_ref, d_out_ref, weights_ref, gate_up_ref, down_ref,
-    d_rows_ref, d_weights_ref, d_gate_up_ref, d_down_ref, d_rows, d_gate_up_sum, d_down_sum,
-):  # fmt: skip
+    experts,
+    tiles,
+    starts,
+    ends,
+    rows_ref,
+    d_out_ref,
+    weights_ref,
+    gate_up_ref,
+    down_ref,
+    d_rows_ref,
+    d_weights_ref,
+    d_gate_up_ref,
+    d_down_ref,
+    d_rows,
+    d_gate_up_sum,
+    d_down_sum,
+):
     step, last = pl.program_id(0), pl.num_programs(0) - 1
     expert, tile = experts[step], tiles[step]
     x, d_out = _matrix(rows_ref), _matrix(d_out_ref)
@@ -300,7 +316,9 @@ def _lanes(column):
 
 def _dot(x, y, *, contract=(1, 0)):
     return jax.lax.dot_general(
-        x, y, (((contract[0],), (contract[1],)), ((), ())),
+        x,
+        y,
+        (((contract[0],), (contract[1],)), ((), ())),
         precision=None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )

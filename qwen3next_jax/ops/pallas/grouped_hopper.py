@@ -182,12 +182,15 @@ def _outer_kernel(starts, sizes, x, y, out):
                     grid=(jax.lax.div(sizes[group], _DEPTH),),
                     in_specs=[
                         gpu.BlockSpec(
-                            (_DEPTH, side), lambda step: (step, 0),
-                            delay_release=1, transforms=tiled,
+                            (_DEPTH, side),
+                            lambda step: (step, 0),
+                            delay_release=1,
+                            transforms=tiled,
                         )
-                    ] * 2,
+                    ]
+                    * 2,
                     max_concurrent_steps=_AHEAD,
-                )(x.at[its_rows, down], y.at[its_rows, right])  # fmt: skip
+                )(x.at[its_rows, down], y.at[its_rows, right])
 
             return total[...]
 
