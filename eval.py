@@ -10,17 +10,23 @@ A table goes to stdout, and everything as JSON to --output; see `docs/evaluation
 
 import dataclasses
 import json
-import os
 import pathlib
-import sys
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
+from qwen3next_jax.command import (
+    check_writable,
+    enable_compilation_cache,
+    friendly_errors,
+    use_huge_pages,
+    write_atomic,
+)
+from qwen3next_jax.config import SOURCES, EvaluationConfig
+
 if TYPE_CHECKING:
-    from qwen3next_jax.config import EvaluationConfig
     from qwen3next_jax.data.sources import Records
     from qwen3next_jax.data.tokenizer import Tokenizer
 
@@ -98,17 +104,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("Which model? Give either --workdir=DIR or --checkpoint=DIR")
     if not _SUITE.value:
         raise app.UsageError("Give --suite=perplexity, lm_eval, long_context or speculation")
-    # Heavy imports come after the flags, so that --help and mistyped flags answer at once.
-    from qwen3next_jax.command import enable_compilation_cache, friendly_errors
-
     enable_compilation_cache()
     with friendly_errors():
         _evaluate(_SUITE.value)
 
 
 def _evaluate(suite: str) -> None:
+    # JAX is imported after the flags, so that --help and mistakes in them answer at once.
     from qwen3next_jax.checkpoint.load import as_trained, load_checkpoint, open_checkpoint
-    from qwen3next_jax.command import check_writable, write_atomic
     from qwen3next_jax.evaluation.evaluator import Evaluator
     from qwen3next_jax.evaluation.suites import check_suites, check_usable, run_suite, table
     from qwen3next_jax.parallel.mesh import fsdp_mesh
@@ -169,9 +172,7 @@ def _evaluate(suite: str) -> None:
     print(table(suite, results))
 
 
-def _options() -> "EvaluationConfig":
-    from qwen3next_jax.config import EvaluationConfig
-
+def _options() -> EvaluationConfig:
     try:
         lengths = tuple(int(n) for n in _LENGTHS.value)
     except ValueError:
@@ -198,7 +199,6 @@ def _domains(
     run: dict[str, Any], workdir: pathlib.Path | None, vocab_size: int, tokenizer: "Tokenizer"
 ) -> "Mapping[str, Records]":
     """The texts that --data names, or else the held-out texts of the run in the work directory."""
-    from qwen3next_jax.config import SOURCES
     from qwen3next_jax.data.pipeline import load_data
     from qwen3next_jax.data.prepared import check_prepared
     from qwen3next_jax.data.sources import open_source
@@ -229,8 +229,5 @@ def _domains(
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        # Large arrays on huge pages, as in train.py.
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    use_huge_pages()
     app.run(main)

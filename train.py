@@ -9,7 +9,6 @@ Ctrl-C, finishes and saves the current step and exits. `docs/launch.md` describe
 machines.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -20,27 +19,21 @@ from typing import TYPE_CHECKING
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from qwen3next_jax.command import (
+    enable_compilation_cache,
+    explain_unknown_key,
+    friendly_errors,
+    use_huge_pages,
+)
+from qwen3next_jax.config import RunConfig
+
 if TYPE_CHECKING:
-    from qwen3next_jax.config import RunConfig
     from qwen3next_jax.parallel.processes import ShouldStop
 
 _ROOT = os.path.dirname(os.path.abspath(__file__))
 
-
-@contextlib.contextmanager
-def _known_keys():
-    """`command.explain_unknown_key`, imported only on an error because that takes seconds."""
-    try:
-        yield
-    except (AttributeError, KeyError):
-        from qwen3next_jax.command import explain_unknown_key
-
-        with explain_unknown_key():
-            raise
-
-
 # absl looks up the keys of the default config here, those of another config in app.run.
-with _known_keys():
+with explain_unknown_key():
     _CONFIG = config_flags.DEFINE_config_file("config", os.path.join(_ROOT, "configs", "tiny.py"))
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/CONFIG when not given.")
 _COORDINATOR = flags.DEFINE_string(
@@ -58,14 +51,12 @@ def main(argv: list[str]) -> None:
     """Trains, evaluates, and prints a sample."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}; values are given as --config.KEY=V")
-    # Heavy imports come after the flags, so that --help and mistyped flags answer at once.
-    from qwen3next_jax.command import enable_compilation_cache, friendly_errors
-    from qwen3next_jax.config import RunConfig
-    from qwen3next_jax.parallel.processes import joined
-
-    enable_compilation_cache()
     with friendly_errors():
         config = RunConfig.from_dict(_CONFIG.value.to_dict())
+        # JAX is imported after the flags, so that --help and mistakes in them answer at once.
+        from qwen3next_jax.parallel.processes import joined
+
+        enable_compilation_cache()
         with joined(
             coordinator_address=_COORDINATOR.value,
             num_processes=_NUM_PROCESSES.value,
@@ -77,7 +68,7 @@ def main(argv: list[str]) -> None:
         sys.exit(_STOPPED.value)
 
 
-def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
+def run(config: RunConfig, should_stop: "ShouldStop") -> bool:
     """Locks the work directory and trains; returns whether it was stopped before the end."""
     from qwen3next_jax.evaluation.suites import check_suites
     from qwen3next_jax.training.workdir import workdir_lock
@@ -96,7 +87,7 @@ def run(config: "RunConfig", should_stop: "ShouldStop") -> bool:
         return run_in(workdir, config, should_stop)
 
 
-def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop") -> bool:
+def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") -> bool:
     """Trains, evaluates, and prints a sample; returns whether it was stopped before the end."""
     import jax
 
@@ -208,9 +199,5 @@ def run_in(workdir: pathlib.Path, config: "RunConfig", should_stop: "ShouldStop"
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        # Large arrays on huge pages: on a CPU a fifth of a step is otherwise spent on page faults.
-        # The C library reads this when a process starts, so the process starts again.
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    app.run(main, flags_parser=_known_keys()(app.parse_flags_with_usage))
+    use_huge_pages()
+    app.run(main, flags_parser=explain_unknown_key()(app.parse_flags_with_usage))

@@ -3,6 +3,11 @@
 import ast
 import pathlib
 
+import pytest
+from launched import run_python
+
+import qwen3next_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = {
     "command": 0, "config": 0, "data": 1, "ops": 1, "parallel": 2, "model": 3, "checkpoint": 4,
@@ -52,3 +57,18 @@ def test_imports_point_downward():
 def test_data_needs_no_jax():
     for path in (ROOT / "qwen3next_jax" / "data").glob("*.py"):
         assert not [m for m in imports(path) if m.split(".")[0] in ("jax", "flax")], path
+
+
+@pytest.mark.parametrize(
+    "module", ["train", "eval", "qwen3next_jax.launch", "qwen3next_jax.evaluation.report"]
+)
+def test_flags_and_configs_are_read_without_jax(module):
+    run_python("-c", f"import sys, {module}; assert 'jax' not in sys.modules", check=True)
+
+
+def test_the_package_has_the_names_it_lists_and_no_others():
+    for name in qwen3next_jax.__all__:
+        assert getattr(qwen3next_jax, name).__name__.rpartition(".")[2] == name
+        assert name in dir(qwen3next_jax)
+    with pytest.raises(AttributeError, match="no attribute 'Qwen3Nxt'"):
+        _ = qwen3next_jax.Qwen3Nxt
