@@ -368,7 +368,7 @@ def test_bad_input_is_refused_with_the_values():
     with pytest.raises(ValueError, match="3 value heads are not divisible by 2 key heads"):
         run(arrays, segments, "chunked")
     *arrays, segments = make("plain")
-    with pytest.raises(ValueError, match="'quick' is unknown; expected one of"):
+    with pytest.raises(ValueError, match="'quick' is unknown; expected 'chunked', 'pallas'"):
         run(arrays, segments, "quick")
     arrays = [x[:, :0] for x in arrays[:-1]] + arrays[-1:]
     with pytest.raises(ValueError, match="0 tokens hold no token"):

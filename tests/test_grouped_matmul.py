@@ -125,7 +125,7 @@ def test_numpys_arrays_will_do():
 
 def test_bad_input_is_refused_with_the_values():
     rows, weights, _ = (jnp.asarray(x) for x in make())
-    with pytest.raises(ValueError, match="'dense' is unknown; expected one of"):
+    with pytest.raises(ValueError, match="'dense' is unknown; expected 'pallas', 'hopper'"):
         grouped_matmul(rows, weights, jnp.asarray(SIZES), implementation="dense")
     with pytest.raises(ValueError, match="multiple of block=128 rows, got 100"):
         grouped_matmul(rows[:100], weights, jnp.asarray(SIZES), implementation="blocked", block=128)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.cpu import row_max, row_sum
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
-from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
+from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
 from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
@@ -87,15 +87,10 @@ def attention(
     check_rows((B, T), segment_ids=segment_ids)
     if implementation is None:
         implementation = default_implementation(T, H, v.shape[-1], q.dtype)
-    if implementation not in ("chunked", "pallas", "cudnn", "reference"):
-        raise ValueError(
-            f"{implementation=} is unknown; expected 'chunked', 'pallas', 'cudnn' or 'reference'"
-        )
+    check_implementation(implementation, "chunked", "pallas", "cudnn", "reference")
     require_tokens(B, T)
     if N % K:
         raise ValueError(f"{N} query heads are not divisible by {K} KV heads")
-    if implementation in ("pallas", "cudnn"):
-        check_platform(implementation)
     if implementation == "pallas":
         if segment_ids is None:
             segment_ids = jnp.zeros((B, T), jnp.int32)

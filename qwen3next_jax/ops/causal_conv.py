@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.ops.pallas import causal_conv as kernels
-from qwen3next_jax.ops.platform import check_platform, platform
+from qwen3next_jax.ops.platform import check_implementation, platform
 from qwen3next_jax.ops.shapes import check_rows, check_shape
 
 
@@ -63,8 +63,8 @@ def causal_conv(
         check_shape("tail", tail, x.shape[0], W - 1, *x.shape[2:])
     if implementation is None:
         implementation = default_implementation(W, kernel.shape[1:]) if tail is None else "shifted"
+    check_implementation(implementation, "shifted", "pallas")
     if implementation == "pallas":
-        check_platform(implementation)
         if tail is not None or kernel.ndim != 3 or not kernels.can_compile(W, kernel.shape[-1]):
             raise ValueError(
                 "implementation='pallas' takes x [B, T, N, H] with heads of multiples of 128, "
@@ -73,8 +73,6 @@ def causal_conv(
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
         return kernels.causal_conv(x, kernel, segment_ids, activation == "silu")
-    if implementation != "shifted":
-        raise ValueError(f"{implementation=} is unknown; expected 'shifted' or 'pallas'")
     if tail is None:
         padded = jnp.pad(x, [(0, 0), (W - 1, 0), *[(0, 0)] * (x.ndim - 2)])
     else:

@@ -46,7 +46,7 @@ from qwen3next_jax.ops.cpu import axis_sum, small_products
 from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
-from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
+from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
 from qwen3next_jax.ops.segments import document_starts
 from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
 
@@ -111,10 +111,7 @@ def gated_delta_rule(
     }
     if implementation is None:
         implementation = default_implementation(k.shape[-1], v.shape[-1], v.dtype)
-    if implementation not in implementations:
-        raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
-    if implementation in ("pallas", "hopper"):
-        check_platform(implementation)
+    check_implementation(implementation, *implementations)
     return _apply(
         implementations[implementation],
         q,

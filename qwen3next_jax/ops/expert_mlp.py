@@ -24,7 +24,7 @@ from qwen3next_jax.ops.grouped_matmul import MOST_ROWS, grouped_matmul, groups_o
 from qwen3next_jax.ops.grouped_matmul import default_implementation as product
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp as by_kernel
-from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.platform import check_implementation, platform
 
 # Blocks of a visit. On a GPU a visit takes blocks of many experts, to keep the GPU busy: it gathers
 # a copy of their matrices first, and a host sync follows each visit to decide whether to continue.
@@ -85,6 +85,7 @@ def expert_mlp(
     """
     if implementation is None:
         implementation = default_implementation(rows.shape[1], down.shape[1], rows.dtype, block)
+    check_implementation(implementation, "pallas", "blocked", "products")
     if implementation == "pallas":
         expected = len(rows) if expected_rows is None else expected_rows
         return by_kernel(rows, weights, gate_up, down, group_sizes, expected)
@@ -96,10 +97,6 @@ def expert_mlp(
         spare = -(len(rows) // block) % _at_once(len(rows), block) * block
         padded = jnp.pad(rows, ((0, spare), (0, 0))), jnp.pad(weights, (0, spare))
         return _blocked(*padded, gate_up, down, group_sizes, block)[: len(rows)]
-    if implementation != "products":
-        raise ValueError(
-            f"{implementation=} is unknown; expected 'pallas', 'blocked' or 'products'"
-        )
     both = grouped_matmul(rows, _side_by_side(gate_up), group_sizes, block=block)
     # Apply the weights before the second product, where rows are narrowest, in float32.
     gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)

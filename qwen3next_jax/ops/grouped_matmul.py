@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import grouped_hopper
-from qwen3next_jax.ops.platform import check_platform, is_hopper, platform
+from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
 from qwen3next_jax.ops.shapes import check_shape
 
 MOST_ROWS = 128  # largest block, except on GPUs without kernels
@@ -107,19 +107,18 @@ def grouped_matmul(
     check_shape("group_sizes", group_sizes, E)
     if implementation is None:
         implementation = default_implementation(D, F, rows.dtype, block)
-    if implementation not in implementations:
-        raise ValueError(f"{implementation=} is unknown; expected one of {sorted(implementations)}")
+    check_implementation(implementation, *implementations)
     if implementation == "blocked" and block is not None and len(rows) % block:
         raise ValueError(
             f"implementation='blocked' needs a multiple of {block=} rows, got {len(rows)}"
         )
-    if implementation == "hopper":
-        check_platform(implementation)
-        if block != grouped_hopper.ROWS or not grouped_hopper.fits(D, F, rows.dtype):
-            raise ValueError(
-                f"implementation='hopper' needs block={grouped_hopper.ROWS}, bfloat16 and matrices "
-                f"of multiples of 256, got {block=}, {rows.dtype} and [{D}, {F}]; use 'blocked'"
-            )
+    if implementation == "hopper" and (
+        block != grouped_hopper.ROWS or not grouped_hopper.fits(D, F, rows.dtype)
+    ):
+        raise ValueError(
+            f"implementation='hopper' needs block={grouped_hopper.ROWS}, bfloat16 and matrices of "
+            f"multiples of 256, got {block=}, {rows.dtype} and [{D}, {F}]; use 'blocked'"
+        )
     # NumPy arrays cannot be indexed by tracers.
     return implementations[implementation](*map(jnp.asarray, (rows, weights, group_sizes)))
 

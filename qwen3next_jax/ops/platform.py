@@ -7,6 +7,9 @@ import jax
 # platforms ignore the option.
 COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
+# The platforms of implementations that do not run on all of them.
+_PLATFORMS = {"pallas": ("tpu", "cpu"), "hopper": ("gpu",), "cudnn": ("gpu",)}
+
 
 def platform() -> str:
     """The platform of the mesh in use ("cpu", "gpu" or "tpu"), else that of the default backend.
@@ -27,17 +30,22 @@ def is_hopper() -> bool:
     return any(name in device.device_kind for name in ("H100", "H800", "H20"))
 
 
-def check_platform(implementation: str) -> None:
-    """Checks that an implementation by kernels can run on this platform.
+def check_implementation(implementation: str, *known: str) -> None:
+    """Checks that an operation has an implementation and that it can run on this platform.
 
     Args:
-      implementation: "pallas", for TPUs and (interpreted) CPUs, or one for GPUs.
+      implementation: name to check.
+      known: names of the operation's implementations. "pallas" is for TPUs and, interpreted, CPUs,
+        "hopper" and "cudnn" are for GPUs; all others run on any platform.
 
     Raises:
-      ValueError: if it cannot.
+      ValueError: if it is unknown, or for other platforms.
     """
-    platforms = ("tpu", "cpu") if implementation == "pallas" else ("gpu",)
-    if platform() not in platforms:
+    if implementation not in known:
+        *names, last = map(repr, known)
+        raise ValueError(f"{implementation=} is unknown; expected {', '.join(names)} or {last}")
+    platforms = _PLATFORMS.get(implementation)
+    if platforms and platform() not in platforms:
         raise ValueError(
             f"{implementation=} is for {platforms[0].upper()}s, and this is a {platform()}; leave "
             "it out for what suits the platform"
