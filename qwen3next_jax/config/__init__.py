@@ -1,0 +1,30 @@
+"""The configs: `ModelConfig`, the shape of a model, and `RunConfig`, a whole training run."""
+
+from qwen3next_jax.config.checks import divisors, flatten, nearest, require_known
+from qwen3next_jax.config.model import FULL, LINEAR, ModelConfig
+from qwen3next_jax.config.run import (
+    AXES,
+    REMAT,
+    SOURCES,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+
+__all__ = [
+    "AXES",
+    "FULL",
+    "LINEAR",
+    "REMAT",
+    "SOURCES",
+    "EvaluationConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "divisors",
+    "flatten",
+    "nearest",
+    "require_known",
+]
