@@ -205,55 +205,25 @@ def scalars(name: str, result: Mapping[str, Any]) -> dict[str, float]:
 
 def table(name: str, result: Mapping[str, Any]) -> str:
     """A suite's results as a table for the terminal."""
-    if name == "perplexity":
-        heads = ["", "documents", "tokens", "nats a token", "bits a byte"]
-        rows = [["all", *_perplexity_row(result)]]
-        rows += [[n, *_perplexity_row(part)] for n, part in result.get("domains", {}).items()]
-        for key, what in (("by_length", "documents of"), ("by_position", "tokens behind")):
-            rows += [
-                [f"{what} {part['from']}–{part['to'] - 1}", *_perplexity_row(part)]
-                for part in result[key]
-            ]
-        return _aligned(heads, rows)
-    if name == "lm_eval":
-        heads = ["task", "metric", "value", "±"]
-        rows = []
-        for task, metrics in result["tasks"].items():
-            for metric, value in metrics.items():
-                base, comma, filtered = metric.partition(",")
-                if base.endswith("_stderr"):
-                    continue
-                error = metrics.get(f"{base}_stderr{comma}{filtered}")
-                rows.append([task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"])
-        return _aligned(heads, rows)
-    if name == "speculation":
-        heads = [
-            "",
-            *(f"draft {i + 1}" for i in range(len(result["acceptance"]))),
-            "tokens a pass",
-            "passes",
+    tables = {
+        "perplexity": _perplexity_table,
+        "lm_eval": _lm_eval_table,
+        "speculation": _speculation_table,
+        "long_context": _long_context_table,
+    }
+    return _aligned(*tables[name](result))
+
+
+def _perplexity_table(result):
+    heads = ["", "documents", "tokens", "nats a token", "bits a byte"]
+    rows = [["all", *_perplexity_row(result)]]
+    rows += [[name, *_perplexity_row(part)] for name, part in result.get("domains", {}).items()]
+    for key, what in (("by_length", "documents of"), ("by_position", "tokens behind")):
+        rows += [
+            [f"{what} {part['from']}–{part['to'] - 1}", *_perplexity_row(part)]
+            for part in result[key]
         ]
-        parts = {"all": result, **(result["domains"] if len(result["domains"]) > 1 else {})}
-        return _aligned(
-            heads,
-            [
-                [
-                    n,
-                    *(f"{share:.1%}" for share in part["acceptance"]),
-                    f"{part['tokens_per_pass']:.2f}",
-                    f"{part['drafted']}",
-                ]
-                for n, part in parts.items()
-            ],
-        )
-    cells = result["cells"]
-    lengths = sorted({cell["length"] for cell in cells})
-    rows = []
-    for place in dict.fromkeys((cell["task"], cell["depth"]) for cell in cells):
-        scores = {c["length"]: c["score"] for c in cells if (c["task"], c["depth"]) == place}
-        task, depth = place
-        rows.append([task, f"{depth:.0%}", *(f"{scores[n]:.2f}" for n in lengths)])
-    return _aligned(["task", "depth", *map(str, lengths)], rows)
+    return heads, rows
 
 
 def _perplexity_row(part: Mapping[str, Any]) -> list[str]:
@@ -264,6 +234,45 @@ def _perplexity_row(part: Mapping[str, Any]) -> list[str]:
         f"{part['ce']:.4f}",
         "" if bits is None else f"{bits:.4f}",
     ]
+
+
+def _lm_eval_table(result):
+    rows = []
+    for task, metrics in result["tasks"].items():
+        for metric, value in metrics.items():
+            base, comma, filtered = metric.partition(",")
+            if base.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{base}_stderr{comma}{filtered}")
+            rows.append([task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}"])
+    return ["task", "metric", "value", "±"], rows
+
+
+def _speculation_table(result):
+    drafts = [f"draft {i + 1}" for i in range(len(result["acceptance"]))]
+    parts = {"all": result, **(result["domains"] if len(result["domains"]) > 1 else {})}
+    rows = [
+        [
+            name,
+            *(f"{share:.1%}" for share in part["acceptance"]),
+            f"{part['tokens_per_pass']:.2f}",
+            f"{part['drafted']}",
+        ]
+        for name, part in parts.items()
+    ]
+    return ["", *drafts, "tokens a pass", "passes"], rows
+
+
+def _long_context_table(result):
+    cells = result["cells"]
+    lengths = sorted({cell["length"] for cell in cells})
+    rows = []
+    for task, depth in dict.fromkeys((cell["task"], cell["depth"]) for cell in cells):
+        scores = {
+            c["length"]: c["score"] for c in cells if (c["task"], c["depth"]) == (task, depth)
+        }
+        rows.append([task, f"{depth:.0%}", *(f"{scores[n]:.2f}" for n in lengths)])
+    return ["task", "depth", *map(str, lengths)], rows
 
 
 def _aligned(heads: list[str], rows: list[list[str]]) -> str:
