@@ -253,12 +253,17 @@ class _Run:
     def _non_finite(self, problem: str) -> NonFiniteLossError:
         self._store.wait()
         last_good = self._store.latest_step()
-        left = f"There is no checkpoint yet in {self._workdir}."
+        left = (
+            f"There is no checkpoint yet in {self._workdir}: begin with a lower "
+            "optimizer.learning_rate, more optimizer.warmup_steps or a smaller optimizer.clip_norm."
+        )
         if last_good is not None:
+            folder = self._workdir / "checkpoints"
             left = (
-                f"The last good checkpoint, of step {last_good}, is in "
-                f"{self._workdir / 'checkpoints'}: run the same command again to go on from it, or "
-                "another --workdir with a lower learning rate."
+                f"The last good checkpoint, of step {last_good}, is in {folder}. The same command "
+                "goes on from it, which helps if the machine was at fault: the same steps follow. "
+                "Else give another --workdir, a lower --config.optimizer.learning_rate, and "
+                f"--config.train.initial_checkpoint={folder / str(last_good)}."
             )
         return NonFiniteLossError(f"{problem} {left}")
 
