@@ -8,9 +8,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import PartitionSpec as P
+from oracles import small_config
 
+from qwen3next_jax.config import MeshConfig
+from qwen3next_jax.model.moe import SparseMoE
 from qwen3next_jax.parallel.expert import apply_experts, apply_split_experts
+from qwen3next_jax.parallel.mesh import make_mesh
 
 n, E, A, M, D = 4, 8, 3, 20, 6  # devices, experts, choices, tokens of a device, their size
 mesh = jax.make_mesh((n,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -119,7 +124,23 @@ def check_padding():
             np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6)
 
 
+def check_padding_of_a_layer():
+    """A layer on a mesh sends no padding: with it, one device's buffer would overflow."""
+    config = small_config(num_experts=E)
+    layer = SparseMoE(config, rngs=nnx.Rngs(0), moe_buffer_factor=2.0)
+    x = jnp.zeros((n, M, config.hidden_size)).at[:, :2].set(draw(n, 2, config.hidden_size))
+    segment_ids = jnp.broadcast_to(jnp.arange(M) < 2, (n, M)).astype(jnp.int32)
+    expected = layer(x)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=1, expert=n))):
+        apply = jax.jit(lambda ids: layer.with_stats(x, segment_ids=ids))
+        y, stats = apply(segment_ids)
+        assert not np.asarray(stats.dropped).any()
+        np.testing.assert_allclose(y[:, :2], expected[:, :2], atol=1e-6)
+        assert np.asarray(apply(jnp.ones_like(segment_ids))[1].dropped).any()
+
+
 if __name__ == "__main__":
     jax.lax.ragged_all_to_all = ragged_all_to_all
     check_buffers()
     check_padding()
+    check_padding_of_a_layer()

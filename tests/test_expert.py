@@ -71,6 +71,19 @@ def test_identity_experts_give_each_token_back_times_its_weights(alignment):
     np.testing.assert_allclose(y, x * weights.sum(1, keepdims=True), rtol=1e-6)
 
 
+def test_a_tokens_rows_are_added_in_float32():
+    # Six rows, in bfloat16: 1, then five of 2^-9, each of which would round away if added to 1.
+    experts = jnp.arange(E)[None]
+    y = apply_experts(
+        jnp.ones((1, D), jnp.bfloat16),
+        experts,
+        jnp.where(experts == 0, 1.0, 2.0**-9),
+        lambda rows, weights, sizes: (weights[:, None] * rows).astype(rows.dtype),
+        num_experts=E,
+    )
+    np.testing.assert_array_equal(y.astype(jnp.float32), 1 + 2.0**-7)  # the nearest to 1 + 5/512
+
+
 @pytest.mark.parametrize("alignment", [1, 64])
 @pytest.mark.parametrize(
     "experts", [EXPERTS, EXPERTS[:1], np.full((9, 1), 5, np.int32)], ids=["some", "one", "last"]
