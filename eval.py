@@ -59,7 +59,9 @@ _LIMIT = flags.DEFINE_integer(
     "questions of each cell of long_context. 0: all, all, 16, 4.",
     lower_bound=0,
 )
-_SEED = flags.DEFINE_integer("seed", 1234, "Of all that is drawn.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 1234, "lm_eval, long_context: of what is drawn.", lower_bound=0
+)
 _LENGTH = flags.DEFINE_integer(
     "length", 0, "perplexity: tokens of a document read at once; 0: the context.", lower_bound=0
 )

@@ -302,10 +302,12 @@ def test_a_long_text_is_cut_into_windows_that_predict_each_token_once(adds_bos):
 
     evaluator = Reader(context=8)
     evaluator.tokenizer.adds_bos = adds_bos
+    evaluator.tokenizer.special_tokens = {}  # a tokenizer may add a BOS that it does not name
     lm = HarnessLM(evaluator)
     lm.loglikelihood_rolling(ask("abcdefghijklmnopqr"))
     first, *others = evaluator.read
     assert first == [lm.prefix_token_id, *b"abcdefgh"]
+    assert (lm.prefix_token_id == evaluator.tokenizer.bos_id) == adds_bos
     assert [bytes(row) for row in others] == [b"hijklmnop", b"jklmnopqr"]
     assert lm.truncated == 0
 

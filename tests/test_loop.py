@@ -254,9 +254,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_nothing_is_lost(
     assert_same_model(model, whole[1])
 
 
-def test_parameters_that_are_not_finite_are_not_saved_even_if_no_batch_reads_them(
-    corpus, tmp_path, monkeypatch
-):
+def spoil_embedding(patch):
+    """From step 4 on the embedding has an infinite row."""
     compiled_together = loop.compiled_together
 
     def spoiling(step):
@@ -271,13 +270,32 @@ def test_parameters_that_are_not_finite_are_not_saved_even_if_no_batch_reads_the
 
         return call
 
-    monkeypatch.setattr(loop, "compiled_together", spoiling)
+    patch.setattr(loop, "compiled_together", spoiling)
+
+
+def test_parameters_that_are_not_finite_are_not_saved_even_if_no_batch_reads_them(
+    corpus, tmp_path, monkeypatch
+):
+    spoil_embedding(monkeypatch)
     with pytest.raises(loop.NonFiniteLossError) as error:
         run(config_of(corpus), tmp_path)
     message = str(error.value)
     assert "of step 6 made parameters that are not finite, first of all embed_tokens" in message
     assert "The last good checkpoint, of step 3" in message
     assert loop.last_step(tmp_path) == 3
+
+
+def test_parameters_that_are_not_finite_are_not_begun_with(corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoil_embedding(patch)
+        patch.setattr(loop, "first_non_finite", lambda params: None)  # from before they were found
+        run(config_of(corpus, steps=6), tmp_path / "old")
+    bad = "has parameters that are not finite, first of all embed_tokens"
+    with pytest.raises(loop.NonFiniteLossError, match=f"checkpoints/6 {bad}; remove it"):
+        run(config_of(corpus), tmp_path / "old")
+    given = config_of(corpus, train__initial_checkpoint=str(tmp_path / "old"))
+    with pytest.raises(loop.NonFiniteLossError, match=f"initial_checkpoint='.*' {bad}"):
+        run(given, tmp_path / "new")
 
 
 def test_accumulated_micro_batches_take_nearly_the_same_course(whole, corpus, tmp_path):
@@ -358,6 +376,20 @@ def test_a_directory_that_is_no_run_s_is_not_written_over(corpus, tmp_path):
         "config.json": given,
         "tokenizer.json": given,
     }
+
+
+@pytest.mark.parametrize("given", ["5", '["train"]', '{"train": {}}', "no JSON"])
+def test_a_config_that_is_no_run_s_is_not_written_over(corpus, tmp_path, given):
+    (tmp_path / "config.json").write_text(given)
+    with pytest.raises(ValueError, match=r"config.json is not a run's"):
+        run(config_of(corpus), tmp_path)
+    assert (tmp_path / "config.json").read_text() == given
+
+
+def test_a_file_is_no_work_directory(corpus, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file; name a directory"):
+        run(config_of(corpus), tmp_path / "file")
 
 
 def test_checkpoints_without_their_config_are_not_gone_on_with(corpus, two_steps):

@@ -364,7 +364,11 @@ def test_names_of_compressed_files_may_be_long_or_in_capitals(tmp_path):
 @pytest.mark.parametrize(
     ("source", "name", "message"),
     [
-        ("text", "a.txt.gz", r"is compressed as \.gz, which is not read as text; unpack it"),
+        (
+            "text",
+            "a.txt.gz",
+            r"is compressed \(\.gz\) by its name, and is not read as text; unpack",
+        ),
         ("text", "a.parquet", r"is a Parquet file by its name; set data\.source='parquet'"),
         ("jsonl", "a.PARQUET", r"is a Parquet file by its name; set data\.source='parquet'"),
     ],

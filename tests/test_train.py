@@ -211,7 +211,7 @@ def speculation_keeps_the_greedy_text_and_many_drafts(workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "packing"),
-    zip([*corpora.WRITTEN, "synthetic"], ["concatenate", "best_fit"] * 4, strict=True),
+    [*zip([*corpora.WRITTEN, "synthetic"], ["concatenate", "best_fit"] * 4, strict=True)],
 )
 def test_every_source_trains_by_values_of_the_config_alone(kind, packing, tmp_path):
     given = {"source": "synthetic"}

@@ -381,7 +381,7 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         return
     for name in ("rope_theta", "rms_norm_eps"):
         if not FLOAT32_TINY <= getattr(c, name) <= FLOAT32_MAX:
-            yield f"{name}={getattr(c, name)} must be a positive number in float32"
+            yield f"{name}={getattr(c, name)} must be a positive number, from 1.2e-38 up in float32"
     for name in (
         "initializer_range",
         "router_aux_loss_coef",

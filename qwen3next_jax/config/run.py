@@ -369,8 +369,8 @@ def _value_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
             yield f"{key}={flat[key]} must lie between 0 and 1, below 1"
     if not FLOAT32_TINY <= c.optimizer.eps <= FLOAT32_MAX:
         yield (
-            f"optimizer.eps={c.optimizer.eps} must be above 0 and finite in float32: rows without "
-            "gradient divide by it"
+            f"optimizer.eps={c.optimizer.eps} must be above 0, from 1.2e-38 up in float32: "
+            "rows without gradient divide by it"
         )
 
 

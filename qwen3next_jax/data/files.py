@@ -120,7 +120,9 @@ def open_text(name: str, path: epath.Path) -> TextFile:
     _refuse_parquet(path)
     suffix = path.suffix.lower()
     if suffix in (".gz", ".zst", ".zstd", ".bz2", ".xz", ".zip"):
-        raise BadFileError(f"is compressed as {suffix}, which is not read as text; unpack it")
+        raise BadFileError(
+            f"is compressed ({suffix}) by its name, and is not read as text; unpack it"
+        )
     return TextFile(name, path)
 
 

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     run = (
         functools.partial(_in_a_pipeline, options=options)
         if beam
-        else (functools.partial(_in_processes, workers=workers))
+        else functools.partial(_in_processes, workers=workers)
     )
     start = time.monotonic()
     with friendly_errors():

@@ -4,6 +4,7 @@ The harness makes requests of text: how likely is this continuation, or this who
 does the model generate up to one of these strings? `HarnessLM` answers them as the harness's `hf`
 backend does, token for token: "<|im_end|>" in a prompt is the token of that name, and a prompt too
 long for the context is truncated at its beginning. How many were is counted, logged and returned.
+Unlike there, a whole text is scored after one BOS, not two, where the tokenizer adds one by itself.
 
 Tasks are those that the harness knows by name, and the user's own YAML files. A task that executes
 generated code (`unsafe_code: true` in its file) is refused unless it is explicitly allowed.
@@ -206,9 +207,9 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without context: BOS if the tokenizer names one, else EOS."""
-        named = "bos_token" in self.tokenizer.special_tokens
-        return self.tokenizer.bos_id if named else self.tokenizer.eos_id
+        """The token before a text without context: BOS if the tokenizer has one, else EOS."""
+        has_bos = self.tokenizer.adds_bos or "bos_token" in self.tokenizer.special_tokens
+        return self.tokenizer.bos_id if has_bos else self.tokenizer.eos_id
 
     @property
     def tokenizer_name(self) -> str:

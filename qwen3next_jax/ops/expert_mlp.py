@@ -34,9 +34,7 @@ from qwen3next_jax.ops.platform import check_implementation, platform
 _EXPERTS_AT_ONCE = 32  # experts of a visit on a GPU
 _RUNS = (3, 2, 1)  # run lengths on a CPU
 _ROWS_OF_RUNS = 16  # smallest block for which runs are longer than 1
-_SUMMED_AT_ONCE = (
-    8  # partial products; each repeats the gather, and with 16 XLA copies the matrices
-)
+_SUMMED_AT_ONCE = 8  # products; each repeats the gather, and with 16 XLA copies the matrices
 
 
 def default_implementation(size: int, width: int, dtype: jnp.dtype, block: int) -> str:

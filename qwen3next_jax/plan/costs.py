@@ -250,8 +250,8 @@ def memory(
     chunk = min(config.train.loss_chunk, config.train.sequence_length // mesh["context"])
     head = (2 * 4 * (1 + bool(c.mtp_steps)) + width) * vocabulary - gradients
     head += rows * chunk * 8 * c.vocab_size / mesh["tensor"]
-    # The embedding's gradient is not scattered either. The update holds gradients three times (as
-    # computed, clipped, selected if finite), but activations and copies are freed by then.
+    # The embedding's gradient is not scattered either. The update is counted as three arrays of
+    # the gradients' size, but activations and copies are freed by then.
     update = max(2 * gradients, 2 * 4 * vocabulary) - kept - copies
     # With several micro-batches, the sum of gradients so far exists besides the current ones.
     summed = gradients if config.train.gradient_accumulation_steps > 1 else 0.0

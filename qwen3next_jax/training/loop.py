@@ -389,14 +389,27 @@ def _restore_or_initialize(
     A run without checkpoints starts from the weights of `initial_checkpoint`, or from random ones.
     """
     if store.latest_step() is None:
-        load = bool(config.train.initial_checkpoint)
-        return 0, 0, (_loaded_state if load else _random_state)(config, program)
+        given = config.train.initial_checkpoint
+        if not given:
+            return 0, 0, _random_state(config, program)
+        state = _loaded_state(config, program)
+        _check_finite(state, f"train.initial_checkpoint={given!r}", "give another one")
+        return 0, 0, state
     start, state, extras = store.restore_latest(program.state)
+    folder = store.directory / str(start)
+    _check_finite(state, f"The checkpoint {folder}", "remove it to go on from an earlier one")
     if start < config.train.num_steps:
         check_same_data(data, extras)
         batches.set_state(extras["data"])
         logging.info("Going on from the checkpoint of step %d", start)
     return start, extras["tokens"], state
+
+
+def _check_finite(state: TrainState, what: str, way_out: str) -> None:
+    if bad := first_non_finite(state.params):
+        raise NonFiniteLossError(
+            f"{what} has parameters that are not finite, first of all {bad}; {way_out}"
+        )
 
 
 def _of_all_processes(shards: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from qwen3next_jax.command import replacing
+
 
 def reporters(
     workdir: str | pathlib.Path, num_steps: int, *, start_step: int
@@ -147,12 +149,10 @@ def _open_truncated(path: pathlib.Path, last_step: int) -> TextIO:
     if not path.exists():
         return path.open("a")
     kept = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
-    beside = path.with_suffix(".tmp")
-    with beside.open("w") as file:
+    with replacing(path) as partial, partial.open("w") as file:
         file.writelines(line + "\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
     return path.open("a")
 
 

@@ -58,6 +58,8 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
 def _why_not_usable(workdir: pathlib.Path) -> str | None:
     """Why a run may not use a directory; None if it may."""
     path = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        return f"--workdir={workdir} is a file; name a directory"
     if not path.exists():
         if not has_steps(workdir):
             return None
@@ -66,7 +68,8 @@ def _why_not_usable(workdir: pathlib.Path) -> str | None:
             "or choose another --workdir"
         )
     try:
-        if "train" in json.loads(path.read_text()):
+        given = json.loads(path.read_text())
+        if isinstance(given, dict) and {"model", "data", "train"} <= given.keys():
             return None
     except ValueError:  # not even JSON
         pass
