@@ -216,7 +216,7 @@ def memory(
     """Bytes that a device holds at the peak of a step, by kind.
 
     The peak is in the backward pass of the last layer, when all layers' inputs are saved, or at the
-    head, or in the update.
+    head, or in the update: what the largest of the three holds is returned.
 
     Args:
       config: the run's config.
@@ -228,6 +228,10 @@ def memory(
     width = jnp.dtype(config.precision.compute).itemsize
     own = sum(p.own for p in params)
     gradients = 4.0 * own
+    # With several micro-batches, the sum of gradients so far exists besides the current ones.
+    summed = gradients if config.train.gradient_accumulation_steps > 1 else 0.0
+    vocabulary = c.vocab_size * c.hidden_size / mesh["tensor"]
+
     layers = [_activations(config, mixer, sparse, tokens, mesh) for mixer, sparse in c.layers]
     kept: float
     if config.train.remat != "none":
@@ -237,31 +241,35 @@ def memory(
             kept += full * tokens * c.num_attention_heads * c.head_dim * width / mesh["tensor"]
     else:
         kept = sum(layers)
-    # Copies of the weights in the compute dtype.
-    copies = own * width if width < params[0].width else 0.0
+    in_a_pass = {
+        # Copies of the weights in the compute dtype.
+        "parameters to multiply with": own * width if width < params[0].width else 0.0,
+        "kept activations": float(kept),
+    }
 
     # The backward pass of a layer, with its gathered weights and their gradients.
     gathered = sum(p.size / _ways_in_use(p, mesh) for p in params if _stacked(p))
-    layer = max(layers) + (width + 4) * gathered / c.num_hidden_layers
+    layer = in_a_pass | {
+        "gradients": gradients + summed,
+        "a layer": max(layers) + (width + 4) * gathered / c.num_hidden_layers,
+    }
     # At the head no gradients exist yet except the head's own, not yet scattered, and with MTP a
     # second one; with them are logits and their gradients in float32.
-    vocabulary = c.vocab_size * c.hidden_size / mesh["tensor"]
     rows = max(1, tokens * mesh["context"] // config.train.sequence_length)
     chunk = min(config.train.loss_chunk, config.train.sequence_length // mesh["context"])
-    head = (2 * 4 * (1 + bool(c.mtp_steps)) + width) * vocabulary - gradients
-    head += rows * chunk * 8 * c.vocab_size / mesh["tensor"]
-    # The embedding's gradient is not scattered either. The update is counted as three arrays of
-    # the gradients' size, but activations and copies are freed by then.
-    update = max(2 * gradients, 2 * 4 * vocabulary) - kept - copies
-    # With several micro-batches, the sum of gradients so far exists besides the current ones.
-    summed = gradients if config.train.gradient_accumulation_steps > 1 else 0.0
+    logits = rows * chunk * 8 * c.vocab_size / mesh["tensor"]
+    head = in_a_pass | {
+        "gradients": summed,
+        "the head": (2 * 4 * (1 + bool(c.mtp_steps)) + width) * vocabulary + logits,
+    }
+    # The update is counted as three arrays of the gradients' size. Activations and copies are freed
+    # by then. The embedding's gradient is not scattered either.
+    update = {"gradients": gradients, "the update": max(2 * gradients, 2 * 4 * vocabulary)}
+    phases: list[dict[str, float]] = [layer, head, update]
     return {
         "parameters": float(sum(p.own * p.width for p in params)),
         "optimizer state": own * optimizer_width,
-        "gradients": gradients,
-        "parameters to multiply with": copies,
-        "kept activations": float(kept),
-        "a layer, the head or the update": max(layer + summed, head + summed, update),
+        **max(phases, key=lambda phase: sum(phase.values())),
     }
 
 

@@ -195,7 +195,7 @@ class _Run:
             for step in range(self._start + 1, last + 1):
                 self._dispatch(step)
                 due, profiled = self._due(step), self._profile.ends_at(step)
-                now = self._asked_to_stop(step) or any(due) or profiled
+                now = self._poll_stop(step) or any(due) or profiled
                 while len(self._unsettled) > (0 if now else self._ahead):
                     self._settle(*self._unsettled.popleft())
                 if profiled:
@@ -267,7 +267,7 @@ class _Run:
             )
         return NonFiniteLossError(f"{problem} {left}")
 
-    def _asked_to_stop(self, step: int) -> bool:
+    def _poll_stop(self, step: int) -> bool:
         """Whether to save and leave after this step; never after the last step."""
         if not self._stopping and step < self._config.train.num_steps:
             self._stopping = self._hooks.should_stop(step)
@@ -335,17 +335,17 @@ class _Run:
                 scores = hooks.evaluate(self._program.graph, self._state.params)
             if scores:
                 self._writer.write(step, scores | self._clock.taken("evaluation"))
-            if due.save or self._asked_to_stop(step):
+            if due.save or self._poll_stop(step):
                 save()
-            if hooks.suites and due.suites and not self._asked_to_stop(step):
+            if hooks.suites and due.suites and not self._poll_stop(step):
                 with no_mesh():  # suites set the mesh themselves if they need it
                     tested = hooks.suites(self._model())
                 self._writer.write(step, tested | self._clock.taken("suites"))
-            if hooks.sample and due.sample and not self._asked_to_stop(step):
+            if hooks.sample and due.sample and not self._poll_stop(step):
                 with no_mesh():  # a few rows of text cannot be sharded over the mesh
                     self._writer.write_samples(step, hooks.sample(self._model()))
                 self._clock.spent_on("samples")
-            if not saved and self._asked_to_stop(step):
+            if not saved and self._poll_stop(step):
                 save()
         except Exception:
             # Save the step all the same; but not with several processes, since all must take part
