@@ -183,43 +183,28 @@ class Generation:
     def _read_prompts(self, structure, params):
         """Reads the prompts and draws each row's first token; returns the state and the tokens."""
         lengths = np.array([len(p) for p in self._prompts], np.int32)
-        B, longest = len(lengths), int(lengths.max())
-        pieces = _pieces(longest)
-        needed = longest + self._max_new_tokens + self._rules.drafts + 1
-        room = max(sum(pieces), needed, self._slots)
+        widths = _piece_widths(int(lengths.max()))
         model = structure.model(params)
-        place = _placement(params, B)
-        slots = -(-room // _SLOTS) * _SLOTS
-        cache = model.empty_cache(batch=B, slots=slots)
-        mtp_cache = None
-        if self._rules.drafts:
-            mtp_cache = empty_cache(model.config, FULL, batch=B, slots=slots, dtype=model.dtype)
-        caches = place((cache, mtp_cache))
-        last_hidden = place(jnp.zeros((B, model.config.hidden_size), model.dtype))
+        place = _placement(params, len(lengths))
         length = place(jnp.asarray(lengths))
-
-        padded = np.zeros((B, sum(pieces) + 1), np.int32)
-        for row, prompt in zip(padded, self._prompts, strict=True):
-            row[: len(prompt)] = prompt
-        start = 0
-        for width in pieces:
-            # A row that has been read starts after its last token, so that it has only padding.
-            first = np.minimum(lengths, start)
-            index = first[:, None] + np.arange(width + 1)
-            tokens = place(jnp.asarray(np.take_along_axis(padded, index, axis=1)))
-            first = place(jnp.asarray(first))
+        caches = place(self._empty_caches(model, widths))
+        last_hidden = place(jnp.zeros((len(lengths), model.config.hidden_size), model.dtype))
+        for tokens, first in _pieces(self._prompts, widths):
             caches, last_hidden = _prefill(
-                structure, params, caches, last_hidden, tokens, first=first, length=length
+                structure,
+                params,
+                caches,
+                last_hidden,
+                place(tokens),
+                first=place(first),
+                length=length,
             )
-            start += width
         seen = None
         if self._rules.sampling.needs_seen:
-            mask = np.zeros((B, model.config.vocab_size), bool)
+            mask = np.zeros((len(lengths), model.config.vocab_size), bool)
             for row, prompt in zip(mask, self._prompts, strict=True):
                 row[prompt] = True
             seen = place(jnp.asarray(mask))
-        budget = place(jnp.full(B, self._max_new_tokens, jnp.int32))
-        key = jax.random.key(self._seed)
         return _begin(
             structure,
             self._rules,
@@ -228,9 +213,19 @@ class Generation:
             last_hidden,
             length=length,
             seen=seen,
-            budget=budget,
-            key=key,
+            budget=place(jnp.full(len(lengths), self._max_new_tokens, jnp.int32)),
+            key=jax.random.key(self._seed),
         )
+
+    def _empty_caches(self, model, widths):
+        """The decoder's cache and its MTP module's, the latter None without speculation."""
+        B, longest = len(self._prompts), max(map(len, self._prompts))
+        needed = longest + self._max_new_tokens + self._rules.drafts + 1
+        slots = -(-max(sum(widths), needed, self._slots) // _SLOTS) * _SLOTS
+        mtp_cache = None
+        if self._rules.drafts:
+            mtp_cache = empty_cache(model.config, FULL, batch=B, slots=slots, dtype=model.dtype)
+        return model.empty_cache(batch=B, slots=slots), mtp_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -478,11 +473,30 @@ def _unstacking(stacked: _Structure):
     return split
 
 
-def _pieces(longest: int) -> list[int]:
+def _piece_widths(longest: int) -> list[int]:
     """Widths of the prefill steps; few different ones, since each is compiled."""
     whole, rest = divmod(longest, _PREFILL)
     last = [max(16, 1 << (rest - 1).bit_length())] if rest else []
     return [_PREFILL] * whole + last
+
+
+def _pieces(prompts, widths):
+    """Yields each prefill step's tokens [B, width + 1] and their first positions [B].
+
+    The last token is that which follows the step's, for MTP.
+    """
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    padded = np.zeros((len(prompts), sum(widths) + 1), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    start = 0
+    for width in widths:
+        # A row that has been read starts after its last token, so that it has only padding.
+        first = np.minimum(lengths, start)
+        index = first[:, None] + np.arange(width + 1)
+        tokens = np.take_along_axis(padded, index, axis=1)
+        yield jnp.asarray(tokens), jnp.asarray(first)
+        start += width
 
 
 def _rows(tokens, counts) -> list[list[int]]:
