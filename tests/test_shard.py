@@ -113,6 +113,12 @@ def write_lines(path, texts, bad):
     path.write_text("\n".join(lines))
 
 
+def load_lines(path, tokenizer_file, **options):
+    """The data of JSONL files, by `load_data`."""
+    given = dict(tokenizer=tokenizer_file, vocab_size=300, trained_tokenizer="")
+    return load_data(source="jsonl", path=str(path), **given, **options)
+
+
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_what_is_skipped_or_truncated_is_counted_and_nothing_else_is_missing(
     packing, tmp_path, tokenizer_file, monkeypatch
@@ -125,20 +131,11 @@ def test_what_is_skipped_or_truncated_is_counted_and_nothing_else_is_missing(
     bad = [(3, "no JSON"), (17, '{"text": ""}'), (40, '{"other": 1}')]
     write_lines(tmp_path / "a.jsonl", texts, bad)
     (tmp_path / "b.jsonl.gz").write_bytes(b"truncated")
-    given = dict(
-        source="jsonl",
-        path=f"{tmp_path}/*.jsonl*",
-        tokenizer=tokenizer_file,
-        holdout_fraction=0.1,
-        vocab_size=300,
-        trained_tokenizer="",
-        packing=packing,
-        window_rows=4,
-        num_shards=2,
-    )
+    given = (tmp_path / "*.jsonl*", tokenizer_file)
+    options = dict(holdout_fraction=0.1, packing=packing, window_rows=4, num_shards=2)
     with pytest.raises(ValueError, match=r"b\.jsonl\.gz: is truncated or no gzip"):
-        load_data(**given)
-    data = load_data(**given, on_error="skip", too_long="truncate")
+        load_lines(*given, **options)
+    data = load_lines(*given, **options, on_error="skip", too_long="truncate")
     assert data.skipped_files == 1
     records = data.train[0].records
     usable = [i for i in range(len(records)) if _usable(records, i)]
@@ -160,7 +157,7 @@ def test_what_is_skipped_or_truncated_is_counted_and_nothing_else_is_missing(
     assert too_long
     if packing == "best_fit":
         assert metrics["truncated_records"] >= 2 * too_long
-        strict = load_data(**given, on_error="skip")
+        strict = load_lines(*given, **options, on_error="skip")
         strict_batches = training_batches(strict, batch_size=2, sequence_length=64, seed=0)
         for _ in range(20):
             next(strict_batches)
@@ -181,15 +178,7 @@ def _usable(records, i):
 
 def test_a_bad_record_stops_a_run_that_does_not_skip(tmp_path, tokenizer_file):
     write_lines(tmp_path / "a.jsonl", make_texts(30), [(3, '{"text": ""}')])
-    given = dict(
-        source="jsonl",
-        path=f"{tmp_path}/*.jsonl",
-        tokenizer=tokenizer_file,
-        holdout_fraction=0.1,
-        vocab_size=300,
-        trained_tokenizer="",
-    )
-    data = load_data(**given)
+    data = load_lines(tmp_path / "*.jsonl", tokenizer_file, holdout_fraction=0.1)
     batches = training_batches(data, batch_size=1, sequence_length=64, seed=0)
     with pytest.raises(BadRecordError, match=r"a\.jsonl:4: is an empty document"):
         list(itertools.islice(batches, 50))
@@ -197,14 +186,8 @@ def test_a_bad_record_stops_a_run_that_does_not_skip(tmp_path, tokenizer_file):
 
 def test_a_document_longer_than_a_row_is_named_where_documents_stay_whole(tmp_path, tokenizer_file):
     write_lines(tmp_path / "a.jsonl", ["word " * 100] * 20, [])
-    data = load_data(
-        source="jsonl",
-        path=f"{tmp_path}/a.jsonl",
-        tokenizer=tokenizer_file,
-        holdout_fraction=0.2,
-        vocab_size=300,
-        trained_tokenizer="",
-        packing="best_fit",
+    data = load_lines(
+        tmp_path / "a.jsonl", tokenizer_file, holdout_fraction=0.2, packing="best_fit"
     )
     batches = training_batches(data, batch_size=1, sequence_length=64, seed=0)
     with pytest.raises(BadRecordError, match=r"a\.jsonl:\d+: has \d+ tokens, more than a row of"):
@@ -214,13 +197,10 @@ def test_a_document_longer_than_a_row_is_named_where_documents_stay_whole(tmp_pa
 def test_a_truncated_document_keeps_as_many_of_its_tokens_as_a_row_has(tmp_path, tokenizer_file):
     text = " ".join(f"word {i}" for i in range(60))
     write_lines(tmp_path / "a.jsonl", [text] * 20, [])
-    data = load_data(
-        source="jsonl",
-        path=f"{tmp_path}/a.jsonl",
-        tokenizer=tokenizer_file,
+    data = load_lines(
+        tmp_path / "a.jsonl",
+        tokenizer_file,
         holdout_fraction=0.2,
-        vocab_size=300,
-        trained_tokenizer="",
         packing="best_fit",
         too_long="truncate",
     )
@@ -234,15 +214,7 @@ def test_a_truncated_document_keeps_as_many_of_its_tokens_as_a_row_has(tmp_path,
 
 def test_a_shard_without_a_usable_record_ends_the_run(tmp_path, tokenizer_file):
     write_lines(tmp_path / "a.jsonl", [], [(0, "bad")] * 20)
-    data = load_data(
-        source="jsonl",
-        path=f"{tmp_path}/a.jsonl",
-        tokenizer=tokenizer_file,
-        holdout_fraction=0.2,
-        vocab_size=300,
-        trained_tokenizer="",
-        on_error="skip",
-    )
+    data = load_lines(tmp_path / "a.jsonl", tokenizer_file, holdout_fraction=0.2, on_error="skip")
     batches = training_batches(data, batch_size=1, sequence_length=64, seed=0)
     with pytest.raises(ValueError, match="None of a shard's records of 'jsonl' can be used"):
         next(batches)
@@ -251,15 +223,7 @@ def test_a_shard_without_a_usable_record_ends_the_run(tmp_path, tokenizer_file):
 @pytest.mark.parametrize("seed", range(8))
 def test_one_usable_record_of_a_shard_is_enough(seed, tmp_path, tokenizer_file):
     write_lines(tmp_path / "a.jsonl", ["good"], [(i, "bad") for i in range(4)])
-    data = load_data(
-        source="jsonl",
-        path=f"{tmp_path}/a.jsonl",
-        tokenizer=tokenizer_file,
-        holdout_fraction=0.5,
-        vocab_size=300,
-        trained_tokenizer="",
-        on_error="skip",
-    )
+    data = load_lines(tmp_path / "a.jsonl", tokenizer_file, holdout_fraction=0.5, on_error="skip")
     every = dataclasses.replace(data.train[0], records=open_source("jsonl", f"{tmp_path}/a.jsonl"))
     data = dataclasses.replace(data, train=[every])
     batches = training_batches(data, batch_size=1, sequence_length=64, seed=seed)
