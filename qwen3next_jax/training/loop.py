@@ -406,6 +406,7 @@ def _restore_or_initialize(
 
 
 def _check_finite(state: TrainState, what: str, way_out: str) -> None:
+    exchange(None)  # one process may have read its share long before another
     if bad := first_non_finite(state.params):
         raise NonFiniteLossError(
             f"{what} has parameters that are not finite, first of all {bad}; {way_out}"
