@@ -7,7 +7,7 @@ import pytest
 from launched import TESTS, run_python
 
 from qwen3next_jax.parallel import expert
-from qwen3next_jax.parallel.expert import _cumsum, _order, _plan, apply_experts
+from qwen3next_jax.parallel.expert import _cumsum, _order, _plan, _route, apply_experts
 
 E, D = 6, 5
 # Of each token its experts; experts 2 and 5 get no token, expert 0 gets every one.
@@ -55,6 +55,18 @@ def test_rows_and_assignments_find_each_other_on_every_platform(alignment, monke
                 assert plan.row.reshape(-1)[assignment] == row
                 assert EXPERTS.T.reshape(-1)[assignment] == np.searchsorted(ends, row, side="right")
         assert sorted(plan.assignment)[: EXPERTS.size] == list(range(EXPERTS.size))
+
+
+def test_the_route_of_the_docstring_s_example():
+    counts = jnp.array([[[2, 1], [0, 1]], [[1, 2], [3, 0]]])
+    route = _route(counts, jnp.array(0), rows=6, buffer=12, alignment=1)
+    assert route.sent.tolist() == [[2, 1], [0, 1]]
+    assert route.first.tolist() == [[0, 2], [3, 3]]
+    assert route.slot.tolist() == [[0, 3], [0, 3]]
+    assert route.received.tolist() == [[2, 1], [1, 2]]
+    assert route.received_slot.tolist() == [[0, 3], [2, 4]]
+    rows = np.array([*"aabd..", *"ABBCCC", "-"])  # six of each device, and what empty slots read
+    assert "".join(rows[route.source_of_slot]).rstrip("-") == "aaAbBB"
 
 
 @pytest.mark.parametrize("alignment", [1, 64])

@@ -269,6 +269,12 @@ def _route(
 ) -> _Route:
     """Computes the route of device `me`.
 
+    For example, device 0 has the rows a a b d and device 1 A B B C C C, with experts a and b on
+    device 0, c and d on device 1. Then counts = [[[2, 1], [0, 1]], [[1, 2], [3, 0]]]; the slots of
+    device 0 receive a a A b B B and those of device 1 C C C d. On device 0 `sent` is
+    [[2, 1], [0, 1]] from the rows `first` = [[0, 2], [3, 3]] to the slots [[0, 3], [0, 3]], and
+    `received` is [[2, 1], [1, 2]] into the slots [[0, 3], [2, 4]].
+
     Args:
       counts: number of rows of each source (first axis) for each destination's experts.
       me: index of this device.
