@@ -227,19 +227,12 @@ class ModelConfig:
 
     @classmethod
     def _from_mapping(cls, given: dict[str, Any], *, refuse_unknown: bool) -> "ModelConfig":
-        model_type = given.get("model_type")
-        if model_type not in ("qwen3_next", "qwen3"):
-            ours = (
-                "; this is a work directory of ours, which load_checkpoint and convert to-hf read"
-            )
-            raise ValueError(
-                f"model_type={model_type!r} is not supported; expected 'qwen3_next' or 'qwen3'"
-                + (ours if "model" in given else "")
-            )
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        _check_model_type(given)
+        dense = given["model_type"] == "qwen3"
         kept = given.get("extra") or {}  # where a run's config stores keys the model does not read
         if not isinstance(kept, Mapping):
             raise ValueError(f"extra={kept!r} must be a mapping")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
         # A null counts as absent, except in keys that are only kept.
         read = fields.keys() | {"rope_parameters"}
         given = {
@@ -248,25 +241,15 @@ class ModelConfig:
         for key, only in _FIXED.items():
             if (value := given.get(key, only)) != only:
                 raise ValueError(f"{key}={value!r} is not supported; expected {only!r}")
-        if model_type == "qwen3":
-            if given.get("use_sliding_window"):
-                raise ValueError("use_sliding_window=true is not supported; set it to false")
-            given = {**given, **{k: given.get(k, v) for k, v in _QWEN3.items()}}
-            given.pop("layer_types", None)
+        if dense:
+            given = _with_what_qwen3_lacks(given)
         _to_released_dialect(given)
-        if model_type == "qwen3":
-            for key, only in _QWEN3.items():
-                # A qwen3 config.json has no such key, so the value could not be written back.
-                if key not in cls.NOT_IN_HF and given[key] != only:
-                    raise ValueError(
-                        f"{key}={given[key]!r} is not supported where model_type='qwen3', a dense "
-                        f"model; expected {only!r}, or leave it out"
-                    )
+        if dense:
+            _check_what_qwen3_lacks(given)
         _fill_in_implied(given)
 
-        known = {k: v for k, v in given.items() if k in fields}
+        known = frozen(cls, {k: v for k, v in given.items() if k in fields})
         unknown = {k: v for k, v in given.items() if k not in known}
-        known = frozen(cls, known)
         problems = [
             f"{key}={value!r} must be of type {kind.__name__}"
             for key, value in known.items()
@@ -305,6 +288,35 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """`to_hf` with the fields of `NOT_IN_HF` added; `from_hf` reads it back."""
         return {**self.to_hf(), **{name: getattr(self, name) for name in self.NOT_IN_HF}}
+
+
+def _check_model_type(given: Mapping[str, Any]) -> None:
+    model_type = given.get("model_type")
+    if model_type not in ("qwen3_next", "qwen3"):
+        ours = "; this is a work directory of ours, which load_checkpoint and convert to-hf read"
+        raise ValueError(
+            f"model_type={model_type!r} is not supported; expected 'qwen3_next' or 'qwen3'"
+            + (ours if "model" in given else "")
+        )
+
+
+def _with_what_qwen3_lacks(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A dense model's config with the keys of `_QWEN3`, at the values that switch them off."""
+    if given.get("use_sliding_window"):
+        raise ValueError("use_sliding_window=true is not supported; set it to false")
+    filled = {**given, **{key: given.get(key, value) for key, value in _QWEN3.items()}}
+    filled.pop("layer_types", None)
+    return filled
+
+
+def _check_what_qwen3_lacks(given: Mapping[str, Any]) -> None:
+    for key, only in _QWEN3.items():
+        # A qwen3 config.json has no such key, so the value could not be written back.
+        if key not in ModelConfig.NOT_IN_HF and given[key] != only:
+            raise ValueError(
+                f"{key}={given[key]!r} is not supported where model_type='qwen3', a dense model; "
+                f"expected {only!r}, or leave it out"
+            )
 
 
 def _to_released_dialect(given: dict[str, Any]) -> None:
