@@ -17,6 +17,7 @@ count once and are listed too.
 import dataclasses
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from qwen3next_jax.plan.chips import Chip
 
@@ -33,9 +34,7 @@ _COLLECTIVE = re.compile(
 _MOVES = re.compile(
     r"= (\(.*?\)|\S+) (fusion|gather|scatter|sort|reshape|concatenate|dynamic-update-slice)\("
 )
-_KERNEL_COST = re.compile(
-    r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"'
-)
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,49 +64,68 @@ def estimate(text: str, chip: Chip) -> Estimate:
     """
     computations, entry = _computations(text)
     runs, unknown = _runs(computations, entry)
-    seconds: dict[str, float] = defaultdict(float)
-    uncosted: Counter[str] = Counter({f"loop of unknown length: {u}": 1 for u in unknown})
-    sent: dict[str, float] = defaultdict(float)
-    unmeasured: dict[str, float] = defaultdict(float)
-    fusions = kernels = 0.0
+    fusions: dict[str, float] = defaultdict(float)  # seconds, by label
+    kernels: dict[str, float] = defaultdict(float)  # seconds, by label
+    sent: dict[str, float] = defaultdict(float)  # bytes, by kind of collective
+    moved: dict[str, float] = defaultdict(float)  # bytes written in an unknown time, by label
+    uncosted = Counter({f"loop of unknown length: {label}": 1 for label in unknown})
     for name, times in runs.items():
         for line in computations.get(name, ()):
             if cycles := re.search(r'estimated_cycles":"?(\d+)', line):
-                spent = times * int(cycles[1]) / chip.clock
-                fusions += spent
-                seconds[_label(line)] += spent
+                fusions[_label(line)] += times * int(cycles[1]) / chip.clock
             elif move := _MOVES.search(line):
-                unmeasured[_label(line)] += times * _bytes(move[1])
-            if collective := _COLLECTIVE.search(line):
-                shapes, kind, starts = collective.groups()
-                # A reduce-scatter's larger side is its input; an async start lists both sides.
-                size = _bytes(shapes) * (_group(line) if kind == "reduce-scatter" else 1)
-                sent[kind] += times * size / (2 if starts else 1)
-            if 'custom_call_target="tpu_custom_call"' in line:
-                if cost := _KERNEL_COST.search(line):
-                    flops, moved = map(int, cost.groups())
-                    spent = max(flops / chip.flops, moved / chip.hbm_bandwidth)
-                    spent *= times / _KERNEL_EFFICIENCY
-                    kernels += spent
-                    seconds[_label(line)] += spent
-                else:
+                moved[_label(line)] += times * _bytes(move[1])
+            if collective := _collective(line):
+                kind, size = collective
+                sent[kind] += times * size
+            if _KERNEL in line:
+                seconds = _kernel_seconds(line, chip)
+                if seconds is None:
                     uncosted[_label(line)] += times
+                else:
+                    kernels[_label(line)] += times * seconds
             elif re.search(r'custom_call_target="(InvertDiag|Triangular)', line):
                 uncosted["triangular solve"] += times
-    for label, written in sorted(unmeasured.items(), key=lambda item: -item[1]):
+    fusion_seconds, kernel_seconds = sum(fusions.values(), 0.0), sum(kernels.values(), 0.0)
+
+    def largest_first(values: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+        return sorted(values, key=lambda item: -item[1])
+
+    for label, written in largest_first(moved.items()):
         needed = 2 * written / chip.hbm_bandwidth
-        if needed > (fusions + kernels) / 1000:
-            uncosted[
-                f"{label}: {written / 1e9:.1f} GB written, {needed:.3f} s of memory traffic"
-            ] += 1
+        if needed > (fusion_seconds + kernel_seconds) / 1000:
+            needs = f"{written / 1e9:.1f} GB written, {needed:.3f} s of memory traffic"
+            uncosted[f"{label}: {needs}"] += 1
     return Estimate(
-        fusions,
-        kernels,
-        sum(sent.values()) / chip.ici_bandwidth,
-        dict(sent),
-        sorted(seconds.items(), key=lambda item: -item[1])[:12],
-        [f"{name} ({n} times)" if n > 1 else name for name, n in uncosted.most_common()],
+        fusion_seconds=fusion_seconds,
+        kernel_seconds=kernel_seconds,
+        collective_seconds=sum(sent.values()) / chip.ici_bandwidth,
+        collective_bytes=dict(sent),
+        dominant=largest_first([*fusions.items(), *kernels.items()])[:12],
+        uncosted=[f"{name} ({n} times)" if n > 1 else name for name, n in uncosted.most_common()],
     )
+
+
+def _kernel_seconds(line: str, chip: Chip) -> float | None:
+    """The time of a Pallas kernel by its stated costs; None if it states none."""
+    cost = re.search(
+        r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"', line
+    )
+    if not cost:
+        return None
+    operations, moved = map(int, cost.groups())
+    return max(operations / chip.flops, moved / chip.hbm_bandwidth) / _KERNEL_EFFICIENCY
+
+
+def _collective(line: str) -> tuple[str, float] | None:
+    """The kind of a collective and the bytes of its larger side; None for other instructions."""
+    found = _COLLECTIVE.search(line)
+    if not found:
+        return None
+    shapes, kind, starts = found.groups()
+    # A reduce-scatter's larger side is its input; an async start lists both sides.
+    size = _bytes(shapes) * (_group(line) if kind == "reduce-scatter" else 1)
+    return kind, size / (2 if starts else 1)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
