@@ -53,17 +53,18 @@ def check_costs(program):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("topology", "tokens", "dtype"),
+    ("topology", "tokens", "head_size", "dtype"),
     [
-        ("v5p:2x2x1", 4096, "bfloat16"),
-        ("v6e:2x2", 32768, "bfloat16"),
-        ("v5p:2x2x1", 256, "float32"),
+        ("v5p:2x2x1", 4096, 128, "bfloat16"),
+        ("v5p:2x2x1", 4096, 64, "bfloat16"),  # padded
+        ("v6e:2x2", 32768, 128, "bfloat16"),
+        ("v5p:2x2x1", 256, 128, "float32"),
     ],
 )
 def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chunk(
-    topology, tokens, dtype
+    topology, tokens, head_size, dtype
 ):
-    keys, values = ((1, tokens, heads, 128) for heads in (16, 32))
+    keys, values = ((1, tokens, heads, head_size) for heads in (16, 32))
     gates = ((1, tokens, 32), jnp.float32)
     program = compiled(
         delta_rule_gradients,

@@ -39,11 +39,6 @@ _HEADS = 2  # key heads of a program; independent chains of products hide each o
 _OUT = -1e30  # masked exponent, whose exp is 0
 
 
-def can_compile(key_size: int, value_size: int) -> bool:
-    """Whether a TPU supports heads of these sizes, which must be multiples of its lanes."""
-    return key_size % LANES == 0 and value_size % LANES == 0
-
-
 def delta_rule(
     q: Float[Array, "B T K H"],
     k: Float[Array, "B T K H"],
@@ -56,6 +51,9 @@ def delta_rule(
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]:
     """Runs the kernels; on a CPU they are interpreted, for tests only.
 
+    Heads are padded with zeros to whole vectors of a TPU, of 128 lanes. The delta rule never writes
+    to the padded rows and columns of the state.
+
     Args:
       q, k, v: queries, keys and values of one dtype, which determines the products' precision.
       g, beta: log decays and write strengths, float32.
@@ -65,17 +63,12 @@ def delta_rule(
 
     Returns:
       Outputs in v's dtype, and the state after the last token in float32.
-
-    Raises:
-      ValueError: on a TPU, for head sizes that it does not support.
     """
-    B, T, K, H = k.shape
-    N, P = v.shape[2:]
-    if platform() != "cpu" and not can_compile(H, P):
-        raise ValueError(
-            f"implementation='pallas' needs head sizes that are multiples of {LANES}, got {H} for "
-            f"keys and {P} for values; use 'chunked'"
-        )
+    T, K = k.shape[1:3]
+    sizes = state.shape
+    q, k, v = (_padded(x, -1, LANES) for x in (q, k, v))
+    state = _padded(_padded(state, -1, LANES), -2, LANES)
+    B, N, H, P = state.shape
     R, padding = N // K, -T % CHUNK
 
     def pad(x, mode="constant"):
@@ -91,7 +84,15 @@ def delta_rule(
     state = state.reshape(B, K, R, H, P).swapaxes(2, 3).reshape(B, K, H, R * P)
     out, state = _delta_rule(q, k, v, gates, marks, state)
     state = state.reshape(B, K, H, R, P).swapaxes(2, 3).reshape(B, N, H, P)
-    return out.swapaxes(1, 2)[:, :T], state
+    H, P = sizes[2:]
+    return out.swapaxes(1, 2)[:, :T, :, :P], state[:, :, :H, :P]
+
+
+def _padded(x, axis, multiple):
+    """Appends zeros along an axis, up to a multiple of that size."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths)
 
 
 def _marks(segments, before):
