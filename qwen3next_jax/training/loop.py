@@ -261,7 +261,7 @@ class _Run:
             folder = self._workdir / "checkpoints"
             left = (
                 f"The last good checkpoint, of step {last_good}, is in {folder}. The same command "
-                "goes on from it, which helps if the machine was at fault: the same steps follow. "
+                "goes on from it by the same steps, which helps only if the machine was at fault. "
                 "Else give another --workdir, a lower --config.optimizer.learning_rate, and "
                 f"--config.train.initial_checkpoint={folder / str(last_good)}."
             )

@@ -65,9 +65,9 @@ def delta_rule(
       Outputs in v's dtype, and the state after the last token in float32.
     """
     T, K = k.shape[1:3]
-    sizes = state.shape
-    q, k, v = (_padded(x, -1, LANES) for x in (q, k, v))
-    state = _padded(_padded(state, -1, LANES), -2, LANES)
+    key_size, value_size = state.shape[2:]
+    q, k, v = (_whole_vectors(x, -1) for x in (q, k, v))
+    state = _whole_vectors(state, -2, -1)
     B, N, H, P = state.shape
     R, padding = N // K, -T % CHUNK
 
@@ -84,14 +84,15 @@ def delta_rule(
     state = state.reshape(B, K, R, H, P).swapaxes(2, 3).reshape(B, K, H, R * P)
     out, state = _delta_rule(q, k, v, gates, marks, state)
     state = state.reshape(B, K, H, R, P).swapaxes(2, 3).reshape(B, N, H, P)
-    H, P = sizes[2:]
-    return out.swapaxes(1, 2)[:, :T, :, :P], state[:, :, :H, :P]
+    out = out.swapaxes(1, 2)[:, :T, :, :value_size]
+    return out, state[:, :, :key_size, :value_size]
 
 
-def _padded(x, axis, multiple):
-    """Appends zeros along an axis, up to a multiple of that size."""
+def _whole_vectors(x, *axes):
+    """Appends zeros along the axes, up to multiples of a vector's size."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % multiple)
+    for axis in axes:
+        widths[axis] = (0, -x.shape[axis] % LANES)
     return jnp.pad(x, widths)
 
 
