@@ -19,13 +19,14 @@ Numerical hazards; everything here is computed in float32, whatever the inputs' 
 - Documents packed in a row end anywhere in a chunk: Γ, γ, d and γ_C are zero across a boundary.
 
 A row may be sharded into stretches on different devices (`gated_delta_rule_stretch`). A stretch
-maps its incoming state S to M S + B, with M the product of its tokens' exp(g)(I − β k kᵀ). The
-chunks map the columns [I | 0] to [M | B], without queries. So each device first computes its M and
-B, then receives its incoming state, then computes outputs. The maps are composed across devices by
-a scan that the caller passes in. In the backward pass the gradients of states flow through Mᵀ in
-the same way. This costs an additional pass over the chunks' writes, with H + P columns instead of
-P, and one over their gradients. The alternative is to carry H more columns through the usual pass
-and compute the outputs from them, which costs as many products and twice the memory for states.
+maps its incoming state S to M S + B, with M the product of its tokens' exp(g)(I − β k kᵀ): any
+implementation gives M as the state after the stretch if the state before is I and values are zero,
+and B if the state before is zero. So each device first computes its M and B, then receives its
+incoming state, then computes outputs. The maps are composed across devices by a scan that the
+caller passes in. In the backward pass the gradients of states flow through Mᵀ in the same way: a
+first pass gives what the stretch adds to them, a second one the gradients. The alternative is to
+carry H more columns through one pass and compute the outputs from them, which takes a backward pass
+of its own for each implementation and twice the memory for states.
 
 "chunked" consists of XLA operations, for all platforms. "pallas" computes the same in kernels that
 keep the states in a TPU's vector memory (`pallas/delta_rule.py`). "hopper" uses XLA operations
@@ -102,26 +103,9 @@ def gated_delta_rule(
 
     Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
-    implementations = {
-        "chunked": _chunked,
-        "pallas": kernels.delta_rule,
-        "hopper": _by_hopper,
-        "reference": _recurrent,
-    }
-    if implementation is None:
-        implementation = default_implementation(k.shape[-1], v.shape[-1], v.dtype)
-    check_implementation(implementation, *implementations)
-    return _apply(
-        implementations[implementation],
-        q,
-        k,
-        v,
-        log_decay,
-        beta,
-        segment_ids,
-        initial_state,
-        jnp.zeros(len(q), jnp.int32),
-    )
+    before = jnp.zeros(len(q), jnp.int32)
+    gates = log_decay, beta
+    return _apply(implementation, None, q, k, v, *gates, segment_ids, initial_state, before)
 
 
 Scan = Callable[..., Any]
@@ -136,13 +120,15 @@ def gated_delta_rule_stretch(
     beta: Float[Array, "B T N"],
     segment_ids: Int[Array, "B T"] | None,
     initial_state: Float[Array, "B N H P"] | None,
+    implementation: str | None,
     scan: Scan,
 ) -> tuple[Float[Array, "B T N P"], Float[Array, "B N H P"]]:
-    """Applies `gated_delta_rule`, "chunked", to one stretch of rows that are sharded over devices.
+    """Applies `gated_delta_rule` to one stretch of rows that are sharded over devices.
 
     Args:
       q, k, v, log_decay, beta, segment_ids: arguments of `gated_delta_rule`, for this stretch.
       initial_state: state before the row on the row's first stretch; zeros or None on the others.
+      implementation: argument of `gated_delta_rule`.
       scan: function `scan(combine, x, reverse=False)`. It returns the x of all stretches before
         this one, combined pairwise by the associative `combine(earlier, later)`, and zeros on the
         first stretch; with `reverse`, of all stretches after this one. Zeros as `earlier` must
@@ -157,15 +143,24 @@ def gated_delta_rule_stretch(
         # The incoming state is that of the last document that has a token before this stretch.
         last = _spread_over_padding(segment_ids, jnp.zeros(len(q), jnp.int32))[:, -1]
         before = scan(lambda earlier, later: jnp.where(later == 0, earlier, later), last)
-    compute = functools.partial(_chunked, scan=scan)
-    return _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before)
+    gates = log_decay, beta
+    return _apply(implementation, scan, q, k, v, *gates, segment_ids, initial_state, before)
 
 
-def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before):
+def _apply(implementation, scan, q, k, v, log_decay, beta, segment_ids, initial_state, before):
     """Checks and masks the arguments of an implementation and runs it in float32.
 
     `before` [B] is the segment id of the document that the incoming state belongs to; 0: none.
     """
+    implementations = {
+        "chunked": _chunked,
+        "pallas": kernels.delta_rule,
+        "hopper": _by_hopper,
+        "reference": _recurrent,
+    }
+    if implementation is None:
+        implementation = default_implementation(k.shape[-1], v.shape[-1], v.dtype)
+    check_implementation(implementation, *implementations)
     check_shape("q", q, "B", "T", "K", "H")
     B, T, K, H = q.shape
     require_tokens(B, T)
@@ -195,10 +190,13 @@ def _apply(compute, q, k, v, log_decay, beta, segment_ids, initial_state, before
 
     # The kernels multiply bfloat16 values as they are and document their precision; the other
     # implementations compute everything in float32.
-    bfloat16 = compute in (kernels.delta_rule, _by_hopper) and v.dtype == jnp.bfloat16
+    bfloat16 = implementation in ("pallas", "hopper") and v.dtype == jnp.bfloat16
     q, k, values = (x.astype(jnp.bfloat16 if bfloat16 else jnp.float32) for x in (q, k, v))
     g, beta, state = (x.astype(jnp.float32) for x in (log_decay, beta, initial_state))
     g = jnp.maximum(g, -1e30)  # spans are products with masks of 0 and 1, and 0 · −∞ is NaN
+    compute = implementations[implementation]
+    if scan is not None:
+        compute = functools.partial(_stretch, compute, scan)
     out, state = compute(q, k, values, g, beta, segments, before, state)
     if real is not None:
         out = _where_real(out, real)
@@ -234,6 +232,50 @@ def _spread_over_padding(
     source = jnp.where(last_real < 0, jnp.argmax(real, axis=1, keepdims=True), last_real)
     spread = jnp.take_along_axis(segment_ids, source, axis=1)
     return jnp.where((last_real < 0) & (before != 0)[:, None], before[:, None], spread)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _stretch(compute, scan, q, k, v, g, beta, segments, before, state):
+    """Applies an implementation to a stretch, whose incoming state `scan` makes of the others'."""
+    given = q, k, v, g, beta, segments, before
+    return compute(*given, _incoming(compute, scan, *given, state)[0])
+
+
+def _stretch_forward(compute, scan, q, k, v, g, beta, segments, before, state):
+    def rule(q, k, v, g, beta, state):
+        return compute(q, k, v, g, beta, segments, before, state)
+
+    state, transition = _incoming(compute, scan, q, k, v, g, beta, segments, before, state)
+    results, pullback = jax.vjp(rule, q, k, v, g, beta, state)
+    return results, (pullback, transition)
+
+
+def _stretch_backward(compute, scan, residuals, cotangents):
+    pullback, transition = residuals
+    d_out, d_final = cotangents
+    added = pullback((d_out, d_final))[-1]
+    d_final += scan(_compose, (transition.swapaxes(-1, -2), added), reverse=True)[1]
+    *d_arrays, d_state = pullback((d_out, d_final))
+    return *d_arrays, None, None, d_state
+
+
+_stretch.defvjp(_stretch_forward, _stretch_backward)
+
+
+def _incoming(compute, scan, q, k, v, g, beta, segments, before, state):
+    """The state that comes into the stretch, and M of the stretch's map S → M S + B."""
+    H = k.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(H, dtype=jnp.float32), (*state.shape[:-1], H))
+    nothing = jnp.zeros((*v.shape[:-1], H), v.dtype)
+    _, transition = compute(q, k, nothing, g, beta, segments, before, identity)
+    _, added = compute(q, k, v, g, beta, segments, before, state)
+    return state + scan(_compose, (transition, added))[1], transition
+
+
+def _compose(earlier, later):
+    """The composition of two maps (M, B)."""
+    dot = functools.partial(jnp.einsum, "bnhi,bnip->bnhp", precision=_HIGHEST)
+    return dot(later[0], earlier[0]), dot(later[0], earlier[1]) + later[1]
 
 
 def _recurrent(q, k, v, g, beta, segments, before, state):
@@ -312,13 +354,12 @@ def _split(x, *heads, chunk, mode="constant"):
     return x.transpose(1, 0, *range(3, 3 + len(heads)), 2, *range(3 + len(heads), x.ndim))
 
 
-def _chunked(q, k, v, g, beta, segments, before, state, scan=None):
+def _chunked(q, k, v, g, beta, segments, before, state):
     B, T, K, H = k.shape
     N, P = v.shape[2:]
     chunk = min(_chunk_size(H), max(_BLOCK, 1 << (T - 1).bit_length()))
     split, R = functools.partial(_split, chunk=chunk), N // K
     out, state = _chunks(
-        scan,
         split(q, K),
         split(k, K),
         split(v, K, R),
@@ -347,65 +388,34 @@ def _chunk_size(key_size):
 # q, k [Z B K C H], v [Z B K R C P], g, beta [Z B K R C], segments [Z B C], states [B K R H P].
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunks(scan, q, k, v, g, beta, segments, before, state):
-    return _chunks_forward(scan, q, k, v, g, beta, segments, before, state)[0]
+@jax.custom_vjp
+def _chunks(q, k, v, g, beta, segments, before, state):
+    return _chunks_forward(q, k, v, g, beta, segments, before, state)[0]
 
 
-def _chunks_forward(scan, q, k, v, g, beta, segments, before, state):
+def _chunks_forward(q, k, v, g, beta, segments, before, state):
     decay = _decays(g, segments, before)
     inverse = _unit_lower_inverse(beta[..., None] * _key_products(k, decay))
     scores = _score(q, k, decay)
 
-    transition = None
-    if scan is not None:
-        transition, added = _as_map(k, v, beta, inverse, decay, state)
-        state += scan(_compose, (transition, added))[1]
-
     def step(state, chunk):
-        q, scores, *written = chunk
-        after, new = _write(state, *written)
-        start = written[4]
+        q, scores, k, v, beta, inverse, start, end, whole = chunk
+        errors = v - start[..., None] * small_products("bkch,bkrhp->bkrcp", k, state)
+        scaled = beta[..., None] * errors
+        new = small_products("bkrcd,bkrdp->bkrcp", inverse, scaled, precision=_HIGH)
+        after = whole[..., None, None] * state
+        after += small_products("bkch,bkrcp->bkrhp", k, end[..., None] * new)
         out = start[..., None] * small_products("bkch,bkrhp->bkrcp", q, state)
         out += small_products("bkrcd,bkrdp->bkrcp", scores, new, precision=_HIGH)
         return after, (out, state)
 
     chunks = (q, scores, k, v, beta, inverse, *decay[1:])
     final, (out, states) = jax.lax.scan(step, state, chunks)
-    return (out, final), (q, k, v, g, beta, segments, before, inverse, states, transition)
+    return (out, final), (q, k, v, g, beta, segments, before, inverse, states)
 
 
-def _write(state, k, v, beta, inverse, start, end, whole):
-    """The state after a chunk, and the values Vn [B K R C P] that its tokens write."""
-    errors = v - start[..., None] * small_products("bkch,bkrhp->bkrcp", k, state)
-    new = small_products("bkrcd,bkrdp->bkrcp", inverse, beta[..., None] * errors, precision=_HIGH)
-    after = whole[..., None, None] * state
-    return after + small_products("bkch,bkrcp->bkrhp", k, end[..., None] * new), new
-
-
-def _as_map(k, v, beta, inverse, decay, state):
-    """The stretch's map S → M S + B of a state that is added to `state`, as (M, B)."""
-    H = k.shape[-1]
-    identity = jnp.broadcast_to(jnp.eye(H, dtype=jnp.float32), (*state.shape[:-1], H))
-
-    def step(columns, chunk):
-        k, v, *rest = chunk
-        v = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(H, 0)])  # M's columns get no writes
-        return _write(columns, k, v, *rest)[0], None
-
-    columns = jnp.concatenate([identity, state], axis=-1)
-    columns, _ = jax.lax.scan(step, columns, (k, v, beta, inverse, *decay[1:]))
-    return columns[..., :H], columns[..., H:]
-
-
-def _compose(earlier, later):
-    """The composition of two maps (M, B)."""
-    dot = functools.partial(jnp.einsum, "bkrhi,bkrip->bkrhp", precision=_HIGHEST)
-    return dot(later[0], earlier[0]), dot(later[0], earlier[1]) + later[1]
-
-
-def _chunks_backward(scan, residuals, cotangents):
-    q, k, v, g, beta, segments, before, inverse, states, transition = residuals
+def _chunks_backward(residuals, cotangents):
+    q, k, v, g, beta, segments, before, inverse, states = residuals
     d_out, d_final = cotangents
     decay = gamma, start, end, whole = _decays(g, segments, before)
     products = _key_products(k, decay)
@@ -430,9 +440,6 @@ def _chunks_backward(scan, residuals, cotangents):
         return d_state, (d_scaled, d_after)
 
     chunks = (q, k, beta, inverse, d_out, d_new_inside, start, end, whole)
-    if scan is not None:
-        added, _ = jax.lax.scan(lambda d, c: (step(d, c)[0], None), d_final, chunks, reverse=True)
-        d_final += scan(_compose, (transition.swapaxes(-1, -2), added), reverse=True)[1]
     d_state, (d_scaled, d_after) = jax.lax.scan(step, d_final, chunks, reverse=True)
 
     # The rest is parallel over chunks. `d_products` is the gradient of stril(β ⊙ K Kᵀ ⊙ Γ), through

@@ -127,18 +127,16 @@ def gated_delta_rule(
     """Applies `ops.gated_delta_rule`, with the same arguments and results, on the mesh.
 
     Raises:
-      ValueError: besides the op's reasons, if the mesh does not divide the rows or the tokens, or
-        tokens are sharded and the implementation is not "chunked".
+      ValueError: besides the op's reasons, if the mesh does not divide the rows or the tokens.
     """
     mesh = active_mesh()
     ways = 1 if mesh is None else mesh.shape[_AXIS]
 
     def local(q, k, v, log_decay, beta, segments, state):
         given = dict(log_decay=log_decay, beta=beta, segment_ids=segments)
+        given["implementation"] = implementation
         if ways == 1:
-            return ops.gated_delta_rule(
-                q, k, v, **given, initial_state=state, implementation=implementation
-            )
+            return ops.gated_delta_rule(q, k, v, **given, initial_state=state)
         if state is not None:
             state = jnp.where(_rank() == 0, state, 0)
         out, final = gated_delta_rule_stretch(
@@ -151,7 +149,6 @@ def gated_delta_rule(
         return local(*arrays)
     _check_rows(q, mesh.shape)
     _check_tokens(q.shape[1], ways)
-    _check_implementation(implementation, ways)
     state_spec = P(ROWS, "tensor")
     specs = (_HEADS,) * 5 + (_TOKENS, state_spec)
     return _shard_map(local, specs, (_HEADS, state_spec))(*arrays)
@@ -223,10 +220,10 @@ def implementations(
     """
     sizes = config.linear_key_head_dim, config.linear_value_head_dim
     names = {"attention": default_attention(tokens, config.head_dim, config.head_dim, dtype)}
+    if mesh.shape[_AXIS] > 1:
+        names["attention"] = "chunked"
     if LINEAR in config.mixers:
         names["delta rule"] = default_delta_rule(*sizes, dtype)
-    if mesh.shape[_AXIS] > 1:
-        names = dict.fromkeys(names, "chunked")
     if config.num_experts:
         names["experts"] = default_expert_mlp(
             config.hidden_size, config.moe_intermediate_size, dtype, MOST_ROWS
