@@ -195,13 +195,16 @@ def _chunked(q, k, v, segment_ids):
     return join_blocks(_pairs(q, k, v, segments), T)
 
 
-def split_blocks(x: Array) -> Array:
+def split_blocks(x: Array, block: int | None = None) -> Array:
     """[B, T, heads..., X] → [Z, B, heads..., C, X], and segment ids [B, T] → [Z, B, C].
 
-    The last block is padded with -1, which is not the segment id of any document.
+    A block has `block` tokens (None: as many as "chunked" takes on this platform), or all if there
+    are fewer. The last one is padded with -1, which is not the segment id of any document.
     """
     T = x.shape[1]
-    block = min(_BLOCK if platform() == "cpu" else _ACCELERATOR_BLOCK, T)
+    if block is None:
+        block = _BLOCK if platform() == "cpu" else _ACCELERATOR_BLOCK
+    block = min(block, T)
     x = jnp.pad(x, [(0, 0), (0, -T % block)] + [(0, 0)] * (x.ndim - 2), constant_values=-1)
     x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
     if x.ndim == 3:

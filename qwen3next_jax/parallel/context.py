@@ -60,6 +60,8 @@ from qwen3next_jax.ops.delta_rule import (
 )
 from qwen3next_jax.ops.expert_mlp import default_implementation as default_expert_mlp
 from qwen3next_jax.ops.grouped_matmul import MOST_ROWS
+from qwen3next_jax.ops.pallas import attention_blocks
+from qwen3next_jax.ops.platform import check_implementation, platform
 from qwen3next_jax.parallel.mesh import ROWS, active_mesh, partition
 
 _AXIS = "context"
@@ -169,7 +171,7 @@ def attention(
     Raises:
       ValueError: besides the op's reasons, if the mesh does not divide the rows or heads; or tokens
         are sharded and their number is not divisible by twice the axis, or the implementation is
-        not "chunked".
+        neither "chunked" nor "pallas".
     """
     mesh = active_mesh()
     if mesh is None:
@@ -183,7 +185,8 @@ def attention(
         )
     _check_rows(q, mesh.shape)
     _check_tokens(q.shape[1], ways, halves=True)
-    _check_implementation(implementation, ways)
+    if ways > 1:
+        implementation = _check_implementation(implementation, ways)
 
     def local(q, k, v, segments):
         if whole:  # select the KV head of this device's query heads
@@ -195,8 +198,10 @@ def attention(
             segments = jnp.zeros(q.shape[:2], jnp.int32)
         B, T, N, H = q.shape
         q = q.reshape(B, T, k.shape[2], -1, H)
-        q, k, v, segments = (_split_halves(_to_pieces(x, ways)) for x in (q, k, v, segments))
-        out = _ring(ways, q, k, v, segments)
+        pieces = (_to_pieces(x, ways) for x in (q, k, v, segments))
+        block = attention_blocks.BLOCK if implementation == "pallas" else None
+        q, k, v, segments = (_split_halves(x, block) for x in pieces)
+        out = _ring(ways, implementation, q, k, v, segments)
         out = _from_pieces(_join_halves(out, T // 2), ways)
         return out.reshape(B, T, N, -1)
 
@@ -221,7 +226,7 @@ def implementations(
     sizes = config.linear_key_head_dim, config.linear_value_head_dim
     names = {"attention": default_attention(tokens, config.head_dim, config.head_dim, dtype)}
     if mesh.shape[_AXIS] > 1:
-        names["attention"] = "chunked"
+        names["attention"] = _ring_implementation()
     if LINEAR in config.mixers:
         names["delta rule"] = default_delta_rule(*sizes, dtype)
     if config.num_experts:
@@ -250,12 +255,21 @@ def _check_tokens(tokens: int, ways: int, *, at_least: int = 1, halves: bool = F
         )
 
 
-def _check_implementation(implementation: str | None, ways: int) -> None:
-    if ways > 1 and implementation not in (None, "chunked"):
+def _check_implementation(implementation: str | None, ways: int) -> str:
+    """Returns the implementation of attention to split rows; None: the platform's default."""
+    if implementation is None:
+        return _ring_implementation()
+    if implementation not in _BLOCKS:
         raise ValueError(
             f"{implementation=} needs whole rows, but they are split over mesh axis context="
-            f"{ways}; use 'chunked'"
+            f"{ways}; use {' or '.join(map(repr, _BLOCKS))}"
         )
+    check_implementation(implementation, *_BLOCKS)
+    return implementation
+
+
+def _ring_implementation() -> str:
+    return "pallas" if platform() == "tpu" else "chunked"
 
 
 def _rank() -> Array:
@@ -320,9 +334,9 @@ def _from_pieces(pieces, ways):
     )
 
 
-def _split_halves(pieces):
+def _split_halves(pieces, block):
     """Blocks [Z, B, ...] of the early piece, then as many of the late one."""
-    return jnp.concatenate([split_blocks(x) for x in pieces])
+    return jnp.concatenate([split_blocks(x, block) for x in pieces])
 
 
 def _join_halves(x, tokens):
@@ -334,34 +348,44 @@ def _join_halves(x, tokens):
 # the second half the late one.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(ways, q, k, v, segments):
-    return _ring_forward(ways, q, k, v, segments)[0]
+# `accumulate` and `accumulate_gradients` by the implementation's name.
+_BLOCKS: dict[str, tuple[Callable, Callable]] = {
+    "chunked": (accumulate, accumulate_gradients),
+    "pallas": (attention_blocks.accumulate, attention_blocks.accumulate_gradients),
+}
 
 
-def _ring_forward(ways, q, k, v, segments):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(ways, implementation, q, k, v, segments):
+    return _ring_forward(ways, implementation, q, k, v, segments)[0]
+
+
+def _ring_forward(ways, implementation, q, k, v, segments):
+    add, _ = _BLOCKS[implementation]
+
     def hop(state, number):
         carry, arrived = state
         following = _around(arrived)  # overlaps with the products
         k, v, k_segments = arrived
         pairs = _visible_pairs(number, len(q))
-        carry = accumulate(carry, q, k, v, segments, k_segments, pairs, causal=False)
+        carry = add(carry, q, k, v, segments, k_segments, pairs, causal=False)
         return (carry, following), None
 
     arrived = _around((k, v, segments))
     own = causal_pairs(len(q))
     carry = init_carry(q, v)
-    carry = accumulate(carry, q, k, v, segments, segments, own, causal=True)
+    carry = add(carry, q, k, v, segments, segments, own, causal=True)
     (carry, _), _ = jax.lax.scan(hop, (carry, arrived), jnp.arange(1, ways))
     out, lse = finalize(carry, v.dtype)
     return out, (q, k, v, segments, out, lse)
 
 
-def _ring_backward(ways, residuals, d_out):
+def _ring_backward(ways, implementation, residuals, d_out):
     q, k, v, segments, out, lse = residuals
+    _, add_gradients = _BLOCKS[implementation]
 
     def gradients(d_q, k, v, k_segments, pairs, causal):
-        return accumulate_gradients(
+        return add_gradients(
             d_q, q, k, v, segments, k_segments, lse, out, d_out, pairs, causal=causal
         )
 
