@@ -4,6 +4,7 @@
 """
 
 import collections
+import functools
 import importlib
 import json
 import re
@@ -20,6 +21,7 @@ from qwen3next_jax import ops
 from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.model.gated_attention import GatedAttention
 from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
+from qwen3next_jax.ops.pallas import attention_blocks
 from qwen3next_jax.ops.pallas.attention import KEPT
 from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import make_mesh
@@ -98,11 +100,13 @@ def row_errors(got, want, floors=None):
     }
 
 
-def meshes(packed):
-    return MESHES if packed else {"context 4, tensor 2": MESHES["context 4, tensor 2"]}
+def meshes(packed, implementation=None):
+    """All of them for the default on packed rows; one for the rest, which differs in little."""
+    whole = packed and implementation is None
+    return MESHES if whole else {"context 4, tensor 2": MESHES["context 4, tensor 2"]}
 
 
-def delta_errors(packed):
+def delta_errors(packed, implementation=None):
     names = ["out", "final state", "q", "k", "v", "g", "beta", "initial state"]
     arrays, cotangents = delta_arrays()
     ids = SEGMENTS if packed else np.ones_like(SEGMENTS)
@@ -116,10 +120,17 @@ def delta_errors(packed):
 
     def rule(q, k, v, g, beta, state):
         return context.gated_delta_rule(
-            q, k, v, log_decay=g, beta=beta, segment_ids=segments, initial_state=state
+            q,
+            k,
+            v,
+            log_decay=g,
+            beta=beta,
+            segment_ids=segments,
+            initial_state=state,
+            implementation=implementation,
         )
 
-    for name, sizes in meshes(packed).items():
+    for name, sizes in meshes(packed, implementation).items():
         values, grads = on_mesh(mesh_of(sizes), rule, arrays, cotangents)
         yield (
             name,
@@ -130,7 +141,7 @@ def delta_errors(packed):
         )
 
 
-def attention_errors(packed):
+def attention_errors(packed, implementation=None):
     rng = np.random.default_rng(0)
     B, N, K, H, P = len(ROWS), 8, 2, 8, 12
     arrays = [float64(rng, B, T, n, size) for n, size in ((N, H), (K, H), (K, P))]
@@ -141,11 +152,11 @@ def attention_errors(packed):
         return ops.attention(*arrays, segment_ids=segments, implementation="reference")
 
     def split(*arrays):
-        return context.attention(*arrays, segment_ids=segments)
+        return context.attention(*arrays, segment_ids=segments, implementation=implementation)
 
     out, grads = on_mesh(mesh_of({}), plain, arrays, cotangent)
     want = out, *grads
-    for name, sizes in meshes(packed).items():
+    for name, sizes in meshes(packed, implementation).items():
         out, grads = on_mesh(mesh_of(sizes), split, arrays, cotangent)
         yield (
             name,
@@ -250,12 +261,15 @@ def collectives(text):
 
 
 def main():
-    blocks._BLOCK = 16  # several blocks a piece
+    blocks._BLOCK = attention_blocks.BLOCK = 16  # several blocks a piece
     report = {
         f"{op} {'packed' if packed else 'whole'}": dict(errors(packed))
         for op, errors in (
             ("delta", delta_errors),
+            ("delta by kernels", functools.partial(delta_errors, implementation="pallas")),
+            ("delta by tokens", functools.partial(delta_errors, implementation="reference")),
             ("attention", attention_errors),
+            ("attention by kernels", functools.partial(attention_errors, implementation="pallas")),
             ("conv", conv_errors),
         )
         for packed in (True, False)

@@ -48,7 +48,6 @@ from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
 from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
-from qwen3next_jax.ops.segments import document_starts
 from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
 
 _BLOCK = 16  # size of the diagonal blocks of L that are inverted row by row, then merged
@@ -279,10 +278,9 @@ def _compose(earlier, later):
 
 
 def _recurrent(q, k, v, g, beta, segments, before, state):
-    del before  # for a whole row it is the first token's id
     repeats = v.shape[2] // k.shape[2]
     q, k = (jnp.repeat(x, repeats, axis=2) for x in (q, k))
-    starts = document_starts(segments, first=False)
+    starts = segments != jnp.concatenate([before[:, None], segments[:, :-1]], axis=1)
 
     def step(state, token):
         q, k, v, g, beta, start = token
