@@ -16,6 +16,8 @@ from oracles import abstract_model, small_config
 
 from qwen3next_jax.model import gated_attention
 from qwen3next_jax.ops import attention, causal_conv, gated_delta_rule, grouped_matmul
+from qwen3next_jax.ops.attention import causal_pairs, init_carry
+from qwen3next_jax.ops.pallas import attention_blocks
 from qwen3next_jax.ops.pallas.expert_mlp import TILE, expert_mlp
 from qwen3next_jax.ops.pallas.kernel_costs import stating
 
@@ -156,6 +158,30 @@ def test_attention(tokens):
     for kernel in found:
         assert stated(kernel) == B * N * seen * product_flops(kernel.params["jaxpr"])
     assert [stated(k) / stated(found[0]) for k in found] == [1, 2, 1.5]  # 2, 4, 3 products
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_attention_between_blocks(dtype):
+    Z, B, K, R, C, H, P = 3, 2, 2, 8, 512, 256, 128
+    q, out = array(Z, B, K, R, C, H, dtype=dtype), array(Z, B, K, R, C, P, dtype=dtype)
+    k, v = array(Z, B, K, C, H, dtype=dtype), array(Z, B, K, C, P, dtype=dtype)
+    numbers, ids = array(Z, B, K, R, C, dtype=jnp.float32), array(Z, B, C, dtype=jnp.int32)
+    pairs = causal_pairs(Z)
+
+    def forward(q, k, v, ids):
+        return attention_blocks.accumulate(init_carry(q, v), q, k, v, ids, ids, pairs, causal=True)
+
+    def backward(q, k, v, ids, lse, out):
+        return attention_blocks.accumulate_gradients(
+            jnp.zeros(q.shape), q, k, v, ids, ids, lse, out, out, pairs, causal=True
+        )
+
+    found = kernels_of(forward, q, k, v, ids) + kernels_of(backward, q, k, v, ids, numbers, out)
+    assert len(found) == 3  # forward, queries, keys and values
+    for kernel in found:
+        steps = np.prod(kernel.params["grid_mapping"].grid)
+        assert steps == B * K * R * Z * (Z + 1) // 2
+        assert stated(kernel) == steps * product_flops(kernel.params["jaxpr"])
 
 
 @pytest.mark.parametrize("sizes", [(1024, 512, 0, 2560), (900, 700, 1000, 1496), (10, 20, 30, 40)])

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import pytest
 from tpu_program import compiled, lowered
 
+from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.ops import attention, causal_conv, gated_delta_rule
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile, expert_mlp
+from qwen3next_jax.parallel import context
+from qwen3next_jax.parallel.mesh import make_mesh
+from qwen3next_jax.plan import tpu
 from qwen3next_jax.plan.chips import CHIPS
 from qwen3next_jax.plan.hlo import estimate
 
@@ -24,6 +28,14 @@ def attention_gradients(q, k, v, segments):
         return attention(q, k, v, segment_ids=segments).astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=range(3))(q, k, v)
+
+
+def split_delta_rule(q, k, v, g, beta, segments):
+    return context.gated_delta_rule(q, k, v, log_decay=g, beta=beta, segment_ids=segments)[0]
+
+
+def split_attention(q, k, v, segments):
+    return context.attention(q, k, v, segment_ids=segments)
 
 
 def conv_gradients(x, kernel, segments, d_out):
@@ -136,6 +148,35 @@ def test_attention_compiles_for_a_tpu_and_holds_no_scores(topology, tokens):
     check_costs(program)
     # Queries, outputs, their gradients and copies; float32 norms of 128 lanes.
     assert program.memory_analysis().temp_size_in_bytes < 8 * 2 * tokens * 16 * 256
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("op", "heads", "largest"),
+    [
+        # XLA's operations need 2.0 GB for the delta rule, 0.77 for attention.
+        (split_delta_rule, [(16, 128), (16, 128), (32, 128), (32,), (32,)], 0.7e9),
+        (split_attention, [(16, 256), (2, 256), (2, 256)], 0.5e9),
+    ],
+)
+def test_rows_split_over_tpus_take_kernels(op, heads, largest):
+    tokens = 32768  # over four chips
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, context=4), tpu.devices("v5p:2x2x1"))
+    here = jax.NamedSharding(mesh, jax.P(None, "context"))
+    dtypes = [jnp.bfloat16 if len(x) == 2 else jnp.float32 for x in heads] + [jnp.int32]
+    arrays = [
+        jax.ShapeDtypeStruct((1, tokens, *x), dtype, sharding=here)
+        for x, dtype in zip([*heads, ()], dtypes, strict=True)
+    ]
+
+    def loss(*arrays):
+        return op(*arrays).astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(loss, argnums=range(len(heads))), out_shardings=here)
+        program = step.lower(*arrays).compile()
+    check_costs(program)
+    assert program.memory_analysis().peak_memory_in_bytes < largest
 
 
 @pytest.mark.slow

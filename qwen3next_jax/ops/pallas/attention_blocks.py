@@ -9,7 +9,7 @@ returns are those it was given to continue.
 
 A pair is skipped if the ranges of its segment ids do not overlap. Numbers of queries, such as the
 softmax's denominators, are passed as rows [1, C] along the lanes, which is dense in memory, and
-turned to columns once a block. Softmax is float32; products have factors of v's dtype.
+turned to columns once a block. Softmax is float32; products have factors of the inputs' dtype.
 """
 
 import functools
@@ -146,6 +146,7 @@ class _Walk:
         arrays = [*given.values(), *carried.values()]
         pairs, size = math.prod(self.grid), self.C**2
         with_h, with_p = products
+        passes = 1 if given["v"].dtype == jnp.bfloat16 else 6
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -161,7 +162,7 @@ class _Walk:
             },
             # As if no pair was skipped. Blocks of the other side are fetched for each pair.
             cost_estimate=pl.CostEstimate(
-                flops=2 * pairs * size * (with_h * self.H + with_p * self.P),
+                flops=passes * 2 * pairs * size * (with_h * self.H + with_p * self.P),
                 transcendentals=pairs * size,
                 bytes_accessed=pairs * self.C * (self.H + self.P) * given["v"].dtype.itemsize
                 + sum(x.size * x.dtype.itemsize for x in (*arrays, *carried.values())),
