@@ -5,7 +5,7 @@
         --config.data.tokenizer=FILE
 
 It is laid out for 64 TPU v5p chips, 16 for each of four rows, that is 16,384 tokens a chip as in
-`configs/80b_a3b.py`: 54 GB a chip by the TPU compiler (`docs/parallelism.md`, "What a layout
+`configs/80b_a3b.py`: 37 GB a chip by the TPU compiler (`docs/parallelism.md`, "What a layout
 costs"). The stage in which a model sees long rows is short; it starts from the weights of the stage
 before, SHORT: a work directory or a Hugging Face model.
 """
@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
         global_batch_size=4,
         sequence_length=262144,
         loss_chunk=1024,
+        remat="layer_but_attention",  # by far the longest part of a step here
         eval_every=100,
         checkpoint_every=100,
     )

@@ -1,6 +1,7 @@
 """Attention against PyTorch's in float64: values, gradients, blocks, slots."""
 
 import functools
+import importlib
 import re
 
 import jax
@@ -10,8 +11,10 @@ import pytest
 import torch
 from oracles import quick_jit
 
-from qwen3next_jax.ops.attention import attention, cached_attention
+from qwen3next_jax.ops.attention import attention, cached_attention, causal_pairs, init_carry
+from qwen3next_jax.ops.pallas import attention_blocks
 
+blocks = importlib.import_module("qwen3next_jax.ops.attention")  # not the function of that name
 IMPLEMENTATIONS = ["reference", "chunked", "pallas"]
 
 
@@ -197,3 +200,42 @@ def test_what_cannot_be_done_is_refused():
         attention(q[:, :, :3], k[:, :, :2], v[:, :, :2])
     with pytest.raises(ValueError, match="0 tokens hold no token"):
         attention(q[:, :0], k[:, :0], v[:, :0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_continue_from_any_state_and_leave_blocks_of_no_pair_as_they_are(dtype):
+    Z, B, K, R, C, H, P = 3, 2, 2, 2, 16, 8, 24
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, dtype=dtype):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    q, k, v = normal(Z, B, K, R, C, H), normal(Z, B, K, C, H), normal(Z, B, K, C, P)
+    # The second row's documents differ from block to block but for the first and the last.
+    ids = jnp.asarray(np.stack([np.full((Z, C), 7), np.repeat([[1], [2], [1]], C, 1)], axis=1))
+    every = causal_pairs(Z)
+    pairs = np.array([2, 0, 2]), np.array([1, 2, 0])  # none of query block 1, none in order
+
+    def states(module):
+        own = module.accumulate(init_carry(q, v), q, k, v, ids, ids, every, causal=True)
+        return own, module.accumulate(own, q, k, v, ids, ids, pairs, causal=False)
+
+    (own, both), got = states(blocks), states(attention_blocks)
+    # Weights are rounded to the dtype; sums are float32, in another order.
+    close = functools.partial(
+        np.testing.assert_allclose, rtol=2e-6, atol={"float32": 3e-6, "bfloat16": 3e-2}[dtype]
+    )
+    jax.tree.map(close, got, (own, both))
+    np.testing.assert_array_equal(got[1][0][1], got[0][0][1])
+
+    out, lse = blocks.finalize(both, v.dtype)
+    d_out, d_q = normal(*out.shape), normal(*q.shape, dtype="float32")
+
+    def gradients(module):
+        return module.accumulate_gradients(
+            d_q, q, k, v, ids, ids, lse, out, d_out, pairs, causal=False
+        )
+
+    got = gradients(attention_blocks)
+    jax.tree.map(close, got, gradients(blocks))
+    np.testing.assert_array_equal(got[0][1], d_q[1])

@@ -11,7 +11,11 @@ from jax.extend.core import jaxprs_in_params
 from oracles import interprets_transposed, quick_jit, relative_error
 
 from qwen3next_jax.ops import delta_rule
-from qwen3next_jax.ops.delta_rule import default_implementation, gated_delta_rule
+from qwen3next_jax.ops.delta_rule import (
+    default_implementation,
+    gated_delta_rule,
+    gated_delta_rule_stretch,
+)
 
 
 def recurrence(q, k, v, g, beta, state, segments):
@@ -277,6 +281,27 @@ def test_gradients_of_bfloat16_values_are_right_to_bfloat16_s_digits(case, imple
 def test_kernels_for_hopper_gpus_are_right_to_bfloat16_s_digits(case, on_hopper):
     # A, scores and what is written are rounded as well; keys alike to 0.9 make it 7.3e-3, for g.
     check_bfloat16("hopper", *make(case, T=130, K=1, N=2, H=128, P=128), tolerance=1e-2)
+
+
+@interprets_transposed
+def test_a_stretch_of_a_split_row_takes_kernels_for_hopper_gpus_too(on_hopper):
+    *arrays, segments = make("documents", T=130, K=1, N=2, H=128, P=128)
+    q, k, v, g, beta, state = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
+    rest = dict(log_decay=g, beta=beta, initial_state=state.astype(jnp.float32))
+    rest |= dict(segment_ids=jnp.asarray(segments), implementation="hopper")
+
+    def alone(combine, x, reverse=False):  # no stretch before or after, though maps are computed
+        return jax.tree.map(lambda y: 0 * y, combine(x, x))
+
+    def results(rule):
+        (out, final), vjp = jax.vjp(rule, q, k, v)
+        return out, final, *vjp((jnp.ones_like(out), jnp.ones_like(final)))
+
+    split = functools.partial(gated_delta_rule_stretch, **rest, scan=alone)
+    whole = functools.partial(gated_delta_rule, **rest)
+    got, want = (quick_jit(functools.partial(results, f))() for f in (split, whole))
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def check_bfloat16(implementation, *arrays, tolerance=6e-3):

@@ -10,7 +10,8 @@ Implementations:
   nor do pairs of blocks without a common document. The backward pass visits the same pairs and
   recomputes their scores. When rows are sharded over devices, queries also visit key blocks that
   arrive from other devices (`parallel/context.py`).
-- "pallas" is JAX's splash attention, for TPUs (`pallas/attention.py`).
+- "pallas" is JAX's splash attention, for TPUs (`pallas/attention.py`). Rows sharded over devices
+  take kernels of our own there (`pallas/attention_blocks.py`).
 - "cudnn" is NVIDIA's flash attention, for its GPUs. It takes documents as a mask of T² entries per
   row, and does not skip masked blocks.
 

@@ -24,9 +24,9 @@ implementation gives M as the state after the stretch if the state before is I a
 and B if the state before is zero. So each device first computes its M and B, then receives its
 incoming state, then computes outputs. The maps are composed across devices by a scan that the
 caller passes in. In the backward pass the gradients of states flow through Mᵀ in the same way: a
-first pass gives what the stretch adds to them, a second one the gradients. The alternative is to
-carry H more columns through one pass and compute the outputs from them, which takes a backward pass
-of its own for each implementation and twice the memory for states.
+first pass gives what the stretch adds to them, a second one all gradients. The alternative is to
+carry H more columns through one pass and compute the outputs from them, which takes twice the
+memory for states and a backward pass of its own for each implementation.
 
 "chunked" consists of XLA operations, for all platforms. "pallas" computes the same in kernels that
 keep the states in a TPU's vector memory (`pallas/delta_rule.py`). "hopper" uses XLA operations

@@ -283,13 +283,9 @@ def _activations(
         K, H = c.linear_num_key_heads, c.linear_key_head_dim
         N, P = c.linear_num_value_heads, c.linear_value_head_dim
         states = N * (CHUNK + H * P / CHUNK)  # per token a row of an inverse; per chunk a state
-        if mesh["context"] == 1:
-            # Queries, keys and values twice, as projected and as inputs of the kernel; the gate,
-            # its product with the outputs, and the outputs twice.
-            mixed = width * (2 * (2 * K * H + N * P) + 4 * N * P + states)
-        else:
-            # The rule's inputs are float32, and its backward pass holds twice as much again.
-            mixed = width * (2 * K * H + 3 * N * P) + 3 * 4 * (2 * K * H + 3 * N * P + states)
+        # Queries, keys and values twice, as projected and as inputs of the kernel; the gate, its
+        # product with the outputs, and the outputs twice.
+        mixed = width * (2 * (2 * K * H + N * P) + 4 * N * P + states)
     else:
         mixed = width * c.head_dim * (5 * c.num_attention_heads + 4 * c.num_key_value_heads)
     fed = 3 * (c.shared_expert_intermediate_size if sparse else c.intermediate_size)
