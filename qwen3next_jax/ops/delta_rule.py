@@ -262,7 +262,10 @@ _stretch.defvjp(_stretch_forward, _stretch_backward)
 
 
 def _incoming(compute, scan, q, k, v, g, beta, segments, before, state):
-    """The state that comes into the stretch, and M of the stretch's map S → M S + B."""
+    """The state that comes into the stretch, and M of the stretch's map S → M S + B.
+
+    `state` is what the row begins with, on its first stretch, and zero on the others.
+    """
     H = k.shape[-1]
     identity = jnp.broadcast_to(jnp.eye(H, dtype=jnp.float32), (*state.shape[:-1], H))
     nothing = jnp.zeros((*v.shape[:-1], H), v.dtype)

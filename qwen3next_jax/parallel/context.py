@@ -186,7 +186,7 @@ def attention(
     _check_rows(q, mesh.shape)
     _check_tokens(q.shape[1], ways, halves=True)
     if ways > 1:
-        implementation = _check_implementation(implementation, ways)
+        implementation = _ring_implementation(implementation, ways)
 
     def local(q, k, v, segments):
         if whole:  # select the KV head of this device's query heads
@@ -226,7 +226,7 @@ def implementations(
     sizes = config.linear_key_head_dim, config.linear_value_head_dim
     names = {"attention": default_attention(tokens, config.head_dim, config.head_dim, dtype)}
     if mesh.shape[_AXIS] > 1:
-        names["attention"] = _ring_implementation()
+        names["attention"] = _ring_implementation(None, mesh.shape[_AXIS])
     if LINEAR in config.mixers:
         names["delta rule"] = default_delta_rule(*sizes, dtype)
     if config.num_experts:
@@ -255,10 +255,10 @@ def _check_tokens(tokens: int, ways: int, *, at_least: int = 1, halves: bool = F
         )
 
 
-def _check_implementation(implementation: str | None, ways: int) -> str:
-    """Returns the implementation of attention to split rows; None: the platform's default."""
+def _ring_implementation(implementation: str | None, ways: int) -> str:
+    """Returns the implementation of attention between stretches; None: the platform's default."""
     if implementation is None:
-        return _ring_implementation()
+        return "pallas" if platform() == "tpu" else "chunked"
     if implementation not in _BLOCKS:
         raise ValueError(
             f"{implementation=} needs whole rows, but they are split over mesh axis context="
@@ -266,10 +266,6 @@ def _check_implementation(implementation: str | None, ways: int) -> str:
         )
     check_implementation(implementation, *_BLOCKS)
     return implementation
-
-
-def _ring_implementation() -> str:
-    return "pallas" if platform() == "tpu" else "chunked"
 
 
 def _rank() -> Array:
