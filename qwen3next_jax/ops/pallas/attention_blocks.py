@@ -103,7 +103,8 @@ class _Walk:
         i, j = i[order], j[order]
         meet = q_segments.min(-1)[i] <= k_segments.max(-1)[j]
         meet &= k_segments.min(-1)[j] <= q_segments.max(-1)[i]
-        self.scalars = i, j, meet.astype(jnp.int32)
+        # By row of the batch and pair, in one axis: a short last axis would fill scalar memory.
+        self.scalars = i, j, meet.T.reshape(-1).astype(jnp.int32)
         # Of the pair's two blocks' ids one is a column, the other a row.
         segments = {"q ids": q_segments, "k ids": k_segments}
         self.segments = {
@@ -203,7 +204,7 @@ def _softmax_kernel(
         highest_ref[...] = _column(softmax_in_ref[0:1])
         denominator_ref[...] = _column(softmax_in_ref[1:2])
 
-    @pl.when(meet_ref[pair, pl.program_id(0)] != 0)
+    @pl.when(_meet(meet_ref, i_ref, pair))
     def _():
         v, highest = v_ref[...], highest_ref[...]
         mask = _mask(q_ids_ref, k_ids_ref, i_ref[pair], j_ref[pair], causal)
@@ -248,7 +249,7 @@ def _query_kernel(
         lse_ref[...] = _column(numbers_ref[0:1])
         delta_ref[...] = _column(numbers_ref[1:2])
 
-    @pl.when(meet_ref[pair, pl.program_id(0)] != 0)
+    @pl.when(_meet(meet_ref, i_ref, pair))
     def _():
         k = k_ref[...]
         mask = _mask(q_ids_ref, k_ids_ref, i_ref[pair], j_ref[pair], causal)
@@ -290,7 +291,7 @@ def _key_kernel(
         d_k_ref[...] = d_k_in_ref[...]
         d_v_ref[...] = d_v_in_ref[...]
 
-    @pl.when(meet_ref[pair, pl.program_id(0)] != 0)
+    @pl.when(_meet(meet_ref, i_ref, pair))
     def _():  # scores are [keys, queries] here
         q, d_out = q_ref[...], d_out_ref[...]
         mask = _mask(q_ids_ref, k_ids_ref, i_ref[pair], j_ref[pair], causal, by_key=True)
@@ -313,6 +314,11 @@ def _ends(blocks_ref, pair):
     first = (pair == 0) | (blocks_ref[jnp.maximum(pair - 1, 0)] != block)
     last = (pair == final) | (blocks_ref[jnp.minimum(pair + 1, final)] != block)
     return first, last
+
+
+def _meet(meet_ref, i_ref, pair):
+    """Whether the two blocks may have a document in common, in this row of the batch."""
+    return meet_ref[pl.program_id(0) * i_ref.shape[0] + pair] != 0
 
 
 def _mask(q_ids_ref, k_ids_ref, i, j, causal, *, by_key=False):
