@@ -204,15 +204,18 @@ def test_what_cannot_be_done_is_refused():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_continue_from_any_state_and_leave_blocks_of_no_pair_as_they_are(dtype):
-    Z, B, K, R, C, H, P = 3, 2, 2, 2, 16, 8, 24
+    Z, B, K, R, C, H, P = 3, 3, 2, 2, 16, 8, 24
     rng = np.random.default_rng(0)
 
     def normal(*shape, dtype=dtype):
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     q, k, v = normal(Z, B, K, R, C, H), normal(Z, B, K, C, H), normal(Z, B, K, C, P)
-    # The second row's documents differ from block to block but for the first and the last.
-    ids = jnp.asarray(np.stack([np.full((Z, C), 7), np.repeat([[1], [2], [1]], C, 1)], axis=1))
+    # The second row's documents differ from block to block but for the first and the last. Of the
+    # third's no block has one in common with the second, though its id lies between the others'.
+    ids = np.stack([np.full((Z, C), 7), *[np.repeat([[1], [2], [1]], C, 1)] * 2], axis=1)
+    ids[::2, 2, C // 2 :] = 3
+    ids = jnp.asarray(ids)
     every = causal_pairs(Z)
     pairs = np.array([2, 0, 2]), np.array([1, 2, 0])  # none of query block 1, none in order
 

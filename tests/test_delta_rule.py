@@ -304,6 +304,29 @@ def test_a_stretch_of_a_split_row_takes_kernels_for_hopper_gpus_too(on_hopper):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_hessian_vector_products_go_through_a_stretch_of_a_split_row(implementation):
+    *arrays, segments = make("documents", T=40, K=1, N=2, H=8, P=8)
+    q, k, v, g, beta, state = (jnp.asarray(x, jnp.float32) for x in arrays)
+    rest = dict(log_decay=g, beta=beta, initial_state=state)
+    rest |= dict(segment_ids=jnp.asarray(segments), implementation=implementation)
+
+    def alone(combine, x, reverse=False):  # no stretch before or after, though maps are computed
+        return jax.tree.map(lambda y: 0 * y, combine(x, x))
+
+    def product(rule):
+        def loss(k):
+            out, final = rule(q, k, v)
+            return (out**2).sum() + (final**2).sum()
+
+        return jax.jvp(jax.grad(loss), (k,), (jnp.cos(k),))[1]
+
+    split = functools.partial(gated_delta_rule_stretch, **rest, scan=alone)
+    whole = functools.partial(gated_delta_rule, **rest)
+    got, want = (quick_jit(functools.partial(product, f))() for f in (split, whole))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
 def check_bfloat16(implementation, *arrays, tolerance=6e-3):
     *arrays, segments = arrays
     arrays = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in arrays]

@@ -42,7 +42,7 @@ _ONE_SHOT_QUERIES = 16  # up to this many queries, the scores with all cache slo
 # Finite, because −inf would give NaN: where a whole block is masked, a query's weights are exp(0),
 # and the rescaling at its first unmasked score multiplies them by zero. Every query has such a
 # score, because each token attends to itself.
-_MASKED = -1e30
+MASKED = -1e30
 
 
 def default_implementation(tokens: int, key_size: int, value_size: int, dtype: jnp.dtype) -> str:
@@ -140,7 +140,7 @@ def cached_attention(
     causal = np.tile(np.tril(np.ones((T, T), bool)), (N // K, 1))
 
     def scores(k, product, mask):
-        return jnp.where(mask, H**-0.5 * _dot(product, q, k), _MASKED)
+        return jnp.where(mask, H**-0.5 * _dot(product, q, k), MASKED)
 
     new_scores = scores(k, "bkqh,bskh->bkqs", causal)
     if T <= _ONE_SHOT_QUERIES:
@@ -176,7 +176,7 @@ def _reference(q, k, v, segment_ids):
     if segment_ids is not None:
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     scores = _dot("bqkrh,bskh->bkrqs", q, k) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
     return _dot("bkrqs,bskp->bqkrp", weights.astype(v.dtype), v).astype(v.dtype)
 
 
@@ -271,7 +271,7 @@ def init_carry(
     """
     rows = q.shape[:-1]
     total = jnp.zeros((*rows, v.shape[-1]), jnp.float32)
-    return total, jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
+    return total, jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
 
 
 Carry = tuple[
@@ -321,7 +321,7 @@ def accumulate(
         def attend(rows):
             scores = H**-0.5 * _dot("bkqh,bkhs->bkqs", q[i], k_t[j])
             scores = scores.reshape(*scores.shape[:2], R, C, -1)
-            scores = jnp.where(mask, scores, _MASKED)
+            scores = jnp.where(mask, scores, MASKED)
             return _add_block(rows, scores, v[j], "bkrqs,bksp->bkrqp")
 
         rows = tuple(x[i] for x in carry)
@@ -394,7 +394,7 @@ def accumulate_gradients(
         def attend(rows):
             d_q, d_k, d_v = rows
             scores = split(H**-0.5 * _dot("bksh,bkhq->bksq", k[j], q_t[i]))
-            weights = jnp.exp(jnp.where(mask, scores, _MASKED) - lse[i][:, :, None])
+            weights = jnp.exp(jnp.where(mask, scores, MASKED) - lse[i][:, :, None])
             d_weights = split(_dot("bksp,bkpq->bksq", v[j], d_out_t[i]))
             d_scores = H**-0.5 * (weights * (d_weights - delta[i][:, :, None]))
             weights = weights.astype(v.dtype).reshape(*weights.shape[:3], R * C)

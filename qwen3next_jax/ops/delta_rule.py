@@ -21,12 +21,13 @@ Numerical hazards; everything here is computed in float32, whatever the inputs' 
 A row may be sharded into stretches on different devices (`gated_delta_rule_stretch`). A stretch
 maps its incoming state S to M S + B, with M the product of its tokens' exp(g)(I − β k kᵀ): any
 implementation gives M as the state after the stretch if the state before is I and values are zero,
-and B if the state before is zero. So each device first computes its M and B, then receives its
-incoming state, then computes outputs. The maps are composed across devices by a scan that the
-caller passes in. In the backward pass the gradients of states flow through Mᵀ in the same way: a
-first pass gives what the stretch adds to them, a second one all gradients. The alternative is to
-carry H more columns through one pass and compute the outputs from them, which takes twice the
-memory for states and a backward pass of its own for each implementation.
+and B if the state before is zero (on the first stretch, the row's). So each device first computes
+its M and B, then receives its incoming state, then computes outputs. The maps are composed across
+devices by a scan that the caller passes in. In the backward pass the gradients of states flow
+through Mᵀ in the same way: a first pass gives what the stretch adds to them, a second one all
+gradients. The alternative is to carry H more columns through one pass and compute the outputs from
+them, which takes twice the memory for states and a backward pass of its own for each
+implementation.
 
 "chunked" consists of XLA operations, for all platforms. "pallas" computes the same in kernels that
 keep the states in a TPU's vector memory (`pallas/delta_rule.py`). "hopper" uses XLA operations
@@ -244,7 +245,12 @@ def _stretch_forward(compute, scan, q, k, v, g, beta, segments, before, state):
     def rule(q, k, v, g, beta, state):
         return compute(q, k, v, g, beta, segments, before, state)
 
-    state, transition = _incoming(compute, scan, q, k, v, g, beta, segments, before, state)
+    def plain(*given):  # not the custom_vjp function, so that it can be differentiated once more
+        *rest, state = given
+        return jax.vjp(lambda state: compute(*rest, state), state)[0]
+
+    map_by = plain if compute is _chunked else compute  # kernels would write what it saves
+    state, transition = _incoming(map_by, scan, q, k, v, g, beta, segments, before, state)
     results, pullback = jax.vjp(rule, q, k, v, g, beta, state)
     return results, (pullback, transition)
 

@@ -224,9 +224,12 @@ def implementations(
       The implementation's name by the op's name.
     """
     sizes = config.linear_key_head_dim, config.linear_value_head_dim
-    names = {"attention": default_attention(tokens, config.head_dim, config.head_dim, dtype)}
-    if mesh.shape[_AXIS] > 1:
-        names["attention"] = _ring_implementation(None, mesh.shape[_AXIS])
+    ways, head = mesh.shape[_AXIS], config.head_dim
+    names = {
+        "attention": _ring_implementation(None, ways)
+        if ways > 1
+        else default_attention(tokens, head, head, dtype)
+    }
     if LINEAR in config.mixers:
         names["delta rule"] = default_delta_rule(*sizes, dtype)
     if config.num_experts:

@@ -21,26 +21,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.attention import MASKED, Carry, Pairs
 from qwen3next_jax.ops.pallas.sizes import VMEM_BYTES
 from qwen3next_jax.ops.platform import platform
 
 BLOCK = 512  # number of queries, and of keys, of a block
-_MASKED = -1e30  # as in ops/attention.py
 
 
 # Under jax_enable_x64, Python scalars in a kernel would be 64-bit, which a TPU does not support.
 @jax.enable_x64(False)
 def accumulate(
-    carry: tuple[Float[Array, "Z B K R C P"], Float[Array, "Z B K R C"], Float[Array, "Z B K R C"]],
+    carry: Carry,
     q: Float[Array, "Z B K R C H"],
     k: Float[Array, "Z B K C H"],
     v: Float[Array, "Z B K C P"],
     q_segments: Int[Array, "Z B C"],
     k_segments: Int[Array, "Z B C"],
-    pairs: tuple,
+    pairs: Pairs,
     *,
     causal: bool,
-) -> tuple[Float[Array, "Z B K R C P"], Float[Array, "Z B K R C"], Float[Array, "Z B K R C"]]:
+) -> Carry:
     """Updates the running softmax with the given pairs, as `ops.attention.accumulate` does."""
     total, *softmax = carry
     walk = _Walk(q, v, q_segments, k_segments, pairs, by_key=False)
@@ -65,7 +65,7 @@ def accumulate_gradients(
     lse: Float[Array, "Z B K R C"],
     out: Float[Array, "Z B K R C P"],
     d_out: Float[Array, "Z B K R C P"],
-    pairs: tuple,
+    pairs: Pairs,
     *,
     causal: bool,
 ) -> tuple[Float[Array, "Z B K R C H"], Float[Array, "Z B K C H"], Float[Array, "Z B K C P"]]:
@@ -170,7 +170,13 @@ class _Walk:
             ),
             interpret=platform() == "cpu",
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+                # Gradients of keys and values are summed over the query heads too.
+                dimension_semantics=(
+                    "parallel",
+                    "parallel",
+                    "arbitrary" if self.by_key else "parallel",
+                    "arbitrary",
+                ),
                 vmem_limit_bytes=VMEM_BYTES,
             ),
             name=kernel.func.__name__.strip("_"),
@@ -208,7 +214,7 @@ def _softmax_kernel(
     def _():
         v, highest = v_ref[...], highest_ref[...]
         mask = _mask(q_ids_ref, k_ids_ref, i_ref[pair], j_ref[pair], causal)
-        scores = jnp.where(mask, _scores(q_ref[...], k_ref[...]), _MASKED)
+        scores = jnp.where(mask, _scores(q_ref[...], k_ref[...]), MASKED)
         new_highest = jnp.maximum(highest, scores.max(1, keepdims=True))
         weights, rescale = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
         total_ref[...] = rescale * total_ref[...] + _dot(weights.astype(v.dtype), v)
@@ -253,7 +259,7 @@ def _query_kernel(
     def _():
         k = k_ref[...]
         mask = _mask(q_ids_ref, k_ids_ref, i_ref[pair], j_ref[pair], causal)
-        scores = jnp.where(mask, _scores(q_ref[...], k), _MASKED)
+        scores = jnp.where(mask, _scores(q_ref[...], k), MASKED)
         weights = jnp.exp(scores - lse_ref[...])
         d_weights = _dot(d_out_ref[...], v_ref[...], contract=(1, 1))
         d_scores = k.shape[1] ** -0.5 * (weights * (d_weights - delta_ref[...]))
@@ -295,7 +301,7 @@ def _key_kernel(
     def _():  # scores are [keys, queries] here
         q, d_out = q_ref[...], d_out_ref[...]
         mask = _mask(q_ids_ref, k_ids_ref, i_ref[pair], j_ref[pair], causal, by_key=True)
-        scores = jnp.where(mask, _scores(k_ref[...], q), _MASKED)
+        scores = jnp.where(mask, _scores(k_ref[...], q), MASKED)
         weights = jnp.exp(scores - numbers_ref[0:1])
         d_v_ref[...] += _dot(weights.astype(d_out.dtype), d_out)
         d_weights = _dot(v_ref[...], d_out, contract=(1, 1))
@@ -329,9 +335,9 @@ def _mask(q_ids_ref, k_ids_ref, i, j, causal, *, by_key=False):
     mask = q_ids_ref[...] == k_ids_ref[...]
     if causal:
         C = mask.shape[0]
-        queries, keys = (
-            jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (by_key, not by_key)
-        )
+        queries, keys = (jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
+        if by_key:
+            queries, keys = keys, queries
         mask &= i * C + queries >= j * C + keys
     return mask
 
