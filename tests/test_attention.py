@@ -211,10 +211,10 @@ def test_kernels_continue_from_any_state_and_leave_blocks_of_no_pair_as_they_are
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     q, k, v = normal(Z, B, K, R, C, H), normal(Z, B, K, C, H), normal(Z, B, K, C, P)
-    # The second row's documents differ from block to block but for the first and the last. Of the
-    # third's no block has one in common with the second, though its id lies between the others'.
-    ids = np.stack([np.full((Z, C), 7), *[np.repeat([[1], [2], [1]], C, 1)] * 2], axis=1)
-    ids[::2, 2, C // 2 :] = 3
+    # The first row's documents differ from block to block but for the first and the last. In the
+    # second row the middle block shares none with the others, though its id lies between theirs.
+    ids = np.stack([*[np.repeat([[1], [2], [1]], C, 1)] * 2, np.full((Z, C), 7)], axis=1)
+    ids[::2, 1, C // 2 :] = 3
     ids = jnp.asarray(ids)
     every = causal_pairs(Z)
     pairs = np.array([2, 0, 2]), np.array([1, 2, 0])  # none of query block 1, none in order
