@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         global_batch_size=4,
         sequence_length=262144,
         loss_chunk=1024,
-        remat="layer_but_attention",  # by far the longest part of a step here
+        remat="layer_but_attention",  # attention is by far the longest part of a step here
         eval_every=100,
         checkpoint_every=100,
     )

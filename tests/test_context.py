@@ -60,9 +60,9 @@ def check(errors):
 @pytest.mark.parametrize("op", ["delta", "attention"])
 def test_memory_of_a_device_falls_with_the_axis(op, report):
     used = report[f"{op} bytes"]
-    # A quarter at best. Two ranks compose no maps of states; more do, and to compute a map takes
-    # values of zero. What travels in attention is not small beside a stretch's keys and values.
-    factor = {"delta": 3.6, "attention": 2.8}[op]
+    # A quarter at best: what travels is small beside a stretch's states, but not beside its keys
+    # and values. Eight ranks compose maps of states, which two do not: 3.75 for the delta rule.
+    factor = {"delta": 3.7, "attention": 2.8}[op]
     assert used["1"] > used["2"] > factor * used["8"]
 
 
@@ -130,13 +130,16 @@ def test_rows_that_cannot_be_split_are_refused_with_choices(op):
 
 
 def test_implementations_of_attention_that_need_whole_rows_are_refused_where_they_are_split():
-    mesh = abstract_mesh(dict(data=1, fsdp=1, expert=1, context=2, tensor=1))
     x = jnp.ones((1, 64, 4, 8))
-    with (
-        jax.sharding.use_abstract_mesh(mesh),
-        pytest.raises(
-            ValueError,
-            match=r"'reference' needs whole rows, but .*context=2; use 'chunked' or 'pallas'",
-        ),
+
+    def attend(ways):
+        mesh = abstract_mesh(dict(data=1, fsdp=1, expert=1, context=ways, tensor=1))
+        with jax.sharding.use_abstract_mesh(mesh):
+            jax.eval_shape(lambda x: context.attention(x, x, x, implementation="reference"), x)
+
+    attend(1)
+    with pytest.raises(
+        ValueError,
+        match=r"'reference' needs whole rows, but .*context=2; use 'chunked' or 'pallas'",
     ):
-        context.attention(x, x, x, implementation="reference")
+        attend(2)
