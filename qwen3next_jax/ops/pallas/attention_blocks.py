@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.attention import MASKED, Carry, Pairs
+from qwen3next_jax.ops.pallas import lanes
 from qwen3next_jax.ops.pallas.sizes import VMEM_BYTES
 from qwen3next_jax.ops.platform import platform
 
@@ -207,8 +208,8 @@ def _softmax_kernel(
     @pl.when(first)
     def _():
         total_ref[...] = total_in_ref[...]
-        highest_ref[...] = _column(softmax_in_ref[0:1])
-        denominator_ref[...] = _column(softmax_in_ref[1:2])
+        highest_ref[...] = lanes.column(softmax_in_ref[0:1])
+        denominator_ref[...] = lanes.column(softmax_in_ref[1:2])
 
     @pl.when(_meet(meet_ref, i_ref, pair))
     def _():
@@ -224,8 +225,8 @@ def _softmax_kernel(
     @pl.when(last)
     def _():
         total_out_ref[...] = total_ref[...]
-        softmax_out_ref[0:1] = _row(highest_ref[...])
-        softmax_out_ref[1:2] = _row(denominator_ref[...])
+        softmax_out_ref[0:1] = lanes.row(highest_ref[...])
+        softmax_out_ref[1:2] = lanes.row(denominator_ref[...])
 
 
 def _query_kernel(
@@ -252,8 +253,8 @@ def _query_kernel(
     @pl.when(first)
     def _():
         d_q_ref[...] = d_q_in_ref[...]
-        lse_ref[...] = _column(numbers_ref[0:1])
-        delta_ref[...] = _column(numbers_ref[1:2])
+        lse_ref[...] = lanes.column(numbers_ref[0:1])
+        delta_ref[...] = lanes.column(numbers_ref[1:2])
 
     @pl.when(_meet(meet_ref, i_ref, pair))
     def _():
@@ -355,18 +356,3 @@ def _dot(x, y, *, contract=(1, 0)):
         precision=None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-
-
-def _column(row):
-    """[1, C] → [C, 1], by a masked sum over lanes, which is exact."""
-    return jnp.where(_diagonal(row.shape[1]), row, 0).sum(1, keepdims=True)
-
-
-def _row(column):
-    """[C, 1] → [1, C]."""
-    return jnp.where(_diagonal(column.shape[0]), column, 0).sum(0, keepdims=True)
-
-
-def _diagonal(size):
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-    return i == j

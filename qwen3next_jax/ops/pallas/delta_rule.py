@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.pallas import lanes
 from qwen3next_jax.ops.pallas.sizes import LANES, VMEM_BYTES
 from qwen3next_jax.ops.platform import platform
 
@@ -262,7 +263,7 @@ def _forward_kernel(
             gates, marks = gates_ref[0, head, z], marks_ref[0, z]
             state = state_ref[0, head]
             decays = [_decays(gates[r : r + 1], marks) for r in range(R)]
-            betas = [_column(gates[R + r : R + r + 1]) for r in range(R)]
+            betas = [lanes.column(gates[R + r : R + r + 1]) for r in range(R)]
             qk = dot(jnp.concatenate([k, q]), k, contract=(1, 1))
             inverses = _unit_lower_inverses(
                 [_strictly_lower(b * qk[:C] * d[0]) for b, d in zip(betas, decays, strict=True)],
@@ -333,7 +334,7 @@ def _backward_kernel(
             d_gs, d_betas = [], []
             for r in range(R):
                 gamma, start, end, whole = _decays(gates[r : r + 1], marks)
-                beta = _column(gates[R + r : R + r + 1])
+                beta = lanes.column(gates[R + r : R + r + 1])
                 inverse, value = _slice(saved, r, R), (0, head * R + r, tokens)
                 v, d_out = v_ref[value].astype(jnp.float32), d_out_ref[value]
                 products = _strictly_lower(key_products[:C] * gamma)
@@ -357,8 +358,8 @@ def _backward_kernel(
                 d_end = end * _sum(new * _slice(written, r, R))
                 overlap = _slice(d_after, r, R) * _slice(state, r, R).astype(jnp.float32)
                 d_whole = whole * _sum(overlap.sum(0, keepdims=True))
-                d_gs.append(_row(_span_gradients(d_gamma, d_start, d_end, d_whole)))
-                d_betas.append(_row(d_beta))
+                d_gs.append(lanes.row(_span_gradients(d_gamma, d_start, d_end, d_whole)))
+                d_betas.append(lanes.row(d_beta))
                 d_reads.append(d_read)
                 d_queries.append(d_queried)
                 news.append(end * new)
@@ -389,13 +390,13 @@ def _decays(g, marks):
     """Γ [C, C], γ and d [C, 1], γ_C [1, 1] of a row g [1, C], zero across documents."""
     C = g.shape[1]
     own, last = marks[0:1], marks[0:1, C - 1 : C]
-    document, before = _column(own), marks[1:2, 0:1]
+    document, before = lanes.column(own), marks[1:2, 0:1]
     i, j = _indices(C)
     # spans[i, j] = Σ_{j<l≤i} g_l, a cumulative sum down the rows.
-    spans = _running_sum(jnp.where(i > j, _column(g), 0))
+    spans = _running_sum(jnp.where(i > j, lanes.column(g), 0))
     gamma = jnp.where((i >= j) & (document == own), spans, _OUT)
     start = jnp.where(document == before, spans[:, 0:1] + g[:, 0:1], _OUT)
-    end = jnp.where(document == last, _column(spans[C - 1 : C]), _OUT)
+    end = jnp.where(document == last, lanes.column(spans[C - 1 : C]), _OUT)
     whole = jnp.where(before == last, spans[C - 1 : C, 0:1] + g[:, 0:1], _OUT)
     return tuple(jnp.exp(x) for x in (gamma, start, end, whole))
 
@@ -405,7 +406,7 @@ def _span_gradients(d_gamma, d_start, d_end, d_whole):
     C = d_gamma.shape[0]
     i, j = _indices(C)
     # The exponents of d are the last row of spans; those of γ_i and γ_C are its first column + g_0.
-    spans = d_gamma + jnp.where(i == C - 1, _row(d_end), 0)
+    spans = d_gamma + jnp.where(i == C - 1, lanes.row(d_end), 0)
     spans += jnp.where(j == 0, d_start + jnp.where(i[:, 0:1] == C - 1, d_whole, 0), 0)
     spanned = _running_sum(jnp.where(i > j, spans, 0), reverse=True)
     d_g = _sum(jnp.where(i > j, spanned, 0))
@@ -498,18 +499,6 @@ def _strictly_lower(x):
 def _sum(x):
     """Sums over lanes, [C, X] → [C, 1]."""
     return x.sum(1, keepdims=True)
-
-
-def _column(row):
-    """[1, C] → [C, 1]."""
-    i, j = _indices(row.shape[1])
-    return _sum(jnp.where(i == j, row, 0))
-
-
-def _row(column):
-    """[C, 1] → [1, C]."""
-    i, j = _indices(column.shape[0])
-    return jnp.where(i == j, column, 0).sum(0, keepdims=True)
 
 
 def _indices(rows, columns=None):
