@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.ops.grouped_matmul import MOST_ROWS, grouped_matmul, groups_of_blocks
 from qwen3next_jax.ops.grouped_matmul import default_implementation as product
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile
@@ -35,6 +36,7 @@ _EXPERTS_AT_ONCE = 32  # experts of a visit on a GPU
 _RUNS = (3, 2, 1)  # run lengths on a CPU
 _ROWS_OF_RUNS = 16  # smallest block for which runs are longer than 1
 _SUMMED_AT_ONCE = 8  # products; each repeats the gather, and with 16 XLA copies the matrices
+_SUMS_AT_ONCE = 32  # sums of products that are added in one loop
 
 
 def default_implementation(size: int, width: int, dtype: jnp.dtype, block: int) -> str:
@@ -187,9 +189,9 @@ def _gathered_product(
     """Computes x_r · matrices[index_r] in float32, without copying the matrices.
 
     The elementwise form makes XLA:CPU read the matrices in place, in one loop over all cores. A
-    full sum in that loop would go down the columns one by one. So the loop adds only `n` entries,
-    and a product with ones sums the rest. The added entries are far apart in memory, so that each
-    of the n streams is sequential and can be prefetched.
+    full sum in that loop would go down the columns one by one. So the loop adds only a few entries,
+    and further loops add the sums of those. The added entries are far apart in memory, so that each
+    of these streams is sequential and can be prefetched.
     """
     *lead, D, F = matrices.shape[1:]
     n = math.gcd(D, _SUMMED_AT_ONCE)
@@ -200,10 +202,16 @@ def _gathered_product(
         .get(mode="clip", wrap_negative_indices=False)
         .astype(jnp.float32)
     )
-    summands = [x[..., i, :, :] * taken[..., i, :, :] for i in range(n)]
-    partial = functools.reduce(jnp.add, summands).reshape(-1, D // n, F)
-    total = jnp.einsum("rkf,rk->rf", partial, jnp.ones(partial.shape[:2]))
-    return total.reshape(len(index), *lead, F)
+    total = _sum_of([x[..., i, :, :] * taken[..., i, :, :] for i in range(n)])
+    while (n := math.gcd(total.shape[-2], _SUMS_AT_ONCE)) > 1:
+        # Without `once`, XLA would fuse these sums with those they add, and copy the matrices.
+        total = once(lambda x, n=n: _sum_of(jnp.split(x, n, axis=-2)), total)
+    # What remains of sizes that have odd factors; a sum would be fused, too.
+    return jnp.einsum("...kf,k->...f", total, jnp.ones(total.shape[-2]))
+
+
+def _sum_of(summands):
+    return functools.reduce(jnp.add, summands)
 
 
 def _gate_and_up(x, gate_up, at):

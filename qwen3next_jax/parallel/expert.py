@@ -141,6 +141,10 @@ def _plan(experts, num_experts, alignment):
     flat = experts.T.reshape(-1)
     order = _order(flat, num_experts)  # assignments, sorted by expert
     counts = jnp.bincount(flat, length=num_experts)
+    if alignment == 1:  # no gaps: rows are the assignments as sorted
+        rank = _inverse(order)
+        assignment = jnp.where(jnp.arange(flat.size) < counts.sum(), order, flat.size)
+        return _Plan(assignment, rank.reshape(experts.T.shape), counts)
     sizes = -(-counts // alignment) * alignment
     # First row and first index into `order` of each expert; the last entries are for assignments
     # without an expert.
@@ -157,14 +161,18 @@ def _plan(experts, num_experts, alignment):
         assignment = _scatter(order, ordered_row, rows, empty=flat.size)
         return _Plan(assignment, row.reshape(experts.T.shape), sizes)
 
-    rank, index = jnp.argsort(order, stable=False), jnp.arange(rows)
-    if alignment == 1:  # no gaps: rows are the assignments as sorted
-        assignment = jnp.where(index < first[-1], order, flat.size)
-        return _Plan(assignment, rank.reshape(experts.T.shape), sizes)
+    rank, index = _inverse(order), jnp.arange(rows)
     expert = _run_of(first_row[:-1], rows)
     taken = order[(index - shift[expert]).clip(max=flat.size - 1)]
     assignment = jnp.where(index < (first_row[:-1] + counts)[expert], taken, flat.size)
     return _Plan(assignment, (rank + shift[flat]).reshape(experts.T.shape), sizes)
+
+
+def _inverse(order):
+    """The inverse of a permutation."""
+    if platform() == "cpu":
+        return _scatter(jnp.arange(len(order)), order, len(order))
+    return jnp.argsort(order, stable=False)
 
 
 def _order(experts, num_experts):
