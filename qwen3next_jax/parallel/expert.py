@@ -141,10 +141,8 @@ def _plan(experts, num_experts, alignment):
     flat = experts.T.reshape(-1)
     order = _order(flat, num_experts)  # assignments, sorted by expert
     counts = jnp.bincount(flat, length=num_experts)
-    if alignment == 1:  # no gaps: rows are the assignments as sorted
-        rank = _inverse(order)
-        assignment = jnp.where(jnp.arange(flat.size) < counts.sum(), order, flat.size)
-        return _Plan(assignment, rank.reshape(experts.T.shape), counts)
+    if alignment == 1:  # no gaps: rows are the assignments as sorted, those without an expert last
+        return _Plan(order, _inverse(order).reshape(experts.T.shape), counts)
     sizes = -(-counts // alignment) * alignment
     # First row and first index into `order` of each expert; the last entries are for assignments
     # without an expert.
