@@ -151,9 +151,9 @@ def _plan(experts, num_experts, alignment):
     rows = flat.size + min(num_experts, flat.size) * (alignment - 1)  # the worst case
     rows = -(-rows // alignment) * alignment
     if platform() == "cpu":
-        # On a CPU scattering integers is faster than sorting them; elsewhere it is slow. It also
-        # materialises the indices. XLA:CPU would fuse integer expressions into the gathers that use
-        # them, and recompute them for each entry of every gathered row.
+        # Scattering, which is slow elsewhere, also materialises the indices. XLA:CPU would fuse
+        # integer expressions into the gathers that use them, and recompute them for each entry of
+        # every gathered row.
         ordered_row = jnp.arange(flat.size) + shift[flat[order]]
         row = _scatter(ordered_row, order, flat.size)
         assignment = _scatter(order, ordered_row, rows, empty=flat.size)
@@ -168,7 +168,7 @@ def _plan(experts, num_experts, alignment):
 
 def _inverse(order):
     """The inverse of a permutation."""
-    if platform() == "cpu":
+    if platform() == "cpu":  # where scattering integers is faster than sorting them
         return _scatter(jnp.arange(len(order)), order, len(order))
     return jnp.argsort(order, stable=False)
 
