@@ -1,5 +1,7 @@
 """Generated tokens are those of the full forward pass, whatever shares the batch."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,6 +60,29 @@ def test_tokens_come_in_parts_and_a_row_can_be_ended(model):
     assert 3 <= len(new[1]) < 100
     assert new[1] == whole[1][: len(new[1])]
     assert generation.passes == 99  # reading the prompts gave the first token
+
+
+def test_a_generation_starts_at_the_pace_that_the_last_one_found(model, monkeypatch):
+    seconds, now = 0.0, 0.0
+
+    def monotonic():  # a call of the compiled passes lies between two looks at the clock
+        nonlocal now
+        now += seconds
+        return now
+
+    def parts():
+        generation = Generation(model, PROMPTS, max_new_tokens=40, speculative=False)
+        return [len(rows[0]) for rows in generation]
+
+    monkeypatch.setattr(decode, "time", types.SimpleNamespace(monotonic=monotonic))
+    decode._pace.cache_clear()
+    seconds = 0.001
+    assert parts() == [1, 1, 32, 6]
+    assert parts() == [1, 32, 7]
+    assert parts() == [1, 32, 7]  # the seven at the end have not changed it
+    seconds = 10.0
+    assert parts() == [1, 32, *[1] * 7]
+    assert parts() == [1] * 40
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(model):

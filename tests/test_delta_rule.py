@@ -283,6 +283,11 @@ def test_kernels_for_hopper_gpus_are_right_to_bfloat16_s_digits(case, on_hopper)
     check_bfloat16("hopper", *make(case, T=130, K=1, N=2, H=128, P=128), tolerance=1e-2)
 
 
+def no_neighbours(combine, x, reverse=False):
+    """A scan over stretches that finds none before or after, though maps are combined."""
+    return jax.tree.map(lambda y: 0 * y, combine(x, x))
+
+
 @interprets_transposed
 def test_a_stretch_of_a_split_row_takes_kernels_for_hopper_gpus_too(on_hopper):
     *arrays, segments = make("documents", T=130, K=1, N=2, H=128, P=128)
@@ -290,14 +295,11 @@ def test_a_stretch_of_a_split_row_takes_kernels_for_hopper_gpus_too(on_hopper):
     rest = dict(log_decay=g, beta=beta, initial_state=state.astype(jnp.float32))
     rest |= dict(segment_ids=jnp.asarray(segments), implementation="hopper")
 
-    def alone(combine, x, reverse=False):  # no stretch before or after, though maps are computed
-        return jax.tree.map(lambda y: 0 * y, combine(x, x))
-
     def results(rule):
         (out, final), vjp = jax.vjp(rule, q, k, v)
         return out, final, *vjp((jnp.ones_like(out), jnp.ones_like(final)))
 
-    split = functools.partial(gated_delta_rule_stretch, **rest, scan=alone)
+    split = functools.partial(gated_delta_rule_stretch, **rest, scan=no_neighbours)
     whole = functools.partial(gated_delta_rule, **rest)
     got, want = (quick_jit(functools.partial(results, f))() for f in (split, whole))
     for x, y in zip(got, want, strict=True):
@@ -311,9 +313,6 @@ def test_hessian_vector_products_go_through_a_stretch_of_a_split_row(implementat
     rest = dict(log_decay=g, beta=beta, initial_state=state)
     rest |= dict(segment_ids=jnp.asarray(segments), implementation=implementation)
 
-    def alone(combine, x, reverse=False):  # no stretch before or after, though maps are computed
-        return jax.tree.map(lambda y: 0 * y, combine(x, x))
-
     def product(rule):
         def loss(k):
             out, final = rule(q, k, v)
@@ -321,7 +320,7 @@ def test_hessian_vector_products_go_through_a_stretch_of_a_split_row(implementat
 
         return jax.jvp(jax.grad(loss), (k,), (jnp.cos(k),))[1]
 
-    split = functools.partial(gated_delta_rule_stretch, **rest, scan=alone)
+    split = functools.partial(gated_delta_rule_stretch, **rest, scan=no_neighbours)
     whole = functools.partial(gated_delta_rule, **rest)
     got, want = (quick_jit(functools.partial(product, f))() for f in (split, whole))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())

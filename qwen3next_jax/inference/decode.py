@@ -3,7 +3,7 @@
 The state of all sequences is one pytree that stays on the devices; its buffers are donated from
 pass to pass. A pass runs the model over each sequence's newest token and the K tokens drafted after
 it (K = 0 without speculation), verifies the drafts, and drafts again. Several passes run between
-two host syncs, as many as fit into a tenth of a second.
+two host syncs, as many as fit into a tenth of a second by the time that earlier ones took.
 
 A sequence's tokens depend on its prompt and the seed, not on the number of host syncs. Rows of a
 batch do not attend to each other, but they share the PRNG key: with sampling, the same prompt in
@@ -161,7 +161,7 @@ class Generation:
             structure, params = _for_decoding(self._model)
             state, tokens = self._read_prompts(structure, params)
         yield _rows(tokens, state.made)
-        max_passes = 1
+        pace = _pace(structure, self._rules, len(self._prompts))
         while True:
             ended = np.isin(np.arange(len(self._prompts)), sorted(self._ended))
             state = state._replace(budget=jnp.where(ended, 0, state.budget))
@@ -169,15 +169,18 @@ class Generation:
                 return
             start = time.monotonic()
             with no_mesh():
-                state, out, passes_run = _run(structure, self._rules, params, state, max_passes)
-            new = _rows(out, state.made)
-            self.passes += int(passes_run)
+                state, out, passes_run = _run(
+                    structure, self._rules, params, state, pace.max_passes
+                )
+            new, passes = _rows(out, state.made), int(passes_run)
+            self.passes += passes
             self.drafted = np.asarray(state.drafted).tolist()
             self.accepted = np.asarray(state.accepted).tolist()
-            # The first time this includes compilation, and one pass is tried again.
-            max_passes = int(max_passes * _SYNC_SECONDS / (time.monotonic() - start))
-            # A pass has collectives, so all processes must run the same number of passes.
-            max_passes = exchange(min(max(max_passes, 1), _MAX_PASSES))[0]
+            if passes == pace.max_passes:  # fewer, at the end, say little about the time of many
+                # The first time this includes compilation, and one pass is tried again.
+                fitting = int(passes * _SYNC_SECONDS / (time.monotonic() - start))
+                # A pass has collectives, so all processes must run the same number of passes.
+                pace.max_passes = exchange(min(max(fitting, 1), _MAX_PASSES))[0]
             yield new
 
     def _read_prompts(self, structure, params):
@@ -445,6 +448,19 @@ class _Structure:
 
     def model(self, params: nnx.State) -> Qwen3Next:
         return nnx.merge(self.graph, params)
+
+
+@dataclasses.dataclass
+class _Pace:
+    """How many passes are run between two host syncs."""
+
+    max_passes: int = 1
+
+
+@functools.lru_cache(maxsize=64)
+def _pace(structure: _Structure, rules: _Rules, batch: int) -> _Pace:
+    """The pace that generations of this kind have found so far; the next one starts with it."""
+    return _Pace()
 
 
 def _for_decoding(model: Qwen3Next) -> tuple[_Structure, nnx.State]:
