@@ -79,7 +79,10 @@ def test_a_generation_starts_at_the_pace_that_the_last_one_found(model, monkeypa
     seconds = 0.001
     assert parts() == [1, 1, 32, 6]
     assert parts() == [1, 32, 7]
-    assert parts() == [1, 32, 7]  # the seven at the end have not changed it
+    assert parts() == [1, 32, 7]
+    seconds = 1 / 32  # by the seven at the end only 22 passes would fit, by the 32 as many
+    assert parts() == [1, 32, 7]
+    assert parts() == [1, 32, 7]
     seconds = 10.0
     assert parts() == [1, 32, *[1] * 7]
     assert parts() == [1] * 40

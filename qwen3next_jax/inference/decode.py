@@ -167,20 +167,19 @@ class Generation:
             state = state._replace(budget=jnp.where(ended, 0, state.budget))
             if not np.asarray(state.budget).any():
                 return
+            # A pass has collectives, so all processes must run the same number of passes.
+            max_passes = exchange(pace.max_passes)[0]
             start = time.monotonic()
             with no_mesh():
-                state, out, passes_run = _run(
-                    structure, self._rules, params, state, pace.max_passes
-                )
+                state, out, passes_run = _run(structure, self._rules, params, state, max_passes)
             new, passes = _rows(out, state.made), int(passes_run)
             self.passes += passes
             self.drafted = np.asarray(state.drafted).tolist()
             self.accepted = np.asarray(state.accepted).tolist()
-            if passes == pace.max_passes:  # fewer, at the end, say little about the time of many
+            if passes == max_passes:  # fewer, at the end, say little about the time of many
                 # The first time this includes compilation, and one pass is tried again.
                 fitting = int(passes * _SYNC_SECONDS / (time.monotonic() - start))
-                # A pass has collectives, so all processes must run the same number of passes.
-                pace.max_passes = exchange(min(max(fitting, 1), _MAX_PASSES))[0]
+                pace.max_passes = min(max(fitting, 1), _MAX_PASSES)
             yield new
 
     def _read_prompts(self, structure, params):
