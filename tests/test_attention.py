@@ -169,6 +169,31 @@ def test_memory_of_layers_in_a_scan_grows_with_tokens_not_with_pairs_of_them():
     assert temporary_bytes(8192) < 2.1 * temporary_bytes(4096)
 
 
+@pytest.mark.parametrize("ids", ["packed", "any"])
+def test_pairs_of_blocks_without_a_common_document_are_not_visited(ids):
+    rng = np.random.default_rng(0)
+    B, T, C = 2, 61, 8
+    lengths = rng.integers(1, 25, (B, T))
+    rows = np.stack([np.repeat(np.arange(T), row)[:T] for row in lengths]) + 1
+    rows[:, 50:] = 0  # padding of the rows; that of the last block is -1
+    if ids == "any":
+        rows = rng.permutation(T + 1)[rows]
+    segments = blocks.split_blocks(jnp.asarray(rows), C)
+    i, j = causal_pairs(len(segments))
+    sources, first, end = blocks._sources_by_query_block(segments, segments, (i, j))
+    visited = [(i, int(sources[n])) for i in range(len(first)) for n in range(first[i], end[i])]
+
+    same = np.asarray(segments)[:, None, :, :, None] == np.asarray(segments)[None, :, :, None]
+    common = same.any((2, 3, 4))[i, j]
+    assert not common.all()
+    needed = list(zip(i[common], j[common], strict=True))
+    if ids == "packed":
+        assert visited == needed
+    else:
+        assert set(needed) <= set(visited) <= set(zip(i, j, strict=True))
+        assert len(set(visited)) == len(visited)
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize("documents", [1, 5])
 def test_cudnn_gives_what_the_reference_gives(documents):

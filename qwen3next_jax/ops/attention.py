@@ -7,9 +7,9 @@ Implementations:
 - "chunked" materialises the scores of one query block and one key block at a time. It visits the
   pairs of the lower triangle with a running maximum and sum (Rabe & Staats, arXiv:2112.05682; Dao
   et al., arXiv:2205.14135), so memory grows linearly with T. Pairs above the diagonal cost nothing,
-  nor do pairs of blocks without a common document. The backward pass visits the same pairs and
-  recomputes their scores. When rows are sharded over devices, queries also visit key blocks that
-  arrive from other devices (`parallel/context.py`).
+  nor, in packed rows, do pairs of blocks without a common document. The backward pass visits the
+  same pairs and recomputes their scores. When rows are sharded over devices, queries also visit
+  key blocks that arrive from other devices (`parallel/context.py`).
 - "pallas" is JAX's splash attention, for TPUs (`pallas/attention.py`). Rows sharded over devices
   take kernels of our own there (`pallas/attention_blocks.py`).
 - "cudnn" is NVIDIA's flash attention, for its GPUs. It takes documents as a mask of T² entries per
@@ -26,7 +26,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.cpu import row_max, row_sum
+from qwen3next_jax.ops.cpu import once, row_max, row_sum
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
 from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
 from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
@@ -306,29 +306,24 @@ def accumulate(
     Returns:
       The updated state.
     """
-    # The masks do not depend on the layer. When JAX differentiates a scan over layers, it would
-    # hoist them out of the scan and save them for all pairs, which is as large as all scores. The
-    # barrier makes them depend on q.
-    q, *rest = jax.lax.optimization_barrier((q, q_segments, k_segments, *pairs))
-    q_segments, k_segments, *pairs = rest
     R, C, H = q.shape[3:]
     q, k_t = _merge_query_heads(q), k.swapaxes(-1, -2)
+    sources, first, end = _sources_by_query_block(q_segments, k_segments, pairs)
 
-    def visit(carry, pair):
-        i, j = pair
-        mask = _mask(q_segments[i], k_segments[j], i, j, causal)
+    def visit_sources(block):
+        rows, q, segments, i, first, end = block
 
-        def attend(rows):
-            scores = H**-0.5 * _dot("bkqh,bkhs->bkqs", q[i], k_t[j])
+        def visit(n, rows):
+            j = sources[n]
+            scores = H**-0.5 * _dot("bkqh,bkhs->bkqs", q, k_t[j])
             scores = scores.reshape(*scores.shape[:2], R, C, -1)
+            mask = _mask(i, j, segments, k_segments[j], causal)
             scores = jnp.where(mask, scores, MASKED)
             return _add_block(rows, scores, v[j], "bkrqs,bksp->bkrqp")
 
-        rows = tuple(x[i] for x in carry)
-        rows = jax.lax.cond(mask.any(), attend, lambda rows: rows, rows)
-        return tuple(x.at[i].set(y) for x, y in zip(carry, rows, strict=True)), None
+        return jax.lax.fori_loop(first, end, visit, rows)
 
-    return jax.lax.scan(visit, carry, pairs)[0]
+    return jax.lax.map(visit_sources, (carry, q, q_segments, jnp.arange(len(q)), first, end))
 
 
 def finalize(
@@ -384,33 +379,61 @@ def accumulate_gradients(
     d_q = d_q.swapaxes(-1, -2)
     q_t, k_t, d_out_t = (x.swapaxes(-1, -2) for x in (q, k, d_out))
 
-    def visit(carry, pair):
-        i, j = pair
-        mask = _mask(q_segments[i], k_segments[j], i, j, causal, by_key=True)
+    sources, first, end = _sources_by_query_block(q_segments, k_segments, pairs)
 
-        def split(x):
-            return x.reshape(*x.shape[:3], R, C)
+    def split(x):
+        return x.reshape(*x.shape[:3], R, C)
 
-        def attend(rows):
-            d_q, d_k, d_v = rows
-            scores = split(H**-0.5 * _dot("bksh,bkhq->bksq", k[j], q_t[i]))
-            weights = jnp.exp(jnp.where(mask, scores, MASKED) - lse[i][:, :, None])
-            d_weights = split(_dot("bksp,bkpq->bksq", v[j], d_out_t[i]))
-            d_scores = H**-0.5 * (weights * (d_weights - delta[i][:, :, None]))
+    def visit_sources(d_kv, block):
+        d_q, q, q_t, d_out, d_out_t, lse, delta, segments, i, first, end = block
+
+        def visit(n, grads):
+            d_q, d_k, d_v = grads
+            j = sources[n]
+            scores = split(H**-0.5 * _dot("bksh,bkhq->bksq", k[j], q_t))
+            mask = _mask(i, j, segments, k_segments[j], causal, by_key=True)
+            weights = jnp.exp(jnp.where(mask, scores, MASKED) - lse[:, :, None])
+            d_weights = split(_dot("bksp,bkpq->bksq", v[j], d_out_t))
+            d_scores = H**-0.5 * (weights * (d_weights - delta[:, :, None]))
             weights = weights.astype(v.dtype).reshape(*weights.shape[:3], R * C)
             d_scores = d_scores.astype(q.dtype).reshape(weights.shape)
             d_q += _dot("bkhs,bksq->bkhq", k_t[j], d_scores)
-            d_k += _dot("bksq,bkqh->bksh", d_scores, q[i])
-            d_v += _dot("bksq,bkqp->bksp", weights, d_out[i])
+            d_k = d_k.at[j].add(_dot("bksq,bkqh->bksh", d_scores, q))
+            d_v = d_v.at[j].add(_dot("bksq,bkqp->bksp", weights, d_out))
             return d_q, d_k, d_v
 
-        rows = tuple(x[n] for x, n in zip(carry, (i, j, j), strict=True))
-        rows = jax.lax.cond(mask.any(), attend, lambda rows: rows, rows)
-        return tuple(x.at[n].set(y) for x, n, y in zip(carry, (i, j, j), rows, strict=True)), None
+        d_q, *d_kv = jax.lax.fori_loop(first, end, visit, (d_q, *d_kv))
+        return tuple(d_kv), d_q
 
-    start = (d_q, jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
-    (d_q, d_k, d_v), _ = jax.lax.scan(visit, start, pairs)
+    start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    blocks = d_q, q, q_t, d_out, d_out_t, lse, delta, q_segments, jnp.arange(len(q)), first, end
+    (d_k, d_v), d_q = jax.lax.scan(visit_sources, start, blocks)
     return d_q.swapaxes(-1, -2).reshape(*d_q.shape[:3], R, C, H), d_k, d_v
+
+
+def _sources_by_query_block(q_segments, k_segments, pairs):
+    """Orders pairs by query block, without those whose blocks have no document in common.
+
+    Two blocks have none if the ranges of their ids are disjoint. Where ids grow along a row, as
+    packing numbers documents from one on, all such pairs are found; with other ids some may stay,
+    which are masked as a whole.
+
+    Returns:
+      The key blocks of all pairs, and for each query block where its first one is among them and
+      where its last one ends.
+    """
+    i, j = pairs
+    # Padding, 0 and -1, comes after all documents as the greatest unsigned numbers do.
+    low_q, high_q, low_k, high_k = (
+        f((ids - 1).astype(jnp.uint32), axis=-1)
+        for ids in (q_segments, k_segments)
+        for f in (jnp.min, jnp.max)
+    )
+    common = ((low_q[i] <= high_k[j]) & (low_k[j] <= high_q[i])).any(-1)
+    i = jnp.where(common, i, len(q_segments))
+    order = jnp.argsort(i)
+    starts = jnp.searchsorted(i[order], jnp.arange(len(q_segments) + 1))
+    return jnp.asarray(j)[order], starts[:-1], starts[1:]
 
 
 def _merge_query_heads(x):
@@ -428,7 +451,7 @@ def _add_block(carry, scores, v, product):
     return total, new_max, rescale * denominator + row_sum(weights)
 
 
-def _mask(q_segments, k_segments, i, j, causal, *, by_key=False):
+def _mask(i, j, q_segments, k_segments, causal, *, by_key=False):
     """True where a query of query block i may attend to a source of key block j.
 
     Returns:
@@ -442,10 +465,15 @@ def _mask(q_segments, k_segments, i, j, causal, *, by_key=False):
         return x[..., None, :]
 
     queries, sources = (columns, rows) if by_key else (rows, columns)
-    C, S = q_segments.shape[1], k_segments.shape[1]
-    mask = queries(q_segments) == sources(k_segments)
-    if causal:
-        mask &= queries(i * C + jnp.arange(C)) >= sources(j * S + jnp.arange(S))
+
+    def compare(q_segments, k_segments):
+        C, S = q_segments.shape[1], k_segments.shape[1]
+        mask = queries(q_segments) == sources(k_segments)
+        if causal:
+            mask &= queries(i * C + jnp.arange(C)) >= sources(j * S + jnp.arange(S))
+        return mask
+
+    mask = once(compare, q_segments, k_segments)
     return mask[:, None, :, None] if by_key else mask[:, None, None]
 
 
