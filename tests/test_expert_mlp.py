@@ -61,6 +61,7 @@ def make(sizes, rows, dtype):
         ("blocked", [4, 0, 2], 8, "float32", 2),
         ("blocked", [1, 0, 2], 5, "float32", 1),
         ("blocked", [128, 0, 1024], 9 * 128, "float32", 128),  # 1 and 8 blocks
+        ("blocked", [16, 144, 96], 16 * 16, "float32", 16),  # 1, 9 and 6, in runs of up to 5
         ("products", [0, 64, 128, 0], 256, "float32", 64),
         ("products", [0, 64, 128, 0], 256, "bfloat16", 64),
     ],

@@ -34,6 +34,7 @@ from qwen3next_jax.ops.platform import check_implementation, platform
 # runs of 1, because an expert rarely has several blocks then.
 _EXPERTS_AT_ONCE = 32  # experts of a visit on a GPU
 _RUNS = (3, 2, 1)  # run lengths on a CPU
+_LONG_RUNS = (5, 3, 1)  # where experts have as many blocks on average
 _ROWS_OF_RUNS = 16  # smallest block for which runs are longer than 1
 _SUMMED_AT_ONCE = 8  # products; each repeats the gather, and with 16 XLA copies the matrices
 _SUMS_AT_ONCE = 32  # sums of products that are added in one loop
@@ -127,7 +128,8 @@ def _blocked(rows, weights, gate_up, down, group_sizes, block):
         hidden = _between(gate, up, at.rows(weights)).astype(rows.dtype)
         return at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
 
-    return _visit_all(visit, rows, _plan(group_sizes, len(rows), block), block)
+    lengths = _lengths(len(rows), len(down), block)
+    return _visit_all(visit, rows, _plan(group_sizes, len(rows), block), lengths, block)
 
 
 def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
@@ -140,7 +142,8 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
 
     kept = jnp.zeros((len(rows), gate_up.shape[3]), rows.dtype)
     plan = _plan(group_sizes, len(rows), block)
-    out, *kept = _visit_all(visit, (rows, kept, kept), plan, block)
+    lengths = _lengths(len(rows), len(down), block)
+    out, *kept = _visit_all(visit, (rows, kept, kept), plan, lengths, block)
     return out, (rows, weights, gate_up, down, plan, kept)
 
 
@@ -169,7 +172,8 @@ def _blocked_backward(block, residuals, d_out):
         jnp.zeros(gate_up.shape, jnp.float32),
         jnp.zeros(down.shape, jnp.float32),
     )
-    d_rows, d_weights, d_gate_up, d_down = _visit_all(visit, start, plan, block)
+    lengths = _lengths(len(rows), len(down), block)
+    d_rows, d_weights, d_gate_up, d_down = _visit_all(visit, start, plan, lengths, block)
     return d_rows, d_weights, d_gate_up.astype(dtype), d_down.astype(dtype), None
 
 
@@ -252,7 +256,7 @@ def _plan(group_sizes, rows, block):
     left = group_sizes // block
     first = jnp.cumsum(left) - left
     plan = []
-    for length in _lengths(block):  # the longest runs first
+    for length in _lengths(rows, len(group_sizes), block):  # the longest runs first
         runs, left = left // length, left % length
         expert, used = groups_of_blocks(runs, rows // block // length, 1)
         start = first - (jnp.cumsum(runs) - runs) * length  # minus the blocks of earlier runs
@@ -263,9 +267,9 @@ def _plan(group_sizes, rows, block):
     return plan
 
 
-def _visit_all(visit, carry, plan, block):
+def _visit_all(visit, carry, plan, lengths, block):
     """Folds `visit(visit description, carry)` over all visits and returns the carry."""
-    for (experts, starts, count), length in zip(plan, _lengths(block), strict=True):
+    for (experts, starts, count), length in zip(plan, lengths, strict=True):
 
         def body(i, carry, experts=experts, starts=starts, size=length * block):
             return visit(_Visit(experts[i], starts[i] * block, size), carry)
@@ -275,8 +279,10 @@ def _visit_all(visit, carry, plan, block):
     return carry
 
 
-def _lengths(block):
-    return _RUNS if platform() == "cpu" and block >= _ROWS_OF_RUNS else (1,)
+def _lengths(rows, experts, block):
+    if platform() != "cpu" or block < _ROWS_OF_RUNS:
+        return (1,)
+    return _LONG_RUNS if rows // block // experts >= _LONG_RUNS[0] else _RUNS
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
