@@ -225,7 +225,8 @@ class Ours:
 
     def prepare(self, tokens, run=True):
         """Compiles and takes a step; returns its cross-entropy, None for a forward pass."""
-        graph, params = nnx.split(self.model)
+        # As for any program that applies a model many times, its parameters are not to be sliced.
+        graph, params = nnx.split(self.model.unstacked() if self.forward else self.model)
         del self.model
         mesh = make_mesh(self.config.mesh, self.devices)
         with jax.set_mesh(mesh):

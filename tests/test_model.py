@@ -113,6 +113,33 @@ def test_rematerialisation_changes_neither_loss_nor_gradients(remat):
         abstract_model(small_config(), remat="all")
 
 
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_a_model_with_layers_in_arrays_of_their_own_is_the_same_model(remat):
+    model = random_model(small_config(num_hidden_layers=8), remat=remat)  # two groups
+
+    def run(graph, params, tokens):
+        def loss(params):
+            observed = {}
+            hidden, stats = nnx.merge(graph, params).hidden_states(tokens, observed=observed)
+            return hidden.sum(), (hidden, stats, observed)
+
+        (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return aux, grads
+
+    def results(model):
+        graph, params = nnx.split(model)
+        return quick_jit(functools.partial(run, graph))(params, jnp.arange(60).reshape(2, 30))
+
+    want, stacked = results(model)
+    got, grads = results(model.unstacked())
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    for i in range(2):
+        of_group = jax.tree.map(lambda p, i=i: p[i], stacked.groups)
+        for a, b in zip(jax.tree.leaves(grads.groups[i]), jax.tree.leaves(of_group), strict=True):
+            assert relative_error(a, b) < 1e-4
+
+
 def test_rematerialisation_keeps_no_copies_of_parameters():
     config = small_config(num_hidden_layers=20, full_attention_interval=4)
     groups = config.num_hidden_layers // len(config.group)

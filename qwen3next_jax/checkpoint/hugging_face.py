@@ -113,7 +113,8 @@ def save_hf(
       FileExistsError: the directory holds something.
       ValueError: an argument is unknown, Hugging Face has no such model, or it is unstacked.
     """
-    model.require_stacked()
+    if model.is_unstacked:
+        raise ValueError("An unstacked model cannot be saved; load or build it without `unstacked`")
     params = parameters_by_path(nnx.state(model, nnx.Param))
     away = [path for path, p in params.items() if not p[...].is_fully_addressable]
     if away:

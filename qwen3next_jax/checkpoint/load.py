@@ -70,8 +70,8 @@ def load_checkpoint(
         parameters as stored, activations as in the run, or else in the embedding's dtype.
       mesh: mesh over which the parameters are sharded; None: one device.
       rope_scaling: replacement for the config's; {} disables YaRN.
-      unstacked: whether to store each layer's parameters separately, as generation needs them: such
-        a model cannot score or train, but `generate` need not copy it.
+      unstacked: whether to store each layer's parameters separately, see `Qwen3Next.unstacked`.
+        `generate` need not copy such a model.
 
     Raises:
       FileNotFoundError: there is no checkpoint.

@@ -6,6 +6,7 @@ with depth. Rematerialisation is per layer: only the layers' inputs are saved fo
 which recomputes the rest.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -153,26 +154,29 @@ class Qwen3Next(nnx.Module):
           fields [L, B, ...], or None if no layer has experts.
 
         Raises:
-          ValueError: tokens, segment_ids or positions are not of shape [B, T], or the model is
-            `unstacked`.
+          ValueError: tokens, segment_ids or positions are not of shape [B, T].
         """
-        self.require_stacked()
         check_shape("tokens", tokens, "B", "T")
         check_rows(tokens.shape, segment_ids=segment_ids, positions=positions)
         if positions is None:
             positions = default_positions(tokens, segment_ids)
-        # By graph definition, so that a layer whose module a user has replaced stands apart.
-        alike = [list(same) for _, same in itertools.groupby(self.groups.layers, nnx.graphdef)]
-        graphs = [nnx.graphdef(layers[0]) for layers in alike]
-        params: list[Any] = [[nnx.state(layer) for layer in layers] for layers in alike]
-        if self.remat != "none":
-            # `_run_alike` scans over the layers. If it stacked their parameters, inside the scan
-            # over groups, the stacked copies would be saved for the backward pass as well.
-            params = [
-                jax.tree.map(lambda *p: jnp.stack(p, axis=1), *of_layers) for of_layers in params
-            ]
 
-        def group(x, params):
+        def split(group):
+            # By graph definition, so that a layer whose module a user has replaced stands apart.
+            alike = [list(same) for _, same in itertools.groupby(group.layers, nnx.graphdef)]
+            graphs = [nnx.graphdef(layers[0]) for layers in alike]
+            params: list[Any] = [[nnx.state(layer) for layer in layers] for layers in alike]
+            if self.remat != "none":
+                # `_run_alike` scans over the layers. If it stacked their parameters, inside the
+                # scan over groups, the stacked copies would be saved for the backward pass as well.
+                layers_axis = 0 if self.is_unstacked else 1
+                params = [
+                    jax.tree.map(lambda *p: jnp.stack(p, layers_axis), *of_layers)
+                    for of_layers in params
+                ]
+            return graphs, params
+
+        def run(graphs, x, params):
             all_stats, all_seen = [], []
             for graph, layers in zip(graphs, params, strict=True):
                 x, stats, seen = self._run_alike(
@@ -184,9 +188,18 @@ class Qwen3Next(nnx.Module):
             joined = jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats) if all_stats else None
             return x, (joined, concatenate_layers(all_seen))
 
-        # On a CPU, a loop copies each group's residuals into the stacked array of all groups'.
-        unroll = _MOST_UNROLLED if platform() == "cpu" else 1
-        x, by_group = jax.lax.scan(group, self.embed(tokens), params, unroll=unroll)
+        x = self.embed(tokens)
+        if self.is_unstacked:
+            each = []
+            for graphs, params in map(split, self.groups):
+                x, of_group = run(graphs, x, params)
+                each.append(of_group)
+            by_group = jax.tree.map(lambda *s: jnp.stack(s), *each)
+        else:
+            graphs, params = split(self.groups)
+            # On a CPU, a loop copies each group's residuals into the stacked array of all groups'.
+            unroll = _MOST_UNROLLED if platform() == "cpu" else 1
+            x, by_group = jax.lax.scan(functools.partial(run, graphs), x, params, unroll=unroll)
         # [groups, layers of a group that have it, ...] → [layers that have it, ...]
         stats, seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), by_group)
         if observed is not None:
@@ -244,18 +257,13 @@ class Qwen3Next(nnx.Module):
         """Whether this is an `unstacked` copy."""
         return isinstance(self.groups, nnx.List)
 
-    def require_stacked(self) -> None:
-        """Raises a ValueError if this is an `unstacked` copy."""
-        if self.is_unstacked:
-            raise ValueError(
-                "An unstacked model is for generation alone; load or build it without `unstacked`"
-            )
-
     def unstacked(self) -> "Qwen3Next":
-        """A copy for `extend`, with each group's parameters in arrays of their own.
+        """A copy with each group's parameters in arrays of their own, to apply it many times.
 
-        Slicing them from the stacked arrays would copy them at each call. `load_checkpoint` can
-        load a checkpoint in this form, which takes the memory of one copy only.
+        Slicing them from the stacked arrays copies them: at each call of `extend`, and on a CPU of
+        the whole model. A program of all layers is compiled for each layer, though, where the
+        stacked ones are a loop over groups. `load_checkpoint` can load a checkpoint in this form,
+        which takes the memory of one copy only. Such a model cannot be saved.
         """
         graph, params = nnx.split(self)
         model = nnx.merge(graph, params)
