@@ -176,7 +176,7 @@ class Qwen3Next(nnx.Module):
                 ]
             return graphs, params
 
-        def run(graphs, x, params):
+        def apply(graphs, x, params):
             all_stats, all_seen = [], []
             for graph, layers in zip(graphs, params, strict=True):
                 x, stats, seen = self._run_alike(
@@ -192,14 +192,14 @@ class Qwen3Next(nnx.Module):
         if self.is_unstacked:
             each = []
             for graphs, params in map(split, self.groups):
-                x, of_group = run(graphs, x, params)
+                x, of_group = apply(graphs, x, params)
                 each.append(of_group)
             by_group = jax.tree.map(lambda *s: jnp.stack(s), *each)
         else:
             graphs, params = split(self.groups)
             # On a CPU, a loop copies each group's residuals into the stacked array of all groups'.
             unroll = _MOST_UNROLLED if platform() == "cpu" else 1
-            x, by_group = jax.lax.scan(functools.partial(run, graphs), x, params, unroll=unroll)
+            x, by_group = jax.lax.scan(functools.partial(apply, graphs), x, params, unroll=unroll)
         # [groups, layers of a group that have it, ...] → [layers that have it, ...]
         stats, seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), by_group)
         if observed is not None:
