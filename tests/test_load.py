@@ -73,6 +73,12 @@ def test_a_model_is_loaded_unstacked_for_generation(name, tmp_path):
         for parameter, x in want.items():
             assert got[parameter].dtype == x.dtype
             np.testing.assert_array_equal(got[parameter], x, err_msg=parameter)
+    tokens = jnp.arange(8)[None]
+    got, expected = (
+        load_checkpoint(path, dtype="float32", unstacked=unstacked)(tokens)
+        for unstacked in (True, False)
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="without `unstacked`"):
         q3n.save_hf(model, tmp_path / "new")
 

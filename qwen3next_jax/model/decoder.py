@@ -260,10 +260,10 @@ class Qwen3Next(nnx.Module):
     def unstacked(self) -> "Qwen3Next":
         """A copy with each group's parameters in arrays of their own, to apply it many times.
 
-        Slicing them from the stacked arrays copies them: at each call of `extend`, and on a CPU of
-        the whole model. A program of all layers is compiled for each layer, though, where the
-        stacked ones are a loop over groups. `load_checkpoint` can load a checkpoint in this form,
-        which takes the memory of one copy only. Such a model cannot be saved.
+        Slicing them from the stacked arrays copies them at each call. In return a program is
+        compiled with every layer in it, where a stacked model is a loop over groups.
+        `load_checkpoint` can load a checkpoint in this form, which takes the memory of one copy
+        only. Such a model cannot be saved.
         """
         graph, params = nnx.split(self)
         model = nnx.merge(graph, params)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qwen3next_jax.ops.cpu import once, row_max, row_sum
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
@@ -411,26 +411,36 @@ def accumulate_gradients(
     return d_q.swapaxes(-1, -2).reshape(*d_q.shape[:3], R, C, H), d_k, d_v
 
 
-def _sources_by_query_block(q_segments, k_segments, pairs):
-    """Orders pairs by query block, without those whose blocks have no document in common.
+def meet(
+    q_segments: Int[Array, "Z B C"], k_segments: Int[Array, "Z B C"], pairs: Pairs
+) -> Bool[Array, "pairs B"]:
+    """Marks pairs of blocks that may have a document in common, for each row.
 
-    Two blocks have none if the ranges of their ids are disjoint. Where ids grow along a row, as
-    packing numbers documents from one on, all such pairs are found; with other ids some may stay,
-    which are masked as a whole.
+    Blocks whose ranges of ids are disjoint have none. Where ids grow along a row, as packing
+    numbers documents from one on, these are all that have none; other ids may leave some that are
+    masked as a whole.
+
+    Args:
+      q_segments, k_segments, pairs: arguments of `accumulate`.
+    """
+    # Padding, 0 and -1, comes behind all documents.
+    q_ids, k_ids = (
+        jnp.where(ids > 0, ids, jnp.iinfo(ids.dtype).max) for ids in (q_segments, k_segments)
+    )
+    i, j = pairs
+    starts_before = q_ids.min(-1)[i] <= k_ids.max(-1)[j]
+    return starts_before & (k_ids.min(-1)[j] <= q_ids.max(-1)[i])
+
+
+def _sources_by_query_block(q_segments, k_segments, pairs):
+    """Orders pairs by query block, without those that `meet` in no row.
 
     Returns:
       The key blocks of all pairs, and for each query block where its first one is among them and
       where its last one ends.
     """
     i, j = pairs
-    # Padding, 0 and -1, comes after all documents as the greatest unsigned numbers do.
-    low_q, high_q, low_k, high_k = (
-        f((ids - 1).astype(jnp.uint32), axis=-1)
-        for ids in (q_segments, k_segments)
-        for f in (jnp.min, jnp.max)
-    )
-    common = ((low_q[i] <= high_k[j]) & (low_k[j] <= high_q[i])).any(-1)
-    i = jnp.where(common, i, len(q_segments))
+    i = jnp.where(meet(q_segments, k_segments, pairs).any(-1), i, len(q_segments))
     order = jnp.argsort(i)
     starts = jnp.searchsorted(i[order], jnp.arange(len(q_segments) + 1))
     return jnp.asarray(j)[order], starts[:-1], starts[1:]
@@ -473,6 +483,7 @@ def _mask(i, j, q_segments, k_segments, causal, *, by_key=False):
             mask &= queries(i * C + jnp.arange(C)) >= sources(j * S + jnp.arange(S))
         return mask
 
+    # Each of the operations that read the mask would otherwise compare again.
     mask = once(compare, q_segments, k_segments)
     return mask[:, None, :, None] if by_key else mask[:, None, None]
 

@@ -97,7 +97,8 @@ def expert_mlp(
             )
         spare = -(len(rows) // block) % _at_once(len(rows), block) * block
         padded = jnp.pad(rows, ((0, spare), (0, 0))), jnp.pad(weights, (0, spare))
-        return _blocked(*padded, gate_up, down, group_sizes, block)[: len(rows)]
+        lengths = _lengths(len(rows), len(down), block)
+        return _blocked(*padded, gate_up, down, group_sizes, block, lengths)[: len(rows)]
     both = grouped_matmul(rows, _side_by_side(gate_up), group_sizes, block=block)
     # Apply the weights before the second product, where rows are narrowest, in float32.
     gate, up = jnp.split(both.astype(jnp.float32), 2, axis=-1)
@@ -118,8 +119,8 @@ def _side_by_side(gate_up):
     return gate_up.swapaxes(1, 2).reshape(len(gate_up), gate_up.shape[2], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blocked(rows, weights, gate_up, down, group_sizes, block):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blocked(rows, weights, gate_up, down, group_sizes, block, lengths):
     if block == 1 and platform() == "cpu":  # gradients need blocks
         return _row_by_row(rows, weights, gate_up, down, group_sizes)
 
@@ -128,11 +129,11 @@ def _blocked(rows, weights, gate_up, down, group_sizes, block):
         hidden = _between(gate, up, at.rows(weights)).astype(rows.dtype)
         return at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
 
-    lengths = _lengths(len(rows), len(down), block)
-    return _visit_all(visit, rows, _plan(group_sizes, len(rows), block), lengths, block)
+    plan = _plan(group_sizes, len(rows), block, lengths)
+    return _visit_all(visit, rows, plan, block, lengths)
 
 
-def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
+def _blocked_forward(rows, weights, gate_up, down, group_sizes, block, lengths):
     def visit(at, carry):
         out, gates, ups = carry
         gate, up = _gate_and_up(at.rows(out), gate_up, at)
@@ -141,13 +142,12 @@ def _blocked_forward(rows, weights, gate_up, down, group_sizes, block):
         return out, at.put(gates, gate), at.put(ups, up)
 
     kept = jnp.zeros((len(rows), gate_up.shape[3]), rows.dtype)
-    plan = _plan(group_sizes, len(rows), block)
-    lengths = _lengths(len(rows), len(down), block)
-    out, *kept = _visit_all(visit, (rows, kept, kept), plan, lengths, block)
+    plan = _plan(group_sizes, len(rows), block, lengths)
+    out, *kept = _visit_all(visit, (rows, kept, kept), plan, block, lengths)
     return out, (rows, weights, gate_up, down, plan, kept)
 
 
-def _blocked_backward(block, residuals, d_out):
+def _blocked_backward(block, lengths, residuals, d_out):
     rows, weights, gate_up, down, plan, kept = residuals
     dtype = rows.dtype
 
@@ -172,8 +172,7 @@ def _blocked_backward(block, residuals, d_out):
         jnp.zeros(gate_up.shape, jnp.float32),
         jnp.zeros(down.shape, jnp.float32),
     )
-    lengths = _lengths(len(rows), len(down), block)
-    d_rows, d_weights, d_gate_up, d_down = _visit_all(visit, start, plan, lengths, block)
+    d_rows, d_weights, d_gate_up, d_down = _visit_all(visit, start, plan, block, lengths)
     return d_rows, d_weights, d_gate_up.astype(dtype), d_down.astype(dtype), None
 
 
@@ -246,8 +245,8 @@ class _Visit:
         return x.at[self.index, *rest].add(values, mode="drop", wrap_negative_indices=False)
 
 
-def _plan(group_sizes, rows, block):
-    """For each of `_lengths`, the visits' experts [N, Z], first blocks [N], and their number."""
+def _plan(group_sizes, rows, block, lengths):
+    """For each of `lengths`, the visits' experts [N, Z], first blocks [N], and their number."""
     at_once = _at_once(rows, block)
     if at_once > 1:
         groups, used = groups_of_blocks(group_sizes, rows, block)
@@ -256,7 +255,7 @@ def _plan(group_sizes, rows, block):
     left = group_sizes // block
     first = jnp.cumsum(left) - left
     plan = []
-    for length in _lengths(rows, len(group_sizes), block):  # the longest runs first
+    for length in lengths:
         runs, left = left // length, left % length
         expert, used = groups_of_blocks(runs, rows // block // length, 1)
         start = first - (jnp.cumsum(runs) - runs) * length  # minus the blocks of earlier runs
@@ -267,7 +266,7 @@ def _plan(group_sizes, rows, block):
     return plan
 
 
-def _visit_all(visit, carry, plan, lengths, block):
+def _visit_all(visit, carry, plan, block, lengths):
     """Folds `visit(visit description, carry)` over all visits and returns the carry."""
     for (experts, starts, count), length in zip(plan, lengths, strict=True):
 
@@ -280,6 +279,7 @@ def _visit_all(visit, carry, plan, lengths, block):
 
 
 def _lengths(rows, experts, block):
+    """The numbers of blocks that visits take, the largest first."""
     if platform() != "cpu" or block < _ROWS_OF_RUNS:
         return (1,)
     return _LONG_RUNS if rows // block // experts >= _LONG_RUNS[0] else _RUNS

@@ -7,7 +7,7 @@ and values. What is accumulated for a block is read at its first pair, stays in 
 is written at its last one. Blocks of no pair keep what they have, since the arrays that a kernel
 returns are those it was given to continue.
 
-A pair is skipped if the ranges of its segment ids do not overlap. Numbers of queries, such as the
+A pair is skipped if its blocks cannot have a document in common. Numbers of queries, such as the
 softmax's denominators, are passed as rows [1, C] along the lanes, which is dense in memory, and
 turned to columns once a block. Softmax is float32; products have factors of the inputs' dtype.
 """
@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.attention import MASKED, Carry, Pairs
+from qwen3next_jax.ops.attention import MASKED, Carry, Pairs, meet
 from qwen3next_jax.ops.pallas import lanes
 from qwen3next_jax.ops.pallas.sizes import VMEM_BYTES
 from qwen3next_jax.ops.platform import platform
@@ -102,10 +102,9 @@ class _Walk:
         i, j = (jnp.asarray(x) for x in pairs)
         order = jnp.argsort(j if by_key else i, stable=True)
         i, j = i[order], j[order]
-        meet = q_segments.min(-1)[i] <= k_segments.max(-1)[j]
-        meet &= k_segments.min(-1)[j] <= q_segments.max(-1)[i]
+        meeting = meet(q_segments, k_segments, (i, j))
         # By row of the batch and pair, in one axis: a short last axis would fill scalar memory.
-        self.scalars = i, j, meet.T.reshape(-1).astype(jnp.int32)
+        self.scalars = i, j, meeting.T.reshape(-1).astype(jnp.int32)
         # Of the pair's two blocks' ids one is a column, the other a row.
         segments = {"q ids": q_segments, "k ids": k_segments}
         self.segments = {
