@@ -212,8 +212,8 @@ def test_options_that_ask_for_nothing_are_taken_and_others_refused_before_anythi
     import yaml
 
     ours, _ = both(checkpoint)
-    options = {"until": ["a"], "max_gen_toks": 3}
-    nothing = {**options, "num_beams": 1, "top_k": 0, "do_sample": False}
+    options = {"until": ["a"], "max_gen_toks": 30}
+    nothing = {**options, "num_beams": 1, "top_k": 0, "do_sample": False, "temperature": 5.0}
     assert ours.generate_until(ask("x", nothing)) == ours.generate_until(ask("x", options))
     task = yaml.safe_load((tasks / "local_generation.yaml").read_text())
     for name, option in (("beams", {"num_beams": 4}), ("essay", {"max_gen_toks": 512})):

@@ -39,7 +39,8 @@ def test_processes_that_differ_are_named_with_what_differs(told):
         assert any(
             "process 1 (" in x and "config.train.seed: 1, on process 0 0" in x for x in lines
         )
-        assert not any("steps" in x for x in lines)
+        assert any("XLA_FLAGS: " in x and "/nowhere/1, on process 0 " in x for x in lines)
+        assert not any("steps" in x or "devices" in x for x in lines)
 
 
 def test_rows_go_to_the_processes_whose_devices_hold_them(told):

@@ -358,13 +358,11 @@ def _generation_options(
             f"max_gen_toks={count} leaves no room for a prompt in the model's context of {context} "
             "tokens; lower it in the task's generation_kwargs"
         )
-    sampled = options.pop("do_sample")
+    del options["do_sample"]  # without it the normalised temperature is 0
     sampling = {name: options.pop(name) for name in _SAMPLING if name in options}
     if options:
         raise ValueError(
             f"generation_kwargs {sorted(options)} are not supported; expected until, max_gen_toks, "
             f"do_sample, {', '.join(_SAMPLING)}"
         )
-    if not sampled:
-        sampling = {k: v for k, v in sampling.items() if k == "repetition_penalty"}
     return count, stop, sampling
