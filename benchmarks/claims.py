@@ -23,7 +23,7 @@ import numpy as np
 from decode import decode_times
 from flax import nnx
 from shapes import config
-from train_step import Apart, Ours
+from train_step import Apart, Ours, make_parser
 
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -77,16 +77,8 @@ def measure(args, context):
 def training_times(args, context):
     rng, sides = np.random.default_rng(0), {}
     for name, shape in SIDES.items():
-        options = argparse.Namespace(
-            shape=shape,
-            batch=1,
-            seq=context,
-            compute="float32",
-            remat=args.remat,
-            mesh="",
-            forward=False,
-            only=None,
-        )
+        given = f"--shape={shape} --batch=1 --seq={context} --remat={args.remat}"
+        options = make_parser().parse_args(given.split())
         sides[name] = Apart(Ours, options, None)
         sides[name].call("prepare", rng.integers(0, config(shape).vocab_size, (1, context)))
     times = {name: [] for name in sides}

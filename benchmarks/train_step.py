@@ -55,7 +55,7 @@ _IN_A_ROW = 2  # steps counted in a turn
 MIXERS = {"delta": "linear_attention", "attention": "full_attention"}
 
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--compute", default="float32", help="dtype of activations and products")
     parser.add_argument("--remat", default="none")
     parser.add_argument(
-        "--loss-chunk",
+        "--loss_chunk",
         type=int,
         help="positions of a row with logits at once; left out, about 512 of all rows together",
     )
@@ -79,6 +79,11 @@ def main():
         "--profile", action="store_true", help="what a step's operations take, on a CPU or GPU"
     )
     parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def main():
+    parser = make_parser()
     args = parser.parse_args()
     if args.only and args.vs:
         parser.error("--vs compares whole models; leave out --only")

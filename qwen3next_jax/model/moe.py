@@ -119,7 +119,7 @@ class SparseMoE(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
         if mesh is None:
-            y, stats = self._single_device(x, segment_ids, *params)
+            y, stats, _ = self._apply(x, segment_ids, *params)
         else:
             y, stats = self._sharded(mesh, x, segment_ids, *params)
         if self.config.shared_expert_intermediate_size:
@@ -131,22 +131,16 @@ class SparseMoE(nnx.Module):
                 observed["shared_gate"] = token_mean(gate, segment_ids)
         return y, stats
 
-    def _single_device(self, x, segment_ids, router, gate_up, down):
+    def _apply(self, x, segment_ids, router, gate_up, down, *, ways=1):
+        """Routes tokens to experts that `ways` devices share, and sums what these return.
+
+        Returns y in x's shape, the router's statistics and the number of dropped assignments.
+        """
+        E, A = self.config.num_experts, self.config.num_experts_per_tok
         experts, weights, stats = self._route(x, segment_ids, router)
         tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
-        alignment = self._alignment(len(tokens))
-        y = apply_experts(
-            tokens,
-            experts,
-            weights,
-            self._compute(gate_up, down, len(tokens), alignment),
-            num_experts=self.config.num_experts,
-            alignment=alignment,
-        )
-        return y.reshape(x.shape), stats
-
-    def _compute(self, gate_up, down, num_tokens, alignment):
-        """The function that `apply_experts` applies to the sorted rows."""
+        most = len(tokens) * ways  # a device's experts receive rows from all of them
+        alignment = row_alignment(mean=most * A / E, most=most)
 
         def compute(rows, weights, group_sizes):
             return expert_mlp(
@@ -156,14 +150,27 @@ class SparseMoE(nnx.Module):
                 down.astype(rows.dtype),
                 group_sizes,
                 block=alignment,
-                expected_rows=num_tokens * self.config.num_experts_per_tok,
+                expected_rows=len(tokens) * A,
             )
 
-        return compute
-
-    def _alignment(self, num_tokens):
-        E, A = self.config.num_experts, self.config.num_experts_per_tok
-        return row_alignment(mean=num_tokens * A / E, most=num_tokens)
+        options: dict[str, Any] = dict(num_experts=E, alignment=alignment)
+        if ways == 1:
+            y, dropped = apply_experts(tokens, experts, weights, compute, **options), jnp.zeros(())
+        else:
+            # Padding is not sent: all of it would be routed alike, and fill the receive buffers of
+            # the same few devices.
+            experts = jnp.where(segment_ids.reshape(-1, 1) != 0, experts, E)
+            y, dropped = apply_split_experts(
+                tokens,
+                experts,
+                weights,
+                compute,
+                axis="expert",
+                buffer_factor=self.moe_buffer_factor,
+                exchange="dense" if platform() == "cpu" else "ragged",
+                **options,
+            )
+        return y.reshape(x.shape), stats, dropped
 
     def _sharded(self, mesh, x, segment_ids, *params):
         def spec(*axes, of):
@@ -189,31 +196,10 @@ class SparseMoE(nnx.Module):
             gather_slices(w.astype(x.dtype), spec, keep=("expert",))
             for w, spec in zip(params[1:], specs[1:], strict=True)
         )
-        experts, weights, stats = self._route(x, segment_ids, router)
-        tokens, experts, weights = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
-        # A device's experts receive rows from all devices along the mesh axis `expert`.
-        alignment = self._alignment(len(tokens) * jax.lax.axis_size("expert"))
-        compute = self._compute(gate_up, down, len(tokens), alignment)
-        options: dict[str, Any] = dict(num_experts=self.config.num_experts, alignment=alignment)
-        if jax.lax.axis_size("expert") == 1:
-            y, dropped = apply_experts(tokens, experts, weights, compute, **options), jnp.zeros(())
-        else:
-            # Padding is not sent: all of it would be routed alike, and fill the receive buffers of
-            # the same few devices.
-            real = segment_ids.reshape(-1, 1) != 0
-            experts = jnp.where(real, experts, self.config.num_experts)
-            y, dropped = apply_split_experts(
-                tokens,
-                experts,
-                weights,
-                compute,
-                axis="expert",
-                buffer_factor=self.moe_buffer_factor,
-                exchange="dense" if platform() == "cpu" else "ragged",
-                **options,
-            )
+        ways = jax.lax.axis_size("expert")
+        y, stats, dropped = self._apply(x, segment_ids, router, gate_up, down, ways=ways)
         # Each device along `tensor` holds partial sums of y, over its columns of the experts.
-        y = sum_columns(y.reshape(x.shape))
+        y = sum_columns(y)
         by_row = jax.tree.map(lambda s: jax.lax.psum(s, "context"), stats)
         return y, by_row._replace(dropped=dropped.astype(jnp.float32).reshape(1, 1))
 
