@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qwen3next_jax.ops.fresh_rows import fresh_rows
-from qwen3next_jax.ops.pallas.sizes import LANES
+from qwen3next_jax.ops.pallas.tpu import LANES
 from qwen3next_jax.ops.platform import platform
 
 Compute = Callable[[Float[Array, "R D"], Float[Array, "R"], Int[Array, "E"]], Float[Array, "R D"]]

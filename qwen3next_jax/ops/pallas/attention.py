@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas.kernel_costs import stating
-from qwen3next_jax.ops.pallas.sizes import LANES
+from qwen3next_jax.ops.pallas.tpu import LANES
 from qwen3next_jax.ops.platform import platform
 
 # The `checkpoint_name` of attention's results that the backward pass needs: outputs and logsumexps.

@@ -22,8 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.attention import MASKED, Carry, Pairs, meet
-from qwen3next_jax.ops.pallas import lanes
-from qwen3next_jax.ops.pallas.sizes import VMEM_BYTES
+from qwen3next_jax.ops.pallas import tpu
+from qwen3next_jax.ops.pallas.tpu import VMEM_BYTES
 from qwen3next_jax.ops.platform import platform
 
 BLOCK = 512  # number of queries, and of keys, of a block
@@ -207,8 +207,8 @@ def _softmax_kernel(
     @pl.when(first)
     def _():
         total_ref[...] = total_in_ref[...]
-        highest_ref[...] = lanes.column(softmax_in_ref[0:1])
-        denominator_ref[...] = lanes.column(softmax_in_ref[1:2])
+        highest_ref[...] = tpu.column(softmax_in_ref[0:1])
+        denominator_ref[...] = tpu.column(softmax_in_ref[1:2])
 
     @pl.when(_meet(meet_ref, i_ref, pair))
     def _():
@@ -217,15 +217,15 @@ def _softmax_kernel(
         scores = jnp.where(mask, _scores(q_ref[...], k_ref[...]), MASKED)
         new_highest = jnp.maximum(highest, scores.max(1, keepdims=True))
         weights, rescale = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
-        total_ref[...] = rescale * total_ref[...] + _dot(weights.astype(v.dtype), v)
+        total_ref[...] = rescale * total_ref[...] + tpu.dot(weights.astype(v.dtype), v)
         denominator_ref[...] = rescale * denominator_ref[...] + weights.sum(1, keepdims=True)
         highest_ref[...] = new_highest
 
     @pl.when(last)
     def _():
         total_out_ref[...] = total_ref[...]
-        softmax_out_ref[0:1] = lanes.row(highest_ref[...])
-        softmax_out_ref[1:2] = lanes.row(denominator_ref[...])
+        softmax_out_ref[0:1] = tpu.row(highest_ref[...])
+        softmax_out_ref[1:2] = tpu.row(denominator_ref[...])
 
 
 def _query_kernel(
@@ -252,8 +252,8 @@ def _query_kernel(
     @pl.when(first)
     def _():
         d_q_ref[...] = d_q_in_ref[...]
-        lse_ref[...] = lanes.column(numbers_ref[0:1])
-        delta_ref[...] = lanes.column(numbers_ref[1:2])
+        lse_ref[...] = tpu.column(numbers_ref[0:1])
+        delta_ref[...] = tpu.column(numbers_ref[1:2])
 
     @pl.when(_meet(meet_ref, i_ref, pair))
     def _():
@@ -261,9 +261,9 @@ def _query_kernel(
         mask = _mask(q_ids_ref, k_ids_ref, i_ref[pair], j_ref[pair], causal)
         scores = jnp.where(mask, _scores(q_ref[...], k), MASKED)
         weights = jnp.exp(scores - lse_ref[...])
-        d_weights = _dot(d_out_ref[...], v_ref[...], contract=(1, 1))
+        d_weights = tpu.dot(d_out_ref[...], v_ref[...], contract=(1, 1))
         d_scores = k.shape[1] ** -0.5 * (weights * (d_weights - delta_ref[...]))
-        d_q_ref[...] += _dot(d_scores.astype(k.dtype), k)
+        d_q_ref[...] += tpu.dot(d_scores.astype(k.dtype), k)
 
     @pl.when(last)
     def _():
@@ -303,10 +303,10 @@ def _key_kernel(
         mask = _mask(q_ids_ref, k_ids_ref, i_ref[pair], j_ref[pair], causal, by_key=True)
         scores = jnp.where(mask, _scores(k_ref[...], q), MASKED)
         weights = jnp.exp(scores - numbers_ref[0:1])
-        d_v_ref[...] += _dot(weights.astype(d_out.dtype), d_out)
-        d_weights = _dot(v_ref[...], d_out, contract=(1, 1))
+        d_v_ref[...] += tpu.dot(weights.astype(d_out.dtype), d_out)
+        d_weights = tpu.dot(v_ref[...], d_out, contract=(1, 1))
         d_scores = q.shape[1] ** -0.5 * (weights * (d_weights - numbers_ref[1:2]))
-        d_k_ref[...] += _dot(d_scores.astype(q.dtype), q)
+        d_k_ref[...] += tpu.dot(d_scores.astype(q.dtype), q)
 
     @pl.when(last & (r == pl.num_programs(3) - 1))
     def _():
@@ -344,14 +344,4 @@ def _mask(q_ids_ref, k_ids_ref, i, j, causal, *, by_key=False):
 
 def _scores(x, y):
     """The scores of queries and keys [C, H], in either order."""
-    return x.shape[1] ** -0.5 * _dot(x, y, contract=(1, 1))
-
-
-def _dot(x, y, *, contract=(1, 0)):
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    return x.shape[1] ** -0.5 * tpu.dot(x, y, contract=(1, 1))

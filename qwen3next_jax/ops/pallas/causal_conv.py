@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.pallas.sizes import LANES
+from qwen3next_jax.ops.pallas.tpu import LANES
 from qwen3next_jax.ops.platform import platform
 
 _HALO = 16  # tokens read from a neighbouring block: the smallest possible block in bfloat16

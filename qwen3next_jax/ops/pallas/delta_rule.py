@@ -30,8 +30,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.pallas import lanes
-from qwen3next_jax.ops.pallas.sizes import LANES, VMEM_BYTES
+from qwen3next_jax.ops.pallas import tpu
+from qwen3next_jax.ops.pallas.tpu import LANES, VMEM_BYTES
 from qwen3next_jax.ops.platform import platform
 
 CHUNK = 64  # tokens of a chunk
@@ -263,7 +263,7 @@ def _forward_kernel(
             gates, marks = gates_ref[0, head, z], marks_ref[0, z]
             state = state_ref[0, head]
             decays = [_decays(gates[r : r + 1], marks) for r in range(R)]
-            betas = [lanes.column(gates[R + r : R + r + 1]) for r in range(R)]
+            betas = [tpu.column(gates[R + r : R + r + 1]) for r in range(R)]
             qk = dot(jnp.concatenate([k, q]), k, contract=(1, 1))
             inverses = _unit_lower_inverses(
                 [_strictly_lower(b * qk[:C] * d[0]) for b, d in zip(betas, decays, strict=True)],
@@ -334,7 +334,7 @@ def _backward_kernel(
             d_gs, d_betas = [], []
             for r in range(R):
                 gamma, start, end, whole = _decays(gates[r : r + 1], marks)
-                beta = lanes.column(gates[R + r : R + r + 1])
+                beta = tpu.column(gates[R + r : R + r + 1])
                 inverse, value = _slice(saved, r, R), (0, head * R + r, tokens)
                 v, d_out = v_ref[value].astype(jnp.float32), d_out_ref[value]
                 products = _strictly_lower(key_products[:C] * gamma)
@@ -358,8 +358,8 @@ def _backward_kernel(
                 d_end = end * _sum(new * _slice(written, r, R))
                 overlap = _slice(d_after, r, R) * _slice(state, r, R).astype(jnp.float32)
                 d_whole = whole * _sum(overlap.sum(0, keepdims=True))
-                d_gs.append(lanes.row(_span_gradients(d_gamma, d_start, d_end, d_whole)))
-                d_betas.append(lanes.row(d_beta))
+                d_gs.append(tpu.row(_span_gradients(d_gamma, d_start, d_end, d_whole)))
+                d_betas.append(tpu.row(d_beta))
                 d_reads.append(d_read)
                 d_queries.append(d_queried)
                 news.append(end * new)
@@ -390,13 +390,13 @@ def _decays(g, marks):
     """Γ [C, C], γ and d [C, 1], γ_C [1, 1] of a row g [1, C], zero across documents."""
     C = g.shape[1]
     own, last = marks[0:1], marks[0:1, C - 1 : C]
-    document, before = lanes.column(own), marks[1:2, 0:1]
+    document, before = tpu.column(own), marks[1:2, 0:1]
     i, j = _indices(C)
     # spans[i, j] = Σ_{j<l≤i} g_l, a cumulative sum down the rows.
-    spans = _running_sum(jnp.where(i > j, lanes.column(g), 0))
+    spans = _running_sum(jnp.where(i > j, tpu.column(g), 0))
     gamma = jnp.where((i >= j) & (document == own), spans, _OUT)
     start = jnp.where(document == before, spans[:, 0:1] + g[:, 0:1], _OUT)
-    end = jnp.where(document == last, lanes.column(spans[C - 1 : C]), _OUT)
+    end = jnp.where(document == last, tpu.column(spans[C - 1 : C]), _OUT)
     whole = jnp.where(before == last, spans[C - 1 : C, 0:1] + g[:, 0:1], _OUT)
     return tuple(jnp.exp(x) for x in (gamma, start, end, whole))
 
@@ -406,7 +406,7 @@ def _span_gradients(d_gamma, d_start, d_end, d_whole):
     C = d_gamma.shape[0]
     i, j = _indices(C)
     # The exponents of d are the last row of spans; those of γ_i and γ_C are its first column + g_0.
-    spans = d_gamma + jnp.where(i == C - 1, lanes.row(d_end), 0)
+    spans = d_gamma + jnp.where(i == C - 1, tpu.row(d_end), 0)
     spans += jnp.where(j == 0, d_start + jnp.where(i[:, 0:1] == C - 1, d_whole, 0), 0)
     spanned = _running_sum(jnp.where(i > j, spans, 0), reverse=True)
     d_g = _sum(jnp.where(i > j, spanned, 0))
@@ -482,13 +482,7 @@ def _parts(x):
 
 def _rough_dot(x, y, *, dtype, contract=(1, 0)):
     """Sums x · y, both rounded to the dtype, in float32."""
-    return jax.lax.dot_general(
-        x.astype(dtype),
-        y.astype(dtype),
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    return tpu.dot(x.astype(dtype), y.astype(dtype), contract=contract)
 
 
 def _strictly_lower(x):

@@ -26,7 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.pallas.sizes import LANES, VMEM_BYTES
+from qwen3next_jax.ops.pallas import tpu
+from qwen3next_jax.ops.pallas.tpu import LANES, VMEM_BYTES
 from qwen3next_jax.ops.platform import platform
 
 TILE = 256  # rows of a tile, at most
@@ -218,9 +219,9 @@ def _forward_kernel(
 ):
     expert, tile = (x[pl.program_id(0)] for x in (experts, tiles))
     x = _matrix(rows_ref)
-    gate, up = _dot(x, gate_up_ref[0]), _dot(x, gate_up_ref[1])
+    gate, up = tpu.dot(x, gate_up_ref[0]), tpu.dot(x, gate_up_ref[1])
     hidden = jax.nn.silu(gate) * up * _column(weights_ref[...])
-    out[...] = _dot(hidden.astype(x.dtype), down_ref[...]).astype(out.dtype)
+    out[...] = tpu.dot(hidden.astype(x.dtype), down_ref[...]).astype(out.dtype)
     _store(out_ref, out, starts[expert] - tile * x.shape[0])
 
 
@@ -257,24 +258,24 @@ def _backward_kernel(
     own = (row >= start) & (row < end)
     x, d_out = (jnp.where(own, a.astype(jnp.float32), 0).astype(a.dtype) for a in (x, d_out))
     weights = jnp.where(own, _column(weights_ref[...]), 0)
-    gate, up = _dot(x, gate_up_ref[0]), _dot(x, gate_up_ref[1])
+    gate, up = tpu.dot(x, gate_up_ref[0]), tpu.dot(x, gate_up_ref[1])
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     product = silu * up
-    d_weighted = _dot(d_out, down_ref[...], contract=(1, 1))
+    d_weighted = tpu.dot(d_out, down_ref[...], contract=(1, 1))
     d_product = d_weighted * weights
     d_gate = (d_product * up * (sigmoid + silu * (1 - sigmoid))).astype(x.dtype)
     d_up = (d_product * silu).astype(x.dtype)
-    through = _dot(d_gate, gate_up_ref[0], contract=(1, 1))
-    d_rows[...] = (through + _dot(d_up, gate_up_ref[1], contract=(1, 1))).astype(x.dtype)
+    through = tpu.dot(d_gate, gate_up_ref[0], contract=(1, 1))
+    d_rows[...] = (through + tpu.dot(d_up, gate_up_ref[1], contract=(1, 1))).astype(x.dtype)
     _store(d_rows_ref, d_rows, start)
     lane = jax.lax.broadcasted_iota(jnp.int32, d_weights_ref.shape, 1)
     d_weights = _lanes((d_weighted * product).sum(1, keepdims=True))
     d_weights_ref[...] = jnp.where(lane >= start, d_weights, d_weights_ref[...])
     weighted = (product * weights).astype(x.dtype)
-    d_gate_up_sum[0] += _dot(x, d_gate, contract=(0, 0))
-    d_gate_up_sum[1] += _dot(x, d_up, contract=(0, 0))
-    d_down_sum[...] += _dot(weighted, d_out, contract=(0, 0))
+    d_gate_up_sum[0] += tpu.dot(x, d_gate, contract=(0, 0))
+    d_gate_up_sum[1] += tpu.dot(x, d_up, contract=(0, 0))
+    d_down_sum[...] += tpu.dot(weighted, d_out, contract=(0, 0))
 
     @pl.when((step == last) | (experts[jnp.minimum(step + 1, last)] != expert))
     def _():
@@ -312,13 +313,3 @@ def _column(lanes):
 def _lanes(column):
     """[tile, 1] → [1, tile]."""
     return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
-
-
-def _dot(x, y, *, contract=(1, 0)):
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )

@@ -1,0 +1,36 @@
+"""What the kernels for TPUs share: sizes of a core, and what they do with small arrays."""
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128  # columns of a vector register and of a memory tile
+VMEM_BYTES = 64 * 2**20  # vector memory of a v5p and its successors; the compiler's default is 16
+
+
+def column(row):
+    """[1, C] → [C, 1], by a masked sum over lanes, which is exact.
+
+    Rows are dense in a TPU's memory, where a column would fill whole lanes.
+    """
+    return jnp.where(_diagonal(row.shape[1]), row, 0).sum(1, keepdims=True)
+
+
+def row(column):
+    """[C, 1] → [1, C]."""
+    return jnp.where(_diagonal(column.shape[0]), column, 0).sum(0, keepdims=True)
+
+
+def _diagonal(size):
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
+    return i == j
+
+
+def dot(x, y, *, contract=(1, 0)):
+    """The product of two matrices of one dtype over the given axes, in float32."""
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
