@@ -95,7 +95,7 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
     from qwen3next_jax.data.tokenizer import keep_tokenizer
     from qwen3next_jax.evaluation.perplexity import perplexity
     from qwen3next_jax.evaluation.report import Report
-    from qwen3next_jax.evaluation.samples import check_samples, samples
+    from qwen3next_jax.evaluation.samples import samples_in_training
     from qwen3next_jax.evaluation.suites import check_usable, suites_in_training
     from qwen3next_jax.parallel.processes import process_0_first
     from qwen3next_jax.training.loop import Stopped, train
@@ -125,15 +125,14 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
         f"{data.held_out_bytes:,}",
     )
 
-    def evaluate(graph, params):
+    def evaluate(model):
         batches = evaluation_batches(
             data,
             batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
         )
         result = perplexity(
-            graph,
-            params,
+            model,
             batches,
             text_bytes=data.held_out_bytes,
             chunk=config.train.loss_chunk,
@@ -146,23 +145,7 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
         )
         return result
 
-    def sample(model):
-        return samples(
-            model,
-            data.tokenizer,
-            config.train.sample_prompts,
-            max_new_tokens=config.train.sample_tokens,
-            seed=config.train.seed,
-        )
-
-    sampling = config.train.sample_tokens > 0 and bool(config.train.sample_prompts)
-    if sampling:
-        check_samples(
-            config.model,
-            data.tokenizer,
-            config.train.sample_prompts,
-            max_new_tokens=config.train.sample_tokens,
-        )
+    sample = samples_in_training(config.train, config.model, data.tokenizer)
     page = Report([workdir], workdir / "report.html")
 
     def report():
@@ -177,7 +160,7 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
             workdir,
             data,
             evaluate=evaluate,
-            sample=sample if sampling else None,
+            sample=sample,
             suites=suites_in_training(config.evaluation, data),
             report=report,
             should_stop=should_stop,
@@ -191,7 +174,7 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
             f"The run in {workdir} is finished: {config.train.num_steps} steps. For more, give "
             "--config.train.num_steps=N; for another run, another --workdir."
         )
-    if steps and sampling and first:
+    if steps and sample and first:
         *_, last = (workdir / "samples.jsonl").read_text().splitlines()
         written = json.loads(last)
         print(f"\nWhat the model writes by itself:\n\n{written['prompt']}{written['text']}")

@@ -190,7 +190,7 @@ def main(argv=None):
             trained_tokenizer=args.workdir / "tokenizer.model",
         )
         keep_tokenizer(tokenizer, args.workdir)
-        model, _ = train(run, args.workdir, data, evaluate=lambda graph, params: {})
+        model, _ = train(run, args.workdir, data)
     lengths = [n for n in (128, 256, 512, 1024, 2048, 4096, 8192, 16384) if n <= args.longest]
     result = suite.long_context(
         Evaluator(model, tokenizer), tasks=TASKS, lengths=lengths, samples=args.samples

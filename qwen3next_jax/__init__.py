@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwen3next_jax import ops
     from qwen3next_jax.checkpoint.hugging_face import load_hf, save_hf
+    from qwen3next_jax.checkpoint.load import load_checkpoint
     from qwen3next_jax.config import ModelConfig
     from qwen3next_jax.inference.decode import Generation, generate
     from qwen3next_jax.model.decoder import Qwen3Next
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from qwen3next_jax.model.layers import RMSNorm
     from qwen3next_jax.model.moe import SparseMoE
     from qwen3next_jax.model.mtp import MTP
-    from qwen3next_jax.training.loss import loss
+    from qwen3next_jax.training.loss import complete_batch, loss
 
 __all__ = [
     "MTP",
@@ -25,7 +26,9 @@ __all__ = [
     "Qwen3Next",
     "RMSNorm",
     "SparseMoE",
+    "complete_batch",
     "generate",
+    "load_checkpoint",
     "load_hf",
     "loss",
     "ops",
@@ -43,7 +46,9 @@ _MODULES = {
     "Qwen3Next": "model.decoder",
     "RMSNorm": "model.layers",
     "SparseMoE": "model.moe",
+    "complete_batch": "training.loss",
     "generate": "inference.decode",
+    "load_checkpoint": "checkpoint.load",
     "load_hf": "checkpoint.hugging_face",
     "loss": "training.loss",
     "save_hf": "checkpoint.hugging_face",

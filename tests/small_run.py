@@ -74,11 +74,11 @@ def _run(config, workdir, **hooks):
         trained_tokenizer=workdir / "tokenizer.model",
     )
 
-    def evaluate(graph, params):
+    def evaluate(model):
         batches = evaluation_batches(
             data, batch_size=config.train.global_batch_size, sequence_length=64
         )
-        return perplexity(graph, params, batches, text_bytes=data.held_out_bytes)
+        return perplexity(model, batches, text_bytes=data.held_out_bytes)
 
     hooks = {"evaluate": evaluate, "suites": suites_in_training(config.evaluation, data), **hooks}
     return loop.train(config, workdir, data, **hooks)

@@ -5,7 +5,6 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hf_tokenizer import make_tokenizer_json
 from oracles import quick_jit, random_model, small_config
 
@@ -24,7 +23,7 @@ def test_bits_per_byte_are_the_plain_sum_over_all_tokens_and_batches():
     batches = [
         complete_batch(jnp.asarray(t), jnp.asarray(s)) for t, s in zip(rows, segments, strict=True)
     ]
-    got = perplexity(*nnx.split(model), batches, text_bytes=333)
+    got = perplexity(model, batches, text_bytes=333)
 
     nats = count = 0
     forward = quick_jit(lambda tokens, segments: model(tokens, segments))

@@ -25,10 +25,10 @@ from qwen3next_jax.checkpoint import safetensors_files
 from qwen3next_jax.checkpoint.parameters import (
     build_model,
     final_dtype,
+    map_parameters,
     parameter_shapes,
     parameters_by_path,
     shape_mismatches,
-    split_path,
 )
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
 from qwen3next_jax.command import partial_path
@@ -87,9 +87,7 @@ def load_hf(
 
     computed_in = hf.dtypes["embed_tokens"]
     model = build_model(config, value, dtype=computed_in, mesh=mesh, unstacked=unstacked)
-    # An extra attribute for `save_hf`, which copies the tokenizer from there. Graphs of
-    # two directories differ by it; if they did not, `nnx.jit` would give one model the other's.
-    model.source = str(path.absolute())  # type: ignore[attr-defined]
+    model.source = str(path.absolute())
     return model
 
 
@@ -129,7 +127,6 @@ def save_hf(
             if shard.replica_id == 0:
                 yield shard.index, np.asarray(shard.data)
 
-    source = getattr(model, "source", None)
     write_hf(
         pathlib.Path(directory),
         model.config,
@@ -138,7 +135,7 @@ def save_hf(
         dtype=dtype,
         layout=FileLayout(fused=expert_layouts(expert_layout)),
         max_shard_size=max_shard_size,
-        companions=None if source is None else pathlib.Path(source),
+        companions=None if model.source is None else pathlib.Path(model.source),
     )
 
 
@@ -153,16 +150,19 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
       ValueError: names every missing, unexpected and misshapen tensor, or parameter that is not of
         the config; the model is unchanged.
     """
-    params = parameters_by_path(nnx.state(model, nnx.Param))
-    table = checked_table(model.config, FileLayout.of(tensors, model.config), params)
+    params = nnx.state(model, nnx.Param)
+    layout = FileLayout.of(tensors, model.config)
+    table = checked_table(model.config, layout, parameters_by_path(params))
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     problems = shape_mismatches(table.shapes, {name: x.shape for name, x in arrays.items()})
     if problems:
         raise ValueError("The tensors do not fit the config:\n  " + "\n  ".join(problems))
-    for path, param in params.items():
-        block = (slice(None),) * len(param.shape)
-        param.set_value(jax.numpy.asarray(table.read(arrays, path, block, param.dtype)))
-    nnx.update(model, nnx.from_flat_state([(split_path(path), p) for path, p in params.items()]))
+
+    def read(path: str, param: Any) -> jax.Array:
+        whole = (slice(None),) * len(param.shape)
+        return jax.numpy.asarray(table.read(arrays, path, whole, param.dtype))
+
+    nnx.update(model, map_parameters(params, read))
 
 
 def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:

@@ -97,7 +97,7 @@ def load_checkpoint(
         return build_model(config, value, dtype=jnp.dtype(compute), mesh=mesh, unstacked=unstacked)
 
     model = from_step(ours, build)
-    model.source = str(ours.workdir)  # type: ignore[attr-defined]  # as `load_hf` does
+    model.source = str(ours.workdir)
     return model
 
 

@@ -90,11 +90,6 @@ def parameters_by_path(params: Any) -> dict[str, Any]:
     return {"/".join(map(str, path)): p for path, p in nnx.to_flat_state(params)}
 
 
-def split_path(path: str) -> tuple[str | int, ...]:
-    """The inverse of the join in `parameters_by_path`, for `nnx.from_flat_state`."""
-    return tuple(int(part) if part.isdigit() else part for part in path.split("/"))
-
-
 def final_dtype(path: str, stored: Any, dtype: Any) -> Any:
     """The requested dtype, or `stored` if that is None or for `A_log` and `dt_bias`.
 

@@ -10,6 +10,7 @@ from qwen3next_jax.config.run import (
     MeshConfig,
     OptimizerConfig,
     RunConfig,
+    TrainConfig,
 )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
+    "TrainConfig",
     "divisors",
     "flatten",
     "nearest",

@@ -10,7 +10,7 @@ import datetime
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -30,6 +30,7 @@ def render_chat(
     special_tokens: Mapping[str, str] | None = None,
     add_generation_prompt: bool = True,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    marked: bool = False,
     **switches: Any,
 ) -> str:
     """The text of a conversation.
@@ -40,51 +41,22 @@ def render_chat(
       special_tokens: the tokenizer's; templates read `bos_token` and its like by these names.
       add_generation_prompt: whether to end with the header of the assistant's next answer.
       tools: JSON schemas of functions that the model may call.
+      marked: whether to write each `{% generation %}` block of the template between `MARKS`.
       switches: further variables of the template, such as `enable_thinking`.
 
     Raises:
       ValueError: the template is no Jinja, refuses these messages, or fails on them.
     """
-    return _render(
-        _compile,
-        template,
-        messages=messages,
-        tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        **{**(special_tokens or {}), **switches},
-    )
-
-
-def render_marked_chat(
-    messages: Sequence[Message],
-    template: str,
-    *,
-    special_tokens: Mapping[str, str] | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    **switches: Any,
-) -> str:
-    """The text of a whole conversation, with each `{% generation %}` block between `MARKS`.
-
-    Raises:
-      ValueError: see `render_chat`.
-    """
-    return _render(
-        _compile_marked,
-        template,
-        messages=messages,
-        tools=tools,
-        add_generation_prompt=False,
-        **{**(special_tokens or {}), **switches},
-    )
-
-
-# Noncharacters: code points that Unicode never assigns, so no text should hold them.
-MARKS = ("\ufdd0", "\ufdd1")
-
-
-def _render(compile: Callable[[str], jinja2.Template], template: str, /, **variables: Any) -> str:
+    variables = {
+        "messages": messages,
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        **(special_tokens or {}),
+        **switches,
+    }
     try:
-        return compile(template).render({"documents": None, **variables})
+        return _compile(template, marked).render(variables)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"Line {error.lineno} of the chat template: {error.message}") from error
     except (
@@ -98,6 +70,10 @@ def _render(compile: Callable[[str], jinja2.Template], template: str, /, **varia
     ) as error:
         # Python's errors in a template's expressions: None + "<|im_end|>", "text".split(""), 1 / 0.
         raise ValueError(f"The chat template cannot render these messages: {error}") from error
+
+
+# Noncharacters: code points that Unicode never assigns, so no text should hold them.
+MARKS = ("\ufdd0", "\ufdd1")
 
 
 def load_chat_template(directory: str | os.PathLike, *, name: str = "default") -> str:
@@ -130,26 +106,17 @@ def load_chat_template(directory: str | os.PathLike, *, name: str = "default") -
     return named[name]
 
 
-@functools.lru_cache(maxsize=16)
-def _compile(template: str) -> jinja2.Template:
-    return _environment(_Generation).from_string(template)
-
-
-@functools.lru_cache(maxsize=16)
-def _compile_marked(template: str) -> jinja2.Template:
-    return _environment(_MarkedGeneration).from_string(template)
-
-
-def _environment(generation: type[jinja2.ext.Extension]) -> jinja2.Environment:
+@functools.lru_cache(maxsize=32)
+def _compile(template: str, marked: bool) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, generation],
+        extensions=[jinja2.ext.loopcontrols, _MarkedGeneration if marked else _Generation],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+    return environment.from_string(template)
 
 
 def _to_json(

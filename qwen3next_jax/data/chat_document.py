@@ -31,7 +31,7 @@ import jinja2
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from qwen3next_jax.data.chat import MARKS, Message, render_chat, render_marked_chat
+from qwen3next_jax.data.chat import MARKS, Message, render_chat
 from qwen3next_jax.data.tokenizer import Tokenizer
 
 
@@ -126,7 +126,7 @@ def mark_answers(
     return MarkedText(text, spans, True)
 
 
-_OURS = {"messages", "template", "special_tokens", "tools", "add_generation_prompt"}
+_OURS = {"messages", "template", "special_tokens", "tools", "add_generation_prompt", "marked"}
 _NO_CLOCK = jinja2.Undefined(
     hint="the template asks for the date, on which a text to learn from may not depend; give one "
     "in chat_template_kwargs, under a name such as date_string"
@@ -160,7 +160,8 @@ def _marked_spans(
     """The spans between the template's own marks; None where it has none."""
     if "endgeneration" not in template:
         return None
-    parts = re.split(f"([{''.join(MARKS)}])", render_marked_chat(messages, template, **asked))
+    marked = render_chat(messages, template, add_generation_prompt=False, marked=True, **asked)
+    parts = re.split(f"([{''.join(MARKS)}])", marked)
     # `parts` alternates text and marks. The marks are trusted only if they come in pairs and are
     # the only change to the text: then no message held them and no filter of the template moved
     # them.

@@ -7,6 +7,7 @@ mesh only by float32 rounding.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float32, Int
 
 from qwen3next_jax.data.text_stream import TextStream
@@ -24,7 +25,7 @@ from qwen3next_jax.inference.decode import Generation
 from qwen3next_jax.model.decoder import Qwen3Next, default_positions
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
-from qwen3next_jax.parallel.mesh import BATCH, ROWS
+from qwen3next_jax.parallel.mesh import BATCH, ROWS, mesh_of
 from qwen3next_jax.parallel.vocabulary import token_scores
 
 _SHORTEST = 64
@@ -62,8 +63,8 @@ class Evaluator:
             raise ValueError(f"{batch_size=} must be at least 1, or 0 to choose it by length")
         self.model, self.tokenizer, self._batch_size = model, tokenizer, batch_size
         self._graph, self._params = nnx.split(model)
-        self._mesh = _mesh_of(self._params)
-        self._ways = 1 if self._mesh is None else int(np.prod([self._mesh.shape[a] for a in ROWS]))
+        self._mesh = mesh_of(self._params)
+        self._ways = 1 if self._mesh is None else math.prod(self._mesh.shape[a] for a in ROWS)
 
     def with_model(self, model: Qwen3Next) -> "Evaluator":
         """An evaluator of another model, with this one's tokenizer and batch size."""
@@ -260,9 +261,3 @@ def _score(graph, mesh, params, tokens, targets, segments):
 def _chunk(model: Qwen3Next) -> int:
     """Positions of a row whose logits are materialised at a time: about 32 MB."""
     return max(_SHORTEST, min(512, 2**23 // model.config.vocab_size))
-
-
-def _mesh_of(params: nnx.State) -> Mesh | None:
-    sharding = jax.tree.leaves(params)[0].sharding
-    one = not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1
-    return None if one else sharding.mesh

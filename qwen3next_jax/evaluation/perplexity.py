@@ -24,6 +24,7 @@ from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.documents import readable, text_in_loss
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.training.loss import next_token_losses
 
@@ -31,8 +32,7 @@ _AT_A_TIME = 1024  # documents in memory at a time
 
 
 def perplexity(
-    graph: nnx.GraphDef,
-    params: nnx.State,
+    model: Qwen3Next,
     batches: Iterable[Mapping[str, Any]],
     *,
     text_bytes: int,
@@ -41,7 +41,7 @@ def perplexity(
     """Evaluates next-token prediction, without auxiliary losses.
 
     Args:
-      graph, params: the model, split by `nnx.split`.
+      model: the model, sharded as the active mesh has it.
       batches: the text, each token once, such as from `data.pipeline.evaluation_batches`.
       text_bytes: length of that text in UTF-8.
       chunk: positions of a row whose logits are materialised at a time.
@@ -53,6 +53,7 @@ def perplexity(
     Raises:
       ValueError: the batches have no labels.
     """
+    graph, params = nnx.split(model)
     nats = tokens = dropped = 0.0
     for batch in batches:
         losses, batch_dropped = _losses(graph, params, batch, chunk)

@@ -1,9 +1,10 @@
 """Samples of text from a model in training, for people to read."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.config import ModelConfig, TrainConfig
 from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt
 from qwen3next_jax.inference.decode import generate
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -44,18 +45,29 @@ def samples(
     ]
 
 
-def check_samples(
-    config: ModelConfig, tokenizer: Tokenizer, prompts: Sequence[str], *, max_new_tokens: int
-) -> None:
-    """Checks that each prompt and `max_new_tokens` more tokens fit into the model's context.
+def samples_in_training(
+    train: TrainConfig, config: ModelConfig, tokenizer: Tokenizer
+) -> Callable[[Qwen3Next], list[dict[str, Any]]] | None:
+    """The function that writes a training run's samples; None if it asks for none.
 
     Raises:
-      ValueError: they do not; names the longest prompt.
+      ValueError: a prompt and `sample_tokens` more tokens do not fit into the model's context;
+        names the longest prompt.
     """
+    if not train.sample_tokens or not train.sample_prompts:
+        return None
+    prompts = train.sample_prompts
     length, longest = max((len(encode_prompt(tokenizer, text)), text) for text in prompts)
-    if length + max_new_tokens > config.context_length:
+    if length + train.sample_tokens > config.context_length:
         raise ValueError(
             f"The sample prompt {longest!r} of {length} tokens and "
-            f"train.sample_tokens={max_new_tokens} exceed the model's context of "
+            f"train.sample_tokens={train.sample_tokens} exceed the model's context of "
             f"{config.context_length}; lower one of them"
         )
+    return functools.partial(
+        samples,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        max_new_tokens=train.sample_tokens,
+        seed=train.seed,
+    )

@@ -12,6 +12,7 @@ another batch gives another sample.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from qwen3next_jax.inference.speculative import draft, verify
 from qwen3next_jax.model.cache import accept, empty_cache
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
-from qwen3next_jax.parallel.mesh import ROWS, no_mesh
+from qwen3next_jax.parallel.mesh import ROWS, mesh_of, no_mesh
 from qwen3next_jax.parallel.processes import exchange
 
 DRAFTS = 2  # tokens drafted at a time by default, if the model has an MTP module
@@ -521,16 +522,14 @@ def _rows(tokens, counts) -> list[list[int]]:
 
 def _placement(params, batch: int):
     """A function that puts arrays with a leading batch axis on the mesh, sharded if possible."""
-    sharding = jax.tree.leaves(params)[0].sharding
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+    mesh = mesh_of(params)
+    if mesh is None:
         return lambda tree: tree
-    ways = 1
-    for axis in ROWS:
-        ways *= sharding.mesh.shape[axis]
+    ways = math.prod(mesh.shape[axis] for axis in ROWS)
     # With several processes rows are not sharded, since each process reads all of them.
     split = batch % ways == 0 and jax.process_count() == 1
     spec = PartitionSpec(ROWS) if split else PartitionSpec()
-    return lambda tree: jax.device_put(tree, NamedSharding(sharding.mesh, spec))
+    return lambda tree: jax.device_put(tree, NamedSharding(mesh, spec))
 
 
 def number_of_drafts(config: ModelConfig, speculative: bool | int | None) -> int:

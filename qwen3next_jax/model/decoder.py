@@ -74,6 +74,8 @@ class Qwen3Next(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype or param_dtype)
         self.remat = remat
+        # The directory that the model was loaded from; `save_hf` copies the tokenizer from there.
+        self.source: str | None = None
         V, D = config.vocab_size, config.hidden_size
         init = normal(config.initializer_range)
         repeats = config.num_hidden_layers // len(config.group)

@@ -191,6 +191,13 @@ def _on_the_torus(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarr
         ) from error
 
 
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh over which parameters are sharded; None if they are on one device."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    sharded = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    return sharding.mesh if sharded else None
+
+
 def active_mesh() -> AbstractMesh | None:
     """The mesh of the surrounding `jax.set_mesh`, if it has the axes `AXES`.
 

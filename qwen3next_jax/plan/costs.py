@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from qwen3next_jax.checkpoint.parameters import parameters_by_path
 from qwen3next_jax.config import LINEAR, ModelConfig, RunConfig
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
@@ -42,7 +43,7 @@ _PARTS = (
 def parameters(params: nnx.State) -> dict[str, int]:
     """Counts parameters, or shapes of them, by part."""
     parts: Counter[str] = Counter()
-    for name, x in _named(params):
+    for name, x in parameters_by_path(params).items():
         part = next(part for pattern, part in _PARTS if pattern in name)
         if part == "feed-forward" and _of_experts(x):
             part = "experts"
@@ -53,7 +54,7 @@ def parameters(params: nnx.State) -> dict[str, int]:
 def active_parameters(params: nnx.State, config: ModelConfig) -> int:
     """Parameters that one token uses: of the experts its own, of the embedding one row."""
     total = 0
-    for name, x in _named(params):
+    for name, x in parameters_by_path(params).items():
         size = math.prod(x.shape)
         if "embed_tokens" in name and not config.tie_word_embeddings:
             size = config.hidden_size
@@ -61,10 +62,6 @@ def active_parameters(params: nnx.State, config: ModelConfig) -> int:
             size = size * config.num_experts_per_tok // config.num_experts
         total += size
     return total
-
-
-def _named(params: nnx.State) -> list[tuple[str, nnx.Variable]]:
-    return [("/".join(map(str, path)), param) for path, param in nnx.to_flat_state(params)]
 
 
 def _of_experts(param: nnx.Variable) -> bool:
@@ -194,7 +191,7 @@ def weights(params: nnx.State, mesh: Any) -> list[Weight]:
             width=x.dtype.itemsize,
             experts=_of_experts(x),
         )
-        for name, x in _named(params)
+        for name, x in parameters_by_path(params).items()
     ]
 
 

@@ -50,9 +50,8 @@ from qwen3next_jax.training.step import (
 from qwen3next_jax.training.timing import Clock, Profile
 from qwen3next_jax.training.workdir import has_steps, keep_config, last_step
 
-Evaluate = Callable[[nnx.GraphDef, nnx.State], dict[str, Any]]
+Evaluate = Callable[[Qwen3Next], dict[str, Any]]
 Sample = Callable[[Qwen3Next], list[dict[str, Any]]]
-Suites = Callable[[Qwen3Next], dict[str, Any]]
 
 
 class Stopped(Exception):
@@ -72,9 +71,9 @@ def train(
     workdir: pathlib.Path,
     data: Data,
     *,
-    evaluate: Evaluate,
+    evaluate: Evaluate | None = None,
     sample: Sample | None = None,
-    suites: Suites | None = None,
+    suites: Evaluate | None = None,
     report: Callable[[], None] = lambda: None,
     should_stop: ShouldStop = lambda step: False,
 ) -> tuple[Qwen3Next, int]:
@@ -86,11 +85,12 @@ def train(
         checkpoints/ and tensorboard/, shared by all processes. The caller holds its
         `workdir.workdir_lock`.
       data: the training data.
-      evaluate: from a split model to metrics; called every `eval_every` steps and at the end.
+      evaluate: from the model to metrics; called on the mesh every `eval_every` steps and at the
+        end. None: no evaluation.
       sample: from the model to lines for samples.jsonl; called every `sample_every` steps and at
         the end. None: no samples.
-      suites: from the model to more metrics; called every `evaluation.every` steps and at the end.
-        None: no suites.
+      suites: from the model to more metrics; called without a mesh every `evaluation.every` steps
+        and at the end. None: no suites.
       report: called in process 0 after each evaluation and each checkpoint, the last ones included.
       should_stop: whether to save and leave. Called with the step after each step but the last, and
         again after each slow hook. See `processes.joined`.
@@ -117,9 +117,9 @@ def train(
 
 
 class _Hooks(NamedTuple):
-    evaluate: Evaluate
+    evaluate: Evaluate | None
     sample: Sample | None
-    suites: Suites | None
+    suites: Evaluate | None
     report: Callable[[], None]
     should_stop: ShouldStop
 
@@ -127,10 +127,10 @@ class _Hooks(NamedTuple):
 class _Due(NamedTuple):
     """Which hooks are called after a step, and whether it is saved."""
 
-    evaluate: bool
-    save: bool
-    suites: bool
-    sample: bool
+    evaluate: bool = False
+    save: bool = False
+    suites: bool = False
+    sample: bool = False
 
 
 class _Run:
@@ -280,7 +280,7 @@ class _Run:
             return step == t.num_steps or (every > 0 and step % every == 0)
 
         return _Due(
-            evaluate=due(t.eval_every),
+            evaluate=hooks.evaluate is not None and due(t.eval_every),
             save=due(t.checkpoint_every),
             suites=hooks.suites is not None and due(self._config.evaluation.every),
             sample=hooks.sample is not None and due(t.sample_every),
@@ -293,7 +293,7 @@ class _Run:
         """
         step, folder = self._start, self._workdir
         if not step:
-            return _Due(evaluate=False, save=False, suites=False, sample=False)
+            return _Due()
         tested, written = exchange(
             (
                 has_line(folder / "metrics.jsonl", step, "seconds/suites"),
@@ -301,12 +301,7 @@ class _Run:
             )
         )[0]
         due = self._due(step)
-        return _Due(
-            evaluate=False,
-            save=False,
-            suites=due.suites and not tested,
-            sample=due.sample and not written,
-        )
+        return _Due(suites=due.suites and not tested, sample=due.sample and not written)
 
     def _evaluate_and_save(self, step: int, due: _Due) -> None:
         """Calls the hooks that are due, and saves if that is due; the step must be settled.
@@ -331,8 +326,8 @@ class _Run:
                 self._save(step, scores.get("eval_ce"))
 
         try:
-            if due.evaluate and not self._stopping:
-                scores = hooks.evaluate(self._program.graph, self._state.params)
+            if hooks.evaluate and due.evaluate and not self._stopping:
+                scores = hooks.evaluate(self._model())
             if scores:
                 self._writer.write(step, scores | self._clock.taken("evaluation"))
             if due.save or self._poll_stop(step):
