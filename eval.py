@@ -39,7 +39,10 @@ _OUTPUT = flags.DEFINE_string("output", None, "A JSON file for the results.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "File or directory; else the checkpoint's.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Else as stored.")
 _MESH_FSDP = flags.DEFINE_integer(
-    "mesh_fsdp", None, "Split parameters and rows over this many devices, -1: all.", lower_bound=-1
+    "mesh_fsdp",
+    None,
+    "Split the model and rows over all devices: -1, or their number.",
+    lower_bound=-1,
 )
 _DATA = flags.DEFINE_multi_string(
     "data",

@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
             mtp_steps=1,  # tokens beyond the next that are predicted as well; 0: no MTP
             zero_centered_norm=True,  # norms multiply by 1 + w; False: by w
             attention_output_gate=True,  # False: attention without its output gate
-            router_init="normalized",  # router rows of equal norm; or "normal"
+            router_init="normalized",  # each expert's router weights of one norm; or "normal"
         )
     )
 

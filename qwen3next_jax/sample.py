@@ -68,7 +68,7 @@ _YARN_FACTOR = flags.DEFINE_float(
 )
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Else as stored.")
 _MESH_FSDP = flags.DEFINE_integer(
-    "mesh_fsdp", None, "Split the parameters over this many devices, -1: all.", lower_bound=-1
+    "mesh_fsdp", None, "Split the parameters over all devices: -1, or their number.", lower_bound=-1
 )
 
 

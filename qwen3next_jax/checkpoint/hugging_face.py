@@ -85,7 +85,7 @@ def load_hf(
     def value(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
         return read_parameter(hf, name, sharding, hf.dtypes[name])
 
-    computed_in = hf.dtypes["embed_tokens"]
+    computed_in = hf.dtypes[_EMBED]
     model = build_model(config, value, dtype=computed_in, mesh=mesh, unstacked=unstacked)
     model.source = str(path.absolute())
     return model

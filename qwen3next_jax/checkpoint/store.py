@@ -85,13 +85,16 @@ class CheckpointStore:
     def __init__(
         self, directory: str | pathlib.Path, keep: int | None = None, *, keep_best: int = 0
     ):
-        """Opens, and makes where needed, the directory.
+        """Opens the directory, and makes it where needed if `keep` is given.
 
         Args:
           directory: path of a directory that holds only checkpoints.
           keep: how many of the newest steps to keep; None: open for reading only, which is safe
             while a run writes.
           keep_best: how many steps with the lowest metric to keep in addition.
+
+        Raises:
+          FileNotFoundError: the directory does not exist and is opened for reading only.
         """
         self.directory, self._keep = pathlib.Path(directory).absolute(), keep
         writing = keep is not None

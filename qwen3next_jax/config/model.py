@@ -23,14 +23,6 @@ from qwen3next_jax.config.checks import (
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
-_YARN_KEYS = (
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-)
-
 # Keys that the dense `qwen3` lacks, with the values that switch off what they describe.
 _QWEN3 = {
     "full_attention_interval": 1,
@@ -449,7 +441,8 @@ def _yarn_problems(rope: Mapping[str, Any], theta: float) -> Iterable[str]:
         value = rope.get(key)
         if value is not None and not is_positive(value):
             yield f"rope_scaling.{key}={value!r} must be a positive number"
-    known = ("rope_type", "type", *_YARN_KEYS)
+    known = ("rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast",
+             "beta_slow", "attention_factor")  # fmt: skip
     for key in sorted(rope.keys() - set(known)):
         yield f"rope_scaling.{key} is not supported; expected one of {', '.join(known)}"
 

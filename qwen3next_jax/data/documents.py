@@ -92,13 +92,11 @@ class RecordTexts:
 
     def __getitem__(self, index: int) -> str:
         try:
-            record = self._records[index]
-            text = self._text(record)
+            return self._text(self._records[index])
         except BadRecordError:
             if self._on_error != "skip":
                 raise
             return ""
-        return text
 
     def _text(self, record: Record) -> str:
         if record.tokens is not None:

@@ -151,13 +151,8 @@ def open_json_lines(name: str, path: epath.Path) -> JsonLinesFile:
         def unpack(target: BinaryIO) -> None:
             with path.open("rb") as file:
                 _unpack_zstd(zstandard, file, target)
-    elif is_local(path):
-        return JsonLinesFile(name, path)
     else:
-
-        def unpack(target: BinaryIO) -> None:
-            with path.open("rb") as file:
-                shutil.copyfileobj(file, target, _SCANNED)
+        return JsonLinesFile(name, _local(path))
 
     return JsonLinesFile(name, _unpacked(path, unpack))
 
@@ -208,13 +203,7 @@ class ArrayRecordFile:
 def open_array_record(path: epath.Path) -> grain.sources.ArrayRecordDataSource:
     """The records of one file as bytes; it stays open."""
     _allow_many_open_files()
-    if not is_local(path):
-
-        def unpack(target: BinaryIO) -> None:
-            with path.open("rb") as file:
-                shutil.copyfileobj(file, target, _SCANNED)
-
-        path = epath.Path(_unpacked(path, unpack))
+    path = _local(path)
     with riegeli_errors("is truncated or no ArrayRecord", as_error=BadFileError):
         return grain.sources.ArrayRecordDataSource([os.fspath(path)])
 
@@ -403,6 +392,18 @@ def _given(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _given(v) for k, v in value.items() if v is not None or k == "content"}
     return [_given(v) for v in value] if isinstance(value, list) else value
+
+
+def _local(path: epath.Path) -> epath.Path:
+    """The file itself if it is local, else its copy."""
+    if is_local(path):
+        return path
+
+    def copy(target: BinaryIO) -> None:
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, target, _SCANNED)
+
+    return epath.Path(_unpacked(path, copy))
 
 
 def _unpacked(

@@ -2,8 +2,8 @@
 
 The pattern of layers repeats (three Gated DeltaNet layers, then one of full attention), so one
 group is compiled and scanned over the stacked parameters of all groups: compile time does not grow
-with depth. Rematerialisation is per layer: only the layers' inputs are saved for the backward pass,
-which recomputes the rest.
+with depth. With `remat`, only the layers' inputs are saved for the backward pass, which recomputes
+each layer from its own.
 """
 
 import functools
@@ -33,7 +33,10 @@ _MOST_UNROLLED = 4  # groups; every unrolled copy costs compile time
 
 
 class _Group(nnx.Module):
-    """The smallest block of layers that repeats; its parameters are stacked over the repeats."""
+    """The smallest block of layers that repeats.
+
+    Its parameters are stacked over the repeats, unless the model is `unstacked`.
+    """
 
     def __init__(self, config: ModelConfig, **options: Any):
         """Builds the layers that `config.group` lists, with `DecoderLayer`'s options."""
@@ -236,7 +239,7 @@ class Qwen3Next(nnx.Module):
             of them, padding included.
           cache: the layers' caches, from `empty_cache` or the last call.
           draft: whether some of the tokens may be rejected; then pass the next cache to
-            `cache.accept` with the number of tokens accepted.
+            `accept` of `model/cache.py` with the number of tokens accepted.
 
         Returns:
           Hidden states after the final norm, and the next cache.
@@ -262,8 +265,8 @@ class Qwen3Next(nnx.Module):
     def unstacked(self) -> "Qwen3Next":
         """A copy with each group's parameters in arrays of their own, to apply it many times.
 
-        Slicing them from the stacked arrays copies them at each call. In return a program is
-        compiled with every layer in it, where a stacked model is a loop over groups.
+        Reading a layer from stacked arrays copies it at each call, which this saves. In return
+        every layer is compiled, where a stacked model compiles one group and loops over the groups.
         `load_checkpoint` can load a checkpoint in this form, which takes the memory of one copy
         only. Such a model cannot be saved.
         """

@@ -105,7 +105,7 @@ class GatedDeltaNet(nnx.Module):
         inputs = [projected(w) for w in (self.q_proj, self.k_proj, self.v_proj)]
         kernels = [w[...] for w in (self.q_conv, self.k_conv, self.v_conv)]
         tails = [None] * 3 if cache is None else cache[:3]
-        # With a cache there are too few tokens to split them over devices.
+        # With a cache, tokens are never split over devices: `Generation` runs without a mesh.
         implementations = context if cache is None else ops
         q, k, v = (
             implementations.causal_conv(x, w, activation="silu", segment_ids=segment_ids, tail=tail)

@@ -131,7 +131,9 @@ def _sums(padded, kernel, same):
 
 
 def _taps(kernel, w, like):
-    return jnp.broadcast_to(kernel[w].astype(jnp.float32), like.shape)  # see `RMSNorm`
+    # Explicit, so that its transpose is one sum over all leading axes; the one that `*` implies
+    # takes XLA:CPU far longer.
+    return jnp.broadcast_to(kernel[w].astype(jnp.float32), like.shape)
 
 
 def _same_document(segment_ids, W):

@@ -1,9 +1,9 @@
 """The mixers' ops on a mesh, with rows of the batch, tokens and heads sharded over its axes.
 
-Each function has the signature of the op of the same name, and is that op without a mesh. On a mesh
-it runs the op on each device's shards, under `shard_map`. Rows of the batch and heads are
-independent of each other. Tokens are not: rank r of the `context` axis holds the r-th contiguous
-stretch of every row, and ranks communicate:
+Each function takes what the op of the same name takes (`causal_conv` channels in heads, and no
+`implementation`), and is that op without a mesh. On a mesh it runs the op on each device's shards,
+under `shard_map`. Rows of the batch and heads are independent of each other. Tokens are not: rank r
+of the `context` axis holds the r-th contiguous stretch of every row, and ranks communicate:
 
 - *Convolution*: each rank receives the W − 1 inputs before its stretch from the previous rank.
 - *Delta rule*: a stretch maps its incoming state S to M S + B. Ranks compose these maps in log₂

@@ -333,7 +333,7 @@ class BatchShare:
                 f"{jax.process_count()} processes; choose mesh.data x mesh.fsdp x mesh.expert as a "
                 "multiple of the processes, or a divisor"
             )
-        self._rows = shares[shares.index(tuple(sorted(held[jax.process_index()])))]
+        self._rows = tuple(sorted(held[jax.process_index()]))
         self.hosts, self.host = len(shares), shares.index(self._rows)
 
     def assemble(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -110,7 +110,7 @@ def last_step(workdir: pathlib.Path) -> int:
     """The newest step that was saved there, good or damaged; -1 if there is none.
 
     It only lists the directory. `CheckpointStore.latest_step` counts the same steps, but needs an
-    open store, which creates the directory, and a call in every process.
+    open store, which there is only for a directory that exists, and a call in every process.
     """
     names = (path.name for path in (workdir / "checkpoints").glob("*"))
     return max((int(name) for name in names if name.isdigit()), default=-1)
