@@ -128,7 +128,8 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
     def evaluate(model):
         batches = evaluation_batches(
             data,
-            batch_size=config.train.global_batch_size,
+            # As many rows at a time as the step takes, so that what the step's memory holds does.
+            batch_size=config.train.global_batch_size // config.train.gradient_accumulation_steps,
             sequence_length=config.train.sequence_length,
         )
         result = perplexity(

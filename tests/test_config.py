@@ -148,6 +148,9 @@ def test_the_dense_model_is_read():
     assert set(config.layers) == {("full_attention", False)}
     assert (config.zero_centered_norm, config.attention_output_gate) == (False, False)
     assert config.rotary_dim == config.head_dim == 128
+    given = {**Qwen3Config().to_dict(), "layer_types": ["full_attention", "sliding_attention"]}
+    with pytest.raises(ValueError, match="layer_types holds 'sliding_attention', which is not"):
+        ModelConfig.from_hf(given)
 
 
 @pytest.mark.parametrize("source", ["dict", "file", "directory"])
@@ -231,6 +234,8 @@ def test_transformers_builds_the_same_model_from_what_we_write():
         ({"layer_types": ["full_attention"]}, "must name 2 layers"),
         ({"layer_types": ["linear_attention", "full_attention"] * 2}, "must name 2 layers"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "must name 2 layers"),
+        ({"layer_types": 1}, "layer_types=1 must be a list of the layers' mixers"),
+        ({"layer_types": False}, "layer_types=False must be a list of the layers' mixers"),
         ({"mlp_only_layers": [0]}, "intermediate_size"),
         ({"mlp_only_layers": 3}, "mlp_only_layers=3 must be a list of layers' numbers"),
         ({"mlp_only_layers": [True]}, r"mlp_only_layers=\[True\] must be a list"),
@@ -322,6 +327,9 @@ def test_a_run_s_config_survives_json():
         ({"train__profile_steps": (3,)}, r"profile_steps=\(3,\) must be \(\) or \(first, last\)"),
         ({"train__profile_steps": (5, 3)}, r"profile_steps=\(5, 3\) must be .* first <= last"),
         ({"train__profile_steps": (0, 3)}, r"profile_steps=\(0, 3\) must be .*1 <= first"),
+        ({"train__global_batch_size": -7}, "global_batch_size=-7 must be at least 1"),
+        ({"optimizer__warmup_steps": 2**31}, r"warmup_steps=2147483648 must be below 2\*\*31"),
+        ({"optimizer__clip_norm": 1e-46}, "clip_norm=1e-46 is 0 in float32, and every update"),
         ({"optimizer__eps": 0.0}, "optimizer.eps=0.0 must be above 0"),
         ({"optimizer__eps": 1e-300}, "optimizer.eps=1e-300 must be above 0, from 1.2e-38 up in"),
         ({"optimizer__learning_rate": 1e300}, r"learning_rate=1e\+300 must be finite in float32"),

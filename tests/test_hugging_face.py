@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import hf_directory
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from flax import nnx
 from hf_directory import transformers_model
 from hf_tensors import dump_tensors
+from jax.sharding import NamedSharding
 from launched import virtual_devices
 from oracles import DENSE, quick_jit, random_model, small_config
 from transformers import AutoModelForCausalLM
@@ -29,6 +31,9 @@ from qwen3next_jax.checkpoint.hugging_face import (
 )
 from qwen3next_jax.checkpoint.parameters import parameter_shapes
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, entries
+from qwen3next_jax.config import MeshConfig
+from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.parallel.mesh import make_mesh, parameter_shardings
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 70))
 
@@ -150,6 +155,24 @@ def test_a_written_tied_head_is_read_if_it_is_the_embedding(tmp_path):
     hf_directory.write(tmp_path, tensors, 1)
     with pytest.raises(ValueError, match=r"lm_head\.weight differs .* tie_word_embeddings"):
         q3n.load_hf(tmp_path)
+    tied = Qwen3Next(q3n.ModelConfig.from_hf(tmp_path), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs .* tie_word_embeddings"):
+        load_tensors(tied, tensors)
+
+
+def test_tensors_are_put_where_the_parameters_were():
+    model = random_model(small_config())
+    tensors = dump_tensors(nnx.state(model, nnx.Param), model.config)
+    graph, params = nnx.split(model)
+    shardings = parameter_shardings(params, make_mesh(MeshConfig(data=1, fsdp=1)))
+    other = nnx.merge(graph, jax.device_put(jax.tree.map(jnp.zeros_like, params), shardings))
+    load_tensors(other, tensors)
+    for got, want, sharding in zip(
+        *(jax.tree.leaves(x) for x in (nnx.state(other, nnx.Param), params, shardings)), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+        assert isinstance(got.sharding, NamedSharding)
+        assert got.sharding == sharding
 
 
 def test_all_faults_come_in_one_report(tmp_path):

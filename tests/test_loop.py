@@ -474,6 +474,39 @@ def test_asked_to_stop_in_a_hook_a_run_saves_and_calls_no_other(corpus, tmp_path
     assert (tmp_path / "checkpoints/1").is_dir()
 
 
+def test_asked_to_stop_in_the_last_step_s_evaluation_a_run_leaves_the_rest_for_later(
+    corpus, tmp_path
+):
+    called = []
+
+    def hook(name, result):
+        return lambda *_: (called.append(name), result)[1]
+
+    config = config_of(corpus, 2, train__sample_every=1, evaluation__every=1)
+    hooks = dict(
+        evaluate=hook("evaluate", {"eval_ce": 1.0}),
+        suites=hook("suites", {"score": 1.0}),
+        sample=hook("sample", [{"prompt": "", "text": "x"}]),
+    )
+    asked = ["suites", "sample", "evaluate"]  # those of the first step, then the last step's first
+    with pytest.raises(loop.Stopped, match="step 2 is saved"):
+        run(config, tmp_path, **hooks, should_stop=lambda step: called[-3:] == asked)
+    for rest in (["suites", "sample"], []):
+        called.clear()
+        assert run(config, tmp_path, **hooks)[1] == 0
+        assert called == rest
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(corpus, tmp_path):
+    config = config_of(corpus, 2, train__checkpoint_every=0)
+    with pytest.raises(loop.Stopped, match="step 2 is saved"):
+        run(config, tmp_path, should_stop=lambda step: step == 2)
+    for _ in range(2):
+        assert run(config, tmp_path)[1] == 0
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines if "eval_ce" in line] == [2]
+
+
 def test_what_a_kill_left_undone_behind_a_checkpoint_is_made_up_for(corpus, tmp_path):
     called, first = [], ["suites", "sample", "report"]
 

@@ -10,6 +10,7 @@ from oracles import small_config
 from qwen3next_jax import ops
 from qwen3next_jax.config import FULL, LINEAR
 from qwen3next_jax.model.cache import empty_cache
+from qwen3next_jax.model.decoder_layer import DecoderLayer
 from qwen3next_jax.model.gated_attention import GatedAttention
 from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
 from qwen3next_jax.model.layers import RMSNorm
@@ -47,6 +48,7 @@ X = drawn(B, T, CONFIG.hidden_size)
         (X, {"segment_ids": jnp.ones(T, jnp.int32)}, r"segment_ids is of shape \[6\]"),
         (X, {"segment_ids": jnp.ones((1, T), jnp.int32)}, r"segment_ids is of shape \[1, 6\]"),
         (X, {"segment_ids": [[1] * T] * B}, r"segment_ids is a list; expected an array \[2, 6\]"),
+        (X, {"segment_ids": np.ones((B, T), bool)}, "segment_ids is of bool; expected integers"),
     ],
 )
 def test_modules_refuse_what_is_no_batch(module, x, given, message):
@@ -130,6 +132,10 @@ def test_configs_without_such_layers_are_refused():
         GatedDeltaNet(dense, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="num_experts=0; give that of a model with experts"):
         SparseMoE(dense, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"mixer: 'linear' \(did you mean 'linear_attention'"):
+        DecoderLayer(CONFIG, "linear", True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="mixer: 'full'"):
+        empty_cache(CONFIG, "full", batch=1, slots=4, dtype=jnp.float32)
 
 
 K, N, H, P = 2, 4, 5, 7

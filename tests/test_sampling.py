@@ -72,6 +72,21 @@ def test_a_small_temperature_takes_the_likeliest_token(temperature):
     np.testing.assert_array_equal(got, np.eye(61)[logits.argmax(-1)])
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 1e-38, 1e-46, 1e-300])
+def test_a_small_top_p_keeps_the_likeliest_token_alone(top_p):
+    logits = 3 * np.random.default_rng(0).standard_normal((8, 61), np.float32)
+    got = jax.jit(Sampling(temperature=1.0, top_p=top_p).probabilities)(jnp.asarray(logits))
+    np.testing.assert_array_equal(got, np.eye(61)[logits.argmax(-1)])
+
+
+@pytest.mark.parametrize("penalty", [1e-30, 1e30])
+def test_the_most_extreme_penalties_leave_a_distribution(penalty):
+    logits = jnp.array([[1e3, -1e3, 0.0, 1.0]])
+    sampling = Sampling(temperature=1.0, repetition_penalty=penalty)
+    for seen in ([True] * 4, [True, False, False, True]):
+        np.testing.assert_allclose(sampling.probabilities(logits, jnp.array([seen])).sum(), 1)
+
+
 def test_draws_follow_their_weights():
     weights = jnp.broadcast_to(jnp.array([1.0, 0.6, 0.3, 0.0, 0.1]), (20_000, 5))
     drawn = Sampling(temperature=1.0).draw(weights, jax.random.key(0))
@@ -91,6 +106,7 @@ def test_draws_follow_their_weights():
         ("top_p", 1.5),
         ("min_p", -0.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-38),
         ("repetition_penalty", float("inf")),
     ],
 )

@@ -143,6 +143,15 @@ def test_verified_tokens_follow_the_model_s_distribution(broken):
         assert abs((kept >= 1).mean() - overlap) < 0.0125  # five standard deviations
 
 
+def test_a_rejection_that_leaves_nothing_draws_from_the_model():
+    """Where p and q differ by less than their rounding: q gives token 0 a little more than p."""
+    p = jnp.array([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]])
+    q = jnp.array([[[1e-12, 1.0, 0.0]]])
+    sampling, key = Sampling(temperature=1.0), jax.random.key(0)
+    tokens, kept = verify(jnp.array([[0]]), q, p, sampling=sampling, key=key)
+    assert (kept.tolist(), tokens[0, 0]) == ([0], 1)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -55,6 +55,17 @@ def test_a_tokenizer_that_drops_the_first_space_keeps_all_the_others(tmp_path):
         tokens = rng.choices(range(tokenizer.vocab_size), k=8)
         tokens[rng.randrange(8)] = tokenizer.bos_id  # without text
         assert "".join(one_by_one(TextStream(tokenizer), tokens)) == tokenizer.decode(tokens)
+    (space,) = (
+        i
+        for i in range(tokenizer.vocab_size)
+        if tokenizer.decode([3, i]) == tokenizer.decode([3]) + " "
+    )
+    for _ in range(50):
+        runs = [
+            [rng.randrange(tokenizer.vocab_size)] + [space] * rng.randrange(99) for _ in range(4)
+        ]
+        tokens = sum(runs, [space] * rng.choice([0, 50]))
+        assert "".join(one_by_one(TextStream(tokenizer), tokens)) == tokenizer.decode(tokens)
 
 
 def test_any_tokens_become_what_decoding_them_at_once_gives(tokenizer):
@@ -63,6 +74,22 @@ def test_any_tokens_become_what_decoding_them_at_once_gives(tokenizer):
     for _ in range(500):
         tokens = rng.choices(range(tokenizer.vocab_size + 3), k=rng.randrange(1, 30))
         assert "".join(one_by_one(TextStream(tokenizer), tokens)) == tokenizer.decode(tokens)
+
+
+def test_a_long_run_of_spaces_is_not_decoded_again_and_again(tokenizer, monkeypatch):
+    decode, longest = tokenizer.decode, 0
+
+    def counted(tokens):
+        nonlocal longest
+        longest = max(longest, len(tokens))
+        return decode(tokens)
+
+    for before in ("", "a", "日"):
+        tokens = [*tokenizer.encode(before), *tokenizer.encode("\n") * 500, *tokenizer.encode(TEXT)]
+        with monkeypatch.context() as patch:
+            patch.setattr(type(tokenizer), "decode", lambda self, tokens: counted(tokens))
+            assert "".join(one_by_one(TextStream(tokenizer), tokens)) == decode(tokens)
+    assert longest < 60
 
 
 def test_half_a_character_is_shown_at_the_end_only(tokenizer):

@@ -140,7 +140,7 @@ def save_hf(
 
 
 def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
-    """Fills a model's parameters, which keep their dtypes.
+    """Fills a model's parameters, which keep their dtypes and shardings.
 
     Args:
       model: a model of the same config as the tensors.
@@ -155,12 +155,14 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
     table = checked_table(model.config, layout, parameters_by_path(params))
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     problems = shape_mismatches(table.shapes, {name: x.shape for name, x in arrays.items()})
+    if not problems:
+        problems = _head_mismatch(arrays, layout, table)
     if problems:
         raise ValueError("The tensors do not fit the config:\n  " + "\n  ".join(problems))
 
     def read(path: str, param: Any) -> jax.Array:
         whole = (slice(None),) * len(param.shape)
-        return jax.numpy.asarray(table.read(arrays, path, whole, param.dtype))
+        return jax.device_put(table.read(arrays, path, whole, param.dtype), param.sharding)
 
     nnx.update(model, map_parameters(params, read))
 
@@ -200,11 +202,8 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
                 f"mixed dtypes: {names[0]} to {names[-1]}, one parameter of ours, are "
                 + " and ".join(sorted(d.name for d in found))
             )
-    if not problems and layout.tied_head and not _same_bits(tensors, *table.tensors_of(_EMBED)):
-        problems.append(
-            "lm_head.weight differs from model.embed_tokens.weight, but config.json says "
-            "tie_word_embeddings"
-        )
+    if not problems:
+        problems += _head_mismatch(tensors, layout, table)
     if problems:
         raise _refused(directory, problems)
     return HFCheckpoint(config, layout, table, tensors, dtypes)
@@ -395,6 +394,17 @@ def checked_table(
             "they change):\n  " + "\n  ".join(problems)
         )
     return TensorTable(config, layout, wanted)
+
+
+def _head_mismatch(
+    tensors: Mapping[str, np.ndarray], layout: FileLayout, table: TensorTable
+) -> list[str]:
+    if not layout.tied_head or _same_bits(tensors, *table.tensors_of(_EMBED)):
+        return []
+    return [
+        "lm_head.weight differs from model.embed_tokens.weight, but the config says "
+        "tie_word_embeddings"
+    ]
 
 
 def _same_bits(tensors: Mapping[str, np.ndarray], a: str, b: str) -> bool:

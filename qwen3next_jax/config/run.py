@@ -323,9 +323,8 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     flat = flatten({name: dataclasses.asdict(getattr(c, name)) for name in _SECTIONS})
     yield from _value_problems(c, flat)
     train = c.train
-    if train.gradient_accumulation_steps >= 1 and (
-        train.global_batch_size % train.gradient_accumulation_steps
-    ):
+    batch = max(train.global_batch_size, 0)  # a negative one is told above, and has no divisors
+    if train.gradient_accumulation_steps >= 1 and batch % train.gradient_accumulation_steps:
         yield not_divisible(
             "train.global_batch_size",
             train.global_batch_size,
@@ -339,7 +338,7 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     yield from _data_problems(c.data)
     if "speculation" in c.evaluation.suites and not c.model.mtp_steps:
         yield "evaluation.suites has 'speculation', but model.mtp_steps=0: there is no MTP module"
-    if train.global_batch_size % max(c.data.num_shards, 1):
+    if batch % max(c.data.num_shards, 1):
         yield not_divisible(
             "train.global_batch_size", train.global_batch_size, "data.num_shards", c.data.num_shards
         )
@@ -358,6 +357,9 @@ def _value_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
             yield f"{key}={flat[key]} must be at least {least}"
         elif flat[key] > FLOAT32_MAX:
             yield f"{key}={flat[key]} must be finite in float32"
+    for key in ("train.num_steps", "optimizer.warmup_steps"):
+        if flat[key] >= 2**31:
+            yield f"{key}={flat[key]} must be below 2**31"
     for key in ("train.seed", "evaluation.seed"):
         if not flat[key] < 2**32:
             yield f"{key}={flat[key]} must be below 2**32"
@@ -371,6 +373,11 @@ def _value_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
         yield (
             f"optimizer.eps={c.optimizer.eps} must be above 0, from 1.2e-38 up in float32: "
             "rows without gradient divide by it"
+        )
+    if 0 < c.optimizer.clip_norm < FLOAT32_TINY:
+        yield (
+            f"optimizer.clip_norm={c.optimizer.clip_norm} is 0 in float32, and every update would "
+            "be; give at least 1.2e-38, or 0 for no clipping"
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from qwen3next_jax.data.tokenizer import Tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_MOST_SPACES = 32  # tokens
 
 
 class TextStream:
@@ -44,7 +45,8 @@ class TextStream:
         self._held = ""  # decoded, perhaps the beginning of a stop string
         # Tokens are decoded together with those since the last boundary but one, because tokenizers
         # may treat the beginning of a text specially: they drop its spaces. A boundary comes after
-        # whole characters that are not all spaces.
+        # whole characters that are not all spaces. From a long run of spaces only the last token is
+        # kept after the boundary, because every token decodes the whole window.
         self._window: list[int] = []
         self._boundary = 0  # the last one, as an index in the window
         self._seen = 0  # how much of the window's text has been taken
@@ -69,6 +71,9 @@ class TextStream:
         if new.strip() and complete == text:
             self._window = self._window[self._boundary :]
             self._boundary = len(self._window)
+            self._seen = len(self._tokenizer.decode(self._window))
+        elif complete == text and len(self._window) > self._boundary + _MOST_SPACES:
+            self._window = [*self._window[: max(self._boundary, 1)], token]
             self._seen = len(self._tokenizer.decode(self._window))
         return new
 

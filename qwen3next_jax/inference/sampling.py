@@ -6,7 +6,6 @@ likeliest token, so code that compares distributions or draws from them needs no
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -54,9 +53,9 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1], or be None")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1], or be None")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 1e-30 <= self.repetition_penalty <= 1e30:  # logits must stay finite
             raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must be above 0 and finite (1: none)"
+                f"repetition_penalty={self.repetition_penalty} must lie in [1e-30, 1e30] (1: none)"
             )
 
     @property
@@ -93,7 +92,9 @@ class Sampling:
             logits = jnp.where(logits >= least, logits, -jnp.inf)
         probabilities = jax.nn.softmax(logits)
         if self.top_p is not None and self.top_p < 1:
-            probabilities = _at_least(probabilities, _least_of_top(probabilities, self.top_p))
+            # A mass that float32 flushes to 0 would be reached without any token.
+            mass = max(self.top_p, float(jnp.finfo(jnp.float32).tiny))
+            probabilities = _at_least(probabilities, _least_of_top(probabilities, mass))
         if self.min_p is not None:
             least = self.min_p * probabilities.max(-1, keepdims=True)
             probabilities = _at_least(probabilities, least)

@@ -99,7 +99,9 @@ def verify(
     accepted = jax.random.uniform(coin_key, (B, K)) * q_draft < p_draft
     count = jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
     # At the position after the last draft nothing was drafted, so q is zero there.
-    residual = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
-    own = sampling.draw(residual[jnp.arange(B), count], draw_key)
+    residual = jnp.maximum(p - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)[jnp.arange(B), count]
+    # If p and q differ by less than their rounding, a rejection may leave nothing to draw from.
+    left = residual.any(-1, keepdims=True)
+    own = sampling.draw(jnp.where(left, residual, p[jnp.arange(B), count]), draw_key)
     tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
     return jnp.where(jnp.arange(K + 1) == count[:, None], own[:, None], tokens), count

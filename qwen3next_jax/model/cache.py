@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.config import LINEAR, ModelConfig
+from qwen3next_jax.config import FULL, LINEAR, ModelConfig, require_known
 from qwen3next_jax.ops.delta_rule import gated_delta_rule
 
 
@@ -90,7 +90,11 @@ def empty_cache(
       batch: number of sequences.
       slots: most tokens of a sequence; the cache of a delta layer does not depend on it.
       dtype: dtype of keys, values and convolution inputs, which is that of the activations.
+
+    Raises:
+      ValueError: for an unknown mixer.
     """
+    require_known("mixer", [mixer], (LINEAR, FULL))
     if mixer == LINEAR:
         K, H = config.linear_num_key_heads, config.linear_key_head_dim
         N, P = config.linear_num_value_heads, config.linear_value_head_dim

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.config import LINEAR, ModelConfig
+from qwen3next_jax.config import FULL, LINEAR, ModelConfig, require_known
 from qwen3next_jax.model.gated_attention import GatedAttention
 from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
 from qwen3next_jax.model.layers import MLP, RMSNorm
@@ -37,7 +37,11 @@ class DecoderLayer(nnx.Module):
           rngs: keys for the initial weights.
           param_dtype: dtype of the parameters.
           moe_buffer_factor: see `SparseMoE`.
+
+        Raises:
+          ValueError: for an unknown mixer.
         """
+        require_known("mixer", [mixer], (LINEAR, FULL))
         options: dict[str, Any] = dict(rngs=rngs, param_dtype=param_dtype)
         self.input_layernorm = RMSNorm(config, param_dtype=param_dtype)
         if mixer == LINEAR:

@@ -44,7 +44,8 @@ def cross_entropy(
         chunk is less than 1.
     """
     check_shape("head", head, "D", "V")
-    check_hidden("hidden", hidden, head.shape[0], targets=targets, weights=weights)
+    check_hidden("hidden", hidden, head.shape[0], targets=targets)
+    check_shape("weights", weights, *hidden.shape[:2])
     total, losses = _cross_entropy(hidden, head, targets, weights, chunk)
     return total, jax.lax.stop_gradient(losses)
 

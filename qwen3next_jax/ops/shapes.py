@@ -47,7 +47,7 @@ def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
       name: name of x for the error message.
       x: value to check.
       size: expected size of the last axis.
-      rows: further arrays by name; each must be None or of shape [B, T].
+      rows: further arrays by name, as `check_rows` takes them.
 
     Raises:
       ValueError: if x or one of the further arrays does not fit.
@@ -60,11 +60,14 @@ def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
 
 
 def check_rows(shape: tuple[int, ...], **rows: Any) -> None:
-    """Checks that each keyword's value is None or an array of this shape, [B, T].
+    """Checks that each keyword's value is None or an array of integers of this shape, [B, T].
 
     Raises:
       ValueError: if one is not; names it.
     """
     for name, given in rows.items():
-        if given is not None:
-            check_shape(name, given, *shape)
+        if given is None:
+            continue
+        check_shape(name, given, *shape)
+        if not jnp.issubdtype(given.dtype, jnp.integer):
+            raise ValueError(f"{name} is of {given.dtype}; expected integers, such as int32")

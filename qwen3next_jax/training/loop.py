@@ -92,8 +92,8 @@ def train(
       suites: from the model to more metrics; called without a mesh every `evaluation.every` steps
         and at the end. None: no suites.
       report: called in process 0 after each evaluation and each checkpoint, the last ones included.
-      should_stop: whether to save and leave. Called with the step after each step but the last, and
-        again after each slow hook. See `processes.joined`.
+      should_stop: whether to save and leave. Called with the step after each step, and again after
+        each slow hook. See `processes.joined`.
 
     Returns:
       The trained model, and how many steps this call took: 0 if the run was already finished.
@@ -268,9 +268,8 @@ class _Run:
         return NonFiniteLossError(f"{problem} {left}")
 
     def _poll_stop(self, step: int) -> bool:
-        """Whether to save and leave after this step; never after the last step."""
-        if not self._stopping and step < self._config.train.num_steps:
-            self._stopping = self._hooks.should_stop(step)
+        """Whether to save and leave after this step."""
+        self._stopping = self._stopping or self._hooks.should_stop(step)
         return self._stopping
 
     def _due(self, step: int) -> _Due:
@@ -294,14 +293,19 @@ class _Run:
         step, folder = self._start, self._workdir
         if not step:
             return _Due()
-        tested, written = exchange(
+        evaluated, tested, written = exchange(
             (
+                has_line(folder / "metrics.jsonl", step, "seconds/evaluation"),
                 has_line(folder / "metrics.jsonl", step, "seconds/suites"),
                 has_line(folder / "samples.jsonl", step, "text"),
             )
         )[0]
         due = self._due(step)
-        return _Due(suites=due.suites and not tested, sample=due.sample and not written)
+        return _Due(
+            evaluate=due.evaluate and not evaluated,
+            suites=due.suites and not tested,
+            sample=due.sample and not written,
+        )
 
     def _evaluate_and_save(self, step: int, due: _Due) -> None:
         """Calls the hooks that are due, and saves if that is due; the step must be settled.

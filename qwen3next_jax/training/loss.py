@@ -86,7 +86,9 @@ def loss(
             f"The batch lacks {', '.join(missing)}; `complete_batch` makes all from tokens"
         )
     check_shape("tokens", batch["tokens"], "B", "T")
-    check_rows(batch["tokens"].shape, **{name: batch[name] for name in _ARRAYS})
+    integers = {name: x for name, x in batch.items() if name in _ARRAYS and name != "loss_weights"}
+    check_rows(batch["tokens"].shape, **integers)
+    check_shape("loss_weights", batch["loss_weights"], *batch["tokens"].shape)
     if balance_scope not in ("global", "micro_batch", "sequence"):
         raise ValueError(
             f"{balance_scope=} is unknown; expected 'global', 'micro_batch' or 'sequence'"
