@@ -18,7 +18,8 @@ from configs import tiny
 
 def get_config(directory: str = "") -> ConfigDict:
     if not directory:
-        raise ValueError("Which model? Give its directory: --config=configs/sft.py:DIR")
+        # Of this kind, because the flag of the config would bury any other in a traceback.
+        raise FileNotFoundError("Which model? Give its directory: --config=configs/sft.py:DIR")
     from qwen3next_jax.checkpoint.load import checkpoint_config
 
     model = checkpoint_config(directory)

@@ -83,6 +83,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--system is a message of a chat; give --chat as well")
     if _DRAFTS.value is not None and _SPECULATIVE.value is False:
         raise app.UsageError(f"--nospeculative contradicts --drafts={_DRAFTS.value}")
+    if not _TEMPERATURE.value:
+        for flag in (_TOP_K, _TOP_P, _MIN_P):
+            if flag.value is not None:
+                logging.warning("--%s has no effect at --temperature=0", flag.name)
     enable_compilation_cache()
     # Everything that can be checked quickly is checked before the model is loaded.
     sampling = Sampling(

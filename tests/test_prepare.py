@@ -398,6 +398,16 @@ def test_impossible_values_are_refused(change, message, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_texts_of_which_every_record_is_skipped_are_refused(folder, tmp_path):
+    given = ["--source=jsonl", f"--path={folder}/*.jsonl", "--field=content", "--on_error=skip",
+             f"--tokenizer={folder}/tokenizer", f"--output={tmp_path}", "--workers=1"]  # fmt: skip
+    with pytest.raises(
+        SystemExit, match=r"All \d+ records were skipped, .* has no field 'content'"
+    ):
+        main(given)
+    assert not (tmp_path / MANIFEST).exists()
+
+
 def test_a_record_says_only_what_is_needed():
     """So that a text's token takes little more than its four bytes."""
     document = {

@@ -412,7 +412,10 @@ def _length_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
 def _mesh_problems(mesh: MeshConfig) -> Iterable[str]:
     greedy = [f"mesh.{axis}" for axis in AXES if getattr(mesh, axis) == -1]
     if len(greedy) > 1:
-        yield f"{' and '.join(greedy)} are all -1; only one axis can take what is left"
+        yield (
+            f"{' and '.join(greedy)} are all -1; only one axis can take what is left: give the "
+            f"others a size, such as {greedy[0]}=1"
+        )
     if mesh.moe_buffer_factor != -1 and not 1 <= mesh.moe_buffer_factor < math.inf:
         yield (
             f"mesh.moe_buffer_factor={mesh.moe_buffer_factor} must be a number from 1, which is "

@@ -177,6 +177,11 @@ def prepare(job: Job, run: Run) -> dict[str, Any]:
                 done(k)
             run(job, todo, done)
         notes = [json.loads(_note(job, k).read_text()) for k in shards]
+        if sum(note["skipped"] for note in notes) == len(source):
+            raise ValueError(
+                f"All {len(source):,} records were skipped, the first since "
+                f"{notes[0]['examples'][0]}; {output} has no manifest and can be removed"
+            )
         _write_json(output / MANIFEST, _manifest(plan, source, notes))
     # The manifest now holds the notes, and partial files were left by processes that were killed.
     for pattern in (_PLAN, "shard-*.array_record.json", ".shard-*", f".{_PLAN}.*"):

@@ -55,7 +55,8 @@ class Sampling:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1], or be None")
         if not 1e-30 <= self.repetition_penalty <= 1e30:  # logits must stay finite
             raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} must lie in [1e-30, 1e30] (1: none)"
+                f"repetition_penalty={self.repetition_penalty} must be above 0 and finite, from "
+                "1e-30 to 1e30 (1: none)"
             )
 
     @property
