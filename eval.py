@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from qwen3next_jax.command import (
     check_writable,
@@ -27,6 +27,7 @@ from qwen3next_jax.command import (
 from qwen3next_jax.config import SOURCES, EvaluationConfig
 
 if TYPE_CHECKING:
+    from qwen3next_jax.checkpoint.load import OurCheckpoint
     from qwen3next_jax.data.sources import Records
     from qwen3next_jax.data.tokenizer import Tokenizer
 
@@ -133,11 +134,10 @@ def _evaluate(suite: str) -> None:
     path = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or "")
     ours, config, tokenizer = open_checkpoint(path, _TOKENIZER.value)
     mesh = fsdp_mesh(_MESH_FSDP.value)
-    workdir = None if ours is None else ours.workdir
-    run = {} if workdir is None else json.loads((workdir / "config.json").read_text())
+    run = {} if ours is None else json.loads((ours.workdir / "config.json").read_text())
     domains: Mapping[str, Records] = {}
     if suite in ("perplexity", "speculation"):
-        domains = _domains(run, workdir, config.vocab_size, tokenizer)
+        domains = _domains(run, ours, config.vocab_size, tokenizer)
     on_error = "raise" if _DATA.value else run.get("data", {}).get("on_error", "raise")
     check_usable([suite], options, config, tokenizer, domains, on_error=on_error)
     output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
@@ -201,9 +201,10 @@ def _options() -> EvaluationConfig:
 
 
 def _domains(
-    run: dict[str, Any], workdir: pathlib.Path | None, vocab_size: int, tokenizer: "Tokenizer"
+    run: dict[str, Any], ours: "OurCheckpoint | None", vocab_size: int, tokenizer: "Tokenizer"
 ) -> "Mapping[str, Records]":
     """The texts that --data names, or else the held-out texts of the run in the work directory."""
+    from qwen3next_jax.checkpoint.load import from_step
     from qwen3next_jax.data.pipeline import load_data
     from qwen3next_jax.data.prepared import check_prepared
     from qwen3next_jax.data.sources import open_source
@@ -223,13 +224,22 @@ def _domains(
             check_prepared(path, tokenizer)
     if domains:
         return domains
-    if workdir is None or "data" not in run:
+    if ours is None or "data" not in run:
         raise ValueError(
             "Which text? Give --data=SOURCE:PATH, such as jsonl:/corpus/*.jsonl, or --data=stdlib"
         )
     # The run's own copy of its tokenizer, wherever that came from.
-    kept = {**run["data"], "tokenizer": _TOKENIZER.value or str(workdir), "chat_template": ""}
-    data = load_data(**kept, vocab_size=vocab_size, trained_tokenizer=workdir / "tokenizer.model")
+    kept = {**run["data"], "tokenizer": _TOKENIZER.value or str(ours.workdir), "chat_template": ""}
+    trained = ours.workdir / "tokenizer.model"
+    data = load_data(**kept, vocab_size=vocab_size, trained_tokenizer=trained)
+    records = from_step(ours, lambda store, step: store.describe(step)[1]).get("records", {})
+    for name, now in data.fingerprint()["records"].items():
+        if records.get(name, now) != now:
+            logging.warning(
+                "The records of %r are not those that the run began with: it may have been trained "
+                "on some of what is held out now",
+                name,
+            )
     return data.held_out_parts
 
 

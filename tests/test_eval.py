@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -147,6 +148,23 @@ def test_the_command_evaluates_a_run_and_writes_all_it_knows(trained, suite, tmp
         assert set(report["results"]["domains"]) == {"stdlib", "synthetic"}
     else:
         assert 0 <= report["results"]["tasks"]["local_choice"]["acc"] <= 1
+
+
+@pytest.mark.slow
+def test_texts_that_are_no_longer_what_the_run_held_out_are_told(trained, tmp_path):
+    told = "'text' are not those that the run began with: it may have been trained on some"
+    shutil.copytree(trained / "plain", tmp_path / "run")
+    shutil.copytree(trained / "corpus", tmp_path / "corpus")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace(f"{trained / 'corpus'}", f"{tmp_path / 'corpus'}"))
+    arguments = f"--workdir={tmp_path / 'run'}", "--suite=perplexity"
+    result = evaluate(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert told not in result.stderr
+    (tmp_path / "corpus" / "new.txt").write_text("one more\n")
+    result = evaluate(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert told in result.stderr
 
 
 @pytest.mark.slow

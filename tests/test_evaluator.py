@@ -85,6 +85,14 @@ def test_continuations_are_those_of_each_prompt_alone_up_to_the_stop_string(mode
         assert tokens == text[: first + 1]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 0])
+def test_a_prompt_that_is_asked_again_gets_another_sample(model, batch_size):
+    evaluator = Evaluator(model, load_tokenizer("bytes"), batch_size=batch_size)
+    texts = evaluator.generate([[70, 71]] * 6, max_new_tokens=8, temperature=1.0)
+    assert len(set(map(tuple, texts))) == 6
+    assert evaluator.generate([[70, 71]] * 6, max_new_tokens=8, temperature=1.0) == texts
+
+
 @pytest.mark.slow
 def test_scores_and_texts_of_eight_devices_are_those_of_one():
     result = subprocess.run(

@@ -1,5 +1,7 @@
 """The questions are what they say they are, and a score counts the words that were asked for."""
 
+import collections
+import itertools
 import re
 
 import numpy as np
@@ -67,6 +69,17 @@ def test_the_answers_follow_from_the_text_alone(task):
             key = re.search(r"of (\w+)\?", asked)[1]
             found = re.findall(rf"magic word of {key} is (\w+)\.", body)
             assert found == list(question.answers)
+
+
+def test_the_common_words_are_the_most_frequent_at_any_length():
+    for sample in range(20):
+        question = ask("common_words", 0.0, length=256, sample=sample, seed=1)
+        assert len(question.noise) == 50
+        for length in range(10, 120):
+            counts = collections.Counter(itertools.islice(itertools.cycle(question.noise), length))
+            first, second = counts.most_common(4)[2:]
+            assert {word for word, _ in counts.most_common(3)} == set(question.answers)
+            assert first[1] > second[1]
 
 
 def test_questions_depend_on_task_length_depth_sample_and_seed_alone():

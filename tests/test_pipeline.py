@@ -94,6 +94,13 @@ def test_evaluation_counts_every_held_out_token_once(
         padding = batch["segment_ids"] == 0
         np.testing.assert_array_equal(batch["loss_weights"], 1.0 - padding)
         assert not any(array[padding].any() for array in batch.values())
+    if packing == "concatenate":
+        # A document is cut at the ends of rows only: it begins once, and anew in each later row.
+        segments = np.concatenate([batch["segment_ids"] for batch in batches])
+        pieces = sum(len(set(row[row > 0])) for row in segments)
+        lengths = np.cumsum([0, *map(len, expected_targets(texts, tokenizer))])
+        cuts = {*lengths[1:-1], *range(sequence_length, len(expected), sequence_length)}
+        assert pieces == len(cuts) + 1
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import msgpack
 import numpy as np
 import pytest
 from hf_tokenizer import CHATML, make_tokenizer_json
@@ -406,6 +407,11 @@ def test_texts_of_which_every_record_is_skipped_are_refused(folder, tmp_path):
     ):
         main(given)
     assert not (tmp_path / MANIFEST).exists()
+
+
+def test_a_reason_that_utf8_cannot_encode_is_kept():
+    packed = msgpack.unpackb(encode_error("a", "role \ud83d"))
+    assert packed["error"] == r"role \ud83d"
 
 
 def test_a_record_says_only_what_is_needed():

@@ -379,6 +379,13 @@ def test_files_of_another_kind_are_refused_by_their_names(source, name, message,
         open_source(source, f"{tmp_path}/{name}")
 
 
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_compressed_file_without_any_bytes_is_refused(ending, tmp_path, cache):
+    (tmp_path / f"a.jsonl{ending}").touch()
+    with pytest.raises(BadFileError, match="is empty; compressed, even an empty file has some"):
+        open_source("jsonl", f"{tmp_path}/a.jsonl{ending}")
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -137,6 +137,8 @@ def open_json_lines(name: str, path: epath.Path) -> JsonLinesFile:
     suffix = path.suffix.lower()
     if suffix in (".bz2", ".xz", ".zip"):
         raise BadFileError(f"is compressed as {suffix}, which is not read; pack it as .gz or .zst")
+    if suffix in (".gz", ".zst", ".zstd") and not size_and_time(path)[0]:
+        raise BadFileError("is empty; compressed, even an empty file has some bytes")
     if suffix == ".gz":
 
         def unpack(target: BinaryIO) -> None:

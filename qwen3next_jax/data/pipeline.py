@@ -389,8 +389,11 @@ def _evaluation_rows(data: Data, sequence_length: int) -> Iterator[Row]:
 
     tokens = 0
     for _, document in readable(data.held_out, data.tokenizer, on_error=data.on_error):
-        starts = range(0, len(document["tokens"]), sequence_length)
-        window += [_part(document, start, start + sequence_length) for start in starts]
+        if pack is concatenate:  # which cuts documents itself, at the ends of rows
+            window.append(document)
+        else:
+            starts = range(0, len(document["tokens"]), sequence_length)
+            window += [_part(document, start, start + sequence_length) for start in starts]
         tokens += len(document["tokens"])
         if tokens >= data.window_rows * sequence_length:
             *plan, last = pack_window()

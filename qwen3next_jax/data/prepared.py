@@ -166,7 +166,8 @@ def encode_document(name: str, document: Mapping[str, np.ndarray]) -> bytes:
 
 def encode_error(name: str, reason: str) -> bytes:
     """A shard's record in place of a record of the source that cannot be used."""
-    return msgpack.packb({"name": name, "error": reason})
+    # A reason may quote half of a surrogate pair, which UTF-8 cannot encode.
+    return msgpack.packb({"name": name, "error": reason}, unicode_errors="backslashreplace")
 
 
 def write_shard(path: epath.Path, records: Iterable[bytes]) -> tuple[int, str]:

@@ -205,11 +205,13 @@ class Evaluator:
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
+        speculative: bool | int,
         stop_tokens: Sequence[int] = (),
-        **options: Any,
+        seed: int = 0,
+        **sampling: Any,
     ) -> Iterator[tuple[list[int], Generation]]:
         """Yields indices of prompts, and the generation whose first rows continue them."""
-        spare = 1 + (options["speculative"] or 0)
+        spare = 1 + speculative
         lengths = [len(prompt) + max_new_tokens + spare for prompt in prompts]
         for slots, batch, numbers in self._batches(lengths):
             filling = [[self.tokenizer.bos_id]] * (batch - len(numbers))
@@ -219,7 +221,10 @@ class Evaluator:
                 max_new_tokens=max_new_tokens,
                 stop_tokens=(*self.tokenizer.stop_ids, *stop_tokens),
                 slots=slots,
-                **options,
+                speculative=speculative,
+                # With one seed for all batches, each would repeat the draws of the one before.
+                seed=int(np.random.SeedSequence((seed, numbers[0])).generate_state(1)[0]),
+                **sampling,
             )
             for row in range(len(numbers), batch):
                 generation.stop(row)

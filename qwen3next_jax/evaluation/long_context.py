@@ -375,7 +375,10 @@ def _variable_tracking(rng: np.random.Generator) -> Question:
 def _common_words(rng: np.random.Generator) -> Question:
     words = rng.permutation(WORDS)
     common, rare = words[:3], words[3:23]
-    noise = rng.permutation([*np.repeat(common, 10), *rare])
+    # In groups of five, so that at any length the common ones are the most frequent.
+    noise = np.concatenate(
+        [rng.permutation([*common, *rare[i : i + 2]]) for i in range(0, len(rare), 2)]
+    )
     return Question(
         (),
         (),
