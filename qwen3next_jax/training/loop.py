@@ -214,8 +214,18 @@ class _Run:
         rows = next(self._batches)
         self._clock.spent_on("data")
         batch = self._share.assemble(rows)
+        # Before the step is dispatched: when its metrics are read, the next step is under way, and
+        # the host would wait for that one's end.
+        logged = (
+            {"learning_rate": self._program.schedule(step - 1)} if self._is_logged(step) else {}
+        )
         self._state, metrics = self._train_step(self._state, batch)
+        metrics |= logged
         self._unsettled.append((step, metrics, batch, self._batches.get_state()))
+
+    def _is_logged(self, step: int) -> bool:
+        t = self._config.train
+        return step % t.log_every == 0 or step in (1, t.num_steps)
 
     def _settle(self, step: int, metrics: dict[str, jax.Array], batch: Any, read: Any) -> None:
         """Reads the metrics of a dispatched step: logs them, or ends the run."""
@@ -225,12 +235,11 @@ class _Run:
         self._tokens += int(metrics.pop("tokens"))
         if step == self._start + 1:
             self._clock.compiled(self._tokens)
-        if step % t.log_every == 0 or step in (1, t.num_steps):
+        if self._is_logged(step):
             values: dict[str, Any] = {
                 name: for_all_layers(self._config.model, name, x) if isinstance(x, list) else x
                 for name, x in _on_host(metrics).items()
             }
-            values["learning_rate"] = float(self._program.schedule(step - 1))
             read = _of_all_processes(read)
             values |= input_metrics(self._data, read, sequence_length=t.sequence_length)
             values |= {"tokens": self._tokens, **self._clock.read(self._tokens)}
