@@ -205,7 +205,7 @@ def _domains(
 ) -> "Mapping[str, Records]":
     """The texts that --data names, or else the held-out texts of the run in the work directory."""
     from qwen3next_jax.checkpoint.load import from_step
-    from qwen3next_jax.data.pipeline import load_data
+    from qwen3next_jax.data.pipeline import changed_records, load_data
     from qwen3next_jax.data.prepared import check_prepared
     from qwen3next_jax.data.sources import open_source
 
@@ -232,14 +232,13 @@ def _domains(
     kept = {**run["data"], "tokenizer": _TOKENIZER.value or str(ours.workdir), "chat_template": ""}
     trained = ours.workdir / "tokenizer.model"
     data = load_data(**kept, vocab_size=vocab_size, trained_tokenizer=trained)
-    records = from_step(ours, lambda store, step: store.describe(step)[1]).get("records", {})
-    for name, now in data.fingerprint()["records"].items():
-        if records.get(name, now) != now:
-            logging.warning(
-                "The records of %r are not those that the run began with: it may have been trained "
-                "on some of what is held out now",
-                name,
-            )
+    began_with = from_step(ours, lambda store, step: store.describe(step)[1])
+    for name in changed_records(data, began_with):
+        logging.warning(
+            "The records of %r are not those that the run began with: it may have been trained on "
+            "some of what is held out now",
+            name,
+        )
     return data.held_out_parts
 
 

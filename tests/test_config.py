@@ -151,6 +151,8 @@ def test_the_dense_model_is_read():
     given = {**Qwen3Config().to_dict(), "layer_types": ["full_attention", "sliding_attention"]}
     with pytest.raises(ValueError, match="layer_types holds 'sliding_attention', which is not"):
         ModelConfig.from_hf(given)
+    with pytest.raises(ValueError, match="layer_types=1 must be a list of the layers' mixers"):
+        ModelConfig.from_hf({**given, "layer_types": 1})
 
 
 @pytest.mark.parametrize("source", ["dict", "file", "directory"])

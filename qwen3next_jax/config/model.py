@@ -297,12 +297,20 @@ def _with_what_qwen3_lacks(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("use_sliding_window"):
         raise ValueError("use_sliding_window=true is not supported; set it to false")
     filled = {**given, **{key: given.get(key, value) for key, value in _QWEN3.items()}}
-    if others := sorted(set(filled.pop("layer_types", None) or ()) - {FULL}):
+    if others := sorted(set(_take_layer_types(filled)) - {FULL}):
         raise ValueError(
             f"layer_types holds {', '.join(map(repr, others))}, which is not supported where "
             f"model_type='qwen3'; expected only {FULL!r}, or leave it out"
         )
     return filled
+
+
+def _take_layer_types(given: dict[str, Any]) -> tuple[Any, ...]:
+    """Removes `layer_types` from a config, and returns them; () if there are none."""
+    layer_types = given.pop("layer_types", None)
+    if not isinstance(layer_types, list | tuple | None):
+        raise ValueError(f"layer_types={layer_types!r} must be a list of the layers' mixers")
+    return tuple(layer_types or ())
 
 
 def _check_what_qwen3_lacks(given: Mapping[str, Any]) -> None:
@@ -335,12 +343,7 @@ def _to_released_dialect(given: dict[str, Any]) -> None:
     if rope and _rope_type(rope) != "default":
         given["rope_scaling"] = rope
 
-    layer_types = given.pop("layer_types", None)
-    if layer_types is None:
-        layer_types = ()
-    if not isinstance(layer_types, list | tuple):
-        raise ValueError(f"layer_types={layer_types!r} must be a list of the layers' mixers")
-    if layer_types := tuple(layer_types):
+    if layer_types := _take_layer_types(given):
         interval = layer_types.index(FULL) + 1 if FULL in layer_types else len(layer_types) + 1
         interval = given.setdefault("full_attention_interval", interval)
         said = _interval_pattern(len(layer_types), interval)

@@ -294,6 +294,23 @@ def training_batches(
     return iter(ahead)
 
 
+def changed_records(data: Data, began_with: Mapping[str, Any]) -> dict[str, str]:
+    """A line for each part of the data whose records are not those that a run began with.
+
+    Args:
+      data, began_with: arguments of `check_same_data`.
+    """
+    records, changed = began_with.get("records", {}), {}
+    for part in data.train:
+        now = list(part.fingerprint)
+        then = records.get(part.name, now)
+        if then != now:
+            changed[part.name] = f"{part.name}: {then[0]} records then, {now[0]} now" + (
+                ", in other files" if then[0] == now[0] else ""
+            )
+    return changed
+
+
 def check_same_data(data: Data, began_with: Mapping[str, Any]) -> None:
     """Refuses to go on with other records or another tokenizer than a run began with.
 
@@ -305,17 +322,11 @@ def check_same_data(data: Data, began_with: Mapping[str, Any]) -> None:
     Raises:
       ValueError: says what changed.
     """
-    found = data.fingerprint()
-    records, tokenizer = began_with.get("records", {}), began_with.get("tokenizer", {})
-    changed = [
-        f"{name}: {records[name][0]} records then, {now[0]} now"
-        + (", in other files" if records[name][0] == now[0] else "")
-        for name, now in found["records"].items()
-        if name in records and records[name] != now
-    ]
+    tokenizer = began_with.get("tokenizer", {})
+    changed = list(changed_records(data, began_with).values())
     changed += [
         f"the tokenizer's {key}: {tokenizer[key]} then, {now} now, of {data.tokenizer.path}"
-        for key, now in found["tokenizer"].items()
+        for key, now in fingerprint(data.tokenizer).items()
         if key in tokenizer and tokenizer[key] != now
     ]
     if changed:

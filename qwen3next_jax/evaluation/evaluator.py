@@ -3,7 +3,7 @@
 Requests come in all lengths, and each shape must be compiled. So lengths are rounded up to one of a
 few (64, 96, 128, 192, 256, ...), a row holds one document followed by padding, and a partial batch
 is filled up with padding. No token attends to padding, so results depend on batch size, padding and
-mesh only by float32 rounding.
+mesh only by float32 rounding; only sampled texts are others in other batches.
 """
 
 import functools

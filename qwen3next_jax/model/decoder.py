@@ -78,6 +78,7 @@ class Qwen3Next(nnx.Module):
         self.dtype = jnp.dtype(dtype or param_dtype)
         self.remat = remat
         # The directory that the model was loaded from; `save_hf` copies the tokenizer from there.
+        # It is part of the graph, by which `nnx.jit` knows models of two directories apart.
         self.source: str | None = None
         V, D = config.vocab_size, config.hidden_size
         init = normal(config.initializer_range)
