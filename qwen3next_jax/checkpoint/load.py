@@ -127,10 +127,10 @@ def load_parameters(
     shapes = {name: tuple(p.shape) for name, p in parameters_by_path(wanted).items()}
     if ours is None:
         hf = open_hf(pathlib.Path(path))
-        _check_same_model(config, hf.config, path)
+        _require_same(path, config, hf.config)
         _check_shapes(path, "the run's model", shapes, hf.table.parameters)
         return map_parameters(wanted, lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
-    _check_same_model(config, ours.config, path)
+    _require_same(path, config, ours.config)
 
     def read(store: CheckpointStore, step: int) -> nnx.State:
         stored = _stored(store, step)
@@ -150,7 +150,7 @@ def check_same_model(path: str | os.PathLike[str], config: ModelConfig) -> None:
     """Raises the ValueError that `load_parameters` would, without reading the weights."""
     ours = find_checkpoint(pathlib.Path(path))
     found = open_hf(pathlib.Path(path)).config if ours is None else ours.config
-    _check_same_model(config, found, path)
+    _require_same(path, config, found)
 
 
 def open_checkpoint(
@@ -167,7 +167,8 @@ def open_checkpoint(
       ValueError: the path leads to no checkpoint, to one of another kind of model, or the tokenizer
         has more tokens than the model.
     """
-    ours, config = find_checkpoint(pathlib.Path(path)), checkpoint_config(path)
+    ours = find_checkpoint(pathlib.Path(path))
+    config = describe_hf(pathlib.Path(path)) if ours is None else ours.config
     found = load_tokenizer(tokenizer or (path if ours is None else ours.workdir))
     check_vocabulary(found, config.vocab_size)
     return OpenCheckpoint(ours, config, found)
@@ -275,9 +276,7 @@ _FREE = {
 _LAYERS = {"full_attention_interval", "layer_types", "mlp_only_layers", "decoder_sparse_step"}
 
 
-def _check_same_model(
-    config: ModelConfig, found: ModelConfig, path: str | os.PathLike[str]
-) -> None:
+def _require_same(path: str | os.PathLike[str], config: ModelConfig, found: ModelConfig) -> None:
     free = set(_FREE)
     if config.layers == found.layers:
         free |= _LAYERS

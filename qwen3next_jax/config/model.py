@@ -234,7 +234,7 @@ class ModelConfig:
             if (value := given.get(key, only)) != only:
                 raise ValueError(f"{key}={value!r} is not supported; expected {only!r}")
         if dense:
-            given = _with_what_qwen3_lacks(given)
+            _fill_in_what_qwen3_lacks(given)
         _to_released_dialect(given)
         if dense:
             _check_what_qwen3_lacks(given)
@@ -292,17 +292,18 @@ def _check_model_type(given: Mapping[str, Any]) -> None:
         )
 
 
-def _with_what_qwen3_lacks(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A dense model's config with the keys of `_QWEN3`, at the values that switch them off."""
+def _fill_in_what_qwen3_lacks(given: dict[str, Any]) -> None:
+    """Adds to a dense model's config the keys of `_QWEN3`, at the values that switch them off."""
     if given.get("use_sliding_window"):
         raise ValueError("use_sliding_window=true is not supported; set it to false")
-    filled = {**given, **{key: given.get(key, value) for key, value in _QWEN3.items()}}
-    if others := sorted(set(_take_layer_types(filled)) - {FULL}):
+    for key, off in _QWEN3.items():
+        given.setdefault(key, off)
+    others = sorted(set(_take_layer_types(given)) - {FULL})
+    if others:
         raise ValueError(
             f"layer_types holds {', '.join(map(repr, others))}, which is not supported where "
             f"model_type='qwen3'; expected only {FULL!r}, or leave it out"
         )
-    return filled
 
 
 def _take_layer_types(given: dict[str, Any]) -> tuple[Any, ...]:

@@ -102,7 +102,7 @@ class Evaluator:
                 n = len(rows[number]) - 1
                 tokens[i, :n], targets[i, :n] = rows[number][:-1], rows[number][1:]
                 segments[i, :n] = 1
-            losses, margins, batch_dropped = self._score(tokens, targets, segments)
+            losses, margins, batch_dropped = self._on_mesh(tokens, targets, segments)
             dropped += float(batch_dropped)
             for i, number in enumerate(numbers):
                 n = len(rows[number]) - 1
@@ -115,7 +115,8 @@ class Evaluator:
             )
         return scores
 
-    def _score(self, *arrays):
+    def _on_mesh(self, *arrays):
+        """The results of `_score` on the host, whose rows are split over the mesh if any."""
         if self._mesh is None:
             scores = _score(self._graph, None, self._params, *arrays)
         else:

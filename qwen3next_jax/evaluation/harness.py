@@ -77,7 +77,7 @@ def run_tasks(
         )
     check_tasks(tasks, include_path)
     context = evaluator.model.config.context_length
-    manager = _tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
+    manager = _Tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
     # Without this the bootstrap of standard errors forks the process, with its threads and devices.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     lm = HarnessLM(evaluator, seed=seed)
@@ -141,7 +141,7 @@ def check_loadable(
     confirm_run_unsafe_code: bool = False,
 ) -> None:
     """Loads tasks with their data; raises what `run_tasks` would for a model of this context."""
-    manager = _tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
+    manager = _Tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
     manager.load(list(tasks))
 
 
@@ -150,17 +150,12 @@ def _known_tasks(include_path: str) -> tuple[str, ...]:
     return tuple(TaskManager(include_path=include_path or None).all_tasks)
 
 
-def _tasks(include_path: str, *, context: int, may_run_code: bool) -> "_Tasks":
-    manager = _Tasks(include_path=include_path or None)
-    manager.context, manager.may_run_code = context, may_run_code
-    return manager
-
-
 class _Tasks(TaskManager):
     """Loads tasks; refuses unsupported ones, and those that execute code unless it is allowed."""
 
-    may_run_code: bool
-    context: int
+    def __init__(self, include_path: str, *, context: int, may_run_code: bool):
+        super().__init__(include_path=include_path or None)
+        self.context, self.may_run_code = context, may_run_code
 
     def load(self, task_list: Any) -> Any:
         loaded = super().load(task_list)

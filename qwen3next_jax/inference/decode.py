@@ -319,7 +319,7 @@ def _begin(structure, rules, params, caches, last_hidden, *, length, seen, budge
         drafted=jnp.zeros(K, jnp.int32),
         accepted=jnp.zeros(K, jnp.int32),
     )
-    state = _add(state, rules, tokens, jnp.zeros_like(length))
+    state = _add(rules, state, tokens, jnp.zeros_like(length))
     none_accepted = jnp.zeros_like(length)
     state = _draft(model, rules, state, hidden, tokens, length[:, None] - 1, none_accepted)
     return state, tokens
@@ -384,11 +384,11 @@ def _pass(model, rules, state):
         drafted=state.drafted + active.sum(dtype=jnp.int32),
         accepted=state.accepted + accepted.sum(0, dtype=jnp.int32),
     )
-    state = _add(state, rules, tokens, count)
+    state = _add(rules, state, tokens, count)
     return _draft(model, rules, state, hidden, tokens, positions, count), tokens
 
 
-def _add(state, rules, tokens, accepted):
+def _add(rules, state, tokens, accepted):
     """Counts the new tokens [B, T], of which the first `accepted` + 1 are real, and ends rows."""
     index = jnp.arange(tokens.shape[1])
     real = (index <= accepted[:, None]) & (index < state.budget[:, None])

@@ -106,9 +106,9 @@ class GatedDeltaNet(nnx.Module):
         kernels = [w[...] for w in (self.q_conv, self.k_conv, self.v_conv)]
         tails = [None] * 3 if cache is None else cache[:3]
         # With a cache, tokens are never split over devices: `Generation` runs without a mesh.
-        implementations = context if cache is None else ops
+        where = context if cache is None else ops
         q, k, v = (
-            implementations.causal_conv(x, w, activation="silu", segment_ids=segment_ids, tail=tail)
+            where.causal_conv(x, w, activation="silu", segment_ids=segment_ids, tail=tail)
             for x, w, tail in zip(inputs, kernels, tails, strict=True)
         )
         beta = jax.nn.sigmoid(projected(self.b_proj, into=jnp.float32))
@@ -120,7 +120,7 @@ class GatedDeltaNet(nnx.Module):
             observed["beta"] = token_mean(beta, segment_ids)
         if cache is not None and T <= _RECURRENT_TOKENS:
             implementation = "reference"
-        out, state = implementations.gated_delta_rule(
+        out, state = where.gated_delta_rule(
             q,
             k,
             v,

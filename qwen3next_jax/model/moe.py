@@ -119,7 +119,7 @@ class SparseMoE(nnx.Module):
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
         if mesh is None:
-            y, stats, _ = self._apply(x, segment_ids, *params)
+            y, stats = self._apply(x, segment_ids, *params)
         else:
             y, stats = self._sharded(mesh, x, segment_ids, *params)
         if self.config.shared_expert_intermediate_size:
@@ -134,7 +134,7 @@ class SparseMoE(nnx.Module):
     def _apply(self, x, segment_ids, router, gate_up, down, *, ways=1):
         """Routes tokens to experts that `ways` devices share, and sums what these return.
 
-        Returns y in x's shape, the router's statistics and the number of dropped assignments.
+        Returns y in x's shape, and the router's statistics of these tokens.
         """
         E, A = self.config.num_experts, self.config.num_experts_per_tok
         experts, weights, stats = self._route(x, segment_ids, router)
@@ -170,7 +170,8 @@ class SparseMoE(nnx.Module):
                 exchange="dense" if platform() == "cpu" else "ragged",
                 **options,
             )
-        return y.reshape(x.shape), stats, dropped
+        stats = stats._replace(dropped=dropped.astype(jnp.float32).reshape(1, 1))
+        return y.reshape(x.shape), stats
 
     def _sharded(self, mesh, x, segment_ids, *params):
         def spec(*axes, of):
@@ -197,11 +198,11 @@ class SparseMoE(nnx.Module):
             for w, spec in zip(params[1:], specs[1:], strict=True)
         )
         ways = jax.lax.axis_size("expert")
-        y, stats, dropped = self._apply(x, segment_ids, router, gate_up, down, ways=ways)
+        y, stats = self._apply(x, segment_ids, router, gate_up, down, ways=ways)
         # Each device along `tensor` holds partial sums of y, over its columns of the experts.
         y = sum_columns(y)
-        by_row = jax.tree.map(lambda s: jax.lax.psum(s, "context"), stats)
-        return y, by_row._replace(dropped=dropped.astype(jnp.float32).reshape(1, 1))
+        of_rows = jax.tree.map(lambda s: jax.lax.psum(s, "context"), stats)
+        return y, of_rows._replace(dropped=stats.dropped)  # each device has its own
 
     def _route(self, x, segment_ids, router):
         E, A = self.config.num_experts, self.config.num_experts_per_tok

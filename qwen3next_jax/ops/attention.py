@@ -297,8 +297,8 @@ def accumulate(
       carry: state from `init_carry` or an earlier call.
       q: query blocks.
       k, v: key and value blocks, which may be of other tokens than the queries.
-      q_segments, k_segments: segment ids of queries and of keys; a pair of blocks without a common
-        segment is skipped.
+      q_segments, k_segments: segment ids of queries and of keys; pairs of blocks
+        that `meet` in no row are skipped.
       pairs: block indices (i, j) into q and into k. Over all calls together, every query must
         attend to itself once.
       causal: True if k's blocks are of q's own tokens, so that later tokens must be masked.

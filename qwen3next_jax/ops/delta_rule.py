@@ -104,8 +104,8 @@ def gated_delta_rule(
     Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
     before = jnp.zeros(len(q), jnp.int32)
-    gates = log_decay, beta
-    return _apply(implementation, None, q, k, v, *gates, segment_ids, initial_state, before)
+    arrays = q, k, v, log_decay, beta
+    return _apply(arrays, segment_ids, initial_state, before, implementation=implementation)
 
 
 Scan = Callable[..., Any]
@@ -143,15 +143,18 @@ def gated_delta_rule_stretch(
         # The incoming state is that of the last document that has a token before this stretch.
         last = _spread_over_padding(segment_ids, jnp.zeros(len(q), jnp.int32))[:, -1]
         before = scan(lambda earlier, later: jnp.where(later == 0, earlier, later), last)
-    gates = log_decay, beta
-    return _apply(implementation, scan, q, k, v, *gates, segment_ids, initial_state, before)
+    arrays = q, k, v, log_decay, beta
+    return _apply(
+        arrays, segment_ids, initial_state, before, implementation=implementation, scan=scan
+    )
 
 
-def _apply(implementation, scan, q, k, v, log_decay, beta, segment_ids, initial_state, before):
+def _apply(arrays, segment_ids, initial_state, before, *, implementation, scan=None):
     """Checks and masks the arguments of an implementation and runs it in float32.
 
     `before` [B] is the segment id of the document that the incoming state belongs to; 0: none.
     """
+    q, k, v, log_decay, beta = arrays
     implementations = {
         "chunked": _chunked,
         "pallas": kernels.delta_rule,

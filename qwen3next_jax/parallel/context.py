@@ -135,8 +135,9 @@ def gated_delta_rule(
     ways = 1 if mesh is None else mesh.shape[_AXIS]
 
     def local(q, k, v, log_decay, beta, segments, state):
-        given = dict(log_decay=log_decay, beta=beta, segment_ids=segments)
-        given["implementation"] = implementation
+        given: dict[str, Any] = dict(
+            log_decay=log_decay, beta=beta, segment_ids=segments, implementation=implementation
+        )
         if ways == 1:
             return ops.gated_delta_rule(q, k, v, **given, initial_state=state)
         if state is not None:

@@ -91,7 +91,7 @@ def train(
         the end. None: no samples.
       suites: from the model to more metrics; called without a mesh every `evaluation.every` steps
         and at the end. None: no suites.
-      report: called in process 0 after each evaluation and each checkpoint, the last ones included.
+      report: called in process 0 after each evaluation, checkpoint and run of the suites.
       should_stop: whether to save and leave. Called with the step after each step, and again after
         each slow hook. See `processes.joined`.
 
@@ -133,6 +133,15 @@ class _Due(NamedTuple):
     sample: bool = False
 
 
+class _Dispatched(NamedTuple):
+    """A step that runs on the devices."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    batch: dict[str, jax.Array]  # to find the parameter at fault, should the step be halted
+    position: dict[str, Any]  # of this process's data behind the batch
+
+
 class _Run:
     """A run in progress: its state, and the steps whose metrics the host has not read yet."""
 
@@ -168,7 +177,8 @@ class _Run:
         record_environment(workdir, mesh, start_step=self._start)
         self._writer, self._progress = reporters(workdir, t.num_steps, start_step=self._start)
         self._train_step = compiled_together(self._program.step)
-        self._unsettled: deque[tuple[int, dict[str, jax.Array], Any, Any]] = deque()
+        self._saved = self._start  # the last step that was saved, or tried to be
+        self._unsettled: deque[_Dispatched] = deque()
         # The metrics of a step are read once the next step is dispatched, so that the devices never
         # wait for the host. Virtual devices of a CPU share its threads, so two steps with
         # collectives could deadlock: there a step is read before the next one.
@@ -197,7 +207,7 @@ class _Run:
                 due, profiled = self._due(step), self._profile.ends_at(step)
                 now = self._poll_stop(step) or any(due) or profiled
                 while len(self._unsettled) > (0 if now else self._ahead):
-                    self._settle(*self._unsettled.popleft())
+                    self._settle(self._unsettled.popleft())
                 if profiled:
                     self._profile.close()
                 self._clock.spent_on("step")
@@ -221,15 +231,15 @@ class _Run:
         )
         self._state, metrics = self._train_step(self._state, batch)
         metrics |= logged
-        self._unsettled.append((step, metrics, batch, self._batches.get_state()))
+        self._unsettled.append(_Dispatched(step, metrics, batch, self._batches.get_state()))
 
     def _is_logged(self, step: int) -> bool:
         t = self._config.train
         return step % t.log_every == 0 or step in (1, t.num_steps)
 
-    def _settle(self, step: int, metrics: dict[str, jax.Array], batch: Any, read: Any) -> None:
+    def _settle(self, dispatched: _Dispatched) -> None:
         """Reads the metrics of a dispatched step: logs them, or ends the run."""
-        t = self._config.train
+        step, metrics, batch, position = dispatched
         if np.asarray(metrics.pop("halted")):
             self._halt(step, _on_host(metrics), batch)
         self._tokens += int(metrics.pop("tokens"))
@@ -240,8 +250,11 @@ class _Run:
                 name: for_all_layers(self._config.model, name, x) if isinstance(x, list) else x
                 for name, x in _on_host(metrics).items()
             }
-            read = _of_all_processes(read)
-            values |= input_metrics(self._data, read, sequence_length=t.sequence_length)
+            values |= input_metrics(
+                self._data,
+                _of_all_processes(position),
+                sequence_length=self._config.train.sequence_length,
+            )
             values |= {"tokens": self._tokens, **self._clock.read(self._tokens)}
             self._writer.write(step, values)
             speed = values["tokens_per_second"]
@@ -322,29 +335,22 @@ class _Run:
         Once the run is asked to stop, no further hooks are called, and the step is saved in any
         case.
         """
-        hooks, saved = self._hooks, step == self._start
+        hooks = self._hooks
         # A step is halted by its gradient, before the update. What the update made of rows that no
         # batch reads would be noticed late, or never.
-        if not saved and (bad := first_non_finite(self._state.params)):
+        if step != self._saved and (bad := first_non_finite(self._state.params)):
             raise self._non_finite(
                 f"The update of step {step} made parameters that are not finite, first of all "
                 f"{bad}; it is not saved."
             )
         scores: dict[str, Any] = {}
-
-        def save() -> None:
-            nonlocal saved
-            if not saved:
-                saved = True
-                self._save(step, scores.get("eval_ce"))
-
         try:
             if hooks.evaluate and due.evaluate and not self._stopping:
                 scores = hooks.evaluate(self._model())
             if scores:
                 self._writer.write(step, scores | self._clock.taken("evaluation"))
             if due.save or self._poll_stop(step):
-                save()
+                self._save(step, scores)
             if hooks.suites and due.suites and not self._poll_stop(step):
                 with no_mesh():  # suites set the mesh themselves if they need it
                     tested = hooks.suites(self._model())
@@ -353,23 +359,27 @@ class _Run:
                 with no_mesh():  # a few rows of text cannot be sharded over the mesh
                     self._writer.write_samples(step, hooks.sample(self._model()))
                 self._clock.spent_on("samples")
-            if not saved and self._poll_stop(step):
-                save()
+            if step != self._saved and self._poll_stop(step):
+                self._save(step, scores)
         except Exception:
             # Save the step all the same; but not with several processes, since all must take part
             # in a save and the others may not have failed.
             if jax.process_count() == 1:
-                save()
+                self._save(step, scores)
             raise
         if due.evaluate or due.save or due.suites:
             if jax.process_index() == 0:
                 hooks.report()
             self._clock.spent_on("report")
 
-    def _save(self, step: int, metric: float | None) -> None:
-        read = _of_all_processes(self._batches.get_state())
-        extras = {"tokens": self._tokens, "data": read, **self._fingerprint}
-        self._store.save(step, self._state, extras, metric=metric)
+    def _save(self, step: int, scores: dict[str, Any]) -> None:
+        """Saves a step, unless that was done or tried before."""
+        if step == self._saved:
+            return
+        self._saved = step
+        position = _of_all_processes(self._batches.get_state())
+        extras = {"tokens": self._tokens, "data": position, **self._fingerprint}
+        self._store.save(step, self._state, extras, metric=scores.get("eval_ce"))
         self._clock.spent_on("checkpoint")
 
     def _model(self) -> Qwen3Next:

@@ -51,7 +51,7 @@ class Silent:
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl`, `samples.jsonl` and `tensorboard/`; in process 0 only."""
+    """Appends to `metrics.jsonl`, `samples.jsonl` and `tensorboard/`; one process has it."""
 
     def __init__(self, workdir: str | pathlib.Path, *, start_step: int = 0):
         """Opens the files of a work directory.
