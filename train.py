@@ -91,9 +91,9 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
     """Trains, evaluates, and prints a sample; returns whether it was stopped before the end."""
     import jax
 
-    from qwen3next_jax.data.pipeline import evaluation_batches, load_data
+    from qwen3next_jax.data.pipeline import load_data
     from qwen3next_jax.data.tokenizer import keep_tokenizer
-    from qwen3next_jax.evaluation.perplexity import perplexity
+    from qwen3next_jax.evaluation.perplexity import perplexity_in_training
     from qwen3next_jax.evaluation.report import Report
     from qwen3next_jax.evaluation.samples import samples_in_training
     from qwen3next_jax.evaluation.suites import check_usable, suites_in_training
@@ -125,27 +125,6 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
         f"{data.held_out_bytes:,}",
     )
 
-    def evaluate(model):
-        batches = evaluation_batches(
-            data,
-            # As many rows at a time as the step takes, so that what the step's memory holds does.
-            batch_size=config.train.global_batch_size // config.train.gradient_accumulation_steps,
-            sequence_length=config.train.sequence_length,
-        )
-        result = perplexity(
-            model,
-            batches,
-            text_bytes=data.held_out_bytes,
-            chunk=config.train.loss_chunk,
-        )
-        logging.info(
-            "Held-out text: %.4f nats a token, %.4f bits per byte (gzip -9: %.4f)",
-            result["eval_ce"],
-            result["eval_bits_per_byte"],
-            data.gzip_bits_per_byte,
-        )
-        return result
-
     sample = samples_in_training(config.train, config.model, data.tokenizer)
     page = Report([workdir], workdir / "report.html")
 
@@ -160,7 +139,7 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
             config,
             workdir,
             data,
-            evaluate=evaluate,
+            evaluate=perplexity_in_training(config.train, data),
             sample=sample,
             suites=suites_in_training(config.evaluation, data),
             report=report,

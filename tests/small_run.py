@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 from configs import tiny  # noqa: E402
 from qwen3next_jax.config import RunConfig  # noqa: E402
-from qwen3next_jax.data.pipeline import evaluation_batches, load_data  # noqa: E402
-from qwen3next_jax.evaluation.perplexity import perplexity  # noqa: E402
+from qwen3next_jax.data.pipeline import load_data  # noqa: E402
+from qwen3next_jax.evaluation.perplexity import perplexity_in_training  # noqa: E402
 from qwen3next_jax.evaluation.suites import suites_in_training  # noqa: E402
 from qwen3next_jax.training import loop  # noqa: E402
 from qwen3next_jax.training.workdir import workdir_lock  # noqa: E402
@@ -74,13 +74,11 @@ def _run(config, workdir, **hooks):
         trained_tokenizer=workdir / "tokenizer.model",
     )
 
-    def evaluate(model):
-        batches = evaluation_batches(
-            data, batch_size=config.train.global_batch_size, sequence_length=64
-        )
-        return perplexity(model, batches, text_bytes=data.held_out_bytes)
-
-    hooks = {"evaluate": evaluate, "suites": suites_in_training(config.evaluation, data), **hooks}
+    hooks = {
+        "evaluate": perplexity_in_training(config.train, data),
+        "suites": suites_in_training(config.evaluation, data),
+        **hooks,
+    }
     return loop.train(config, workdir, data, **hooks)
 
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from run_dicts import run_dict
 
 from qwen3next_jax.config import RunConfig
-from qwen3next_jax.parallel.layout import check_fits, describe_layout
+from qwen3next_jax.parallel.layout import check_copies, check_fits, describe_layout
 
 ONE = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
 
@@ -97,7 +97,8 @@ def test_large_arrays_are_reported_and_too_many_copies_are_refused():
         abstract("norm", (4096,)),
         abstract("whole", (512, 1024)),
     ]
-    text = describe_layout(arrays, sizes, max_replicated=0.5)
+    check_copies(arrays, sizes, max_replicated=0.5)
+    text = describe_layout(arrays, sizes)
     assert "experts: float32[1024, 4096] split P('fsdp', None), 4.2 MB a device" in text.replace(
         "PartitionSpec", "P"
     ).replace("P('fsdp',)", "P('fsdp', None)")
@@ -105,6 +106,6 @@ def test_large_arrays_are_reported_and_too_many_copies_are_refused():
     # 2 MiB are held whole, of which a quarter would do; 6 MiB and the norm are held in all.
     assert text.endswith("In all 6.3 MB a device, of which 1.6 MB copies")
     with pytest.raises(ValueError, match=r"25% of each device's 6.3 MB are copies") as error:
-        describe_layout(arrays, sizes, max_replicated=0.2)
+        check_copies(arrays, sizes, max_replicated=0.2)
     assert "\n  whole: float32[512, 1024] split" in str(error.value)
     assert "experts" not in str(error.value).split("max_replicated:")[1]

@@ -1,5 +1,6 @@
 """Perplexity and bits per byte against plain sums over all tokens."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -7,11 +8,19 @@ import numpy as np
 import pytest
 from hf_tokenizer import make_tokenizer_json
 from oracles import quick_jit, random_model, small_config
+from small_run import small_config as small_run_config
+from small_run import write_corpus
 
+from qwen3next_jax.data.pipeline import load_data
 from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.evaluation import perplexity as perplexity_module
 from qwen3next_jax.evaluation.evaluator import Evaluator
-from qwen3next_jax.evaluation.perplexity import document_perplexity, perplexity
+from qwen3next_jax.evaluation.perplexity import (
+    document_perplexity,
+    perplexity,
+    perplexity_in_training,
+)
 from qwen3next_jax.training.loss import complete_batch
 
 
@@ -36,6 +45,33 @@ def test_bits_per_byte_are_the_plain_sum_over_all_tokens_and_batches():
     # float32 sums against float64 ones
     np.testing.assert_allclose(got["eval_ce"], nats / count, rtol=1e-5)
     np.testing.assert_allclose(got["eval_bits_per_byte"], nats / math.log(2) / 333, rtol=1e-5)
+
+
+def test_an_evaluation_in_training_takes_the_rows_of_a_micro_batch(tmp_path, monkeypatch):
+    config = small_run_config(
+        write_corpus(tmp_path / "texts"),
+        train__global_batch_size=8,
+        train__gradient_accumulation_steps=4,
+    )
+    data = load_data(
+        **dataclasses.asdict(config.data),
+        vocab_size=config.model.vocab_size,
+        trained_tokenizer=tmp_path / "tokenizer.model",
+    )
+    shapes = set()
+
+    def losses(graph, params, batch, chunk):
+        shapes.add(batch["tokens"].shape)
+        return np.log(2) * batch["loss_weights"], 0  # a bit for each token
+
+    monkeypatch.setattr(perplexity_module, "_losses", losses)
+    result = perplexity_in_training(config.train, data)(random_model(small_config()))
+    assert shapes == {(2, config.train.sequence_length)}
+    np.testing.assert_allclose(result["eval_ce"], np.log(2), rtol=1e-6)
+    # All of the held-out text is in these rows: at least a token for each of its documents' ends.
+    tokens = result["eval_bits_per_byte"] * data.held_out_bytes
+    assert tokens == pytest.approx(round(tokens))
+    assert tokens > len(data.held_out)
 
 
 def test_documents_are_told_by_length_and_tokens_by_position():

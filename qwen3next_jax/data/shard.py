@@ -177,16 +177,16 @@ class _Window:
         else:
             document, truncated, self._first = self._first, False, None
         read[part] += 1
-        self._at = {"read": read, "taken": taken, "offset": 0}
         if isinstance(document, _Skipped):
             self.skipped += 1
-            return
-        self._before_last = before
-        taken[part] += len(document["tokens"])
-        self._tokens += len(document["tokens"])
-        self.truncated += truncated
-        self.documents.append(document)
-        self.parts.append(part)
+        else:
+            self._before_last = before
+            taken[part] += len(document["tokens"])
+            self._tokens += len(document["tokens"])
+            self.truncated += truncated
+            self.documents.append(document)
+            self.parts.append(part)
+        self._at = {"read": read, "taken": taken, "offset": 0}
 
     def pack(self) -> tuple[list[list[Piece]], "_Window"]:
         """The rows, and the next window."""

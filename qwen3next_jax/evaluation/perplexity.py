@@ -12,7 +12,7 @@ of tokens before them.
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.config import ModelConfig, TrainConfig
 from qwen3next_jax.data.documents import readable, text_in_loss
+from qwen3next_jax.data.pipeline import Data, evaluation_batches
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -69,6 +70,29 @@ def perplexity(
 @functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=COMPILER_OPTIONS)
 def _losses(graph, params, batch, chunk):
     return next_token_losses(nnx.merge(graph, params), batch, chunk=chunk)
+
+
+def perplexity_in_training(
+    train: TrainConfig, data: Data
+) -> Callable[[Qwen3Next], dict[str, float]]:
+    """The function that evaluates a training run's model on the held-out records, and logs it.
+
+    A batch has as many rows as a micro-batch, so that it needs no more memory than a step.
+    """
+
+    def evaluate(model: Qwen3Next) -> dict[str, float]:
+        rows = train.global_batch_size // train.gradient_accumulation_steps
+        batches = evaluation_batches(data, batch_size=rows, sequence_length=train.sequence_length)
+        result = perplexity(model, batches, text_bytes=data.held_out_bytes, chunk=train.loss_chunk)
+        logging.info(
+            "Held-out text: %.4f nats a token, %.4f bits per byte (gzip -9: %.4f)",
+            result["eval_ce"],
+            result["eval_bits_per_byte"],
+            data.gzip_bits_per_byte,
+        )
+        return result
+
+    return evaluate
 
 
 def document_perplexity(

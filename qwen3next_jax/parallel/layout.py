@@ -1,10 +1,8 @@
 """Checks whether a run fits a mesh, and how its arrays are sharded, before any allocation."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import jax
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from qwen3next_jax.config import LINEAR, RunConfig, divisors, nearest
 from qwen3next_jax.ops.delta_rule import CHUNK
@@ -110,10 +108,19 @@ def _indivisible(
         )
 
 
-def describe_layout(
+class _Placed(NamedTuple):
+    """An array on a mesh: its bytes, a device's, and those of the latter that are copies."""
+
+    line: str  # what `describe_layout` says of it
+    size: int
+    held: int
+    copied: float
+
+
+def check_copies(
     arrays: Iterable[tuple[str, Any]], sizes: Mapping[str, int], *, max_replicated: float
-) -> str:
-    """Describes how each large array is sharded.
+) -> None:
+    """Checks that not too much of what a device holds is also held by others.
 
     Args:
       arrays: names and arrays, or `ShapeDtypeStruct`s with a sharding.
@@ -121,39 +128,52 @@ def describe_layout(
       max_replicated: largest share of a device's bytes, in [0, 1], that may be copies of other
         devices' bytes. Copies along `data` and arrays below a mebibyte do not count.
 
-    Returns:
-      One line per array, and one with the totals.
-
     Raises:
       ValueError: if more is replicated; names the largest of these arrays.
     """
-    slices = math.prod(sizes.values()) // sizes["data"]
-    lines, copies, held = [], [], 0
-    arrays = list(arrays)
-    total = sum(_bytes(x, x.shape) for _, x in arrays)
-    for name, x in arrays:
-        here = _bytes(x, x.sharding.shard_shape(x.shape))
-        held += here
-        split = f"{x.dtype.name}{list(x.shape)} split {x.sharding.spec}"
-        line = f"{name}: {split}, {_mb(here)} a device"
-        if _bytes(x, x.shape) >= _LARGE:
-            copies.append((here - _bytes(x, x.shape) / slices, line))
-            if _bytes(x, x.shape) >= total / 1000:
-                lines.append(line)
-    copied = sum(size for size, _ in copies)
+    placed = list(_placed(arrays, sizes))
+    held, copied = sum(x.held for x in placed), sum(x.copied for x in placed)
     if copied > max_replicated * held:
-        worst = [line for size, line in sorted(copies, reverse=True)[:5] if size > 0]
+        largest = sorted(placed, key=lambda x: x.copied, reverse=True)[:5]
         raise ValueError(
             f"{copied / held:.0%} of each device's {_mb(held)} are copies of what its neighbours "
             f"hold, more than mesh.max_replicated={max_replicated}; let the table in "
-            "parallel/mesh.py split these, or raise mesh.max_replicated:\n  " + "\n  ".join(worst)
+            "parallel/mesh.py split these, or raise mesh.max_replicated:\n  "
+            + "\n  ".join(x.line for x in largest if x.copied > 0)
         )
-    lines.append(f"In all {_mb(held)} a device, of which {_mb(copied)} copies")
-    return "\n".join(lines)
 
 
-def _bytes(x: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * x.dtype.itemsize
+def describe_layout(arrays: Iterable[tuple[str, Any]], sizes: Mapping[str, int]) -> str:
+    """Describes how each large array is sharded: a line for each, and one with the totals.
+
+    Args:
+      arrays, sizes: as in `check_copies`.
+    """
+    placed = list(_placed(arrays, sizes))
+    least = max(_LARGE, sum(x.size for x in placed) / 1000)
+    held, copied = sum(x.held for x in placed), sum(x.copied for x in placed)
+    return "\n".join(
+        [
+            *(x.line for x in placed if x.size >= least),
+            f"In all {_mb(held)} a device, of which {_mb(copied)} copies",
+        ]
+    )
+
+
+def _placed(arrays: Iterable[tuple[str, Any]], sizes: Mapping[str, int]) -> Iterator[_Placed]:
+    slices = math.prod(sizes.values()) // sizes["data"]
+    for name, x in arrays:
+        size, held = (
+            math.prod(shape) * x.dtype.itemsize
+            for shape in (x.shape, x.sharding.shard_shape(x.shape))
+        )
+        split = f"{x.dtype.name}{list(x.shape)} split {x.sharding.spec}"
+        yield _Placed(
+            line=f"{name}: {split}, {_mb(held)} a device",
+            size=size,
+            held=held,
+            copied=held - size / slices if size >= _LARGE else 0,
+        )
 
 
 def _mb(size: int | float) -> str:

@@ -74,15 +74,15 @@ def main(argv: list[str]) -> None:
     program = make_program(config, search.abstract_mesh(dict.fromkeys(AXES, 1)))
     refusal = None
     try:
-        mesh = axis_sizes(config.mesh, places)
-        search.check_trains(config, program.state, mesh)
+        sizes = axis_sizes(config.mesh, places)
+        search.check_trains(config, program.state, sizes)
     except ValueError as error:
         if not _SEARCH.value or _COMPILE.value:
             raise
         refusal = error  # another mesh may fit
     result = _model(config, program)
     if refusal is None:
-        result.update(_layout(config, program, mesh, chip))
+        result.update(_layout(config, program, sizes, chip))
     else:
         print(f"\nThe config's own mesh will not do: {refusal}")
         unknown = dict.fromkeys(("memory_bytes", "step_seconds", "step_seconds_bounds", "mesh"))
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     if _SEARCH.value:
         result["search"] = _search(config, program, chip, places)
     if _COMPILE.value:
-        result.update(_compiled(config, chip))
+        result.update(_compiled(config, chip, places))
     if _JSON.value:
         print(json.dumps(result))
 
@@ -147,17 +147,17 @@ def _model(config: RunConfig, program: Program) -> dict[str, Any]:
 
 
 def _layout(
-    config: RunConfig, program: Program, mesh: dict[str, int], chip: Chip
+    config: RunConfig, program: Program, sizes: dict[str, int], chip: Chip
 ) -> dict[str, Any]:
     """Prints and returns the costs on the config's own mesh, by arithmetic."""
-    laid_out = costs.weights(program.state.params, search.abstract_mesh(mesh))
+    laid_out = costs.weights(program.state.params, search.abstract_mesh(sizes))
     width = _optimizer_width(program)
-    memory = costs.memory(config, laid_out, mesh, optimizer_width=width)
+    memory = costs.memory(config, laid_out, sizes, optimizer_width=width)
     used = sum(memory.values())
-    sent = costs.communication(config, laid_out, mesh)
-    low, high = costs.step_seconds(config, laid_out, mesh, chip)
+    sent = costs.communication(config, laid_out, sizes)
+    low, high = costs.step_seconds(config, laid_out, sizes, chip)
     more = "" if chip.is_gpu else "; --compile knows more"
-    print(f"\nOn {_TOPOLOGY.value}, mesh {mesh}:")
+    print(f"\nOn {_TOPOLOGY.value}, mesh {sizes}:")
     print(f"  memory a device: {used / 1e9:.2f} GB of {chip.hbm / 1e9:.1f} GB")
     _table({part: f"{n / 1e9:.2f} GB" for part, n in memory.items()})
     print(f"  communication a device and step: {sum(sent.values()) / 1e9:.2f} GB")
@@ -170,7 +170,7 @@ def _layout(
         "fits": used <= chip.hbm,
         "step_seconds": high,
         "step_seconds_bounds": [low, high],
-        "mesh": mesh,
+        "mesh": sizes,
     }
 
 
@@ -180,7 +180,8 @@ def _optimizer_width(program: Program) -> float:
     return sum(x.size * x.dtype.itemsize for x in state) / sum(x.size for x in params)
 
 
-def _compiled(config: RunConfig, chip: Chip) -> dict[str, Any]:
+def _compiled(config: RunConfig, chip: Chip, places: int) -> dict[str, Any]:
+    """Compiles the step; prints and returns what the compiler says."""
     print(f"\nCompiling the step for {_TOPOLOGY.value}; this takes minutes ...", flush=True)
     try:
         compiled = tpu.compile_step(config, _TOPOLOGY.value)
@@ -193,7 +194,6 @@ def _compiled(config: RunConfig, chip: Chip) -> dict[str, Any]:
     used = sum(compiled.memory.values())
     e, t = compiled.estimate, config.train
     low, high = e.step_seconds
-    _, places = parse_topology(_TOPOLOGY.value)
     tokens = t.global_batch_size * t.sequence_length / places
     mfu = tokens * costs.train_flops(config.model, t.sequence_length) / high / chip.flops
     print(f"  compiled in {compiled.seconds:.0f} s")
@@ -226,54 +226,59 @@ def _compiled(config: RunConfig, chip: Chip) -> dict[str, Any]:
 
 
 def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> list[dict[str, Any]]:
+    """Ranks meshes and remat choices, compiles the best, and prints and returns both."""
     width = _optimizer_width(program)
     candidates = search.rank(config, program.state, chip, places, optimizer_width=width)
     if not candidates:
         print("\nBy arithmetic, no mesh holds this run: take more chips, or fewer tokens a step.")
         return []
     print(f"\n{len(candidates)} layouts fit by arithmetic; the fastest of them:")
-    rows = []
-    for i, candidate in enumerate(candidates[:10]):
+    rows: list[dict[str, Any]] = []
+    for i, candidate in enumerate(candidates[:10], start=1):
         low, high = candidate.step_seconds
         used = {axis: n for axis, n in candidate.mesh.items() if n > 1}
-        remat = candidate.config.train.remat
-        memory = candidate.memory_bytes
-        row: dict[str, Any] = dict(
-            mesh=candidate.mesh, remat=remat, memory_bytes=memory, step_seconds=high
-        )
+        remat, memory = candidate.config.train.remat, candidate.memory_bytes
         print(
-            f"{i + 1:3} {low:7.2f} to {high:6.2f} s  {memory / 1e9:6.1f} GB  "
-            f"remat={remat:19}  {used}",
+            f"{i:3} {low:7.2f} to {high:6.2f} s  {memory / 1e9:6.1f} GB  remat={remat:19}  {used}",
             flush=True,
         )
-        rows.append(row)
-    for i, row in enumerate(rows[: 0 if chip.is_gpu else _BEST.value]):
-        try:
-            compiled = tpu.compile_step(candidates[i].config, _TOPOLOGY.value)
-        except (tpu.OutOfMemoryError, jax.errors.JaxRuntimeError, ValueError) as error:
-            row["compiled"] = str(error)  # the others may compile
-            print(f"{i + 1:3} by the compiler: {error}")
-        except ModuleNotFoundError as error:
-            print(f"None is compiled. {error}")
-            break
-        else:
-            memory = sum(compiled.memory.values())
-            low, high = compiled.estimate.step_seconds
-            row["compiled"] = dict(memory_bytes=memory, step_seconds=high)
-            print(
-                f"{i + 1:3} by the compiler: {low:.2f} to {high:.2f} s, {memory / 1e9:.1f} GB",
-                flush=True,
-            )
-    taken = [row for row in rows if isinstance(row.get("compiled"), dict)]
-    untried = [row for row in rows if "compiled" not in row]  # the others were refused
-    if taken:
-        how, best = "of the compiled", min(taken, key=lambda row: row["compiled"]["step_seconds"])
+        rows.append(dict(mesh=candidate.mesh, remat=remat, memory_bytes=memory, step_seconds=high))
+    try:
+        for i in range(0 if chip.is_gpu else min(_BEST.value, len(rows))):
+            rows[i]["compiled"] = _compiled_candidate(candidates[i], number=i + 1)
+    except ModuleNotFoundError as error:
+        print(f"None is compiled. {error}")
+    _print_fastest(rows)
+    return rows
+
+
+def _compiled_candidate(candidate: search.Candidate, *, number: int) -> dict[str, float] | str:
+    """Compiles a layout; prints and returns its costs, or why it does not compile."""
+    try:
+        compiled = tpu.compile_step(candidate.config, _TOPOLOGY.value)
+    except (tpu.OutOfMemoryError, jax.errors.JaxRuntimeError, ValueError) as error:
+        print(f"{number:3} by the compiler: {error}")
+        return str(error)
+    memory = sum(compiled.memory.values())
+    low, high = compiled.estimate.step_seconds
+    print(
+        f"{number:3} by the compiler: {low:.2f} to {high:.2f} s, {memory / 1e9:.1f} GB", flush=True
+    )
+    return dict(memory_bytes=memory, step_seconds=high)
+
+
+def _print_fastest(rows: list[dict[str, Any]]) -> None:
+    """Prints the options for the fastest layout that compiled, or else was not refused."""
+    compiled = [row for row in rows if isinstance(row.get("compiled"), dict)]
+    untried = [row for row in rows if "compiled" not in row]
+    if compiled:
+        how, best = "of the compiled", min(compiled, key=lambda r: r["compiled"]["step_seconds"])
     elif untried:
         how, best = "by arithmetic", untried[0]
-    if taken or untried:
-        sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in best["mesh"].items())
-        print(f"Fastest {how}: --config.train.remat={best['remat']} {sizes}")
-    return rows
+    else:
+        return
+    sizes = " ".join(f"--config.mesh.{axis}={n}" for axis, n in best["mesh"].items())
+    print(f"Fastest {how}: --config.train.remat={best['remat']} {sizes}")
 
 
 def _table(rows: dict[str, str]) -> None:

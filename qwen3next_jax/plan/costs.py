@@ -195,10 +195,10 @@ def weights(params: nnx.State, mesh: Any) -> list[Weight]:
     ]
 
 
-def _tokens_per_device(config: RunConfig, mesh: Mapping[str, int]) -> int:
+def _tokens_per_device(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Tokens of a micro-batch on a device; devices along `tensor` hold the same tokens."""
     train = config.train
-    ways = math.prod(mesh[axis] for axis in ROWS) * mesh["context"]
+    ways = math.prod(sizes[axis] for axis in ROWS) * sizes["context"]
     rows = train.global_batch_size // train.gradient_accumulation_steps
     return max(1, rows * train.sequence_length // ways)
 
@@ -206,7 +206,7 @@ def _tokens_per_device(config: RunConfig, mesh: Mapping[str, int]) -> int:
 def memory(
     config: RunConfig,
     params: Sequence[Weight],
-    mesh: Mapping[str, int],
+    sizes: Mapping[str, int],
     *,
     optimizer_width: float,
 ) -> dict[str, float]:
@@ -218,24 +218,24 @@ def memory(
     Args:
       config: the run's config.
       params: the run's parameters on the mesh.
-      mesh: sizes of the mesh axes.
+      sizes: sizes of the mesh axes.
       optimizer_width: bytes of optimizer state per parameter.
     """
-    c, tokens = config.model, _tokens_per_device(config, mesh)
+    c, tokens = config.model, _tokens_per_device(config, sizes)
     width = jnp.dtype(config.precision.compute).itemsize
     own = sum(p.own for p in params)
     gradients = 4.0 * own
     # With several micro-batches, the sum of gradients so far exists besides the current ones.
     summed = gradients if config.train.gradient_accumulation_steps > 1 else 0.0
-    vocabulary = c.vocab_size * c.hidden_size / mesh["tensor"]
+    vocabulary = c.vocab_size * c.hidden_size / sizes["tensor"]
 
-    layers = [_activations(config, mixer, sparse, tokens, mesh) for mixer, sparse in c.layers]
+    layers = [_activations(config, mixer, sparse, tokens, sizes) for mixer, sparse in c.layers]
     kept: float
     if config.train.remat != "none":
         kept = c.num_hidden_layers * tokens * c.hidden_size * width
         if config.train.remat == "layer_but_attention":
             full = sum(mixer != LINEAR for mixer in c.mixers)
-            kept += full * tokens * c.num_attention_heads * c.head_dim * width / mesh["tensor"]
+            kept += full * tokens * c.num_attention_heads * c.head_dim * width / sizes["tensor"]
     else:
         kept = sum(layers)
     in_a_pass = {
@@ -245,16 +245,16 @@ def memory(
     }
 
     # The backward pass of a layer, with its gathered weights and their gradients.
-    gathered = sum(p.size / _ways_in_use(p, mesh) for p in params if _stacked(p))
+    gathered = sum(p.size / _ways_in_use(p, sizes) for p in params if _stacked(p))
     layer = in_a_pass | {
         "gradients": gradients + summed,
         "a layer": max(layers) + (width + 4) * gathered / c.num_hidden_layers,
     }
     # At the head no gradients exist yet except the head's own, not yet scattered, and with MTP a
     # second one; with them are logits and their gradients in float32.
-    rows = max(1, tokens * mesh["context"] // config.train.sequence_length)
-    chunk = min(config.train.loss_chunk, config.train.sequence_length // mesh["context"])
-    logits = rows * chunk * 8 * c.vocab_size / mesh["tensor"]
+    rows = max(1, tokens * sizes["context"] // config.train.sequence_length)
+    chunk = min(config.train.loss_chunk, config.train.sequence_length // sizes["context"])
+    logits = rows * chunk * 8 * c.vocab_size / sizes["tensor"]
     head = in_a_pass | {
         "gradients": summed,
         "the head": (2 * 4 * (1 + bool(c.mtp_steps)) + width) * vocabulary + logits,
@@ -271,7 +271,7 @@ def memory(
 
 
 def _activations(
-    config: RunConfig, mixer: str, sparse: bool, tokens: int, mesh: Mapping[str, int]
+    config: RunConfig, mixer: str, sparse: bool, tokens: int, sizes: Mapping[str, int]
 ) -> float:
     """Bytes that a layer's forward pass saves for the backward pass on a TPU."""
     c, width = config.model, jnp.dtype(config.precision.compute).itemsize
@@ -286,17 +286,17 @@ def _activations(
     else:
         mixed = width * c.head_dim * (5 * c.num_attention_heads + 4 * c.num_key_value_heads)
     fed = 3 * (c.shared_expert_intermediate_size if sparse else c.intermediate_size)
-    kept = tokens * (mixed + fed * width) / mesh["tensor"] + tokens * 4 * c.hidden_size * width
-    return kept + _dispatched(config, sparse, tokens, mesh)
+    kept = tokens * (mixed + fed * width) / sizes["tensor"] + tokens * 4 * c.hidden_size * width
+    return kept + _dispatched(config, sparse, tokens, sizes)
 
 
-def _dispatched(config: RunConfig, sparse: bool, tokens: int, mesh: Mapping[str, int]) -> float:
+def _dispatched(config: RunConfig, sparse: bool, tokens: int, sizes: Mapping[str, int]) -> float:
     """Bytes of the rows sent to experts: once as sent, three times in receive buffers."""
     if not sparse:
         return 0.0
     c, width = config.model, jnp.dtype(config.precision.compute).itemsize
-    room = config.mesh.moe_buffer_factor if mesh["expert"] > 1 else 1.0
-    room = mesh["expert"] if room == -1 else room
+    room = config.mesh.moe_buffer_factor if sizes["expert"] > 1 else 1.0
+    room = sizes["expert"] if room == -1 else room
     rows = tokens * c.num_experts_per_tok * (3 * room + 1)
     return rows * c.hidden_size * width + 3 * 4 * tokens * c.num_experts
 
@@ -305,51 +305,51 @@ def _stacked(param: Weight) -> bool:
     return param.name.startswith("groups/")
 
 
-def _ways_in_use(param: Weight, mesh: Mapping[str, int]) -> int:
+def _ways_in_use(param: Weight, sizes: Mapping[str, int]) -> int:
     """Number of shards of a parameter when it is used, after gathering."""
-    return mesh["tensor"] * (mesh["expert"] if param.experts else 1)
+    return sizes["tensor"] * (sizes["expert"] if param.experts else 1)
 
 
 def communication(
-    config: RunConfig, params: Sequence[Weight], mesh: Mapping[str, int]
+    config: RunConfig, params: Sequence[Weight], sizes: Mapping[str, int]
 ) -> dict[str, float]:
     """Bytes that a device sends or receives in a step, whichever is more, by purpose."""
-    c, tokens = config.model, _tokens_per_device(config, mesh)
+    c, tokens = config.model, _tokens_per_device(config, sizes)
     width = jnp.dtype(config.precision.compute).itemsize
     micro_batches = config.train.gradient_accumulation_steps
     passes = 3 if config.train.remat != "none" else 2  # forward, recomputation, backward
     sent: dict[str, float] = defaultdict(float)
     for p in params:
-        used = p.size / _ways_in_use(p, mesh)
+        used = p.size / _ways_in_use(p, sizes)
         if used > p.own:
             gathers = passes - 1 if _stacked(p) else 1
             sent["parameters gathered"] += micro_batches * gathers * used * width
             sent["gradients scattered"] += micro_batches * used * width
-        if mesh["data"] > 1:
+        if sizes["data"] > 1:
             sent["gradients over data"] += micro_batches * p.own * 4
     sparse = sum(sparse for _, sparse in c.layers)
-    if mesh["expert"] > 1:
+    if sizes["expert"] > 1:
         each = tokens * c.num_experts_per_tok * c.hidden_size * width
-        away = (mesh["expert"] - 1) / mesh["expert"]
+        away = (sizes["expert"] - 1) / sizes["expert"]
         # Each pass has dispatch and combine, except that recomputation needs no combine.
         trips = sparse * (2 * passes - (passes == 3))
         trips += 4 * c.mtp_steps * c.mtp_layer[1]
         sent["tokens to experts and back"] += micro_batches * away * each * trips
-    if mesh["tensor"] > 1:
+    if sizes["tensor"] > 1:
         sums = 2 * tokens * c.hidden_size * width
         sent["sums over tensor"] += micro_batches * passes * c.num_hidden_layers * sums
-    if mesh["context"] > 1:
+    if sizes["context"] > 1:
         keys = 2 * tokens * c.num_key_value_heads * c.head_dim * width
         full = sum(mixer != LINEAR for mixer in c.mixers) + c.mtp_steps
         # In the backward pass their gradients go around the ring as well.
         rounds = passes + (config.train.remat != "layer_but_attention")
         sent["keys and values around the ring"] += (
-            micro_batches * full * rounds * (mesh["context"] - 1) * keys
+            micro_batches * full * rounds * (sizes["context"] - 1) * keys
         )
         state = 4 * c.linear_num_value_heads * c.linear_key_head_dim
         state *= c.linear_key_head_dim + c.linear_value_head_dim
-        rows = max(1, tokens * mesh["context"] // config.train.sequence_length)
-        steps = 1 + math.ceil(math.log2(max(mesh["context"] - 1, 1)))
+        rows = max(1, tokens * sizes["context"] // config.train.sequence_length)
+        steps = 1 + math.ceil(math.log2(max(sizes["context"] - 1, 1)))
         delta_layers = len(c.mixers) - full + c.mtp_steps
         sent["delta states"] += micro_batches * delta_layers * passes * (steps * rows * state)
     return dict(sent)
@@ -364,7 +364,7 @@ def serving_bytes(config: ModelConfig) -> tuple[int, int]:
 
 
 def step_seconds(
-    config: RunConfig, params: Sequence[Weight], mesh: Mapping[str, int], chip: Chip
+    config: RunConfig, params: Sequence[Weight], sizes: Mapping[str, int], chip: Chip
 ) -> tuple[float, float]:
     """A rough estimate of a step's time, with all communication hidden and with none.
 
@@ -372,9 +372,9 @@ def step_seconds(
     compiled steps; the optimizer reads and writes its state once.
     """
     train = config.train
-    tokens = _tokens_per_device(config, mesh) * train.gradient_accumulation_steps / mesh["tensor"]
+    tokens = _tokens_per_device(config, sizes) * train.gradient_accumulation_steps / sizes["tensor"]
     flops = tokens * executed_flops(config.model, train.sequence_length, remat=train.remat)
     updates = sum(p.own for p in params) * 28 / chip.hbm_bandwidth
     compute = flops / (_EFFICIENCY * chip.flops) + updates
-    sent = sum(communication(config, params, mesh).values()) / chip.ici_bandwidth
+    sent = sum(communication(config, params, sizes).values()) / chip.ici_bandwidth
     return max(compute, sent), compute + sent

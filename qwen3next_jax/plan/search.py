@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from qwen3next_jax.config import REMAT, RunConfig, divisors
-from qwen3next_jax.parallel.layout import check_fits, describe_layout
+from qwen3next_jax.parallel.layout import check_copies, check_fits
 from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.plan import costs
@@ -52,7 +52,7 @@ def check_trains(config: RunConfig, state: TrainState, sizes: dict[str, int]) ->
 
 def _check_copies(config: RunConfig, state: TrainState, sizes: dict[str, int]) -> None:
     placed = named_leaves(place_state(state, abstract_mesh(sizes)))
-    describe_layout(placed, sizes, max_replicated=config.mesh.max_replicated)
+    check_copies(placed, sizes, max_replicated=config.mesh.max_replicated)
 
 
 def rank(

@@ -27,7 +27,7 @@ from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.pipeline import Data, check_same_data, input_metrics, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.context import implementations
-from qwen3next_jax.parallel.layout import describe_layout
+from qwen3next_jax.parallel.layout import check_copies, describe_layout
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh, no_mesh
 from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.parallel.processes import (
@@ -154,6 +154,11 @@ class _Run:
         require_same(config.to_dict())
         _check_start(config, workdir)
         self._program = make_program(config, mesh)
+        check_copies(
+            named_leaves(self._program.state),
+            mesh.shape,
+            max_replicated=config.mesh.max_replicated,
+        )
         keep_config(config, workdir)
         _log_program(config, mesh, self._program.state)
         shape = (t.global_batch_size, t.sequence_length)
@@ -471,10 +476,9 @@ def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
         dict(mesh.shape),
     )
     if mesh.size > 1:
-        layout = describe_layout(
-            named_leaves(state), mesh.shape, max_replicated=config.mesh.max_replicated
+        logging.info(
+            "Where the training state lies:\n%s", describe_layout(named_leaves(state), mesh.shape)
         )
-        logging.info("Where the training state lies:\n%s", layout)
     compute = config.precision.compute
     tokens, dtype = config.train.sequence_length, jnp.dtype(compute)
     used = {**implementations(config.model, mesh, tokens, dtype), "compute": compute}
