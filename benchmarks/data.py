@@ -23,7 +23,8 @@ import time
 
 from qwen3next_jax.data.pipeline import load_data, training_batches
 from qwen3next_jax.data.sources import open_source
-from qwen3next_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.data.train_tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from qwen3next_jax.data.chat_document import chat_document, mark_answers
 from qwen3next_jax.data.documents import tokenized
 from qwen3next_jax.data.sources import BadRecordError, open_source
-from qwen3next_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.data.train_tokenizer import train_tokenizer
 
 HERE = pathlib.Path(__file__).parent
 HEADERS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]

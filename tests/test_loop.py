@@ -19,7 +19,8 @@ from launched import lines, start, virtual_devices
 from small_run import is_time, run, small_config, write_corpus
 
 from qwen3next_jax.config import flatten
-from qwen3next_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.data.train_tokenizer import train_tokenizer
 from qwen3next_jax.evaluation.samples import samples
 from qwen3next_jax.parallel.mesh import make_mesh
 from qwen3next_jax.parallel.names import named_leaves

@@ -24,7 +24,7 @@ from qwen3next_jax.data.pipeline import (
 )
 from qwen3next_jax.data.shard import TrainingPart
 from qwen3next_jax.data.sources import Record
-from qwen3next_jax.data.tokenizer import train_tokenizer
+from qwen3next_jax.data.train_tokenizer import train_tokenizer
 
 SHAPE = dict(batch_size=3, sequence_length=16)
 

@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from qwen3next_jax import sample
 from qwen3next_jax.config import ModelConfig
-from qwen3next_jax.data.tokenizer import HuggingFaceTokenizer, split_stops, train_tokenizer
+from qwen3next_jax.data.tokenizer import HuggingFaceTokenizer, split_stops
+from qwen3next_jax.data.train_tokenizer import train_tokenizer
 from qwen3next_jax.inference.decode import Generation
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}

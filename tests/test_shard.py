@@ -24,7 +24,7 @@ from qwen3next_jax.data.pipeline import (
     training_batches,
 )
 from qwen3next_jax.data.sources import BadRecordError, open_source
-from qwen3next_jax.data.tokenizer import train_tokenizer
+from qwen3next_jax.data.train_tokenizer import train_tokenizer
 
 HERE = pathlib.Path(__file__).parent
 

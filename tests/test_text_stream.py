@@ -7,11 +7,8 @@ import sentencepiece
 from hf_tokenizer import make_tokenizer_json
 
 from qwen3next_jax.data.text_stream import TextStream
-from qwen3next_jax.data.tokenizer import (
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    train_tokenizer,
-)
+from qwen3next_jax.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from qwen3next_jax.data.train_tokenizer import train_tokenizer
 
 TEXT = "naïve 日本語🎉 ends here.\n\nA second one."
 

@@ -13,7 +13,7 @@ import sentencepiece
 from hf_tokenizer import make_tokenizer_json
 from transformers import PreTrainedTokenizerFast
 
-from qwen3next_jax.data import tokenizer as tokenizer_module
+from qwen3next_jax.data import train_tokenizer as training
 from qwen3next_jax.data.documents import RecordTexts, tokenized
 from qwen3next_jax.data.pipeline import load_data
 from qwen3next_jax.data.sources import BadRecordError, open_source
@@ -25,8 +25,8 @@ from qwen3next_jax.data.tokenizer import (
     fingerprint,
     keep_tokenizer,
     load_tokenizer,
-    train_tokenizer,
 )
+from qwen3next_jax.data.train_tokenizer import train_tokenizer
 
 TEXTS = [
     "".join(
@@ -109,7 +109,7 @@ def test_an_indentation_is_one_token(tokenizer):
 
 def test_the_same_texts_give_the_same_file_in_another_process(tmp_path):
     script = (
-        "import sys; from qwen3next_jax.data.tokenizer import train_tokenizer as train;"
+        "import sys; from qwen3next_jax.data.train_tokenizer import train_tokenizer as train;"
         "train(eval(sys.argv[1]), sys.argv[2], vocab_size=300)"
     )
     train_tokenizer(TEXTS[:3], tmp_path / "a", vocab_size=300)
@@ -123,7 +123,7 @@ def test_a_reserved_character_does_not_exclude_its_document(tmp_path):
 
 
 def test_long_corpora_are_sampled_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "_TRAINING_CHARACTERS", len("".join(TEXTS)) // 3)
+    monkeypatch.setattr(training, "_TRAINING_CHARACTERS", len("".join(TEXTS)) // 3)
     train_tokenizer(TEXTS, tmp_path / "sampled", vocab_size=300)
     monkeypatch.undo()
     # The texts differ in length by a few characters, so a third of them takes every fourth.
@@ -146,7 +146,7 @@ def test_a_failed_write_leaves_no_file(tmp_path, monkeypatch):
     def die(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(tokenizer_module.epath.Path(tmp_path)), "replace", die)
+    monkeypatch.setattr(type(training.epath.Path(tmp_path)), "replace", die)
     with pytest.raises(KeyboardInterrupt):
         train_tokenizer(TEXTS, tmp_path / "model", vocab_size=400)
     assert not (tmp_path / "model").exists()

@@ -39,13 +39,8 @@ from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_r
 from qwen3next_jax.data.prepared import check_prepared, prepared_source
 from qwen3next_jax.data.shard import Packing, Shard, TrainingPart
 from qwen3next_jax.data.sources import Chained, Records, open_source
-from qwen3next_jax.data.tokenizer import (
-    Tokenizer,
-    check_vocabulary,
-    fingerprint,
-    load_tokenizer,
-    train_tokenizer,
-)
+from qwen3next_jax.data.tokenizer import Tokenizer, check_vocabulary, fingerprint, load_tokenizer
+from qwen3next_jax.data.train_tokenizer import train_tokenizer
 
 _BATCHES_AHEAD = 2
 _LOOKED_AT = 100  # how many of a part's first records are tried until one can be used
