@@ -167,45 +167,25 @@ class Qwen3Next(nnx.Module):
         if positions is None:
             positions = default_positions(tokens, segment_ids)
 
-        def split(group):
-            # By graph definition, so that a layer whose module a user has replaced stands apart.
-            alike = [list(same) for _, same in itertools.groupby(group.layers, nnx.graphdef)]
-            graphs = [nnx.graphdef(layers[0]) for layers in alike]
-            params: list[Any] = [[nnx.state(layer) for layer in layers] for layers in alike]
-            if self.remat != "none":
-                # `_run_alike` scans over the layers. If it stacked their parameters, inside the
-                # scan over groups, the stacked copies would be saved for the backward pass as well.
-                layers_axis = 0 if self.is_unstacked else 1
-                params = [
-                    jax.tree.map(lambda *p: jnp.stack(p, layers_axis), *of_layers)
-                    for of_layers in params
-                ]
-            return graphs, params
-
-        def apply(graphs, x, params):
-            all_stats, all_seen = [], []
-            for graph, layers in zip(graphs, params, strict=True):
-                x, stats, seen = self._run_alike(
-                    graph, layers, x, segment_ids, positions, observed is not None
-                )
-                all_seen.append(seen)
-                if stats is not None:
-                    all_stats.append(stats)
-            joined = jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats) if all_stats else None
-            return x, (joined, concatenate_layers(all_seen))
-
+        run = functools.partial(
+            self._run_group,
+            segment_ids=segment_ids,
+            positions=positions,
+            observing=observed is not None,
+        )
         x = self.embed(tokens)
         if self.is_unstacked:
             each = []
-            for graphs, params in map(split, self.groups):
-                x, of_group = apply(graphs, x, params)
+            for group in self.groups:
+                graphs, params = self._alike(group)
+                x, of_group = run(graphs, x, params)
                 each.append(of_group)
             by_group = jax.tree.map(lambda *s: jnp.stack(s), *each)
         else:
-            graphs, params = split(self.groups)
+            graphs, params = self._alike(self.groups)
             # On a CPU, a loop copies each group's residuals into the stacked array of all groups'.
             unroll = _MOST_UNROLLED if platform() == "cpu" else 1
-            x, by_group = jax.lax.scan(functools.partial(apply, graphs), x, params, unroll=unroll)
+            x, by_group = jax.lax.scan(functools.partial(run, graphs), x, params, unroll=unroll)
         # [groups, layers of a group that have it, ...] → [layers that have it, ...]
         stats, seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), by_group)
         if observed is not None:
@@ -276,7 +256,46 @@ class Qwen3Next(nnx.Module):
         model.groups = nnx.List(_split_groups(self.groups))
         return model
 
-    def _run_alike(self, graph, params, x, segment_ids, positions, observing):
+    def _alike(self, group):
+        """A group's layers as runs of equal neighbours: their graph definitions, and their states.
+
+        Equal by graph definition, so that a layer whose module a user has replaced stands apart.
+        """
+        alike = [list(same) for _, same in itertools.groupby(group.layers, nnx.graphdef)]
+        graphs = [nnx.graphdef(layers[0]) for layers in alike]
+        params: list[Any] = [[nnx.state(layer) for layer in layers] for layers in alike]
+        if self.remat != "none":
+            # `_run_alike` scans over the layers. If it stacked their parameters, inside the
+            # scan over groups, the stacked copies would be saved for the backward pass as well.
+            layers_axis = 0 if self.is_unstacked else 1
+            params = [
+                jax.tree.map(lambda *p: jnp.stack(p, layers_axis), *of_layers)
+                for of_layers in params
+            ]
+        return graphs, params
+
+    def _run_group(self, graphs, x, params, **options):
+        """Runs a group's layers.
+
+        Args:
+          graphs, params: what `_alike` returns.
+          x: the group's input.
+          options: segment_ids, positions and observing, for `_run_alike`.
+
+        Returns:
+          The group's output; and the layers' router statistics, None without experts, with their
+          observed statistics.
+        """
+        all_stats, all_seen = [], []
+        for graph, layers in zip(graphs, params, strict=True):
+            x, stats, seen = self._run_alike(graph, layers, x, **options)
+            all_seen.append(seen)
+            if stats is not None:
+                all_stats.append(stats)
+        joined = jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats) if all_stats else None
+        return x, (joined, concatenate_layers(all_seen))
+
+    def _run_alike(self, graph, params, x, *, segment_ids, positions, observing):
         """Runs neighbouring layers that have the same graph definition.
 
         Args:
