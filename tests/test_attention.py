@@ -194,6 +194,11 @@ def test_pairs_of_blocks_without_a_common_document_are_not_visited(ids):
         assert len(set(visited)) == len(visited)
 
 
+def test_padding_of_a_block_is_no_document_even_where_ids_are_bytes():
+    segments = blocks.split_blocks(jnp.full((1, 5), 255, jnp.uint8), 4)
+    assert segments.tolist() == [[[255] * 4], [[255, -1, -1, -1]]]
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize("documents", [1, 5])
 def test_cudnn_gives_what_the_reference_gives(documents):

@@ -73,6 +73,19 @@ def test_large_logits_neither_overflow_nor_lose_their_gradients():
     assert np.abs(grads).max() > 0.1
 
 
+@pytest.mark.usefixtures("untyped")
+def test_targets_in_bytes_are_the_ids_that_they_hold():
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
+    head = jnp.asarray(rng.standard_normal((D, 300)), jnp.float32)  # more than bytes can hold
+    targets, weights = rng.integers(0, 256, (B, T)), jnp.ones((B, T))
+    want, got = (
+        cross_entropy(hidden, head, jnp.asarray(targets, dtype), weights)
+        for dtype in (jnp.int32, jnp.uint8)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_bfloat16_hidden_states_get_float32_losses():
     hidden, head, targets, weights = make()
     hidden = np.asarray(jnp.asarray(hidden, jnp.bfloat16), np.float32)

@@ -320,3 +320,16 @@ def test_what_is_no_whole_batch_has_no_loss(change, message):
     batch = complete_batch(jnp.ones((2, 4), jnp.int32)) | change
     with pytest.raises(ValueError, match=message):
         q3n.loss(model, {name: x for name, x in batch.items() if x is not None})
+
+
+@pytest.mark.usefixtures("untyped")
+def test_batches_of_bytes_hold_ids_and_labels_are_counted_in_float32():
+    tokens = jnp.asarray(np.frombuffer(b"of bytes", np.uint8)[None])
+    batch = complete_batch(tokens, jnp.full(tokens.shape, 255, jnp.uint8))
+    assert {x.dtype.name for x in batch.values()} == {"int32", "float32"}
+    np.testing.assert_array_equal(batch["targets"][0, :-1], tokens[0, 1:])
+
+    rows = complete_batch(jnp.zeros((8, 700), jnp.int32))  # bfloat16 has no 5592
+    rows["loss_weights"] = rows["loss_weights"].astype(jnp.bfloat16)
+    counts = count_labels(rows, 1)
+    assert (counts.ce, counts.mtp.tolist()) == (8 * 699, [8 * 698])

@@ -203,6 +203,8 @@ def split_blocks(x: Array, block: int | None = None) -> Array:
     are fewer. The last one is padded with -1, which is not the segment id of any document.
     """
     T = x.shape[1]
+    if x.ndim == 2:
+        x = x.astype(jnp.int32)  # in an unsigned dtype -1 would be an id
     if block is None:
         block = _BLOCK if platform() == "cpu" else _ACCELERATOR_BLOCK
     block = min(block, T)

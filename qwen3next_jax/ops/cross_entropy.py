@@ -203,6 +203,7 @@ def _softmax(hidden, targets, head, vocab_axis):
         "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
     largest = row_max(logits)
+    targets = targets.astype(jnp.int32)  # `one_hot` numbers the vocabulary in the targets' dtype
     if vocab_axis is not None:
         largest = jax.lax.pmax(largest, vocab_axis)
         targets = targets - head.shape[1] * jax.lax.axis_index(vocab_axis)

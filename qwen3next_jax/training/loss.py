@@ -195,9 +195,13 @@ def next_token_losses(
 
 def count_labels(batch: Batch, mtp_steps: int) -> TokenCounts:
     """Sums the weights of the next-token labels and of each MTP step's labels; 1 in place of 0."""
-    ahead = [_ahead(batch, step)["loss_weights"].sum() for step in range(1, mtp_steps + 1)]
+
+    def total(batch):
+        return batch["loss_weights"].sum(dtype=jnp.float32)
+
+    ahead = [total(_ahead(batch, step)) for step in range(1, mtp_steps + 1)]
     mtp = jnp.stack(ahead) if ahead else jnp.zeros(0)
-    return TokenCounts(_or_one(batch["loss_weights"].sum()), _or_one(mtp))
+    return TokenCounts(_or_one(total(batch)), _or_one(mtp))
 
 
 def _ahead(batch: Batch, step: int) -> dict[str, Array]:
@@ -267,8 +271,10 @@ def complete_batch(
             f"tokens holds {least}; expected ids of at least 0. Padding has segment id 0, and "
             "labels to be ignored have loss_weights 0"
         )
+    tokens = jnp.asarray(tokens, jnp.int32)  # bytes, say, could not hold larger ids
     if segment_ids is None:
         segment_ids = jnp.ones_like(tokens)
+    segment_ids = jnp.asarray(segment_ids, jnp.int32)
     after = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
     return {
         "tokens": tokens,
