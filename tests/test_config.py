@@ -9,9 +9,11 @@ import pytest
 from oracles import RELEASED, SMALL, small_config
 from run_dicts import run_dict
 from transformers import Qwen3Config, Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRotaryEmbedding
 
 from configs import tiny
 from qwen3next_jax.config import ModelConfig, RunConfig
+from qwen3next_jax.model.rope import _frequencies as rope_frequencies
 
 
 def test_the_released_dialect_is_read():
@@ -59,6 +61,25 @@ def test_rotary_keys_mean_what_transformers_takes_them_for_wherever_they_stand(n
         assert {"rope_type": "yarn", **ours} == theirs
     for given in ({**RELEASED, name: {key: "default"}}, {**RELEASED, name: {}}):
         assert ModelConfig.from_hf(given) == ModelConfig.from_hf(RELEASED)
+
+
+def test_an_original_length_beside_the_scaling_precedes_the_one_inside_as_in_transformers():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    given = {**SMALL, "max_position_embeddings": 256, "rope_scaling": yarn}
+    given["original_max_position_embeddings"] = 32
+    ours = ModelConfig.from_hf(given)
+    assert (ours.original_context, ours.context_length) == (32, 256)
+    theirs = Qwen3NextRotaryEmbedding(Qwen3NextConfig(**json.loads(json.dumps(given))))
+    np.testing.assert_allclose(rope_frequencies(ours)[0], theirs.inv_freq, rtol=1e-6)
+    without = ModelConfig.from_hf({**given, "rope_scaling": None})
+    assert without.to_hf()["original_max_position_embeddings"] == 32  # and means nothing
+
+
+def test_rotary_keys_that_say_what_is_so_anyway_are_taken():
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    wordy = {**yarn, "truncate": True, "mscale": None, "attention_factor": None}
+    expected = ModelConfig.from_hf({**SMALL, "rope_scaling": yarn})
+    assert ModelConfig.from_hf({**SMALL, "rope_scaling": wordy}) == expected
 
 
 def test_the_context_is_what_was_trained_or_what_yarn_makes_of_it():
@@ -222,6 +243,11 @@ def test_transformers_builds_the_same_model_from_what_we_write():
     ("changes", "message"),
     [
         ({"model_type": "qwen2_moe"}, "'qwen2_moe' is not supported; expected 'qwen3_next' or"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantized \(fp8\), .*in bfloat16"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "rope_scaling.truncate is not supported",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; expected 'silu'"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported; expected 0.0"),

@@ -131,6 +131,18 @@ def test_bad_input_is_refused_with_the_values():
         grouped_matmul(rows[:100], weights, jnp.asarray(SIZES), implementation="blocked", block=128)
 
 
+@pytest.mark.usefixtures("untyped")
+def test_sizes_of_groups_are_integers_of_any_dtype():
+    rows, weights, _ = (jnp.asarray(x) for x in make())
+    want, got = (
+        grouped_matmul(rows, weights, jnp.asarray(SIZES, dtype), implementation="blocked", block=64)
+        for dtype in (jnp.int32, jnp.uint32)
+    )
+    np.testing.assert_array_equal(got[:USED], want[:USED])
+    with pytest.raises(ValueError, match="group_sizes is of float32; expected integers"):
+        grouped_matmul(rows, weights, jnp.asarray(SIZES, jnp.float32))
+
+
 def test_blocks_grow_with_the_rows_of_a_group(monkeypatch):
     def block(tokens, per_token, groups):
         mean = tokens * per_token / groups

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from flax import nnx
 from hf_directory import transformers_model
@@ -142,6 +143,24 @@ def test_a_chosen_dtype_is_that_of_all_but_the_decays(tmp_path):
     new, given = (hf_directory.read(tmp_path / name) for name in ("new", "given"))
     assert {n: x[:2] for n, x in new.items()} == {n: x[:2] for n, x in given.items()}
     assert all(new[n] == given[n] for n in given if n.endswith(kept))
+
+
+def test_a_quantized_checkpoint_is_told_by_its_config_in_few_words(tmp_path):
+    given = tmp_path / "given"
+    hf_directory.released(given, shards=1)
+    tensors = safetensors.torch.load_file(given / "model.safetensors")
+    quantized = {
+        name: x.to(torch.float8_e4m3fn) if "_proj" in name else x for name, x in tensors.items()
+    }
+    count = sum("_proj" in name for name in tensors)
+    safetensors.torch.save_file(quantized, given / "model.safetensors")
+    config = json.loads((given / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (given / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantized \(fp8\), which is not supported") as error:
+        q3n.load_hf(given)
+    assert f"{count - 1} more tensors of model.safetensors are F8_E4M3" in str(error.value)
+    assert len(str(error.value).splitlines()) == 4
 
 
 def test_a_written_tied_head_is_read_if_it_is_the_embedding(tmp_path):

@@ -98,14 +98,15 @@ def test_four_micro_batches_give_the_gradients_of_one_batch():
     assert max(jax.tree.leaves(errors)) < 1e-5
 
 
-def test_a_step_counts_its_labels_however_little_each_weighs():
+def test_a_step_counts_its_tokens_without_padding_and_whether_or_not_they_are_labels():
     config = small_run_config("nowhere", train__global_batch_size=4, train__sequence_length=20)
     graph, shapes = abstract_model(config)
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     batch = make_batch()
-    batch = {**batch, "loss_weights": 0.001 * batch["loss_weights"]}
+    batch = {**batch, "loss_weights": batch["loss_weights"].at[:2].set(0)}  # prompts, say
     gradients = make_gradients(graph, config)
-    assert quick_jit(lambda p, b: gradients(p, b)[1]["tokens"])(params, batch) == LABELS
+    counted = quick_jit(lambda p, b: gradients(p, b)[1]["tokens"])(params, batch)
+    assert counted == LABELS + DOCUMENTS == (batch["segment_ids"] != 0).sum()
 
 
 def test_mtp_steps_beyond_the_row_predict_nothing():
@@ -320,6 +321,24 @@ def test_what_is_no_whole_batch_has_no_loss(change, message):
     batch = complete_batch(jnp.ones((2, 4), jnp.int32)) | change
     with pytest.raises(ValueError, match=message):
         q3n.loss(model, {name: x for name, x in batch.items() if x is not None})
+
+
+@pytest.mark.usefixtures("untyped")
+def test_tokens_alone_are_no_batch_and_floats_no_tokens():
+    model = random_model(small_config())
+    with pytest.raises(ValueError, match=r"The batch is a .*; `complete_batch` makes a whole one"):
+        q3n.loss(model, jnp.ones((2, 4), jnp.int32))
+    with pytest.raises(ValueError, match="tokens is of float32; expected integers"):
+        model(jnp.ones((2, 4)))
+
+
+def test_with_64_bits_the_loss_and_its_terms_stay_of_32():
+    graph, params = with_mtp()
+    with jax.enable_x64(True):
+        value, metrics = jax.eval_shape(
+            lambda p, b: q3n.loss(nnx.merge(graph, p), b), params, make_batch()
+        )
+    assert {x.dtype.name for x in jax.tree.leaves((value, metrics))} == {"float32"}
 
 
 @pytest.mark.usefixtures("untyped")

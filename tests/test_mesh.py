@@ -56,7 +56,9 @@ def test_a_dimension_that_does_not_divide_is_refused_with_a_choice():
         specs(small_config(hidden_size=36))
 
 
-@pytest.mark.parametrize(("sizes", "axes"), [((8, 1, 1, 1, 1), AXES), ((8,), ("mine",))])
+@pytest.mark.parametrize(
+    ("sizes", "axes"), [((8, 1, 1, 1, 1), AXES), ((8,), ("mine",)), ((1,), ("mine",))]
+)
 def test_a_mesh_of_explicit_axes_is_refused_with_what_to_take(sizes, axes):
     explicit = jax.sharding.AbstractMesh(
         sizes, axes, axis_types=(jax.sharding.AxisType.Explicit,) * len(axes)

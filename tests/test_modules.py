@@ -181,9 +181,27 @@ def test_other_operations_refuse_arrays_that_do_not_belong_together():
         ValueError, match=r"kernel is of shape \[4, 3\]; expected an array \[4, 5\]"
     ):
         ops.causal_conv(drawn(B, T, 5), drawn(4, 3))
+    with pytest.raises(ValueError, match=r"x is of shape \[6, 5\]; expected an array \[B, T, chan"):
+        ops.causal_conv(drawn(T, 5), drawn(4, 5))
     targets = jnp.zeros((B, T), jnp.int32)
     with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
         ops.cross_entropy(X, drawn(X.shape[-1], 9), targets, jnp.ones((B, T)), chunk=0)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_operations_do_not_round_to_integers():
+    q, k, v = drawn(B, T, 4, 8), drawn(B, T, 2, 8), jnp.ones((B, T, 2, 8), jnp.int32)
+    with pytest.raises(ValueError, match="v is of int32; expected floats"):
+        ops.attention(q, k, v)
+    with pytest.raises(ValueError, match="v is of int32; expected floats"):
+        ops.gated_delta_rule(**{**RULE, "v": RULE["v"].astype(jnp.int32)})
+    with pytest.raises(ValueError, match="x is of int32; expected floats"):
+        ops.causal_conv(jnp.ones((B, T, 5), jnp.int32), drawn(4, 5))
+
+
+def test_weights_that_are_drawn_need_keys():
+    with pytest.raises(TypeError, match="NoneType"):
+        GatedDeltaNet(CONFIG, rngs=None)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -101,6 +101,9 @@ def test_draws_follow_their_weights():
     [
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", None),
+        ("temperature", "0.8"),
+        ("top_p", "0.5"),
         ("top_k", 0),
         ("top_p", 0.0),
         ("top_p", 1.5),
@@ -110,6 +113,7 @@ def test_draws_follow_their_weights():
         ("repetition_penalty", float("inf")),
     ],
 )
+@pytest.mark.usefixtures("untyped")
 def test_options_out_of_range_are_refused_by_name(option, value):
-    with pytest.raises(ValueError, match=f"{option}={value} must"):
+    with pytest.raises(ValueError, match=f"{option}={value!r} must"):
         Sampling(**{option: value})

@@ -288,6 +288,9 @@ def test_bos_and_eos_are_those_of_the_first_file_that_names_them(tmp_path):
         (tmp_path / f"{name}.json").unlink()
     tokenizer = HuggingFaceTokenizer(path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (7, 7, (7,))
+    # Without a generation_config.json texts end where config.json says, as in transformers.
+    write(tmp_path, config={"bos_token_id": 7, "eos_token_id": [7, 0]})
+    assert HuggingFaceTokenizer(path).stop_ids == (7, 0)
     # A work directory's config.json has sections.
     write(tmp_path, config={"model": {"bos_token_id": 5, "eos_token_id": 6}})
     tokenizer = HuggingFaceTokenizer(path)

@@ -7,6 +7,7 @@ memory as a whole. Each tensor is memory-mapped separately: the pages that are r
 as this process's memory until the mapping is dropped, and only touched pages are read.
 """
 
+import collections
 import json
 import os
 import pathlib
@@ -197,7 +198,7 @@ def _read_header(file: pathlib.Path) -> tuple[dict[str, Stored], list[str]]:
         except (ValueError, KeyError, TypeError) as error:
             return {}, [f"unreadable shard: the header of {name} is damaged ({error!r})"]
 
-    problems = []
+    problems, others = [], collections.Counter[str]()
     end = origin + max((stop for *_, stop in places.values()), default=0)
     if end > size:
         problems.append(f"truncated shard: {name} has {size} of {end} bytes")
@@ -209,11 +210,18 @@ def _read_header(file: pathlib.Path) -> tuple[dict[str, Stored], list[str]]:
         dtype = DTYPES.get(code)
         stored[tensor] = Stored(file, origin + start, dtype or np.dtype(np.uint8), shape)
         if dtype is None:
-            problems.append(
-                f"unsupported dtype: {tensor} is {code}, expected {' or '.join(DTYPES)}"
-            )
+            others[code] += 1
+            if others[code] == 1:  # a quantized checkpoint has thousands of them
+                problems.append(
+                    f"unsupported dtype: {tensor} is {code}, expected {' or '.join(DTYPES)}"
+                )
         elif start < 0 or stop - start != int(np.prod(shape)) * dtype.itemsize:
             problems.append(
                 f"unreadable tensor: {tensor} {list(shape)} of {code} in {stop - start} bytes"
             )
+    problems += [
+        f"unsupported dtype: {count - 1} more tensors of {name} are {code}"
+        for code, count in others.items()
+        if count > 1
+    ]
     return stored, problems

@@ -290,6 +290,12 @@ def _check_model_type(given: Mapping[str, Any]) -> None:
             f"model_type={model_type!r} is not supported; expected 'qwen3_next' or 'qwen3'"
             + (ours if "model" in given else "")
         )
+    if quantized := given.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise ValueError(
+            f"The checkpoint is quantized ({method}), which is not supported; take the same model "
+            "in bfloat16 or float32, whose config.json has no quantization_config"
+        )
 
 
 def _fill_in_what_qwen3_lacks(given: dict[str, Any]) -> None:
@@ -336,12 +342,18 @@ def _to_released_dialect(given: dict[str, Any]) -> None:
         part = given.pop(name, None) or {}
         if not isinstance(part, Mapping):
             raise ValueError(f"{name}={part!r} must be a mapping, with rope_type and factor")
-        part = dict(part)  # the caller may change theirs
+        # A copy, since the caller may change theirs.
+        part = {key: value for key, value in part.items() if value is not None}
         for key in ("rope_theta", "partial_rotary_factor"):
             if key in part:
                 given[key] = part.pop(key)
         rope = part or rope
     if rope and _rope_type(rope) != "default":
+        if rope.get("truncate") is True:  # the default, and all that is supported
+            del rope["truncate"]
+        original = "original_max_position_embeddings"
+        if given.get(original) is not None:  # it precedes that of the scaling, as in transformers
+            rope[original] = given.pop(original)
         given["rope_scaling"] = rope
 
     if layer_types := _take_layer_types(given):

@@ -259,7 +259,8 @@ class HuggingFaceTokenizer:
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
         self.adds_bos: bool = bool(config.get("add_bos_token"))
-        named = (i for i in _as_list(ids[0].get("eos_token_id")) if 0 <= i < self._vocab_size)
+        ends = [_as_list(given.get("eos_token_id")) for given in ids]
+        named = (i for i in ends[0] or ends[1] if 0 <= i < self._vocab_size)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([eos, *named]))
 
     def names_delimiters(self) -> bool:

@@ -63,7 +63,7 @@ _CHARTS = (
     Panel("Optimization", "Update over weight", "update_ratio/.*", True,
           "norm of a step's update over the norm of the weights, by part of the model"),
     Panel("Throughput", "Tokens per second", "tokens_per_second", False,
-          "labels, padding not counted; evaluation and saving left out"),
+          "padding not counted; evaluation and saving left out"),
     Panel("Throughput", "Waiting for data", "data_wait", False,
           "share of the steps' time spent waiting for the next batch"),
     Panel("Experts", "Busiest expert over the mean load", "expert_load_max", False,

@@ -40,6 +40,10 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, str) or (value is None and not name.endswith("_p")):
+                raise ValueError(f"{name}={value!r} must be a number")
         if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature} must be at least 0 (0: greedy)")
         if self.top_k is not None:

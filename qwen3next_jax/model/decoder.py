@@ -163,7 +163,7 @@ class Qwen3Next(nnx.Module):
           ValueError: tokens, segment_ids or positions are not of shape [B, T].
         """
         check_shape("tokens", tokens, "B", "T")
-        check_rows(tokens.shape, segment_ids=segment_ids, positions=positions)
+        check_rows(tokens.shape, tokens=tokens, segment_ids=segment_ids, positions=positions)
         if positions is None:
             positions = default_positions(tokens, segment_ids)
 

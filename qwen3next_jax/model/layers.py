@@ -18,7 +18,7 @@ from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.parallel.mesh import active_mesh, all_gathered
 
-Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+Init = Callable[[Any, tuple[int, ...]], jax.Array]
 
 
 def weight(
@@ -30,14 +30,14 @@ def weight(
     """Declares a parameter.
 
     Args:
-      rngs: keys for `init`; None if it draws nothing.
+      rngs: keys for `init`; None if it draws nothing, which it then must not.
       init: initialiser, from a key and a shape to float32 values.
       dtype: dtype of the parameter.
       axes: logical name and size of each axis, in order. To use a name twice, append two
         underscores and a suffix, which are removed from the logical name.
     """
     names = tuple(name.split("__")[0] for name in axes)
-    key = jax.random.key(0) if rngs is None else rngs.params()
+    key = None if rngs is None else rngs.params()
     return nnx.Param(init(key, tuple(axes.values())).astype(dtype), axes=names)
 
 

@@ -228,7 +228,7 @@ class SparseMoE(nnx.Module):
             squared_lse=once(_sum_over_tokens, log_norms**2, real),
             entropies=(entropies * real).sum(1),
             tokens=real.sum(1),
-            dropped=jnp.zeros((1, 1)),
+            dropped=jnp.zeros((1, 1), jnp.float32),
         )
         return experts, weights, stats
 

@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen3next_jax.ops.cpu import once, row_max, row_sum
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
 from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
-from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
+from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats, require_tokens
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
 # On accelerators a block's products must take longer than fetching the block. On a TPU v5p, by its
@@ -85,6 +85,7 @@ def attention(
     check_shape("k", k, B, T, "K", H)
     K = k.shape[2]
     check_shape("v", v, B, T, K, "P")
+    require_floats(q=q, k=k, v=v)
     check_rows((B, T), segment_ids=segment_ids)
     if implementation is None:
         implementation = default_implementation(T, H, v.shape[-1], q.dtype)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.ops.pallas import causal_conv as kernels
 from qwen3next_jax.ops.platform import check_implementation, platform
-from qwen3next_jax.ops.shapes import check_rows, check_shape
+from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats
 
 
 def default_implementation(taps: int, channels: tuple[int, ...]) -> str:
@@ -51,7 +51,10 @@ def causal_conv(
         unknown or does not support this platform or these arrays.
     """
     W = kernel.shape[0]
+    if x.ndim < 3:
+        raise ValueError(f"x is of shape {list(x.shape)}; expected an array [B, T, channels...]")
     check_shape("kernel", kernel, W, *x.shape[2:])
+    require_floats(x=x, kernel=kernel)
     check_rows(x.shape[:2], segment_ids=segment_ids)
     if activation not in (None, "silu"):
         raise ValueError(f"{activation=} is unknown; expected 'silu' or None")

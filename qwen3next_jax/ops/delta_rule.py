@@ -49,7 +49,7 @@ from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
 from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
-from qwen3next_jax.ops.shapes import check_rows, check_shape, require_tokens
+from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats, require_tokens
 
 _BLOCK = 16  # size of the diagonal blocks of L that are inverted row by row, then merged
 # Products inside a chunk, on which the inverse and the gradients of exponents depend, need more
@@ -172,6 +172,7 @@ def _apply(arrays, segment_ids, initial_state, before, *, implementation, scan=N
     N, P = v.shape[2:]
     check_shape("log_decay", log_decay, B, T, N)
     check_shape("beta", beta, B, T, N)
+    require_floats(q=q, k=k, v=v, log_decay=log_decay, beta=beta)
     check_rows((B, T), segment_ids=segment_ids)
     if initial_state is not None:
         check_shape("initial_state", initial_state, B, N, H, P)

@@ -105,6 +105,9 @@ def grouped_matmul(
     E, D, F = weights.shape
     check_shape("rows", rows, "R", D)
     check_shape("group_sizes", group_sizes, E)
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise ValueError(f"group_sizes is of {group_sizes.dtype}; expected integers")
+    group_sizes = group_sizes.astype(jnp.int32)
     if implementation is None:
         implementation = default_implementation(D, F, rows.dtype, block)
     check_implementation(implementation, *implementations)

@@ -40,6 +40,19 @@ def require_tokens(batch: int, tokens: int) -> None:
         raise ValueError(f"{batch} rows of {tokens} tokens hold no token; give at least one")
 
 
+def require_floats(**arrays: Any) -> None:
+    """Checks that arrays are of float dtypes.
+
+    Raises:
+      ValueError: if one is not; names it.
+    """
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} is of {x.dtype}; expected floats, such as float32 or bfloat16"
+            )
+
+
 def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
     """Checks that x is hidden states [B, T, size] of a float dtype with at least one token.
 
@@ -54,8 +67,7 @@ def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
     """
     check_shape(name, x, "B", "T", size)
     require_tokens(*x.shape[:2])
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} is of {x.dtype}; expected floats, such as float32 or bfloat16")
+    require_floats(**{name: x})
     check_rows(x.shape[:2], **rows)
 
 

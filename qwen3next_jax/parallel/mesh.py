@@ -209,7 +209,7 @@ def active_mesh() -> AbstractMesh | None:
       ValueError: if the mesh has explicit axes, as those of `jax.make_mesh` are.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or mesh.manual_axes:
+    if mesh.manual_axes:
         return None
     if mesh.explicit_axes:
         raise ValueError(
@@ -217,7 +217,7 @@ def active_mesh() -> AbstractMesh | None:
             "parallel.mesh.make_mesh, or give jax.make_mesh axis_types=(AxisType.Auto,) * "
             f"{len(mesh.axis_names)}"
         )
-    return mesh if mesh.axis_names == AXES else None
+    return mesh if mesh.size > 1 and mesh.axis_names == AXES else None
 
 
 def no_mesh() -> Any:

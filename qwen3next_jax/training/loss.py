@@ -81,6 +81,10 @@ def loss(
       ValueError: `balance_scope` is unknown, or the batch lacks an array or has one of another
         shape.
     """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"The batch is a {type(batch).__name__}; `complete_batch` makes a whole one from tokens"
+        )
     if missing := [name for name in _ARRAYS if name not in batch]:
         raise ValueError(
             f"The batch lacks {', '.join(missing)}; `complete_batch` makes all from tokens"
@@ -148,7 +152,7 @@ def _mtp_terms(
       one module.
     """
     assert model.mtp is not None
-    mtp_ce, all_stats, all_observed = jnp.zeros(()), [], []
+    mtp_ce, all_stats, all_observed = jnp.zeros((), jnp.float32), [], []
     for step in range(1, len(counts) + 1):
         ahead = _ahead(batch, step)
         observed: Observed | None = {} if observe else None

@@ -47,9 +47,9 @@ def make_gradients(
 ) -> Callable[[nnx.State, Batch], tuple[nnx.State, dict[str, Array]]]:
     """Returns a function from parameters and a step's batch to gradients and metrics.
 
-    Gradients are float32. The metrics are loss and its terms; tokens, the number of next-token
-    labels; with experts, expert_load_max, the load of the busiest expert over the mean load, in the
-    worst layer, and dropped_share, the share of assignments that were dropped; with
+    Gradients are float32. The metrics are loss and its terms; tokens, their number without padding;
+    with experts, expert_load_max, the load of the busiest expert over the mean load, in the worst
+    layer, and dropped_share, the share of assignments that were dropped; with
     `train.diagnostics`, the metrics of `diagnostics.layer_metrics`.
     """
     micro_batches = config.train.gradient_accumulation_steps
@@ -107,7 +107,7 @@ def make_gradients(
         else:
             grads, assignments, metrics = accumulated(params, batch, counts)
         observed = metrics.pop("observed", None)
-        metrics["tokens"] = (batch["loss_weights"] > 0).sum()
+        metrics["tokens"] = (batch["segment_ids"] != 0).sum()
         if assignments is not None:
             mean = assignments.mean(-1)
             metrics["expert_load_max"] = (assignments.max(-1) / jnp.maximum(mean, 1)).max()
