@@ -14,15 +14,18 @@ import dataclasses
 from ml_collections import ConfigDict, config_dict
 
 from configs import tiny
+from qwen3next_jax.command import friendly_errors
 
 
 def get_config(directory: str = "") -> ConfigDict:
-    if not directory:
-        # Of this kind, because the flag of the config would bury any other in a traceback.
-        raise FileNotFoundError("Which model? Give its directory: --config=configs/sft.py:DIR")
-    from qwen3next_jax.checkpoint.load import checkpoint_config
+    # Exits with the message alone; the flag of the config would bury an exception in a traceback.
+    with friendly_errors():
+        if not directory:
+            raise FileNotFoundError("Which model? Give its directory: --config=configs/sft.py:DIR")
+        from qwen3next_jax.checkpoint.load import checkpoint_config
 
-    model = checkpoint_config(directory)
+        directory = directory.rstrip("/") or "/"  # a resumed run compares it as it stands
+        model = checkpoint_config(directory)
     config = tiny.get_config()
     config.model = ConfigDict(dataclasses.asdict(model))
     if model.layer_types is None:

@@ -306,6 +306,41 @@ def test_what_shows_no_answer_is_refused(chat, template, message, tokenizers):
         )
 
 
+# As Qwen3's, which writes nothing for content that is no text.
+TEXT_ONLY = """\
+{%- for m in messages %}
+{%- set content = m.content if m.content is string else '' %}
+{{- '<|im_start|>' + m.role + '\\n' + content }}
+{%- for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        (1, assistant([{"type": "text", "text": "4"}])),
+        (1, {"role": "assistant", "text": "4"}),
+        (1, assistant(None)),
+        (0, user([{"type": "text", "text": "2 + 2?"}])),
+        (2, {"role": "tool", "content": {"celsius": 21}}),
+    ],
+)
+def test_a_message_of_which_the_template_shows_nothing_is_refused(at, message, tokenizers):
+    messages = [
+        user("2 + 2?"),
+        assistant(None, tool_calls=[call("Rome")]),
+        user("x"),
+        assistant(""),
+    ]
+    chat_document({"messages": messages}, tokenizers["chatml"], TEXT_ONLY)
+    messages[at] = message
+    with pytest.raises(ValueError, match=f"message {at}: the template shows nothing of it, .*role"):
+        chat_document({"messages": messages}, tokenizers["chatml"], TEXT_ONLY)
+
+
 def test_a_fixed_date_can_be_given(tokenizers):
     template = "{{ strftime_now('%Y') if date is not defined else date }} {{ messages[0].content }}"
     chat = {"messages": [assistant("y")], "chat_template_kwargs": {"date": "2020"}}

@@ -95,6 +95,28 @@ def test_the_runs_model_is_the_directorys(directory):
     run.check_resumable_from(kept)
 
 
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_slash_behind_the_directory_makes_no_other_run(slash, directory):
+    config = sft.get_config(f"{directory}{slash}")
+    assert config.data.tokenizer == config.train.initial_checkpoint == str(directory)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("", "Which model"), (":nowhere", "nowhere does not exist"), (":.", "is no checkpoint")],
+)
+def test_a_wrong_directory_is_told_in_a_line(given, message, tmp_path):
+    command = [
+        sys.executable, str(ROOT / "train.py"), f"--config={ROOT}/configs/sft.py{given}",
+        "--config.data.path=a.jsonl",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
 @pytest.mark.slow
 def test_answers_are_learnt_and_what_belongs_to_the_model_travels(directory, tmp_path):
     chats = [chat(i) for i in range(200)]

@@ -205,10 +205,13 @@ def test_a_checkpoint_of_eight_devices_is_restored_on_any_others(tmp_path):
     read_here(tmp_path, 5)
 
 
-def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "reason", ["No space left on device [28]", "Disk quota exceeded [122]", "File too large [27]"]
+)
+def test_a_full_disk_is_told_as_one(reason, tmp_path, monkeypatch):
     # As tensorstore tells of it, from a save that was let go.
     def full():
-        raise ValueError("RESOURCE_EXHAUSTED: Error writing file: No space left on device [28]")
+        raise ValueError(f"RESOURCE_EXHAUSTED: Error writing file: {reason}")
 
     store = CheckpointStore(tmp_path, keep=1)
     with monkeypatch.context() as patch:

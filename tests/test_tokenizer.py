@@ -420,6 +420,13 @@ def test_texts_end_where_a_run_has_taught_its_model_to_end(tmp_path, caplog):
         assert load_tokenizer(tmp_path / name).stop_ids == ends
     assert tokenizer.stop_ids == (0,)
     assert not caplog.records
+    # Other engines stop at what generation_config.json or else config.json names, and at no other.
+    edited = load_tokenizer(make_tokenizer_json(tmp_path / "edited"))  # with <|im_end|> as EOS
+    for i, (named, ends) in enumerate((([], [2]), ([0], [2, 0]), ([0, 2], [0, 2]))):
+        write(tmp_path / "edited", generation_config={"eos_token_id": named})
+        keep_tokenizer(load_tokenizer(edited.path), tmp_path / f"copy{i}", ends=[2])
+        written = json.loads((tmp_path / f"copy{i}" / "generation_config.json").read_text())
+        assert written["eos_token_id"] == ends
     # To a tokenizer without that mark it is text as any other.
     data = load_data(
         source="jsonl",

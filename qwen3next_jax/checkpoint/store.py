@@ -400,13 +400,16 @@ class _Manager(ocp.CheckpointManager):
 
 @contextlib.contextmanager
 def _full_disk_told(message: str, directory: pathlib.Path) -> Iterator[None]:
-    """Converts TensorStore's error for a full disk to an OSError."""
+    """Converts TensorStore's errors for a full disk, quota or limit of files to an OSError."""
     try:
         yield
     except Exception as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, message, str(directory)) from error
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if (reason := os.strerror(number)) in str(error):
+                if number != errno.ENOSPC:
+                    message = f"{message} ({reason})"
+                raise OSError(number, message, str(directory)) from error
+        raise
 
 
 class _Retention(ocp.checkpoint_managers.PreservationPolicy):

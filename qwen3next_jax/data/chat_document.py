@@ -109,6 +109,7 @@ def mark_answers(
         **switches,
     }
     text = render_chat(messages, template, add_generation_prompt=False, **asked)
+    _require_shown(messages, template, text, asked)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = _marked_spans(messages, template, text, asked)
     if spans is None:
@@ -152,6 +153,34 @@ def _messages(chat: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
         messages.append({key: value for key, value in message.items() if key != "weight"})
         weights.append(1 if weight is None else weight)
     return messages, weights
+
+
+def _require_shown(
+    messages: Sequence[Message], template: str, text: str, asked: Mapping[str, Any]
+) -> None:
+    """Refuses messages without a text of which the template shows nothing.
+
+    Templates write an empty message for content that they do not know, such as a list of parts, and
+    for none at all, and the model would learn to answer nothing.
+    """
+    for i, message in enumerate(messages):
+        if isinstance(message.get("content"), str):
+            continue
+        empty = {"role": message["role"], "content": ""}
+        try:
+            without = render_chat(
+                [*messages[:i], empty, *messages[i + 1 :]],
+                template,
+                add_generation_prompt=False,
+                **asked,
+            )
+        except ValueError:
+            continue  # so the message makes a difference
+        if without == text:
+            raise ValueError(
+                f"message {i}: the template shows nothing of it, {dict(message)!r:.200}; expected "
+                "a text as its content"
+            )
 
 
 def _marked_spans(

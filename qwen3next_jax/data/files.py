@@ -326,7 +326,8 @@ def _parse_json(text: str, hint: str = "") -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter: brackets nested a thousand deep
-        raise BadValueError(f"is no JSON: {error}{hint}") from error
+        empty = "" if text.strip() else ", the line is empty"
+        raise BadValueError(f"is no JSON: {error}{hint}{empty}") from error
 
 
 def import_extra(module: str, *, extra: str = "data") -> Any:

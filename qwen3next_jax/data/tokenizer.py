@@ -260,7 +260,8 @@ class HuggingFaceTokenizer:
         self.bos_id: int = eos if bos is None else bos
         self.adds_bos: bool = bool(config.get("add_bos_token"))
         ends = [_as_list(given.get("eos_token_id")) for given in ids]
-        named = (i for i in ends[0] or ends[1] if 0 <= i < self._vocab_size)
+        named = [i for i in ends[0] or ends[1] if 0 <= i < self._vocab_size]
+        self.named_ends: tuple[int, ...] = tuple(named)  # what other engines stop at
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([eos, *named]))
 
     def names_delimiters(self) -> bool:
@@ -361,8 +362,8 @@ def keep_tokenizer(
       tokenizer: the tokenizer to copy.
       directory: the destination.
       ends: tokens that a run teaches its model to end with. Beside a `tokenizer.json`,
-        `generation_config.json` then names those that `stop_ids` lacks too, so that texts end
-        there, here and in other engines.
+        `generation_config.json` then names those too that the model's files lack, so that texts
+        end there, here and in other engines.
 
     Raises:
       ValueError: the directory holds another tokenizer or another chat template.
@@ -382,10 +383,10 @@ def keep_tokenizer(
         contents["tokenizer_config.json"] = json.dumps(
             {**config, **tokenizer.delimiters()}, indent=2, ensure_ascii=False
         ).encode()
-    missing = [i for i in ends if i not in tokenizer.stop_ids]
-    if isinstance(tokenizer, HuggingFaceTokenizer) and missing:
+    ends = list(ends)
+    if isinstance(tokenizer, HuggingFaceTokenizer) and not set(ends) <= set(tokenizer.named_ends):
         generation = json.loads(contents.get("generation_config.json", b"{}"))
-        generation["eos_token_id"] = [*tokenizer.stop_ids, *missing]
+        generation["eos_token_id"] = list(dict.fromkeys([*tokenizer.stop_ids, *ends]))
         contents["generation_config.json"] = json.dumps(generation, indent=2).encode()
     for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
         if (file := folder / name).exists() and file.read_bytes() != contents.get(name):
