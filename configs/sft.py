@@ -24,7 +24,6 @@ def get_config(directory: str = "") -> ConfigDict:
             raise FileNotFoundError("Which model? Give its directory: --config=configs/sft.py:DIR")
         from qwen3next_jax.checkpoint.load import checkpoint_config
 
-        directory = directory.rstrip("/") or "/"  # a resumed run compares it as it stands
         model = checkpoint_config(directory)
     config = tiny.get_config()
     config.model = ConfigDict(dataclasses.asdict(model))

@@ -306,39 +306,53 @@ def test_what_shows_no_answer_is_refused(chat, template, message, tokenizers):
         )
 
 
-# As Qwen3's, which writes nothing for content that is no text.
+# As Qwen3's: nothing for content that is no text, and thoughts only where a text was asked before.
 TEXT_ONLY = """\
+{%- set asked = namespace(yes=false) %}
+{%- for m in messages if m.role == 'user' and m.content is string %}
+{%- set asked.yes = true %}{% endfor %}
 {%- for m in messages %}
 {%- set content = m.content if m.content is string else '' %}
-{{- '<|im_start|>' + m.role + '\\n' + content }}
+{{- '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and asked.yes %}{{- '<think>\\n</think>' }}{% endif %}
+{{- content }}
 {%- for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}
 {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
 """
+PARTS = [{"type": "text", "text": "4"}]
 
 
 @pytest.mark.parametrize(
     ("at", "message"),
     [
-        (1, assistant([{"type": "text", "text": "4"}])),
+        (1, assistant(PARTS)),
         (1, {"role": "assistant", "text": "4"}),
         (1, assistant(None)),
-        (0, user([{"type": "text", "text": "2 + 2?"}])),
+        (0, user(PARTS)),
         (2, {"role": "tool", "content": {"celsius": 21}}),
     ],
 )
 def test_a_message_of_which_the_template_shows_nothing_is_refused(at, message, tokenizers):
-    messages = [
-        user("2 + 2?"),
-        assistant(None, tool_calls=[call("Rome")]),
-        user("x"),
-        assistant(""),
-    ]
+    asks = assistant(None, tool_calls=[call("Rome")])
+    messages = [user("2 + 2?"), asks, {"role": "tool", "content": None}, assistant("")]
     chat_document({"messages": messages}, tokenizers["chatml"], TEXT_ONLY)
     messages[at] = message
     with pytest.raises(ValueError, match=f"message {at}: the template shows nothing of it, .*role"):
         chat_document({"messages": messages}, tokenizers["chatml"], TEXT_ONLY)
+    if message["role"] == "assistant":  # what is not learnt does no harm
+        messages[at] = {**message, "weight": 0}
+        chat_document({"messages": messages}, tokenizers["chatml"], TEXT_ONLY)
+
+
+def test_parts_that_the_template_shows_are_taken_and_their_form_in_python_is_not(tokenizers):
+    chat = {"messages": [user("2 + 2?"), assistant(PARTS)]}
+    shown = TEXT_ONLY.replace("else ''", "else m.content | map(attribute='text') | join")
+    assert mark_answers(chat, shown).text.count("</think>4<|im_end|>") == 1
+    printed = TEXT_ONLY.replace("else ''", "else m.content | string")
+    with pytest.raises(ValueError, match="message 1: the template shows Python's form of its"):
+        chat_document(chat, tokenizers["chatml"], printed)
 
 
 def test_a_fixed_date_can_be_given(tokenizers):

@@ -73,6 +73,10 @@ def test_an_original_length_beside_the_scaling_precedes_the_one_inside_as_in_tra
     np.testing.assert_allclose(rope_frequencies(ours)[0], theirs.inv_freq, rtol=1e-6)
     without = ModelConfig.from_hf({**given, "rope_scaling": None})
     assert without.to_hf()["original_max_position_embeddings"] == 32  # and means nothing
+    for scaled in (ours, dataclasses.replace(without, rope_scaling=without.yarn(4.0))):
+        again = ModelConfig.from_hf(scaled.to_hf())
+        assert again.rope_scaling == scaled.rope_scaling
+        assert again.context_length == scaled.context_length
 
 
 def test_rotary_keys_that_say_what_is_so_anyway_are_taken():

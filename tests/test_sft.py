@@ -95,10 +95,17 @@ def test_the_runs_model_is_the_directorys(directory):
     run.check_resumable_from(kept)
 
 
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_a_slash_behind_the_directory_makes_no_other_run(slash, directory):
-    config = sft.get_config(f"{directory}{slash}")
-    assert config.data.tokenizer == config.train.initial_checkpoint == str(directory)
+@pytest.mark.parametrize("slashes", [("", "/"), ("/", "")])
+def test_a_slash_behind_the_directory_makes_no_other_run(slashes, directory):
+    def run(directory):
+        config = sft.get_config(directory)
+        config.data.path = "chats.jsonl"
+        return RunConfig.from_dict(config.to_dict())
+
+    was, now = (run(f"{directory}{slash}") for slash in slashes)
+    now.check_resumable_from(was.to_dict())
+    with pytest.raises(ValueError, match=r"train\.initial_checkpoint: was"):
+        run(f"{directory}/../{directory.name}").check_resumable_from(was.to_dict())
 
 
 @pytest.mark.parametrize(

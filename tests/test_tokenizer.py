@@ -427,6 +427,11 @@ def test_texts_end_where_a_run_has_taught_its_model_to_end(tmp_path, caplog):
         keep_tokenizer(load_tokenizer(edited.path), tmp_path / f"copy{i}", ends=[2])
         written = json.loads((tmp_path / f"copy{i}" / "generation_config.json").read_text())
         assert written["eos_token_id"] == ends
+    # transformers does not look into config.json where there is a generation_config.json.
+    write(tmp_path / "edited", generation_config={"temperature": 0.7}, config={"eos_token_id": 2})
+    keep_tokenizer(load_tokenizer(edited.path), tmp_path / "warm", ends=[2])
+    written = json.loads((tmp_path / "warm" / "generation_config.json").read_text())
+    assert written == {"temperature": 0.7, "eos_token_id": [2]}
     # To a tokenizer without that mark it is text as any other.
     data = load_data(
         source="jsonl",

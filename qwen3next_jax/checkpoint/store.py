@@ -293,7 +293,7 @@ class CheckpointStore:
             self._manager.close()
 
     def _full_disk_told(self) -> contextlib.AbstractContextManager[None]:
-        return _full_disk_told("The disk is full; the checkpoints before are whole", self.directory)
+        return _full_disk_told("the checkpoints before are whole", self.directory)
 
     def _make_manager(self) -> ocp.CheckpointManager:
         together = ocp.options.MultiprocessingOptions(
@@ -400,15 +400,14 @@ class _Manager(ocp.CheckpointManager):
 
 @contextlib.contextmanager
 def _full_disk_told(message: str, directory: pathlib.Path) -> Iterator[None]:
-    """Converts TensorStore's errors for a full disk, quota or limit of files to an OSError."""
+    """Converts TensorStore's error for a full disk or quota, or too large a file, to an OSError."""
     try:
         yield
     except Exception as error:
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             if (reason := os.strerror(number)) in str(error):
-                if number != errno.ENOSPC:
-                    message = f"{message} ({reason})"
-                raise OSError(number, message, str(directory)) from error
+                what = "The disk is full" if number == errno.ENOSPC else reason
+                raise OSError(number, f"{what}; {message}", str(directory)) from error
         raise
 
 
@@ -475,7 +474,7 @@ def save_streamed(
             state=ocp.args.PyTreeSave(leaves, save_args=_save_args(leaves)),
             index=ocp.args.JsonSave({}),
         )
-        with _full_disk_told("The disk is full", directory):
+        with _full_disk_told("nothing of it is kept", directory):
             manager.save(step, args=items, force=True)
     entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
     index = {"arrays": entries, "extras": dict(extras)}

@@ -41,6 +41,7 @@ _QWEN3 = {
 }
 
 # Keys for which only one value is supported.
+_ORIGINAL = "original_max_position_embeddings"
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 
 
@@ -275,7 +276,10 @@ class ModelConfig:
         if self.model_type == "qwen3":
             given = {k: v for k, v in given.items() if k not in _QWEN3}
         given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
-        return {**self.extra, **{k: v for k, v in given.items() if v is not None}}
+        extra = dict(self.extra)
+        if self.rope_scaling is not None:
+            extra.pop(_ORIGINAL, None)  # it would precede that of the scaling
+        return {**extra, **{k: v for k, v in given.items() if v is not None}}
 
     def to_dict(self) -> dict[str, Any]:
         """`to_hf` with the fields of `NOT_IN_HF` added; `from_hf` reads it back."""
@@ -351,9 +355,8 @@ def _to_released_dialect(given: dict[str, Any]) -> None:
     if rope and _rope_type(rope) != "default":
         if rope.get("truncate") is True:  # the default, and all that is supported
             del rope["truncate"]
-        original = "original_max_position_embeddings"
-        if given.get(original) is not None:  # it precedes that of the scaling, as in transformers
-            rope[original] = given.pop(original)
+        if given.get(_ORIGINAL) is not None:  # it precedes that of the scaling, as in transformers
+            rope[_ORIGINAL] = given.pop(_ORIGINAL)
         given["rope_scaling"] = rope
 
     if layer_types := _take_layer_types(given):

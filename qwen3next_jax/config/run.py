@@ -236,6 +236,9 @@ class RunConfig:
     def check_resumable_from(self, old: Mapping[str, Any]) -> None:
         """Raises a ValueError that names the keys whose change since `old` prevents resuming."""
         now, before = flatten(self.to_dict()), flatten(old)
+        for values in (now, before):
+            for key in ("data.tokenizer", "train.initial_checkpoint"):  # which may be directories
+                values[key] = str(values.get(key)).rstrip("/")
         # A stricter setting may be relaxed: the records read so far would be read the same way.
         if before.get("data.on_error") == "raise":
             for key, strict in (("data.on_error", "raise"), ("data.too_long", "error")):

@@ -109,7 +109,7 @@ def mark_answers(
         **switches,
     }
     text = render_chat(messages, template, add_generation_prompt=False, **asked)
-    _require_shown(messages, template, text, asked)
+    _require_shown(messages, weights, template, text, asked)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = _marked_spans(messages, template, text, asked)
     if spans is None:
@@ -156,31 +156,54 @@ def _messages(chat: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
 
 
 def _require_shown(
-    messages: Sequence[Message], template: str, text: str, asked: Mapping[str, Any]
+    messages: Sequence[Message],
+    weights: Sequence[int],
+    template: str,
+    text: str,
+    asked: Mapping[str, Any],
 ) -> None:
-    """Refuses messages without a text of which the template shows nothing.
+    """Refuses messages whose content is no text and of which the template shows nothing.
 
     Templates write an empty message for content that they do not know, such as a list of parts, and
-    for none at all, and the model would learn to answer nothing.
+    for none at all, and a model would learn to answer nothing. So all that such messages say is
+    changed once, and each change must show.
     """
-    for i, message in enumerate(messages):
-        if isinstance(message.get("content"), str):
-            continue
-        empty = {"role": message["role"], "content": ""}
-        try:
-            without = render_chat(
-                [*messages[:i], empty, *messages[i + 1 :]],
-                template,
-                add_generation_prompt=False,
-                **asked,
-            )
-        except ValueError:
-            continue  # so the message makes a difference
-        if without == text:
+    read = {i: m for i, m in enumerate(messages) if not isinstance(m.get("content"), str)}
+    read = {i: m for i, m in read.items() if m["role"] != "assistant" or weights[i]}
+    if not read:
+        return
+    changed = [
+        _changed(message, f"q3n{i}q3n") if i in read else message
+        for i, message in enumerate(messages)
+    ]
+    try:
+        shown = render_chat(changed, template, add_generation_prompt=False, **asked)
+    except ValueError:
+        return  # the template looks closely at what it is given
+    for i, message in read.items():
+        says_something = changed[i] != message
+        content = message.get("content")
+        printed = isinstance(content, list) and content and str(content) in text
+        if printed or (
+            f"q3n{i}q3n" not in shown and (says_something or message["role"] == "assistant")
+        ):
+            how = "Python's form of its content" if printed else "nothing of it"
             raise ValueError(
-                f"message {i}: the template shows nothing of it, {dict(message)!r:.200}; expected "
-                "a text as its content"
+                f"message {i}: the template shows {how}, {dict(message)!r:.200}; give its content "
+                "as a text"
             )
+
+
+def _changed(value: Any, mark: str) -> Any:
+    """A message or a part of it, with a mark behind each text and in place of each number."""
+    if isinstance(value, Mapping):
+        kept = ("role", "type")
+        return {k: v if k in kept else _changed(v, mark) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_changed(v, mark) for v in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    return f"{value}{mark}"
 
 
 def _marked_spans(

@@ -215,7 +215,9 @@ class HuggingFaceTokenizer:
     Attributes:
       path: the file.
       bos_id, eos_id: the two tokens.
-      stop_ids: all tokens that end a text: EOS, and those of `generation_config.json`.
+      named_ends: tokens that end a text by `generation_config.json` or, where that does not exist,
+        by `config.json`.
+      stop_ids: all tokens that end a text: EOS, and `named_ends`.
       adds_bos: whether a prompt begins with BOS (`add_bos_token`); not so for Qwen.
       special_tokens: texts by name of the tokens in `tokenizer_config.json`, for templates.
 
@@ -259,8 +261,8 @@ class HuggingFaceTokenizer:
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
         self.adds_bos: bool = bool(config.get("add_bos_token"))
-        ends = [_as_list(given.get("eos_token_id")) for given in ids]
-        named = [i for i in ends[0] or ends[1] if 0 <= i < self._vocab_size]
+        generation = ids[0] if (folder / "generation_config.json").exists() else ids[1]
+        named = [i for i in _as_list(generation.get("eos_token_id")) if 0 <= i < self._vocab_size]
         self.named_ends: tuple[int, ...] = tuple(named)  # what other engines stop at
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([eos, *named]))
 

@@ -77,8 +77,9 @@ def attention(
       Outputs in v's dtype.
 
     Raises:
-      ValueError: for arrays of other shapes, rows without tokens, query heads that are no multiple
-        of the KV heads, or an implementation that is unknown or not for this platform.
+      ValueError: for arrays of other shapes or not of floats, rows without tokens, query heads that
+        are no multiple of the KV heads, or an implementation that is unknown or not for this
+        platform.
     """
     check_shape("q", q, "B", "T", "N", "H")
     B, T, N, H = q.shape

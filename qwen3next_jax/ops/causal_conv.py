@@ -47,12 +47,14 @@ def causal_conv(
       Outputs in x's dtype; sums and activation are computed in float32.
 
     Raises:
-      ValueError: if shapes do not match, the activation is unknown, or the implementation is
-        unknown or does not support this platform or these arrays.
+      ValueError: if shapes do not match, arrays are not of floats, the activation is unknown, or
+        the implementation is unknown or does not support this platform or these arrays.
     """
+    if getattr(x, "ndim", 0) < 3:
+        raise ValueError(
+            f"x is of shape {list(getattr(x, 'shape', ()))}; expected an array [B, T, channels...]"
+        )
     W = kernel.shape[0]
-    if x.ndim < 3:
-        raise ValueError(f"x is of shape {list(x.shape)}; expected an array [B, T, channels...]")
     check_shape("kernel", kernel, W, *x.shape[2:])
     require_floats(x=x, kernel=kernel)
     check_rows(x.shape[:2], segment_ids=segment_ids)

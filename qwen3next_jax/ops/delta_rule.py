@@ -97,9 +97,9 @@ def gated_delta_rule(
       Outputs in v's dtype, zero at padding, and the state after the last document in float32.
 
     Raises:
-      ValueError: for arrays of other shapes, rows without tokens, value heads that are no multiple
-        of the key heads, or an implementation that is unknown or not for this platform or these
-        heads.
+      ValueError: for arrays of other shapes or not of floats, rows without tokens, value heads that
+        are no multiple of the key heads, or an implementation that is unknown or not for this
+        platform or these heads.
 
     Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
