@@ -236,6 +236,7 @@ def test_a_template_that_drops_old_thoughts_is_refused_unless_only_the_last_has_
         ({"messages": []}, "", r"messages=\[\] must be a list"),
         ({"messages": "hello"}, "", "message 0 must be a mapping with a role"),
         ({"messages": [{"content": "x"}]}, "", "message 0 must be a mapping with a role"),
+        ({"messages": [user(4)]}, "", "message 0 has content=4; expected a text"),
         ({"messages": [{**user("x"), "weight": 1}]}, "", "message 0 of role 'user' has weight=1"),
         ({"messages": [assistant("x", weight=0.5)]}, "", "weight=0.5; expected 0 or 1"),
         (

@@ -144,6 +144,8 @@ def _messages(chat: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
     for i, message in enumerate(given):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {i} must be a mapping with a role and a content: {message}")
+        if not isinstance(content := message.get("content"), str | Sequence | Mapping | None):
+            raise ValueError(f"message {i} has content={content!r}; expected a text")
         weight = message.get("weight")
         if weight not in (None, 0, 1) or (weight is not None and message["role"] != "assistant"):
             raise ValueError(
@@ -166,41 +168,44 @@ def _require_shown(
 
     Templates write an empty message for content that they do not know, such as a list of parts, and
     for none at all, and a model would learn to answer nothing. So all that such messages say is
-    changed once, and each change must show.
+    marked, and the marks must show. Answers that are not learnt may be empty.
     """
-    read = {i: m for i, m in enumerate(messages) if not isinstance(m.get("content"), str)}
-    read = {i: m for i, m in read.items() if m["role"] != "assistant" or weights[i]}
-    if not read:
-        return
-    changed = [
-        _changed(message, f"q3n{i}q3n") if i in read else message
+    marks = {
+        i: f"q3n{i}q3n"
         for i, message in enumerate(messages)
+        if not isinstance(message.get("content"), str)
+        and (message["role"] != "assistant" or weights[i])
+    }
+    if not marks:
+        return
+    marked = [
+        _marked(message, marks[i]) if i in marks else message for i, message in enumerate(messages)
     ]
     try:
-        shown = render_chat(changed, template, add_generation_prompt=False, **asked)
+        shown = render_chat(marked, template, add_generation_prompt=False, **asked)
     except ValueError:
         return  # the template looks closely at what it is given
-    for i, message in read.items():
-        says_something = changed[i] != message
-        content = message.get("content")
-        printed = isinstance(content, list) and content and str(content) in text
-        if printed or (
-            f"q3n{i}q3n" not in shown and (says_something or message["role"] == "assistant")
-        ):
-            how = "Python's form of its content" if printed else "nothing of it"
+    for i, mark in marks.items():
+        message, content = messages[i], messages[i].get("content")
+        what = None
+        if isinstance(content, list) and content and str(content) in text:
+            what = "Python's form of its content"
+        elif mark not in shown and (marked[i] != message or message["role"] == "assistant"):
+            what = "nothing of it"
+        if what:
             raise ValueError(
-                f"message {i}: the template shows {how}, {dict(message)!r:.200}; give its content "
+                f"message {i}: the template shows {what}, {dict(message)!r:.200}; give its content "
                 "as a text"
             )
 
 
-def _changed(value: Any, mark: str) -> Any:
-    """A message or a part of it, with a mark behind each text and in place of each number."""
+def _marked(value: Any, mark: str) -> Any:
+    """A message or a part of it, with a mark behind each text and each number."""
     if isinstance(value, Mapping):
         kept = ("role", "type")
-        return {k: v if k in kept else _changed(v, mark) for k, v in value.items()}
+        return {k: v if k in kept else _marked(v, mark) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_changed(v, mark) for v in value]
+        return [_marked(v, mark) for v in value]
     if isinstance(value, bool) or value is None:
         return value
     return f"{value}{mark}"
