@@ -40,8 +40,9 @@ _QWEN3 = {
     "attention_output_gate": False,
 }
 
-# Keys for which only one value is supported.
 _ORIGINAL = "original_max_position_embeddings"
+
+# Keys for which only one value is supported.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 
 

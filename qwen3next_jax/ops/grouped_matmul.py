@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import grouped_hopper
 from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
-from qwen3next_jax.ops.shapes import check_shape
+from qwen3next_jax.ops.shapes import check_rows, check_shape
 
 MOST_ROWS = 128  # largest block, except on GPUs without kernels
 # Groups of up to this many rows on average are multiplied row by row on a CPU (`expert_mlp`). For
@@ -104,9 +104,7 @@ def grouped_matmul(
     check_shape("weights", weights, "E", "D", "F")
     E, D, F = weights.shape
     check_shape("rows", rows, "R", D)
-    check_shape("group_sizes", group_sizes, E)
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(f"group_sizes is of {group_sizes.dtype}; expected integers")
+    check_rows((E,), group_sizes=group_sizes)
     group_sizes = group_sizes.astype(jnp.int32)
     if implementation is None:
         implementation = default_implementation(D, F, rows.dtype, block)

@@ -72,7 +72,7 @@ def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
 
 
 def check_rows(shape: tuple[int, ...], **rows: Any) -> None:
-    """Checks that each keyword's value is None or an array of integers of this shape, [B, T].
+    """Checks that each keyword's value is None or an array of integers of this shape.
 
     Raises:
       ValueError: if one is not; names it.

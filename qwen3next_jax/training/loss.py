@@ -267,9 +267,7 @@ def complete_batch(
         negative entries; or segment_ids are not of that shape.
     """
     check_shape("tokens", tokens, "B", "T")
-    check_rows(tokens.shape, segment_ids=segment_ids)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens is of {tokens.dtype}; expected integers")
+    check_rows(tokens.shape, tokens=tokens, segment_ids=segment_ids)
     if not isinstance(tokens, jax.core.Tracer) and tokens.size and (least := tokens.min()) < 0:
         raise ValueError(
             f"tokens holds {least}; expected ids of at least 0. Padding has segment id 0, and "
