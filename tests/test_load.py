@@ -96,6 +96,22 @@ def test_a_run_is_loaded_to_compute_as_it_trained(tmp_path):
         assert jax.config.jax_default_matmul_precision == "highest"
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_step_over_a_loaded_model_compiles_once(converted, tmp_path):
+    path = tmp_path / "hf"
+    hf_directory.released(path)
+    if converted:
+        from_hf(path, path := tmp_path / "ours")
+    _, state = nnx.split(load_checkpoint(path))
+
+    @jax.jit
+    def step(params, count):
+        return jax.tree.map(lambda x: x * 2, params), count + 1
+
+    step(*step(state, jnp.zeros((), int)))
+    assert step._cache_size() == 1
+
+
 def test_yarn_is_switched_on_and_off_at_loading(tmp_path):
     yarn = {"rope_type": "yarn", "factor": 2.0}
     hf_directory.released(tmp_path / "hf")

@@ -35,6 +35,7 @@ from qwen3next_jax.command import partial_path
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.parallel.mesh import read_array
 
 EXPERT_LAYOUTS = {"per_expert": (), "fused": ("model", "mtp")}
 _ARCHITECTURES = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -82,7 +83,7 @@ def load_hf(
     if rope_scaling is not None:
         config = dataclasses.replace(config, rope_scaling=dict(rope_scaling) or None)
 
-    def value(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    def value(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
         return read_parameter(hf, name, sharding, hf.dtypes[name])
 
     computed_in = hf.dtypes[_EMBED]
@@ -221,15 +222,14 @@ def _described(directory: pathlib.Path, names: Collection[str]) -> ModelConfig:
 
 
 def read_parameter(
-    hf: HFCheckpoint, path: str, sharding: jax.sharding.Sharding, dtype: Any
+    hf: HFCheckpoint, path: str, sharding: jax.sharding.Sharding | None, dtype: Any
 ) -> jax.Array:
     """Reads one of our parameters; each process reads only its devices' shards."""
 
-    def read(block: tuple[slice, ...] | None) -> np.ndarray:
-        assert block is not None
+    def read(block: tuple[slice, ...]) -> np.ndarray:
         return hf.table.read(hf.tensors, path, block, np.dtype(dtype))
 
-    return jax.make_array_from_callback(hf.table.parameters[path], sharding, read)
+    return read_array(hf.table.parameters[path], sharding, read)
 
 
 def write_hf(

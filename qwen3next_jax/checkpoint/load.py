@@ -90,7 +90,7 @@ def load_checkpoint(
         stored = stored_parameters(store, step, config)
         compute = dtype or ours.compute or stored["embed_tokens"].dtype
 
-        def value(name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+        def value(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
             x = jax.ShapeDtypeStruct(stored[name].shape, stored[name].dtype, sharding=sharding)
             return _restore_parameter(store, step, name, x, final_dtype(name, x.dtype, dtype))
 

@@ -21,7 +21,7 @@ from qwen3next_jax.parallel.mesh import parameter_shardings
 
 def build_model(
     config: ModelConfig,
-    value: Callable[[str, jax.sharding.Sharding], jax.Array],
+    value: Callable[[str, jax.sharding.Sharding | None], jax.Array],
     *,
     dtype: Any,
     mesh: Mesh | None,
@@ -33,7 +33,7 @@ def build_model(
       config: the model's shape.
       value: function that creates a parameter from its path and sharding; layers are stacked.
       dtype: dtype of activations.
-      mesh: mesh over which parameters are sharded; None: one device.
+      mesh: mesh over which parameters are sharded; None: the default device, see `read_array`.
       unstacked: whether to build the model that `Qwen3Next.unstacked` returns. Each stacked
         parameter is split as soon as it is created, so only one is in memory twice.
     """
@@ -42,10 +42,8 @@ def build_model(
         return Qwen3Next(config, rngs=nnx.Rngs(0), dtype=dtype)
 
     graph, params = nnx.split(nnx.eval_shape(new))
-    if mesh is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = dict.fromkeys(parameters_by_path(params), one)
-    else:
+    shardings: dict[str, jax.sharding.Sharding | None] = dict.fromkeys(parameters_by_path(params))
+    if mesh is not None:
         placed = parameters_by_path(parameter_shardings(params, mesh))
         shardings = {path: param.get_value() for path, param in placed.items()}
     if not unstacked:

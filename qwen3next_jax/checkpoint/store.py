@@ -35,6 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from qwen3next_jax.parallel.mesh import read_array
 from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.parallel.processes import exchange
 
@@ -201,7 +202,7 @@ class CheckpointStore:
         Args:
           step: a saved step.
           abstract_state: the state's structure with jax.ShapeDtypeStructs for leaves. Arrays get
-            their shardings; without one, the first local device.
+            their shardings; without one they are on the default device, see `read_array`.
           partial: whether the checkpoint may hold more, such as an optimizer's state.
 
         Returns:
@@ -213,12 +214,7 @@ class CheckpointStore:
           DamagedCheckpointError: its files are damaged.
         """
         index = self._index(step)
-        wanted = {
-            name: x
-            if x.sharding
-            else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_one_device())
-            for name, x in named_leaves(abstract_state)
-        }
+        wanted = dict(named_leaves(abstract_state))
         problems = list(_differences(wanted, index["arrays"], partial))
         if problems:
             raise ValueError(
@@ -349,7 +345,7 @@ class CheckpointStore:
             array = self._open(step, name)
             if (array.shape, array.dtype.numpy_dtype) != (wanted.shape, wanted.dtype):
                 raise ValueError(f"{array.dtype.name}{list(array.shape)} is not what was saved")
-            return jax.make_array_from_callback(
+            return read_array(
                 wanted.shape, wanted.sharding, lambda block: array[block].read().result()
             )
         except ValueError as error:
@@ -610,7 +606,3 @@ def _checksum(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}"))
     return bits.sum(dtype=jnp.uint32)
-
-
-def _one_device() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

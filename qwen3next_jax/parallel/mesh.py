@@ -19,7 +19,7 @@ loop calls around everything; without it, or on one device, they run as plain co
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -343,6 +343,30 @@ def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.Sta
         spec = partition(name, param.axes, param.shape, mesh.shape)
         flat.append((path, param.replace(NamedSharding(mesh, spec))))
     return nnx.from_flat_state(flat)
+
+
+def read_array(
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding | None,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """An array of which each process reads its devices' blocks.
+
+    Args:
+      shape: the array's shape.
+      sharding: its sharding. None: it is whole, on the default device, and not committed to it; a
+        jitted step that takes it beside new arrays would otherwise be compiled again for its own
+        results, which are committed as well.
+      read: function that returns a block.
+    """
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(shape)))
+
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        return read(index)
+
+    return jax.make_array_from_callback(shape, sharding, block)
 
 
 def partition(
