@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import pathlib
 import secrets
@@ -115,11 +116,40 @@ def replacing(path: Any) -> Iterator[Any]:
     """
     partial = partial_path(path)
     try:
-        yield partial
-        partial.replace(path)
+        with naming(path):
+            yield partial
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def naming(path: Any) -> Iterator[None]:
+    """Names the file in an OSError that names none, as that of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    """The JSON object in a file, {} if there is no such file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {found!r:.80}; expected a JSON object")
+    return found
 
 
 def partial_path(path: Any) -> Any:

@@ -73,6 +73,13 @@ def test_a_template_may_ask_for_documents_which_are_none_unless_given():
     assert render_chat([], template, documents=[]) == "False"
 
 
+def test_keys_that_are_null_are_absent_as_in_transformers():
+    template = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    asks = {"role": "assistant", "content": None, "tool_calls": ["z"]}
+    messages = [{"role": "user", "content": "x", "tool_calls": None}, asks]
+    assert render_chat(messages, template) == "userxassistant['z']"
+
+
 def test_a_template_can_ask_for_the_date():
     year = render_chat([], "{{ strftime_now('%Y') }}")
     assert year.isdigit()
@@ -86,7 +93,7 @@ def test_a_template_can_ask_for_the_date():
         ("a\nb {% endfor %}", [USER], "Line 2 of the chat template"),
         (CHATML, [USER, {"role": "system", "content": "x"}], "The system message must come first"),
         (CHATML, [{"role": "user"}], "cannot render these messages: .*content"),
-        (CHATML, [{"role": "user", "content": None}], "cannot render these messages: .*None"),
+        (CHATML, [{"role": "user", "content": None}], "cannot render these messages: .*content"),
         ("{{ 'text'.split('') }}", [USER], "cannot render these messages: empty separator"),
         ("{{ 1 / 0 }}", [USER], "cannot render these messages: division by zero"),
         ("{{ messages.append(1) }}", [USER], "'append' of 'list' object is unsafe"),
@@ -113,5 +120,17 @@ def test_the_template_is_found_in_all_its_places(tmp_path):
     assert load_chat_template(tmp_path, name="tool_use") == "three"
     with pytest.raises(ValueError, match=r"no chat template 'rag'; choose from \['default', 'to"):
         load_chat_template(tmp_path, name="rag")
+    config.write_text(json.dumps({"chat_template": {"default": "2", "tool_use": "3"}}))
+    assert load_chat_template(tmp_path, name="tool_use") == "3"
     (tmp_path / "chat_template.jinja").write_text("four\n", encoding="utf-8")
     assert load_chat_template(tmp_path) == "four\n"
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("five")
+    assert load_chat_template(tmp_path, name="rag") == "five"
+    with pytest.raises(ValueError, match=r"choose from \['default', 'rag'\]"):
+        load_chat_template(tmp_path, name="tool_use")
+    config.write_text("[]")
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds \[\]; expected a JSON obj"):
+        load_chat_template(tmp_path)

@@ -347,6 +347,23 @@ def test_a_message_of_which_the_template_shows_nothing_is_refused(at, message, t
         chat_document({"messages": messages}, tokenizers["chatml"], TEXT_ONLY)
 
 
+@pytest.mark.parametrize("content", ["", None, "I look."])
+def test_tool_calls_that_the_template_does_not_show_are_refused(content, tokenizers):
+    asks = assistant(content, tool_calls=[call("Rome")])
+    chat = {"messages": [user("How warm?"), asks, {"role": "tool", "content": "21"}]}
+    chat_document(chat, tokenizers["chatml"], TEXT_ONLY)
+    without = TEXT_ONLY.replace("m.tool_calls or []", "[]")
+    with pytest.raises(ValueError, match=r"message 1: .* nothing of its tool_calls, .* tools"):
+        chat_document(chat, tokenizers["chatml"], without)
+
+
+def test_an_answer_whose_text_the_template_does_not_show_is_refused(tokenizers):
+    chat = {"messages": [user("2 + 2?"), assistant("4")]}
+    parts_alone = TEXT_ONLY.replace("m.content if m.content is string else ''", "''")
+    with pytest.raises(ValueError, match="message 1: the template shows nothing of it"):
+        chat_document(chat, tokenizers["chatml"], parts_alone)
+
+
 def test_parts_that_the_template_shows_are_taken_and_their_form_in_python_is_not(tokenizers):
     chat = {"messages": [user("2 + 2?"), assistant(PARTS)]}
     shown = TEXT_ONLY.replace("else ''", "else m.content | map(attribute='text') | join")

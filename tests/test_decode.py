@@ -155,6 +155,13 @@ for prompts in ([[5, 9, 2], [7], [3, 3, 8]], [[i, 1] for i in range(8)]):
     for options in (dict(), dict(speculative=False), dict(temperature=0.8, top_p=0.9)):
         options["max_new_tokens"] = 8
         assert generate(split, prompts, **options) == generate(model, prompts, **options)
+
+# On a mesh with other axes the model runs as plain code.
+mine = jax.make_mesh((8,), ("mine",), axis_types=(jax.sharding.AxisType.Auto,))
+whole = jax.sharding.NamedSharding(mine, jax.sharding.PartitionSpec())
+copied = nnx.merge(graph, jax.device_put(params, whole))
+options = dict(max_new_tokens=8)
+assert generate(copied, prompts, **options) == generate(model, prompts, **options)
 """
 
 

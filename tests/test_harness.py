@@ -216,11 +216,14 @@ def test_options_that_ask_for_nothing_are_taken_and_others_refused_before_anythi
     nothing = {**options, "num_beams": 1, "top_k": 0, "do_sample": False, "temperature": 5.0}
     assert ours.generate_until(ask("x", nothing)) == ours.generate_until(ask("x", options))
     task = yaml.safe_load((tasks / "local_generation.yaml").read_text())
-    for name, option in (("beams", {"num_beams": 4}), ("essay", {"max_gen_toks": 512})):
-        task |= {"task": name, "generation_kwargs": {"until": ["a"], **option}}
+    more = {"beams": {"num_beams": 4}, "essay": {"max_gen_toks": 512}}
+    for name, option in (more | {"mixed": {"until": ["<|im_end|>\n"]}}).items():
+        task |= {"task": name, "generation_kwargs": {"until": ["a"]} | option}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
     with pytest.raises(ValueError, match=r"task beams cannot be run here: .*\['num_beams'\]"):
         run_ours(checkpoint, tmp_path, ["beams"])
+    with pytest.raises(ValueError, match="task mixed cannot be run here: The stop string"):
+        run_ours(checkpoint, tmp_path, ["mixed"])
     message = "task essay cannot be run here: max_gen_toks=512 leaves"
     with pytest.raises(ValueError, match=message):
         run_ours(checkpoint, tmp_path, ["essay"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import jax.numpy as jnp
 import pytest
@@ -27,7 +28,27 @@ def test_each_line_is_on_disk_at_once_and_reads_back_as_written(tmp_path):
     writer.write(10, {"loss": jnp.float32(0.5), "tokens": 12345678901, "rate": 1e-3})
     expected = {"step": 10, "loss": 0.5, "tokens": 12345678901, "rate": 1e-3}
     assert read(tmp_path / "new" / "run") == [expected]  # the writer is still open
+    tags = [value.tag for e in events(tmp_path / "new" / "run") for value in e.summary.value]
+    assert tags == ["loss", "tokens", "rate"]
     writer.close()
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="Linux has /dev/full")
+@pytest.mark.parametrize("file", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, file):
+    writer = MetricWriter(tmp_path)
+    writer.close()
+    full = open("/dev/full", "w" if file == "metrics.jsonl" else "wb")  # noqa: SIM115
+    if file == "metrics.jsonl":
+        monkeypatch.setattr(metrics_module, "_open_truncated", lambda *_: full)
+        file = "/dev/full"
+    else:
+        monkeypatch.setattr("tensorboardX.record_writer.open_file", lambda _: full)
+    writer = MetricWriter(tmp_path)
+    with pytest.raises(OSError, match=f"No space left on device: '.*{file}'"):
+        writer.write(1, {"loss": 1.0})
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
 
 
 def test_non_finite_numbers_are_strings_in_valid_json(tmp_path):

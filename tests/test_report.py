@@ -157,6 +157,34 @@ def test_what_is_no_run_is_named_and_what_is_no_file(tmp_path):
         main([str(tmp_path), f"--output={tmp_path}"])
 
 
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("metrics.jsonl", "\0\0\0\n"),
+        ("metrics.jsonl", '{"step": 81, "loss": null}\n'),
+        ("metrics.jsonl", '{"step": 81, "loss": "much"}\n'),
+        ("samples.jsonl", "{\n"),
+    ],
+)
+def test_a_damaged_line_is_named(file, line, tmp_path):
+    workdir = write_run(tmp_path / "run")
+    with (workdir / file).open("a") as lines:
+        lines.write(line)
+    with pytest.raises(SystemExit, match=rf"run/{file} has a damaged line, b'.*Remove the line"):
+        main([str(workdir)])
+
+
+def test_a_damaged_config_is_named_and_a_score_may_be_not_a_number(tmp_path):
+    workdir = write_run(tmp_path / "run")
+    cell = {"task": "needle", "length": 512, "depth": 0.5, "score": "nan"}
+    with (workdir / "metrics.jsonl").open("a") as lines:
+        lines.write(json.dumps({"step": 81, "eval_long_context_cells": [cell]}) + "\n")
+    main([str(workdir)])
+    (workdir / "config.json").write_text('{"model": ')
+    with pytest.raises(SystemExit, match=r"config\.json is not JSON: Expecting value"):
+        main([str(workdir)])
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")

@@ -44,7 +44,16 @@ def test_a_part_of_each_head_is_rotated_as_transformers_does(platform, monkeypat
 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0])
-@pytest.mark.parametrize("more", [{}, {"beta_fast": 16, "beta_slow": 2}, {"attention_factor": 1.5}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"beta_fast": 16, "beta_slow": 2},
+        {"attention_factor": 1.5},
+        {"beta_fast": 1, "beta_slow": 32},  # a ramp that falls
+        {"beta_fast": 3.01, "beta_slow": 3},  # and one of a single pair
+    ],
+)
 def test_yarn_rotates_as_transformers_does_beyond_the_original_length(factor, more):
     x, positions = example(int(262_144 * factor) - 1)
     rope = {

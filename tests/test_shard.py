@@ -153,6 +153,9 @@ def test_what_is_skipped_or_truncated_is_counted_and_nothing_else_is_missing(
     # other may be further.
     assert 2 * skipped <= metrics["skipped_records"] <= 6 * skipped
     assert metrics["skipped_files"] == 1
+    records_read = sum(sum(state["read"]) for state in states.values())
+    window = 4 * 64 * 2  # as many documents at most are read ahead of what was yielded, or less
+    assert 0 <= metrics["jsonl/epoch"] * len(records) - records_read <= window
     too_long = sum(length > 64 for length in lengths)
     assert too_long
     if packing == "best_fit":

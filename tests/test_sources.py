@@ -112,10 +112,11 @@ def test_messages_and_their_tools_are_read_from_json_and_parquet(tmp_path):
 
 def test_a_row_of_parquet_has_no_keys_that_only_other_rows_have(tmp_path):
     def chat(**arguments):
-        call = {"role": "assistant", "content": None, "tool_calls": [{"arguments": arguments}]}
+        call = {"role": "assistant", "tool_calls": [{"arguments": arguments}]}
         return {"messages": [call], "tools": [{"properties": arguments}]}
 
-    chats = [chat(city="Cologne"), chat(zone="CET")]
+    chats = [chat(city="Cologne"), chat(path="a", content="b")]
+    chats[1]["messages"][0]["content"] = "I write."
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "a.parquet")
     source = open_source("parquet", f"{tmp_path}/a.parquet", field="messages")
     assert [{"messages": r.messages, "tools": r.tools} for r in (source[0], source[1])] == chats

@@ -214,11 +214,15 @@ def test_a_full_disk_is_told_as_one(reason, tmp_path, monkeypatch):
         raise ValueError(f"RESOURCE_EXHAUSTED: Error writing file: {reason}")
 
     store = CheckpointStore(tmp_path, keep=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(store._manager, "wait_until_finished", full)
-        what = "The disk is full" if "space" in reason else reason.split(" [")[0]
-        with pytest.raises(OSError, match=f"{what}; the checkpoints before are whole"):
-            store.wait()
+    unfinished = tmp_path / "5.orbax-checkpoint-tmp"  # may be what fills it
+    for told, ask in (("wait_until_finished", store.wait), ("check_for_errors", store.check)):
+        (unfinished / "state").mkdir(parents=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(store._manager, told, full)
+            what = "The disk is full" if "space" in reason else reason.split(" [")[0]
+            with pytest.raises(OSError, match=f"{what}; the checkpoints before are whole"):
+                ask()
+        assert not unfinished.exists()
     store.close()
 
 

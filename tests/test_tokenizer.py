@@ -297,6 +297,33 @@ def test_bos_and_eos_are_those_of_the_first_file_that_names_them(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (5, 6)
 
 
+def test_all_special_tokens_that_the_config_names_are_there_for_templates(tmp_path):
+    path = make_tokenizer_json(tmp_path)
+    named = {"sep_token": "|", "mask_token": {"content": "<m>"}, "cls_token": None}
+    extra = {"im_start": "<|im_start|>"}
+    write(tmp_path, tokenizer_config={"eos_token": "a", "extra_special_tokens": extra, **named})
+    got = HuggingFaceTokenizer(path).special_tokens
+    assert got == {"eos_token": "a", "sep_token": "|", "mask_token": "<m>", **extra}
+    write(tmp_path, tokenizer_config={"eos_token": "a", "extra_special_tokens": ["<|im_start|>"]})
+    assert HuggingFaceTokenizer(path).special_tokens == {"eos_token": "a"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"generation_config\.json is not JSON: Expecting value"),
+        ("[1]", r"generation_config\.json holds \[1\]; expected a JSON object"),
+        ('{"eos_token_id": "2"}', "eos_token_id='2' must be the id of a token or a list of ids"),
+        ('{"eos_token_id": [2.0]}', r"eos_token_id=\[2\.0\] must be"),
+    ],
+)
+def test_a_damaged_file_beside_the_tokenizer_is_named(content, message, tmp_path):
+    path = make_tokenizer_json(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        HuggingFaceTokenizer(path)
+
+
 def test_where_nothing_names_a_bos_the_eos_is_both(tmp_path):
     tokenizer = HuggingFaceTokenizer(make_tokenizer_json(tmp_path))
     assert tokenizer.bos_id == tokenizer.eos_id == 2

@@ -33,6 +33,7 @@ from qwen3next_jax.checkpoint.parameters import (
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
 from qwen3next_jax.command import partial_path
 from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.data.chat import ADDITIONAL_TEMPLATES
 from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.mesh import read_array
@@ -371,6 +372,8 @@ def copy_companions(source: pathlib.Path | None, directory: pathlib.Path) -> Non
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+    if (more := source / ADDITIONAL_TEMPLATES).is_dir():
+        shutil.copytree(more, directory / more.name)
 
 
 def checked_table(

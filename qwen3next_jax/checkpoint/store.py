@@ -25,6 +25,8 @@ import logging
 import math
 import os
 import pathlib
+import shutil
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -39,10 +41,21 @@ from qwen3next_jax.parallel.mesh import read_array
 from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.parallel.processes import exchange
 
-# At absl's INFO level, the default of its applications, Orbax writes some sixty lines a save.
-logging.getLogger("absl").addFilter(
-    lambda record: record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
-)
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Whether to log what Orbax, or asyncio about Orbax, says.
+
+    At absl's INFO level, the default of its applications, Orbax writes some sixty lines a save, and
+    of one that fails some three hundred: tracebacks of an error that the store raises anyway.
+    """
+    if record.exc_info and record.exc_info[2]:
+        frames = traceback.extract_tb(record.exc_info[2])
+        return not any("/orbax/" in frame.filename for frame in frames)
+    return record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_worth_a_line)
 
 
 _CHUNK_BYTES = 2**24
@@ -142,8 +155,13 @@ class CheckpointStore:
 
     def wait(self) -> None:
         """Waits until all saves are complete; raises the error of one that failed."""
-        with self._full_disk_told():
+        with self._failures_told():
             self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed by now, without waiting for others."""
+        with self._failures_told():
+            self._manager.check_for_errors()
 
     def steps(self) -> list[int]:
         """All complete steps, damaged or not, the newest first."""
@@ -285,11 +303,20 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Waits for saves and frees the store's resources."""
-        with self._full_disk_told():
+        with self._failures_told():
             self._manager.close()
 
-    def _full_disk_told(self) -> contextlib.AbstractContextManager[None]:
-        return _full_disk_told("the checkpoints before are whole", self.directory)
+    @contextlib.contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        try:
+            with _full_disk_told("the checkpoints before are whole", self.directory):
+                yield
+        except Exception:
+            # What was written of a step that failed may be what fills the disk.
+            if self._keep is not None and jax.process_index() == 0:
+                for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
     def _make_manager(self) -> ocp.CheckpointManager:
         together = ocp.options.MultiprocessingOptions(

@@ -20,6 +20,8 @@ import jinja2.parser
 import jinja2.sandbox
 from etils import epath
 
+from qwen3next_jax.command import read_json
+
 Message = Mapping[str, Any]
 
 
@@ -48,7 +50,8 @@ def render_chat(
       ValueError: the template is no Jinja, refuses these messages, or fails on them.
     """
     variables = {
-        "messages": messages,
+        # As transformers: templates write None for a null key, or fail, but know a missing one.
+        "messages": [{k: v for k, v in m.items() if v is not None} for m in messages],
         "tools": tools,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
@@ -76,33 +79,37 @@ def render_chat(
 MARKS = ("\ufdd0", "\ufdd1")
 
 
+ADDITIONAL_TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes it
+
+
 def load_chat_template(directory: str | os.PathLike, *, name: str = "default") -> str:
     """The chat template of a Hugging Face model directory.
 
-    It is in `chat_template.jinja` or under `chat_template` of `tokenizer_config.json`, where it can
-    be a list of several, each with a name.
+    It is in `chat_template.jinja`, or under `chat_template` of `tokenizer_config.json`. There may
+    be several with names: `additional_chat_templates/NAME.jinja` has those beside the default.
 
     Raises:
       FileNotFoundError: the directory has no chat template.
-      ValueError: there are several, and none is called `name`.
+      ValueError: none is called `name`, or a file is damaged.
     """
     folder = epath.Path(directory)
-    alone = folder / "chat_template.jinja"
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if alone.exists():
-        return alone.read_text()
-    config = folder / "tokenizer_config.json"
-    given = json.loads(config.read_text()).get("chat_template") if config.exists() else None
-    if given is None:
-        raise FileNotFoundError(
-            f"{directory} holds no chat template; expected chat_template.jinja, or chat_template "
-            "in tokenizer_config.json. Base models have none: prompt them with plain text, and "
-            "to fine-tune one give a file as data.chat_template"
-        )
-    if isinstance(given, str):
-        return given
-    named = {template["name"]: template["template"] for template in given}
+        more = (folder / ADDITIONAL_TEMPLATES).glob("*.jinja")
+        named = {"default": alone.read_text(), **{file.stem: file.read_text() for file in more}}
+    else:
+        given = read_json(config).get("chat_template")
+        if given is None:
+            raise FileNotFoundError(
+                f"{directory} holds no chat template; expected chat_template.jinja, or "
+                "chat_template in tokenizer_config.json. Base models have none: prompt them with "
+                "plain text, and to fine-tune one give a file as data.chat_template"
+            )
+        if isinstance(given, list):
+            given = {template["name"]: template["template"] for template in given}
+        named = {"default": given} if isinstance(given, str) else given
     if name not in named:
-        raise ValueError(f"{config} has no chat template {name!r}; choose from {sorted(named)}")
+        raise ValueError(f"{directory} has no chat template {name!r}; choose from {sorted(named)}")
     return named[name]
 
 

@@ -164,22 +164,22 @@ def _require_shown(
     text: str,
     asked: Mapping[str, Any],
 ) -> None:
-    """Refuses messages whose content is no text and of which the template shows nothing.
+    """Refuses messages of which the template shows nothing, and tool calls that it does not show.
 
     Templates write an empty message for content that they do not know, such as a list of parts, and
-    for none at all, and a model would learn to answer nothing. So all that such messages say is
-    marked, and the marks must show. Answers that are not learnt may be empty.
+    for none at all, and a model would learn to answer nothing. So what may be lost is marked, and
+    the marks must show. Answers that are not learnt may be empty, and so may texts.
     """
     marks = {
         i: f"q3n{i}q3n"
         for i, message in enumerate(messages)
-        if not isinstance(message.get("content"), str)
-        and (message["role"] != "assistant" or weights[i])
+        if (message["role"] != "assistant" or weights[i]) and _may_be_lost(message, text)
     }
     if not marks:
         return
     marked = [
-        _marked(message, marks[i]) if i in marks else message for i, message in enumerate(messages)
+        _marked_message(message, marks[i]) if i in marks else message
+        for i, message in enumerate(messages)
     ]
     try:
         shown = render_chat(marked, template, add_generation_prompt=False, **asked)
@@ -187,16 +187,30 @@ def _require_shown(
         return  # the template looks closely at what it is given
     for i, mark in marks.items():
         message, content = messages[i], messages[i].get("content")
-        what = None
+        what, way_out = None, "give its content as a text"
         if isinstance(content, list) and content and str(content) in text:
             what = "Python's form of its content"
+        elif mark not in shown and message.get("tool_calls"):
+            what, way_out = "nothing of its tool_calls", "give a template that knows tools"
         elif mark not in shown and (marked[i] != message or message["role"] == "assistant"):
             what = "nothing of it"
         if what:
             raise ValueError(
-                f"message {i}: the template shows {what}, {dict(message)!r:.200}; give its content "
-                "as a text"
+                f"message {i}: the template shows {what}, {dict(message)!r:.200}; {way_out}"
             )
+
+
+def _may_be_lost(message: Message, text: str) -> bool:
+    content = message.get("content")
+    if not isinstance(content, str) or message.get("tool_calls"):
+        return True
+    return message["role"] == "assistant" and content.strip() not in text
+
+
+def _marked_message(message: Message, mark: str) -> Message:
+    if calls := message.get("tool_calls"):
+        return {**message, "tool_calls": _marked(calls, mark)}
+    return _marked(message, mark)
 
 
 def _marked(value: Any, mark: str) -> Any:

@@ -178,8 +178,8 @@ def open_parquet(name: str, path: epath.Path, *, field: str) -> JsonLinesFile:
         except (arrow.ArrowException, OSError) as error:
             raise BadFileError(f"is truncated or no Parquet: {error}") from error
 
-    # 3 is the version of the unpacked format: absent keys are left out, each row is a line.
-    return JsonLinesFile(name, _unpacked(path, unpack, extra=f"{field}\x003"))
+    # 4 is the version of the unpacked format: absent keys are left out, each row is a line.
+    return JsonLinesFile(name, _unpacked(path, unpack, extra=f"{field}\x004"))
 
 
 class ArrayRecordFile:
@@ -386,14 +386,11 @@ def _json_line(batch: Any, row: int) -> bytes:
 
 
 def _given(value: Any) -> Any:
-    """Decodes bytes, and removes the None that Arrow fills in for keys that only other rows have.
-
-    A message's `content` stays, because None is a valid value there.
-    """
+    """Decodes bytes, and removes the None that Arrow fills in for keys that other rows have."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, dict):
-        return {k: _given(v) for k, v in value.items() if v is not None or k == "content"}
+        return {k: _given(v) for k, v in value.items() if v is not None}
     return [_given(v) for v in value] if isinstance(value, list) else value
 
 

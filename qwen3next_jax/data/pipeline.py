@@ -350,22 +350,23 @@ def input_metrics(
 ) -> dict[str, float]:
     """Counts of the records and tokens that shards have yielded so far, from their states.
 
-    For each part NAME: NAME/epoch (how often its records were read), NAME/records and NAME/tokens.
-    Over all parts: packing_efficiency, the share of positions that hold a token; skipped_records,
-    truncated_records and skipped_files.
+    For each part NAME: NAME/epoch (how often its records were read, skipped ones too), NAME/records
+    and NAME/tokens. Over all parts: packing_efficiency, the share of positions that hold a token;
+    skipped_records, truncated_records and skipped_files.
     """
     counts = [state["counts"] for state in states.values()]
     metrics: dict[str, float] = {}
     for i, part in enumerate(data.train):
         size = sum(len(range(int(s), len(part.records), data.num_shards)) for s in states)
         records = sum(count["records"][i] for count in counts)
-        metrics[f"{part.name}/epoch"] = records / size
+        skipped = sum(count["skipped"][i] for count in counts)
+        metrics[f"{part.name}/epoch"] = (records + skipped) / size
         metrics[f"{part.name}/records"] = records
         metrics[f"{part.name}/tokens"] = sum(count["tokens"][i] for count in counts)
     positions = sum(count["rows"] for count in counts) * sequence_length
     tokens = sum(sum(count["tokens"]) for count in counts)
     metrics["packing_efficiency"] = tokens / max(positions, 1)
-    metrics["skipped_records"] = sum(count["skipped"] for count in counts)
+    metrics["skipped_records"] = sum(sum(count["skipped"]) for count in counts)
     metrics["truncated_records"] = sum(count["truncated"] for count in counts)
     metrics["skipped_files"] = data.skipped_files
     return metrics

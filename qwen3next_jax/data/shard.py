@@ -154,7 +154,8 @@ class _Window:
         self.documents: list[Document] = []
         self.parts: list[int] = []  # of each document
         self.start = start
-        self.skipped = self.truncated = 0
+        self.skipped = [0] * len(readers)  # of each part
+        self.truncated = 0
         self._tokens = -start["offset"]
         self._complete = False
 
@@ -178,7 +179,7 @@ class _Window:
             document, truncated, self._first = self._first, False, None
         read[part] += 1
         if isinstance(document, _Skipped):
-            self.skipped += 1
+            self.skipped[part] += 1
         else:
             self._before_last = before
             taken[part] += len(document["tokens"])
@@ -228,7 +229,7 @@ class Shard:
             "rows": 0,
             "records": list(zeros),
             "tokens": list(zeros),
-            "skipped": 0,
+            "skipped": list(zeros),
             "truncated": 0,
         }
         self._window = self._window_from({"read": zeros, "taken": zeros, "offset": 0})
@@ -256,6 +257,10 @@ class Shard:
         """Continues from a position that `get_state` returned."""
         start = copy.deepcopy(state)
         self._counts, self._row = start.pop("counts"), start.pop("row")
+        if isinstance(
+            total := self._counts["skipped"], int
+        ):  # of a run from before parts had counts
+            self._counts["skipped"] = [total] + [0] * (len(self._parts) - 1)
         self._window, self._plan = self._window_from(start), None
 
     def _window_from(self, start: dict[str, Any]) -> _Window:
@@ -266,8 +271,14 @@ class Shard:
         """Reads and packs the window."""
         self._window.read()
         plan, self._upcoming = self._window.pack()
+        if self._row > len(plan):
+            raise ValueError(
+                f"The records hold less text than those that the run began with: row {self._row} "
+                f"of {len(plan)} comes next. Restore them, or begin another run"
+            )
         if self._row == 0:  # otherwise they were counted before the state was taken
-            self._counts["skipped"] += self._window.skipped
+            for part, skipped in enumerate(self._window.skipped):
+                self._counts["skipped"][part] += skipped
             self._counts["truncated"] += self._window.truncated
         start = self._window.start
         order = permutation(len(plan), *self._key, *start["read"], start["offset"])

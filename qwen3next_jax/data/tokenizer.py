@@ -28,7 +28,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from qwen3next_jax.command import write_atomic
+from qwen3next_jax.command import read_json, write_atomic
 from qwen3next_jax.data.chat import load_chat_template
 
 _SPACE = "▁"
@@ -83,7 +83,7 @@ def _file_within(directory: epath.Path) -> epath.Path:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (run / name).exists():
             return run / name
-    named = _read_json(run / "config.json").get("data", {}).get("tokenizer")
+    named = read_json(run / "config.json").get("data", {}).get("tokenizer")
     if named:  # a run started from Python keeps no copy of its tokenizer
         return _tokenizer_file(named)
     raise FileNotFoundError(f"{run} holds no tokenizer; expected tokenizer.json or tokenizer.model")
@@ -241,14 +241,17 @@ class HuggingFaceTokenizer:
             tokenizer.post_processor = None  # it adds BOS and EOS, and shortens offsets
 
         folder = self.path.parent
-        config = _read_json(folder / "tokenizer_config.json")
-        ids = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
+        config = read_json(folder / "tokenizer_config.json")
+        ids = [read_json(folder / name) for name in ("generation_config.json", "config.json")]
         ids[1] = ids[1].get("model", ids[1])  # a work directory's config.json has sections,
         ids[1] = {**ids[1], **ids[1].get("extra", {})}  # and keeps these keys in `extra`
+        extra = config.get("extra_special_tokens")
+        named = {**extra} if isinstance(extra, Mapping) else {}  # a list names none
+        named |= {name: config.get(name) for name in _SPECIAL}
         self.special_tokens: dict[str, str] = {
             name: token["content"] if isinstance(token, Mapping) else token
-            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-            if (token := config.get(name)) is not None
+            for name, token in named.items()
+            if token is not None
         }
         self._vocab_size = 1 + max(self._parsing.get_vocab().values())
         eos = self._named("eos", ids)
@@ -262,9 +265,9 @@ class HuggingFaceTokenizer:
         self.bos_id: int = eos if bos is None else bos
         self.adds_bos: bool = bool(config.get("add_bos_token"))
         generation = ids[0] if (folder / "generation_config.json").exists() else ids[1]
-        named = [i for i in _as_list(generation.get("eos_token_id")) if 0 <= i < self._vocab_size]
-        self.named_ends: tuple[int, ...] = tuple(named)  # what other engines stop at
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([eos, *named]))
+        ends = [i for i in _token_ids(generation, "eos_token_id") if 0 <= i < self._vocab_size]
+        self.named_ends: tuple[int, ...] = tuple(ends)  # what other engines stop at
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([eos, *ends]))
 
     def names_delimiters(self) -> bool:
         """Whether `tokenizer_config.json` alone says what EOS and BOS are."""
@@ -287,7 +290,7 @@ class HuggingFaceTokenizer:
                 )
             return found
         key = f"{which}_token_id"
-        named = [i for given in ids for i in _as_list(given.get(key))]
+        named = [i for given in ids for i in _token_ids(given, key)]
         known = [i for i in named if 0 <= i < self._vocab_size]
         if named and not known:
             raise ValueError(
@@ -342,6 +345,10 @@ class HuggingFaceTokenizer:
 
 
 Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
+
+_SPECIAL = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
 
 
 def fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -462,10 +469,10 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    """The JSON of a file; {} if it does not exist."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _as_list(given: int | list[int] | None) -> list[int]:
-    return [] if given is None else given if isinstance(given, list) else [given]
+def _token_ids(given: Mapping[str, Any], key: str) -> list[int]:
+    """The ids under a key that may have one, several or none."""
+    ids = given.get(key)
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int for i in listed):
+        raise ValueError(f"{key}={ids!r} must be the id of a token or a list of ids")
+    return listed

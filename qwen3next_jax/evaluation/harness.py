@@ -33,6 +33,7 @@ except ModuleNotFoundError as error:
 
 from qwen3next_jax.config import require_known
 from qwen3next_jax.data.chat import MARKS, render_chat
+from qwen3next_jax.data.tokenizer import Tokenizer, split_stops
 from qwen3next_jax.evaluation.evaluator import Evaluator
 
 _MAX_NEW_TOKENS = 256  # the harness's default for tasks that do not set it
@@ -77,7 +78,12 @@ def run_tasks(
         )
     check_tasks(tasks, include_path)
     context = evaluator.model.config.context_length
-    manager = _Tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
+    manager = _Tasks(
+        include_path,
+        context=context,
+        tokenizer=evaluator.tokenizer,
+        may_run_code=confirm_run_unsafe_code,
+    )
     # Without this the bootstrap of standard errors forks the process, with its threads and devices.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     lm = HarnessLM(evaluator, seed=seed)
@@ -137,11 +143,14 @@ def check_loadable(
     tasks: Sequence[str],
     *,
     context: int,
+    tokenizer: Tokenizer,
     include_path: str = "",
     confirm_run_unsafe_code: bool = False,
 ) -> None:
-    """Loads tasks with their data; raises what `run_tasks` would for a model of this context."""
-    manager = _Tasks(include_path, context=context, may_run_code=confirm_run_unsafe_code)
+    """Loads tasks with their data; raises what `run_tasks` would for such a model."""
+    manager = _Tasks(
+        include_path, context=context, tokenizer=tokenizer, may_run_code=confirm_run_unsafe_code
+    )
     manager.load(list(tasks))
 
 
@@ -153,9 +162,11 @@ def _known_tasks(include_path: str) -> tuple[str, ...]:
 class _Tasks(TaskManager):
     """Loads tasks; refuses unsupported ones, and those that execute code unless it is allowed."""
 
-    def __init__(self, include_path: str, *, context: int, may_run_code: bool):
+    def __init__(
+        self, include_path: str, *, context: int, tokenizer: Tokenizer, may_run_code: bool
+    ):
         super().__init__(include_path=include_path or None)
-        self.context, self.may_run_code = context, may_run_code
+        self.context, self.tokenizer, self.may_run_code = context, tokenizer, may_run_code
 
     def load(self, task_list: Any) -> Any:
         loaded = super().load(task_list)
@@ -171,7 +182,9 @@ class _Tasks(TaskManager):
             config: Any = getattr(task, "config", None)
             if getattr(config, "output_type", "") == "generate_until":
                 try:
-                    _generation_options(config.generation_kwargs or {}, context=self.context)
+                    given = config.generation_kwargs or {}
+                    _, stop, _ = _generation_options(given, context=self.context)
+                    split_stops(self.tokenizer, stop)
                 except ValueError as error:
                     raise ValueError(f"The task {name} cannot be run here: {error}") from error
         return loaded

@@ -14,19 +14,20 @@ long the run. When a `Report` is written again, it reads only the lines added si
 """
 
 import argparse
+import contextlib
 import html
 import json
 import math
 import pathlib
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3next_jax.command import check_writable, friendly_errors, write_atomic
+from qwen3next_jax.command import check_writable, friendly_errors, read_json, write_atomic
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig, flatten
 
 _CURVE_SPANS = 400  # in a curve; when there are more than twice as many, pairs are merged
@@ -203,8 +204,9 @@ class Run:
                 if not line.endswith(b"\n"):
                     break  # still being written
                 self._read_to += len(line)
-                self._add(json.loads(line))
-        self.config = _json_of(self.workdir / "config.json")
+                with _damage_told(path, line):
+                    self._add(json.loads(line))
+        self.config = read_json(self.workdir / "config.json")
         self.starts = _lines_of(self.workdir / "environment.jsonl")
         self.samples = _lines_of(self.workdir / "samples.jsonl")
 
@@ -481,19 +483,29 @@ def _summary(runs: list[Run]) -> dict[str, Any]:
     return {"head": head, "rows": rows}
 
 
-def _json_of(path: pathlib.Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def _lines_of(path: pathlib.Path) -> list[dict[str, Any]]:
     """The complete lines of a file that may still be being written."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith(b"\n"):
+            with _damage_told(path, line):
+                found.append(json.loads(line))
+    return found
 
 
-def _short(value: float | None) -> float | None:
-    """Rounds to five digits, more than a screen resolves; None for NaN and infinity."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+@contextlib.contextmanager
+def _damage_told(path: pathlib.Path, line: bytes) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} has a damaged line, {line!r:.80}: {error}. Remove the line"
+        ) from error
+
+
+def _short(value: float | str | None) -> float | None:
+    """Rounds to five digits, more than a screen resolves; None for NaN and infinity (or texts)."""
+    return None if value is None or not math.isfinite(float(value)) else float(f"{value:.5g}")
 
 
 def _text(value: Any) -> str:

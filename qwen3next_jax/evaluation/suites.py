@@ -87,6 +87,7 @@ def check_usable(
         _harness().check_loadable(
             options.tasks,
             context=config.context_length,
+            tokenizer=tokenizer,
             include_path=options.include_path,
             confirm_run_unsafe_code=options.confirm_run_unsafe_code,
         )

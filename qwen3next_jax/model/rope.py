@@ -68,7 +68,8 @@ def _frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     fast = max(math.floor(pair_turning(float(scaling.get("beta_fast") or 32))), 0)
     slow = min(math.ceil(pair_turning(float(scaling.get("beta_slow") or 1))), r - 1)
     index = np.arange(r // 2, dtype=np.float32)
-    kept = 1 - np.clip((index - fast) / max(slow - fast, 1e-3), 0, 1)
+    # As transformers: only a ramp without length gets one, and a reversed one is taken as it is.
+    kept = 1 - np.clip((index - fast) / ((slow - fast) or 1e-3), 0, 1)
     frequencies = 1 / (factor * periods) * (1 - kept) + frequencies * kept
     magnitude = scaling.get("attention_factor")
     if magnitude is None:

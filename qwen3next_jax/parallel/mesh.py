@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen3next_jax.config import AXES, MeshConfig, divisors, nearest
 from qwen3next_jax.ops.platform import platform
@@ -192,10 +192,17 @@ def _on_the_torus(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarr
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh over which parameters are sharded; None if they are on one device."""
+    """The mesh over which parameters are sharded; None on one device or a mesh without `AXES`.
+
+    Raises:
+      ValueError: the mesh has explicit axes.
+    """
     sharding = jax.tree.leaves(params)[0].sharding
-    sharded = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-    return sharding.mesh if sharded else None
+    if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)):
+        return None
+    _refuse_explicit(sharding.mesh)
+    is_ours = sharding.mesh.size > 1 and sharding.mesh.axis_names == AXES
+    return sharding.mesh if is_ours else None
 
 
 def active_mesh() -> AbstractMesh | None:
@@ -211,13 +218,22 @@ def active_mesh() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:
         return None
-    if mesh.explicit_axes:
+    _refuse_explicit(mesh)
+    return mesh if mesh.size > 1 and mesh.axis_names == AXES else None
+
+
+def _refuse_explicit(mesh: Mesh | AbstractMesh) -> None:
+    explicit = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    ]
+    if explicit:
         raise ValueError(
-            f"The mesh's axes {', '.join(mesh.explicit_axes)} are explicit; make it by "
+            f"The mesh's axes {', '.join(explicit)} are explicit; make it by "
             "parallel.mesh.make_mesh, or give jax.make_mesh axis_types=(AxisType.Auto,) * "
             f"{len(mesh.axis_names)}"
         )
-    return mesh if mesh.size > 1 and mesh.axis_names == AXES else None
 
 
 def no_mesh() -> Any:
@@ -330,8 +346,15 @@ def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.Sta
     """Determines the sharding of each parameter from the names of its axes.
 
     Raises:
-      ValueError: if a parameter does not name its axes, or `partition` refuses one.
+      ValueError: if the mesh's axes are not `AXES` or are explicit, a parameter does not name its
+        axes, or `partition` refuses one.
     """
+    _refuse_explicit(mesh)
+    if mesh.axis_names != AXES:
+        raise ValueError(
+            f"The mesh has the axes {', '.join(mesh.axis_names)}; expected {', '.join(AXES)}, as "
+            "parallel.mesh.make_mesh makes them"
+        )
     flat = []
     for path, param in nnx.to_flat_state(params):
         name = "/".join(map(str, path))

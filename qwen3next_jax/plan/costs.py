@@ -339,14 +339,18 @@ def communication(
         sums = 2 * tokens * c.hidden_size * width
         sent["sums over tensor"] += micro_batches * passes * c.num_hidden_layers * sums
     if sizes["context"] > 1:
-        keys = 2 * tokens * c.num_key_value_heads * c.head_dim * width
-        full = sum(mixer != LINEAR for mixer in c.mixers) + c.mtp_steps
-        # In the backward pass their gradients go around the ring as well.
-        rounds = passes + (config.train.remat != "layer_but_attention")
-        sent["keys and values around the ring"] += (
-            micro_batches * full * rounds * (sizes["context"] - 1) * keys
+        heads, kv_heads = (
+            max(n // sizes["tensor"], 1) for n in (c.num_attention_heads, c.num_key_value_heads)
         )
-        state = 4 * c.linear_num_value_heads * c.linear_key_head_dim
+        keys, queries = (2 * tokens * n * c.head_dim * width for n in (kv_heads, heads))
+        full = sum(mixer != LINEAR for mixer in c.mixers) + c.mtp_steps
+        rounds = passes - (config.train.remat == "layer_but_attention")
+        # In the backward pass the float32 gradients of keys and values go around the ring as well.
+        around = (sizes["context"] - 1) * rounds * keys + sizes["context"] * keys * 4 / width
+        sent["keys and values around the ring"] += micro_batches * full * around
+        # Queries, keys and values are dealt out anew for attention, and outputs given back.
+        sent["tokens dealt out for attention"] += micro_batches * full * rounds * (keys + queries)
+        state = 4 * c.linear_num_value_heads // sizes["tensor"] * c.linear_key_head_dim
         state *= c.linear_key_head_dim + c.linear_value_head_dim
         rows = max(1, tokens * sizes["context"] // config.train.sequence_length)
         steps = 1 + math.ceil(math.log2(max(sizes["context"] - 1, 1)))

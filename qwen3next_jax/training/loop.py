@@ -250,6 +250,7 @@ class _Run:
         self._tokens += int(metrics.pop("tokens"))
         if step == self._start + 1:
             self._clock.compiled(self._tokens)
+        self._store.check()  # rather than at the next save, many steps later
         if self._is_logged(step):
             values: dict[str, Any] = {
                 name: for_all_layers(self._config.model, name, x) if isinstance(x, list) else x

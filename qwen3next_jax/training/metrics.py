@@ -18,10 +18,12 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from qwen3next_jax.command import replacing
+from qwen3next_jax.command import naming, replacing
 
 
 def reporters(
@@ -65,12 +67,17 @@ class MetricWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         self._lines = _open_truncated(workdir / "metrics.jsonl", start_step)
         self._samples = _open_truncated(workdir / "samples.jsonl", start_step)
-        # TensorBoard's files can't be truncated; `purge_step` hides what they have of later steps.
+        self._tensorboard = workdir / "tensorboard"
+        self._tensorboard.mkdir(exist_ok=True)
+        # Not by `SummaryWriter`, which writes in a thread: what that has not written yet would be
+        # lost by a kill, and once the disk is full it waits forever.
         # The suffix is needed because two files opened in the same second would share a name.
         first = start_step + 1
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first, filename_suffix=f".{first}"
-        )
+        with naming(self._tensorboard):
+            self._events = EventsWriter(str(self._tensorboard / "events"), f".{first}")
+            # The files can't be truncated; a start hides what they have of later steps.
+            start = SessionLog(status=SessionLog.START)
+            self._add_event(first, session_log=start)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds a line and flushes it.
@@ -82,11 +89,13 @@ class MetricWriter:
         """
         values = {name: _on_host(value) for name, value in metrics.items()}
         _add_line(self._lines, step, values)
-        for name, value in values.items():
-            numbers = {f"{name}/{i}": x for i, x in enumerate(value)} if _is_list(value) else {}
-            for name_, x in (numbers or {name: value}).items():
-                if isinstance(x, int | float):
-                    self._events.add_scalar(name_, x, step)
+        with naming(self._tensorboard):
+            for name, value in values.items():
+                numbers = {f"{name}/{i}": x for i, x in enumerate(value)} if _is_list(value) else {}
+                for name_, x in (numbers or {name: value}).items():
+                    if isinstance(x, int | float):
+                        self._add_event(step, summary=scalar(name_, x))
+            self._events.flush()
 
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Adds a line for each sample of text: its `prompt` and `text`, after `step` updates."""
@@ -98,6 +107,9 @@ class MetricWriter:
         self._lines.close()
         self._samples.close()
         self._events.close()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 class Progress:
@@ -158,8 +170,9 @@ def _open_truncated(path: pathlib.Path, last_step: int) -> TextIO:
 
 def _add_line(file: TextIO, step: int, values: Mapping[str, Any]) -> None:
     line = {"step": int(step)} | {name: _as_json(value) for name, value in values.items()}
-    file.write(json.dumps(line, allow_nan=False) + "\n")
-    file.flush()
+    with naming(file.name):
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+        file.flush()
 
 
 def _step(line: str) -> float:
