@@ -35,6 +35,8 @@ def friendly_errors(after: str = "") -> Iterator[None]:
         # Our own exception classes are also recognised by their module: an error from a worker
         # process arrives without the traceback that would show where it was raised.
         expected = isinstance(error, OSError) or type(error).__module__.startswith(_PACKAGE.name)
+        # A library's own words on what to install; Python's failed imports name a module.
+        expected |= isinstance(error, ImportError) and error.name is None
         if not expected and not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
         sys.exit(f"error: {error}" + (f"\n{after}" if after else ""))

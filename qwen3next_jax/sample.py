@@ -144,6 +144,7 @@ def _prompt_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Speed:
+    texts: int
     tokens: int
     later_tokens: int  # without the first ones, whose time includes prefill and compilation
     first_seconds: float
@@ -175,7 +176,7 @@ def _write(generation: Generation, streams: Sequence[TextStream]) -> _Speed:
             print(rest, flush=True)
         else:
             print(f"=== {row + 1} ===\n{stream.text}")
-    return _Speed(tokens, tokens - first_tokens, first - start, end - first)
+    return _Speed(len(streams), tokens, tokens - first_tokens, first - start, end - first)
 
 
 def _report(speed: _Speed, generation: Generation) -> str:
@@ -184,7 +185,8 @@ def _report(speed: _Speed, generation: Generation) -> str:
         rate = speed.later_tokens / speed.later_seconds
         line += f", then {rate:.1f} tokens/s in {speed.later_seconds:.1f} s"
     if generation.drafted and generation.passes:
-        line += f", {speed.later_tokens / generation.passes:.2f} tokens a pass"
+        a_pass = speed.later_tokens / generation.passes / speed.texts
+        line += f", {a_pass:.2f} tokens a pass" + (" and text" if speed.texts > 1 else "")
         shares = [
             f"{accepted / drafted:.0%} of {drafted}" if drafted else "none drafted"
             for accepted, drafted in zip(generation.accepted, generation.drafted, strict=True)

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from qwen3next_jax.command import replacing, write_atomic
+from qwen3next_jax.command import friendly_errors, replacing, write_atomic
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def small_files():
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_partial_one(tmp_path, small_files):
     path = tmp_path / "file"
     write_atomic(path, "old")
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(OSError, match=f"File too large: '{path}'"):
         write_atomic(path, "new" * 1000)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -37,3 +37,10 @@ def test_an_interrupt_leaves_no_partial_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_library_s_word_on_what_to_install_is_told_and_a_failed_import_keeps_its_traceback():
+    with pytest.raises(SystemExit, match="error: Please install gcsfs"), friendly_errors():
+        raise ImportError("Please install gcsfs to access Google Storage")
+    with pytest.raises(ImportError, match="No module named 'nowhere'"), friendly_errors():
+        import nowhere  # type: ignore[import-not-found]  # noqa: F401

@@ -118,7 +118,7 @@ def test_batches_of_prepared_data_are_those_of_the_source(kind, packing, folder,
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     counts = [
-        {k: s["counts"]["skipped"] for k, s in batches.get_state().items()}
+        {k: sum(s["counts"]["skipped"]) for k, s in batches.get_state().items()}
         for batches in (ours, theirs)
     ]
     assert counts[0] == counts[1]

@@ -292,6 +292,13 @@ def test_messages_written_as_text_are_refused(field, tmp_path):
         source[0]
 
 
+def test_a_text_is_no_chat(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": "hi"}))
+    source = open_source("jsonl", f"{tmp_path}/a.jsonl", field="messages")
+    with pytest.raises(BadRecordError, match=r"field 'messages' is 'hi'; expected a list of mess"):
+        source[0]
+
+
 @pytest.mark.parametrize(("line", "message"), BAD_LINES)
 def test_a_bad_line_is_named_with_what_is_wrong(line, message, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "too"}\n')
@@ -415,6 +422,8 @@ def test_an_empty_glob_is_refused(tmp_path):
     for on_error in ("raise", "skip"):
         with pytest.raises(ValueError, match=r"data\.path='.*\*\.txt' matches no file"):
             open_source("text", f"{tmp_path}/*.txt", on_error=on_error)
+    with pytest.raises(ValueError, match=r"is a folder; give a glob .*folder\.txt/\*\*/\*\.txt'"):
+        open_source("text", f"{tmp_path}/folder.txt")
     for nothing in ("", "."):
         with pytest.raises(ValueError, match=rf"data\.path='{nothing}' matches no file"):
             open_source("text", nothing)
@@ -554,6 +563,9 @@ def test_an_empty_part_is_refused(tmp_path, fraction, part):
     write_lines(tmp_path / "a.jsonl", 5)
     with pytest.raises(ValueError, match=rf"={fraction} leaves none of the 5 .* the {part} part"):
         split_source(open_source("jsonl", f"{tmp_path}/*.jsonl"), fraction)
+    (tmp_path / "a.txt").write_text("a book")
+    with pytest.raises(ValueError, match=r"a single record, which cannot be divided .* JSONL"):
+        split_source(open_source("text", f"{tmp_path}/*.txt"), 0.5)
 
 
 @pytest.mark.parametrize(

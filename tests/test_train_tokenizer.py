@@ -39,5 +39,7 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_read(tmp_pa
     given = ["--source=text", "--path=/nowhere/*.txt", "--vocab_size=300"]
     with pytest.raises(SystemExit, match=r"is a directory; name a file inside it"):
         main([*given, f"--output={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"names a directory; name a file inside it"):
+        main([*given, f"--output={tmp_path}/new/"])
     with pytest.raises(SystemExit, match=r"/file"):
         main([*given, f"--output={tmp_path}/file/x"])

@@ -72,7 +72,10 @@ def chat_document(
             last = _end_of_turn(ids, starts, marked.text[:end], first, last, tokenizer.special_ids)
         weights[first:last] = 1
     if not weights[1:].any():
-        raise ValueError("no message of the assistant to learn from")
+        roles = ", ".join(dict.fromkeys(message["role"] for message in chat["messages"]))
+        raise ValueError(
+            f"no message of the assistant to learn from; the messages' roles are {roles}"
+        )
     tokens = np.array(ids, np.int32)
     return {"tokens": tokens[:-1], "targets": tokens[1:], "loss_weights": weights[1:]}
 

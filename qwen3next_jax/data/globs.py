@@ -7,6 +7,7 @@ reported to the caller.
 import fnmatch
 import glob
 import itertools
+import os
 from collections.abc import Iterator
 
 from etils import epath
@@ -27,6 +28,11 @@ def matching_files(pattern: str, problems: list[str]) -> list[epath.Path]:
     # `**/**` finds a file twice, hence the dict; "" and "." have no part that could match.
     found = dict.fromkeys(_match(root, parts, problems) if parts else ())
     if not found and not problems:
+        if parts and epath.Path(pattern).is_dir():
+            raise ValueError(
+                f"data.path={pattern!r} is a folder; give a glob of its files, such as "
+                f"{os.path.join(pattern, '**/*.txt')!r}"
+            )
         raise ValueError(
             f"data.path={pattern!r} matches no file; give a glob such as '/corpus/**/*.txt'"
         )

@@ -47,6 +47,12 @@ def split_source(source: Source, holdout_fraction: float) -> tuple[Part, Part]:
         parts.append(start + np.flatnonzero(hashes / 2.0**64 < holdout_fraction))
         start += len(file)
     held_out = np.concatenate(parts)
+    if start == 1:
+        raise ValueError(
+            "The data is a single record, which cannot be divided into a training and a held-out "
+            "part. With data.source='text' a file is a record: split it, or store it as JSONL with "
+            "a document a line"
+        )
     for empty, name, remedy in (
         (len(held_out) == start, "training", "lower"),
         (len(held_out) == 0, "held-out", "raise"),

@@ -237,13 +237,19 @@ def _record(name: str, value: Any, field: str) -> Record:
     content = value[field]
     if isinstance(content, bytes):
         content = files.decode_utf8(content)
-    if isinstance(content, str) and not (field != "text" and _is_chat_as_text(content)):
+    chats = field == "messages"  # of which a text would be a mistake
+    if (
+        isinstance(content, str)
+        and not chats
+        and not (field != "text" and _is_chat_as_text(content))
+    ):
         return Record(name=name, text=content)
     if isinstance(content, list) and all(isinstance(message, Mapping) for message in content):
         beside = {key: value.get(key) for key in files.BESIDE_MESSAGES}
         return Record(name=name, messages=content, **beside)
     raise files.BadValueError(
-        f"field {field!r} is {content!r:.80}; expected a string, or a list of messages"
+        f"field {field!r} is {content!r:.80}; expected "
+        + ("a list of messages" if chats else "a string, or a list of messages")
     )
 
 

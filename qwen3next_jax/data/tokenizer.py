@@ -61,7 +61,9 @@ def load_tokenizer(
         HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
     )
     if chat_template:
-        tokenizer.chat_template = epath.Path(chat_template).read_text()
+        if not (template := epath.Path(chat_template)).exists():
+            raise FileNotFoundError(f"The chat template {chat_template} does not exist")
+        tokenizer.chat_template = template.read_text()
     return tokenizer
 
 

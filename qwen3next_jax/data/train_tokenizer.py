@@ -125,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="a file")
     args = parser.parse_args(argv)
     with friendly_errors():
+        if args.output.endswith("/"):
+            raise ValueError(f"--output={args.output} names a directory; name a file inside it")
         if is_local(epath.Path(args.output)):  # training takes long, and would be lost
             check_writable(pathlib.Path(args.output))
         records = open_source(

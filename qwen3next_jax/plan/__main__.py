@@ -12,6 +12,7 @@ compiler, which takes minutes; `--search` ranks meshes and remat choices and com
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -24,6 +25,9 @@ from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
 from qwen3next_jax.plan.chips import Chip, parse_topology
 from qwen3next_jax.training.program import Program, make_program
+
+# Configs import `configs`, which lies beside the package in a clone; the command runs anywhere.
+sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.")
 _TOPOLOGY = flags.DEFINE_string(
