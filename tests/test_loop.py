@@ -286,6 +286,17 @@ def test_parameters_that_are_not_finite_are_not_saved_even_if_no_batch_reads_the
     assert loop.last_step(tmp_path) == 3
 
 
+def test_a_save_that_fails_ends_the_run_before_the_next_one(corpus, tmp_path, monkeypatch):
+    def failed(self):
+        if self._manager.all_steps():
+            raise OSError("it failed meanwhile")
+
+    monkeypatch.setattr(loop.CheckpointStore, "check", failed)
+    with pytest.raises(OSError, match="it failed meanwhile"):
+        run(config_of(corpus), tmp_path)
+    assert loop.last_step(tmp_path) == 3
+
+
 def test_parameters_that_are_not_finite_are_not_begun_with(corpus, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         spoil_embedding(patch)
