@@ -1,4 +1,4 @@
-"""Shared by the commands: error messages without tracebacks, caches, memory, atomic writing."""
+"""Shared by the commands: errors without tracebacks, caches, memory, JSON, atomic writing."""
 
 import contextlib
 import io
@@ -105,7 +105,7 @@ def write_atomic(path: Any, content: str | bytes) -> None:
       content: text is written as UTF-8.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
+    with replacing(path) as partial, naming(path):
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -118,9 +118,8 @@ def replacing(path: Any) -> Iterator[Any]:
     """
     partial = partial_path(path)
     try:
-        with naming(path):
-            yield partial
-            partial.replace(path)
+        yield partial
+        partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

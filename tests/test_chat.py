@@ -78,6 +78,9 @@ def test_keys_that_are_null_are_absent_as_in_transformers():
     asks = {"role": "assistant", "content": None, "tool_calls": ["z"]}
     messages = [{"role": "user", "content": "x", "tool_calls": None}, asks]
     assert render_chat(messages, template) == "userxassistant['z']"
+    # But as content that the template asks for: some show tool calls only then.
+    asking = "{% for m in messages if m['content'] is none %}{{ m.tool_calls }}{% endfor %}"
+    assert render_chat(messages, asking) == "['z']"
 
 
 def test_a_template_can_ask_for_the_date():

@@ -112,7 +112,7 @@ def test_messages_and_their_tools_are_read_from_json_and_parquet(tmp_path):
 
 def test_a_row_of_parquet_has_no_keys_that_only_other_rows_have(tmp_path):
     def chat(**arguments):
-        call = {"role": "assistant", "tool_calls": [{"arguments": arguments}]}
+        call = {"role": "assistant", "content": None, "tool_calls": [{"arguments": arguments}]}
         return {"messages": [call], "tools": [{"properties": arguments}]}
 
     chats = [chat(city="Cologne"), chat(path="a", content="b")]

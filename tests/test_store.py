@@ -4,10 +4,13 @@ import functools
 import json
 import os
 import pathlib
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 
 import jax
@@ -214,15 +217,39 @@ def test_a_full_disk_is_told_as_one(reason, tmp_path, monkeypatch):
         raise ValueError(f"RESOURCE_EXHAUSTED: Error writing file: {reason}")
 
     store = CheckpointStore(tmp_path, keep=1)
-    unfinished = tmp_path / "5.orbax-checkpoint-tmp"  # may be what fills it
-    for told, ask in (("wait_until_finished", store.wait), ("check_for_errors", store.check)):
-        (unfinished / "state").mkdir(parents=True)
-        with monkeypatch.context() as patch:
-            patch.setattr(store._manager, told, full)
-            what = "The disk is full" if "space" in reason else reason.split(" [")[0]
-            with pytest.raises(OSError, match=f"{what}; the checkpoints before are whole"):
-                ask()
-        assert not unfinished.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(store._manager, "wait_until_finished", full)
+        what = "The disk is full" if "space" in reason else reason.split(" [")[0]
+        with pytest.raises(OSError, match=f"{what}; the checkpoints before are whole"):
+            store.wait()
+    store.close()
+
+
+def check_for_a_minute(store):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        store.check()
+
+
+def test_a_save_that_failed_is_told_when_asked_and_leaves_the_one_before(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"w": jnp.zeros(8)}, {"step": 1})
+    store.wait()
+    store.check()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # as a full disk
+    try:
+        noise = jax.random.normal(jax.random.key(0), (2**18,))  # does not compress
+        store.save(2, {"w": noise}, {"step": 2})
+        with pytest.raises(OSError, match="File too large; the checkpoints before are whole"):
+            check_for_a_minute(store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    store.save(3, {"w": jnp.ones(8)}, {"step": 3})
+    assert store.steps() == [3]
     store.close()
 
 

@@ -42,20 +42,20 @@ from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.parallel.processes import exchange
 
 
-def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Whether to log what Orbax, or asyncio about Orbax, says.
-
-    At absl's INFO level, the default of its applications, Orbax writes some sixty lines a save, and
-    of one that fails some three hundred: tracebacks of an error that the store raises anyway.
-    """
-    if record.exc_info and record.exc_info[2]:
-        frames = traceback.extract_tb(record.exc_info[2])
-        return not any("/orbax/" in frame.filename for frame in frames)
-    return record.levelno >= logging.WARNING or "/orbax/" not in record.pathname
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    # At absl's INFO level, the default of its applications, Orbax writes some sixty lines a save,
+    # and of one that fails three hundred: tracebacks of an error that the store raises anyway.
+    of_orbax = "/orbax/" in record.pathname
+    return not (of_orbax and (record.levelno < logging.WARNING or record.exc_info))
 
 
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_is_worth_a_line)
+def _not_about_orbax(record: logging.LogRecord) -> bool:
+    frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
+    return not any("/orbax/checkpoint/" in frame.filename for frame in frames)
+
+
+logging.getLogger("absl").addFilter(_worth_a_line)
+logging.getLogger("asyncio").addFilter(_not_about_orbax)
 
 
 _CHUNK_BYTES = 2**24
@@ -151,7 +151,8 @@ class CheckpointStore:
             state=ocp.args.PyTreeSave(arrays, save_args=_save_args(arrays)),
             index=ocp.args.JsonSave({**index, "sha256": _sha256(index)}),
         )
-        self._manager.save(step, args=items, force=True)
+        with self._failures_told():
+            self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
         """Waits until all saves are complete; raises the error of one that failed."""
@@ -159,9 +160,11 @@ class CheckpointStore:
             self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises the error of a save that has failed by now, without waiting for others."""
-        with self._failures_told():
-            self._manager.check_for_errors()
+        """Raises the error of a save that has failed by now; does not wait for one under way."""
+        # Not by the manager's `check_for_errors`: an error that it raises is gone, so the thread
+        # that completes the save would take that for good and delete the checkpoint before it.
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def steps(self) -> list[int]:
         """All complete steps, damaged or not, the newest first."""

@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,8 +51,7 @@ def render_chat(
       ValueError: the template is no Jinja, refuses these messages, or fails on them.
     """
     variables = {
-        # As transformers: templates write None for a null key, or fail, but know a missing one.
-        "messages": [{k: v for k, v in m.items() if v is not None} for m in messages],
+        "messages": [_without_nulls(message, template) for message in messages],
         "tools": tools,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
@@ -73,6 +73,16 @@ def render_chat(
     ) as error:
         # Python's errors in a template's expressions: None + "<|im_end|>", "text".split(""), 1 / 0.
         raise ValueError(f"The chat template cannot render these messages: {error}") from error
+
+
+def _without_nulls(message: Message, template: str) -> Message:
+    """A message without its null keys.
+
+    Templates write None for a null key, or fail, but know a missing one, so transformers drops them
+    as well. But some show tool calls only where `content is none`, for which that one is kept.
+    """
+    asks = re.search(r"content.{0,2}\s+is\s+(not\s+)?none", template) is not None
+    return {k: v for k, v in message.items() if v is not None or (k == "content" and asks)}
 
 
 # Noncharacters: code points that Unicode never assigns, so no text should hold them.

@@ -190,7 +190,10 @@ def _require_shown(
         return  # the template looks closely at what it is given
     for i, mark in marks.items():
         message, content = messages[i], messages[i].get("content")
-        what, way_out = None, "give its content as a text"
+        what = None
+        way_out = "give its content as a text"
+        if isinstance(content, str):
+            way_out = "give another template, or content that this one reads, such as parts"
         if isinstance(content, list) and content and str(content) in text:
             what = "Python's form of its content"
         elif mark not in shown and message.get("tool_calls"):
@@ -213,13 +216,15 @@ def _may_be_lost(message: Message, text: str) -> bool:
 def _marked_message(message: Message, mark: str) -> Message:
     if calls := message.get("tool_calls"):
         return {**message, "tool_calls": _marked(calls, mark)}
+    if isinstance(content := message.get("content"), str):
+        return {**message, "content": content + mark}
     return _marked(message, mark)
 
 
 def _marked(value: Any, mark: str) -> Any:
     """A message or a part of it, with a mark behind each text and each number."""
     if isinstance(value, Mapping):
-        kept = ("role", "type")
+        kept = ("role", "type", "id")
         return {k: v if k in kept else _marked(v, mark) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_marked(v, mark) for v in value]

@@ -386,11 +386,15 @@ def _json_line(batch: Any, row: int) -> bytes:
 
 
 def _given(value: Any) -> Any:
-    """Decodes bytes, and removes the None that Arrow fills in for keys that other rows have."""
+    """Decodes bytes, and removes the None that Arrow fills in for keys that only other rows have.
+
+    A message's `content` stays, because None is a valid value there.
+    """
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, dict):
-        return {k: _given(v) for k, v in value.items() if v is not None}
+        stays = "content" if "role" in value else None
+        return {k: _given(v) for k, v in value.items() if v is not None or k == stays}
     return [_given(v) for v in value] if isinstance(value, list) else value
 
 

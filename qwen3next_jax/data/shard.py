@@ -257,10 +257,9 @@ class Shard:
         """Continues from a position that `get_state` returned."""
         start = copy.deepcopy(state)
         self._counts, self._row = start.pop("counts"), start.pop("row")
-        if isinstance(
-            total := self._counts["skipped"], int
-        ):  # of a run from before parts had counts
-            self._counts["skipped"] = [total] + [0] * (len(self._parts) - 1)
+        skipped = self._counts["skipped"]
+        if isinstance(skipped, int):  # an older run's, of all parts
+            self._counts["skipped"] = [skipped] + [0] * (len(self._parts) - 1)
         self._window, self._plan = self._window_from(start), None
 
     def _window_from(self, start: dict[str, Any]) -> _Window:
@@ -274,7 +273,8 @@ class Shard:
         if self._row > len(plan):
             raise ValueError(
                 f"The records hold less text than those that the run began with: row {self._row} "
-                f"of {len(plan)} comes next. Restore them, or begin another run"
+                f"of {len(plan)} comes next. Restore them, or begin another run (with "
+                "data.on_error='skip' it may be this version that skips more of them)"
             )
         if self._row == 0:  # otherwise they were counted before the state was taken
             for part, skipped in enumerate(self._window.skipped):

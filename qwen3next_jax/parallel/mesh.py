@@ -200,9 +200,10 @@ def mesh_of(params: Any) -> Mesh | None:
     sharding = jax.tree.leaves(params)[0].sharding
     if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)):
         return None
+    if sharding.mesh.size == 1:
+        return None
     _refuse_explicit(sharding.mesh)
-    is_ours = sharding.mesh.size > 1 and sharding.mesh.axis_names == AXES
-    return sharding.mesh if is_ours else None
+    return sharding.mesh if sharding.mesh.axis_names == AXES else None
 
 
 def active_mesh() -> AbstractMesh | None:
@@ -346,15 +347,15 @@ def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.Sta
     """Determines the sharding of each parameter from the names of its axes.
 
     Raises:
-      ValueError: if the mesh's axes are not `AXES` or are explicit, a parameter does not name its
-        axes, or `partition` refuses one.
+      ValueError: if the mesh lacks one of `AXES` or has explicit axes, a parameter does not name
+        its axes, or `partition` refuses one.
     """
-    _refuse_explicit(mesh)
-    if mesh.axis_names != AXES:
+    if not set(AXES) <= set(mesh.axis_names):
         raise ValueError(
             f"The mesh has the axes {', '.join(mesh.axis_names)}; expected {', '.join(AXES)}, as "
             "parallel.mesh.make_mesh makes them"
         )
+    _refuse_explicit(mesh)
     flat = []
     for path, param in nnx.to_flat_state(params):
         name = "/".join(map(str, path))

@@ -346,10 +346,12 @@ def communication(
         full = sum(mixer != LINEAR for mixer in c.mixers) + c.mtp_steps
         rounds = passes - (config.train.remat == "layer_but_attention")
         # In the backward pass the float32 gradients of keys and values go around the ring as well.
-        around = (sizes["context"] - 1) * rounds * keys + sizes["context"] * keys * 4 / width
+        around = sizes["context"] * keys * (rounds + 4 / width)
         sent["keys and values around the ring"] += micro_batches * full * around
-        # Queries, keys and values are dealt out anew for attention, and outputs given back.
-        sent["tokens dealt out for attention"] += micro_batches * full * rounds * (keys + queries)
+        # Queries, keys and values are dealt out anew for attention, and outputs given back, which
+        # recomputation may spare.
+        dealt = passes * (keys + queries) - (passes - rounds) * queries / 2
+        sent["tokens dealt out for attention"] += micro_batches * full * dealt
         state = 4 * c.linear_num_value_heads // sizes["tensor"] * c.linear_key_head_dim
         state *= c.linear_key_head_dim + c.linear_value_head_dim
         rows = max(1, tokens * sizes["context"] // config.train.sequence_length)

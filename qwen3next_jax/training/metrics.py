@@ -7,6 +7,7 @@ has no non-finite numbers; they are written as the strings "nan", "inf" and "-in
 parses.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -104,9 +105,15 @@ class MetricWriter:
 
     def close(self) -> None:
         """Closes the files."""
-        self._lines.close()
-        self._samples.close()
-        self._events.close()
+        files = (
+            (self._lines, self._lines.name),
+            (self._samples, self._samples.name),
+            (self._events, self._tensorboard),
+        )
+        with contextlib.ExitStack() as stack:
+            for file, path in files:
+                stack.enter_context(naming(path))
+                stack.enter_context(contextlib.closing(file))
 
     def _add_event(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
@@ -161,7 +168,7 @@ def _open_truncated(path: pathlib.Path, last_step: int) -> TextIO:
     if not path.exists():
         return path.open("a")
     kept = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
-    with replacing(path) as partial, partial.open("w") as file:
+    with replacing(path) as partial, naming(path), partial.open("w") as file:
         file.writelines(line + "\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())
