@@ -147,9 +147,9 @@ def read_json(path: Any) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {found!r:.80}; expected a JSON object")
+        raise ValueError(f"{path} holds a {type(found).__name__}; expected a JSON object")
     return found
 
 

@@ -135,5 +135,5 @@ def test_the_template_is_found_in_all_its_places(tmp_path):
         load_chat_template(tmp_path, name="tool_use")
     config.write_text("[]")
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds \[\]; expected a JSON obj"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a list; expected a JSON"):
         load_chat_template(tmp_path)

@@ -181,7 +181,7 @@ def test_a_damaged_config_is_named_and_a_score_may_be_not_a_number(tmp_path):
         lines.write(json.dumps({"step": 81, "eval_long_context_cells": [cell]}) + "\n")
     main([str(workdir)])
     (workdir / "config.json").write_text('{"model": ')
-    with pytest.raises(SystemExit, match=r"config\.json is not JSON: Expecting value"):
+    with pytest.raises(SystemExit, match=r"config\.json is no JSON: Expecting value"):
         main([str(workdir)])
 
 

@@ -311,8 +311,8 @@ def test_all_special_tokens_that_the_config_names_are_there_for_templates(tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", r"generation_config\.json is not JSON: Expecting value"),
-        ("[1]", r"generation_config\.json holds \[1\]; expected a JSON object"),
+        ("", r"generation_config\.json is no JSON: Expecting value"),
+        ("[1]", r"generation_config\.json holds a list; expected a JSON object"),
         ('{"eos_token_id": "2"}', "eos_token_id='2' must be the id of a token or a list of ids"),
         ('{"eos_token_id": [2.0]}', r"eos_token_id=\[2\.0\] must be"),
     ],

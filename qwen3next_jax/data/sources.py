@@ -238,11 +238,8 @@ def _record(name: str, value: Any, field: str) -> Record:
     if isinstance(content, bytes):
         content = files.decode_utf8(content)
     chats = field == "messages"  # of which a text would be a mistake
-    if (
-        isinstance(content, str)
-        and not chats
-        and not (field != "text" and _is_chat_as_text(content))
-    ):
+    is_text = isinstance(content, str) and not chats
+    if is_text and (field == "text" or not _is_chat_as_text(content)):
         return Record(name=name, text=content)
     if isinstance(content, list) and all(isinstance(message, Mapping) for message in content):
         beside = {key: value.get(key) for key in files.BESIDE_MESSAGES}
