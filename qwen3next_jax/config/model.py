@@ -5,12 +5,12 @@ transformers 5 writes it (`rope_parameters`, `layer_types`).
 """
 
 import dataclasses
+import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from qwen3next_jax.command import read_json
 from qwen3next_jax.config.checks import (
     FLOAT32_MAX,
     FLOAT32_TINY,
@@ -202,7 +202,12 @@ class ModelConfig:
             path = path / "config.json" if path.is_dir() else path
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist; expected a model's config.json")
-            given = read_json(path)
+            try:
+                given = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is no JSON: {error}") from error
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{path} holds a {type(given).__name__}; expected a JSON object")
         return cls._from_mapping(given, refuse_unknown=False)
 
     @classmethod
