@@ -81,8 +81,13 @@ def _without_nulls(message: Message, template: str) -> Message:
     Templates write None for a null key, or fail, but know a missing one, so transformers drops them
     as well. But some show tool calls only where `content is none`, for which that one is kept.
     """
-    asks = re.search(r"content.{0,2}\s+is\s+(not\s+)?none", template) is not None
-    return {k: v for k, v in message.items() if v is not None or (k == "content" and asks)}
+    stays = "content" if _asks_for_null_content(template) else None
+    return {k: v for k, v in message.items() if v is not None or k == stays}
+
+
+@functools.lru_cache(maxsize=32)
+def _asks_for_null_content(template: str) -> bool:
+    return re.search(r"content.{0,2}\s+is\s+(not\s+)?none", template) is not None
 
 
 # Noncharacters: code points that Unicode never assigns, so no text should hold them.
