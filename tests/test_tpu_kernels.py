@@ -96,17 +96,28 @@ def test_the_delta_rule_compiles_for_a_tpu_and_holds_no_more_than_a_state_a_chun
     assert program.memory_analysis().temp_size_in_bytes < 2 * states + 4 * inputs
 
 
+HEADS = (1, 128, 2, 128), None  # None: the dtype under test
+GATES = (1, 128, 2), "float32"
+SEGMENTS = (1, 128), "int32"
+HEADS_FIRST = (1, 2, 128, 128), None
+ROWS_WEIGHTS = [((64, 128), None), ((64,), "float32")]
+MATRICES_SIZES = [((4, 2, 128, 256), None), ((4, 256, 128), None), ((4,), "int32")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_delta_rule_has_no_64_bit_numbers_under_x64(dtype):
+@pytest.mark.parametrize(
+    ("gradients", "arrays"),
+    [
+        (delta_rule_gradients, [HEADS, HEADS, HEADS, GATES, GATES, SEGMENTS]),
+        (attention_gradients, [HEADS, HEADS, HEADS, SEGMENTS]),
+        (conv_gradients, [HEADS_FIRST, ((4, 2, 128), None), SEGMENTS, HEADS_FIRST]),
+        (expert_gradients, ROWS_WEIGHTS + MATRICES_SIZES),
+    ],
+)
+def test_kernels_have_no_64_bit_numbers_under_x64(gradients, arrays, dtype):
     with jax.enable_x64(True):
-        lowered(
-            delta_rule_gradients,
-            "v5p:2x2x1",
-            *(((1, 128, 2, 128), dtype),) * 3,
-            *(((1, 128, 2), jnp.float32),) * 2,
-            ((1, 128), jnp.int32),
-        )
+        lowered(gradients, "v5p:2x2x1", *((shape, of or dtype) for shape, of in arrays))
 
 
 @pytest.mark.slow

@@ -54,13 +54,17 @@ def splash_attention(
 
 
 # Shapes below: q [B N T H], out [B N T P], k [B K T H], v [B K T P]; T is a multiple of the block.
+# Under jax_enable_x64, the library's kernels would have 64-bit numbers, as ours would
+# (`tpu.pallas_call`).
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.enable_x64(False)
 def _attend(walk, q, k, v, segments):
     return stating(walk.kernel(), walk.costs(q, v, (1, 1)))(q, k, v, segments)
 
 
+@jax.enable_x64(False)
 def _attend_forward(walk, q, k, v, segments):
     def differentiated(q, k, v, segments):
         kernel = walk.kernel()
@@ -70,6 +74,7 @@ def _attend_forward(walk, q, k, v, segments):
     return out, (pull, q, v)  # `pull` holds q and v as well, so they take no extra memory
 
 
+@jax.enable_x64(False)
 def _attend_backward(walk, residuals, d_out):
     pull, q, v = residuals
     # The kernel for keys and values is called first, then the one for queries.

@@ -23,14 +23,10 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.attention import MASKED, Carry, Pairs, meet
 from qwen3next_jax.ops.pallas import tpu
-from qwen3next_jax.ops.pallas.tpu import VMEM_BYTES
-from qwen3next_jax.ops.platform import platform
 
 BLOCK = 512  # number of queries, and of keys, of a block
 
 
-# Under jax_enable_x64, Python scalars in a kernel would be 64-bit, which a TPU does not support.
-@jax.enable_x64(False)
 def accumulate(
     carry: Carry,
     q: Float[Array, "Z B K R C H"],
@@ -55,7 +51,6 @@ def accumulate(
     return total, softmax[..., 0, :], softmax[..., 1, :]
 
 
-@jax.enable_x64(False)
 def accumulate_gradients(
     d_q: Float[Array, "Z B K R C H"],
     q: Float[Array, "Z B K R C H"],
@@ -148,7 +143,7 @@ class _Walk:
         pairs, size = math.prod(self.grid), self.C**2
         with_h, with_p = products
         passes = 1 if given["v"].dtype == jnp.bfloat16 else 6
-        return pl.pallas_call(
+        return tpu.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(self.scalars),
@@ -168,16 +163,12 @@ class _Walk:
                 bytes_accessed=pairs * self.C * (self.H + self.P) * given["v"].dtype.itemsize
                 + sum(x.size * x.dtype.itemsize for x in (*arrays, *carried.values())),
             ),
-            interpret=platform() == "cpu",
-            compiler_params=pltpu.CompilerParams(
-                # Gradients of keys and values are summed over the query heads too.
-                dimension_semantics=(
-                    "parallel",
-                    "parallel",
-                    "arbitrary" if self.by_key else "parallel",
-                    "arbitrary",
-                ),
-                vmem_limit_bytes=VMEM_BYTES,
+            # Gradients of keys and values are summed over the query heads too.
+            semantics=(
+                "parallel",
+                "parallel",
+                "arbitrary" if self.by_key else "parallel",
+                "arbitrary",
             ),
             name=kernel.func.__name__.strip("_"),
         )(*self.scalars, *arrays)

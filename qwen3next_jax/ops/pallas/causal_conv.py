@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.pallas import tpu
 from qwen3next_jax.ops.pallas.tpu import LANES
-from qwen3next_jax.ops.platform import platform
 
 _HALO = 16  # tokens read from a neighbouring block: the smallest possible block in bfloat16
 MOST_TAPS = _HALO
@@ -75,7 +75,7 @@ def _same(segments, shift):
 def _conv(x, taps, own, silu):
     sizes = _Sizes(x, taps)
     given = x, x, own, taps
-    return pl.pallas_call(
+    return tpu.pallas_call(
         functools.partial(_forward_kernel, silu=silu),
         grid=sizes.grid,
         in_specs=[sizes.spec(name) for name in ("before", "here", "own", "taps")],
@@ -83,7 +83,8 @@ def _conv(x, taps, own, silu):
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         cost_estimate=sizes.cost(own, products=1, passes=2),
         name="causal_conv_forward",
-        **_options(),
+        semantics=("parallel",) * 3,
+        vmem_bytes=None,
     )(*given)
 
 
@@ -95,7 +96,7 @@ def _conv_backward(silu, residuals, d_out):
     x, taps, own = residuals
     sizes = _Sizes(x, taps)
     names = "before", "here", "behind", "here", "behind", "own", "own behind", "taps"
-    d_x, d_taps = pl.pallas_call(
+    d_x, d_taps = tpu.pallas_call(
         functools.partial(_backward_kernel, silu=silu),
         grid=sizes.grid,
         in_specs=[sizes.spec(name) for name in names],
@@ -106,19 +107,13 @@ def _conv_backward(silu, residuals, d_out):
         ],
         cost_estimate=sizes.cost(own, products=3, passes=3),
         name="causal_conv_backward",
-        **_options(),
+        semantics=("parallel",) * 3,
+        vmem_bytes=None,
     )(x, x, x, d_out, d_out, own, own, taps)
     return d_x, d_taps.sum((0, 1)), None
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
-
-
-def _options():
-    return dict(
-        interpret=platform() == "cpu",
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
-    )
 
 
 class _Sizes:

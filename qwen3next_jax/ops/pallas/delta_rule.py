@@ -31,8 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import tpu
-from qwen3next_jax.ops.pallas.tpu import LANES, VMEM_BYTES
-from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.pallas.tpu import LANES
 
 CHUNK = 64  # tokens of a chunk
 _BLOCK = 16  # size of the diagonal blocks of L that are inverted by substitution
@@ -132,8 +131,6 @@ def _delta_rule_backward(residuals, cotangents):
 _delta_rule.defvjp(_delta_rule_forward, _delta_rule_backward)
 
 
-# Under jax_enable_x64, Python scalars in a kernel would be 64-bit, which a TPU does not support.
-@jax.enable_x64(False)
 def _forward(q, k, v, gates, marks, state, *, save):
     sizes = _Sizes(v, gates, state)
     shapes, dtype = jax.ShapeDtypeStruct, v.dtype
@@ -148,7 +145,7 @@ def _forward(q, k, v, gates, marks, state, *, save):
         ]
         names += ["states", "inverses"]
     given = q, k, v, gates, marks, state
-    return pl.pallas_call(
+    return tpu.pallas_call(
         functools.partial(_forward_kernel, save=save),
         grid=sizes.grid,
         in_specs=[sizes.spec(n) for n in ("key", "key", "value", "gates", "marks", "state")],
@@ -156,18 +153,17 @@ def _forward(q, k, v, gates, marks, state, *, save):
         out_shape=out_shape,
         cost_estimate=sizes.cost(forward=True, arrays=(*given, *out_shape)),
         name="gated_delta_rule_forward",
-        **_options(),
+        semantics=("parallel", "parallel", "arbitrary"),
     )(*given)
 
 
-@jax.enable_x64(False)
 def _backward(q, k, v, gates, marks, states, inverses, d_out, d_final):
     sizes = _Sizes(v, gates, d_final)
     spec = functools.partial(sizes.spec, reverse=True)
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, gates, d_final)]
     given = q, k, v, gates, marks, states, inverses, d_out, d_final
     names = "key", "key", "value", "gates", "marks", "states", "inverses", "value", "state"
-    d_q, d_k, d_v, d_gates, d_state = pl.pallas_call(
+    d_q, d_k, d_v, d_gates, d_state = tpu.pallas_call(
         _backward_kernel,
         grid=sizes.grid,
         in_specs=[spec(n) for n in names],
@@ -175,19 +171,9 @@ def _backward(q, k, v, gates, marks, states, inverses, d_out, d_final):
         out_shape=out_shape,
         cost_estimate=sizes.cost(forward=False, arrays=(*given, *out_shape)),
         name="gated_delta_rule_backward",
-        **_options(),
+        semantics=("parallel", "parallel", "arbitrary"),
     )(*given)
     return d_q, d_k, d_v, d_gates, None, d_state
-
-
-def _options():
-    return dict(
-        interpret=platform() == "cpu",
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=VMEM_BYTES,
-        ),
-    )
 
 
 class _Sizes:

@@ -28,7 +28,6 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import tpu
 from qwen3next_jax.ops.pallas.tpu import LANES, VMEM_BYTES
-from qwen3next_jax.ops.platform import platform
 
 TILE = 256  # rows of a tile, at most
 _FEW = 16  # rows that are stored at a time; a tile's rows are a multiple
@@ -81,13 +80,13 @@ def expert_mlp(
 def _forward(rows, weights, gate_up, down, group_sizes, expected_rows):
     tiles = _Tiles(rows, down, group_sizes, expected_rows, visit_empty=False)
     given = tiles.cut(rows), tiles.lanes(weights), gate_up, down
-    out = pl.pallas_call(
+    out = tpu.pallas_call(
         _forward_kernel,
         grid_spec=tiles.grid(("rows", "lanes", "gate_up", "down"), ("rows",), tiles.matrix),
         out_shape=tiles.shape("rows"),
         cost_estimate=tiles.cost(products=3, arrays=("rows", "rows", "lanes", "gate_up", "down")),
         name="expert_mlp_forward",
-        **_options(),
+        semantics=("arbitrary",),
     )(*tiles.scalars, *given)
     return out.reshape(rows.shape)
 
@@ -103,28 +102,19 @@ def _expert_mlp_backward(expected_rows, residuals, d_out):
     given = ("rows", "rows", "lanes", "gate_up", "down")
     results = ("rows", "lanes", "gate_up", "down")
     sums = (pltpu.VMEM(x.shape[1:], jnp.float32) for x in (gate_up, down))
-    d_rows, d_weights, d_gate_up, d_down = pl.pallas_call(
+    d_rows, d_weights, d_gate_up, d_down = tpu.pallas_call(
         _backward_kernel,
         grid_spec=tiles.grid(given, results, tiles.matrix, *sums),
         out_shape=[tiles.shape(name) for name in results],
         cost_estimate=tiles.cost(products=8, arrays=given + results),
         name="expert_mlp_backward",
-        **_options(),
+        semantics=("arbitrary",),
     )(*tiles.scalars, tiles.cut(rows), tiles.cut(d_out), tiles.lanes(weights), gate_up, down)
     d_weights = d_weights.reshape(-1)[: len(rows)]
     return d_rows.reshape(rows.shape), d_weights, d_gate_up, d_down, None
 
 
 expert_mlp.defvjp(_expert_mlp_forward, _expert_mlp_backward)
-
-
-def _options():
-    return dict(
-        interpret=platform() == "cpu",
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES
-        ),
-    )
 
 
 class _Tiles:

@@ -1,10 +1,45 @@
-"""What the kernels for TPUs share: sizes of a core, and what they do with small arrays."""
+"""What the kernels for TPUs share: sizes of a core, their call, what they do with small arrays."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen3next_jax.ops.platform import platform
 
 LANES = 128  # columns of a vector register and of a memory tile
 VMEM_BYTES = 64 * 2**20  # vector memory of a v5p and its successors; the compiler's default is 16
+
+
+def pallas_call(
+    kernel: Callable, *, semantics: tuple[str, ...], vmem_bytes: int | None = VMEM_BYTES, **how: Any
+) -> Callable:
+    """Returns `pl.pallas_call(kernel, **how)` for a TPU; on a CPU the kernel is interpreted.
+
+    Args:
+      kernel: the kernel.
+      semantics: "parallel" or "arbitrary" for each axis of the grid.
+      vmem_bytes: vector memory that the kernel may use; None: the compiler's default.
+      how: further arguments of `pl.pallas_call`.
+    """
+
+    def call(*arrays):
+        # Under jax_enable_x64, Python scalars in a kernel and in the indices of its blocks would
+        # be 64-bit, which a TPU does not support.
+        with jax.enable_x64(False):
+            return pl.pallas_call(
+                kernel,
+                interpret=platform() == "cpu",
+                compiler_params=pltpu.CompilerParams(
+                    dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes
+                ),
+                **how,
+            )(*arrays)
+
+    return call
 
 
 def column(row):
