@@ -1,4 +1,4 @@
-"""Evaluates a model: a run's, or one of a Hugging Face directory.
+r"""Evaluates a model: a run's, or one of a Hugging Face directory.
 
     python eval.py --workdir=runs/tiny --suite=perplexity
     python eval.py --checkpoint=Qwen3-Next-80B-A3B-Instruct --mesh_fsdp=-1 --suite=lm_eval \
@@ -24,7 +24,7 @@ from qwen3next_jax.command import (
     use_huge_pages,
     write_atomic,
 )
-from qwen3next_jax.config import SOURCES, EvaluationConfig
+from qwen3next_jax.config import SOURCES, EvaluationConfig, read_json
 
 if TYPE_CHECKING:
     from qwen3next_jax.checkpoint.load import OurCheckpoint
@@ -134,7 +134,7 @@ def _evaluate(suite: str) -> None:
     path = pathlib.Path(_WORKDIR.value or _CHECKPOINT.value or "")
     ours, config, tokenizer = open_checkpoint(path, _TOKENIZER.value)
     mesh = fsdp_mesh(_MESH_FSDP.value)
-    run = {} if ours is None else json.loads((ours.workdir / "config.json").read_text())
+    run = {} if ours is None else read_json(ours.workdir / "config.json")
     domains: Mapping[str, Records] = {}
     if suite in ("perplexity", "speculation"):
         domains = _domains(run, ours, config.vocab_size, tokenizer)

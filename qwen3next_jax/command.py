@@ -1,8 +1,7 @@
-"""Shared by the commands: errors without tracebacks, caches, memory, JSON, atomic writing."""
+"""Shared by the commands: errors without tracebacks, caches, memory, atomic writing."""
 
 import contextlib
 import io
-import json
 import os
 import pathlib
 import secrets
@@ -134,23 +133,6 @@ def naming(path: Any) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def read_json(path: Any) -> dict[str, Any]:
-    """The JSON object in a file, {} if there is no such file.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}; expected a JSON object")
-    return found
 
 
 def partial_path(path: Any) -> Any:

@@ -6,7 +6,6 @@ A path may lead to a Hugging Face directory, to a work directory of ours (of a r
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ from qwen3next_jax.checkpoint.parameters import (
     shape_mismatches,
 )
 from qwen3next_jax.checkpoint.store import CheckpointStore
-from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.config import ModelConfig, read_json
 from qwen3next_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from qwen3next_jax.model.decoder import Qwen3Next
 
@@ -200,11 +199,8 @@ def find_checkpoint(path: pathlib.Path) -> OurCheckpoint | None:
             continue
         if step is not None and (path.parent.name != "checkpoints" or not step.isdigit()):
             continue
-        try:
-            given = json.loads((workdir / "config.json").read_text())
-            kinds = {kind for kind in ("model", "model_type") if kind in given}
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{workdir / 'config.json'} cannot be read: {error}") from None
+        given = read_json(workdir / "config.json")
+        kinds = given.keys() & {"model", "model_type"}
         if kinds == {"model_type"} and step is None:
             return None
         if kinds == {"model"}:

@@ -1,6 +1,6 @@
 """The configs: `ModelConfig`, the shape of a model, and `RunConfig`, a whole training run."""
 
-from qwen3next_jax.config.checks import divisors, flatten, nearest, require_known
+from qwen3next_jax.config.checks import divisors, flatten, nearest, read_json, require_known
 from qwen3next_jax.config.model import FULL, LINEAR, ModelConfig
 from qwen3next_jax.config.run import (
     AXES,
@@ -28,5 +28,6 @@ __all__ = [
     "divisors",
     "flatten",
     "nearest",
+    "read_json",
     "require_known",
 ]

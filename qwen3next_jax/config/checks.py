@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
@@ -9,6 +10,23 @@ from typing import Any, TypeGuard
 import numpy as np
 
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, 2.0**128 * (1 - 2.0**-24)  # the range of normal numbers
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    """The JSON object in a file, {} if there is no such file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}; expected a JSON object")
+    return found
 
 
 def as_mapping(given: Any) -> Any:

@@ -5,7 +5,6 @@ transformers 5 writes it (`rope_parameters`, `layer_types`).
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from qwen3next_jax.config.checks import (
     frozen,
     is_positive,
     not_divisible,
+    read_json,
     unknown_names,
 )
 
@@ -172,7 +172,7 @@ class ModelConfig:
     @property
     def original_context(self) -> int:
         """Most tokens in a sequence without YaRN."""
-        original = (self.rope_scaling or {}).get("original_max_position_embeddings")
+        original = (self.rope_scaling or {}).get(_ORIGINAL)
         return original or self.max_position_embeddings
 
     def yarn(self, factor: float) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class ModelConfig:
         return {
             "rope_type": "yarn",
             "factor": factor,
-            "original_max_position_embeddings": self.original_context,
+            _ORIGINAL: self.original_context,
         }
 
     @classmethod
@@ -202,12 +202,7 @@ class ModelConfig:
             path = path / "config.json" if path.is_dir() else path
             if not path.exists():
                 raise FileNotFoundError(f"{path} does not exist; expected a model's config.json")
-            try:
-                given = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path} is no JSON: {error}") from error
-            if not isinstance(given, Mapping):
-                raise ValueError(f"{path} holds a {type(given).__name__}; expected a JSON object")
+            given = read_json(path)
         return cls._from_mapping(given, refuse_unknown=False)
 
     @classmethod
@@ -228,7 +223,7 @@ class ModelConfig:
             raise ValueError(f"extra={kept!r} must be a mapping")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         # A null counts as absent, except in keys that are only kept.
-        read = fields.keys() | {"rope_parameters"}
+        read = fields.keys() | _FIXED.keys() | {"rope_parameters"}
         given = {
             k: v for k, v in given.items() if k != "extra" and (v is not None or k not in read)
         }
@@ -391,7 +386,7 @@ def _interval_pattern(layers: int, interval: int) -> tuple[str, ...]:
 
 
 def _model_problems(c: ModelConfig) -> Iterable[str]:
-    for name in (
+    positive = (
         "vocab_size",
         "hidden_size",
         "num_hidden_layers",
@@ -401,10 +396,10 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         "head_dim",
         "max_position_embeddings",
         "decoder_sparse_step",
-    ):
-        if getattr(c, name) < 1:
-            yield f"{name}={getattr(c, name)} must be at least 1"
-            return
+    )
+    if small := [name for name in positive if getattr(c, name) < 1]:
+        yield from (f"{name}={getattr(c, name)} must be at least 1" for name in small)
+        return  # what follows divides by them
     if len(c.mixers) != c.num_hidden_layers or set(c.mixers) - {LINEAR, FULL}:
         yield (
             f"layer_types={list(c.mixers)} must name {c.num_hidden_layers} layers, each "
@@ -457,7 +452,7 @@ def _yarn_problems(rope: Mapping[str, Any], theta: float) -> Iterable[str]:
             f"rope_scaling={dict(rope)} is not supported; give rope_type 'yarn' and "
             "a factor, a number of at least 1"
         )
-    original = rope.get("original_max_position_embeddings")
+    original = rope.get(_ORIGINAL)
     if original is not None and (type(original) is not int or original < 1):
         yield (
             f"rope_scaling.original_max_position_embeddings={original!r} must be a whole "
@@ -469,7 +464,7 @@ def _yarn_problems(rope: Mapping[str, Any], theta: float) -> Iterable[str]:
         value = rope.get(key)
         if value is not None and not is_positive(value):
             yield f"rope_scaling.{key}={value!r} must be a positive number"
-    known = ("rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast",
+    known = ("rope_type", "type", "factor", _ORIGINAL, "beta_fast",
              "beta_slow", "attention_factor")  # fmt: skip
     for key in sorted(rope.keys() - set(known)):
         yield f"rope_scaling.{key} is not supported; expected one of {', '.join(known)}"

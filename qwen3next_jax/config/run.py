@@ -201,8 +201,8 @@ class RunConfig:
         names = ("model", *_SECTIONS)
         if not isinstance(given, Mapping):
             raise ValueError(f"The config is a {type(given).__name__}; expected a mapping")
-        wrong = [name for name in names if not isinstance(as_mapping(given.get(name, {})), Mapping)]
-        if wrong:
+        given = {"evaluation": {}} | {key: as_mapping(value) for key, value in given.items()}
+        if wrong := [name for name in names if not isinstance(given.get(name, {}), Mapping)]:
             raise ValueError(f"The config's sections {', '.join(wrong)} must be mappings")
         problems = list(unknown_names("keys in config", given, names))
         sections: dict[str, Any] = {}
@@ -212,13 +212,12 @@ class RunConfig:
             except ValueError as error:
                 problems.append(str(error).replace("\n", "\n  "))
         for name, kind in _SECTIONS.items():
-            if name in given or name == "evaluation":
-                found = list(_section_problems(name, kind, given.get(name, {})))
+            if name in given:
+                found = list(_section_problems(name, kind, given[name]))
                 problems += found
                 if not found:
-                    sections[name] = kind(**frozen(kind, given.get(name, {})))
-        missing = [name for name in names if name not in given and name != "evaluation"]
-        if missing:
+                    sections[name] = kind(**frozen(kind, given[name]))
+        if missing := [name for name in names if name not in given]:
             problems.append(f"The config lacks the sections {', '.join(missing)}")
         if not problems:
             config = cls(**sections)

@@ -21,7 +21,7 @@ import jinja2.parser
 import jinja2.sandbox
 from etils import epath
 
-from qwen3next_jax.command import read_json
+from qwen3next_jax.config import read_json
 
 Message = Mapping[str, Any]
 

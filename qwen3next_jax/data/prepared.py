@@ -15,7 +15,6 @@ shard, so a truncated, altered or swapped shard is detected when it is opened or
 
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 import tempfile
@@ -28,6 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from qwen3next_jax.command import replacing
+from qwen3next_jax.config import read_json
 from qwen3next_jax.data.files import (
     BadFileError,
     BadValueError,
@@ -140,7 +140,7 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
             f"{directory} holds no {MANIFEST}; expected a directory that python -m "
             "qwen3next_jax.data.prepare has finished. Started again, it goes on"
         )
-    manifest = json.loads(file.read_text())
+    manifest = read_json(file)
     if manifest.get("format") != FORMAT:
         raise BadFileError(f"{file} has format={manifest.get('format')!r}, expected {FORMAT}")
     return manifest

@@ -28,7 +28,8 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from qwen3next_jax.command import read_json, write_atomic
+from qwen3next_jax.command import write_atomic
+from qwen3next_jax.config import read_json
 from qwen3next_jax.data.chat import load_chat_template
 
 _SPACE = "▁"

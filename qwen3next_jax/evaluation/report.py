@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwen3next_jax.command import check_writable, friendly_errors, read_json, write_atomic
-from qwen3next_jax.config import FULL, LINEAR, ModelConfig, flatten
+from qwen3next_jax.command import check_writable, friendly_errors, write_atomic
+from qwen3next_jax.config import FULL, LINEAR, ModelConfig, flatten, read_json
 
 _CURVE_SPANS = 400  # in a curve; when there are more than twice as many, pairs are merged
 _MAP_SPANS = 64  # in a heat map; when there are more than twice as many, pairs are merged

@@ -9,7 +9,7 @@ import jax
 from absl import logging
 
 from qwen3next_jax.command import write_atomic
-from qwen3next_jax.config import RunConfig
+from qwen3next_jax.config import RunConfig, read_json
 from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.parallel.processes import exchange, require_shared
 
@@ -91,7 +91,7 @@ def discard_unstarted_run(config: RunConfig, workdir: pathlib.Path) -> None:
     named = [name for name in (config.data.tokenizer, config.data.chat_template) if name]
     own = any(pathlib.Path(name).resolve().is_relative_to(workdir.resolve()) for name in named)
     if path.exists() and not own:
-        before, now = json.loads(path.read_text()), config.to_dict()
+        before, now = read_json(path), config.to_dict()
         differs = before["model"]["vocab_size"] != now["model"]["vocab_size"] or any(
             before["data"].get(key) != now["data"][key] for key in _DECIDE_THE_TOKENIZER
         )
@@ -125,7 +125,7 @@ def keep_config(config: RunConfig, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     if jax.process_index() == 0:
         if has_steps(workdir):  # a run that has saved nothing may change any key
-            config.check_resumable_from(json.loads(path.read_text()))
+            config.check_resumable_from(read_json(path))
         _write_config(config, path)
     require_shared(workdir)
 
