@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import oracles
 import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
@@ -12,8 +13,11 @@ from small_run import small_config
 from qwen3next_jax.config import FULL
 from qwen3next_jax.inference import decode
 from qwen3next_jax.inference.sampling import Sampling
+from qwen3next_jax.model import moe
 from qwen3next_jax.model.cache import empty_cache
+from qwen3next_jax.ops.expert_mlp import default_implementation
 from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.parallel.context import implementations
 from qwen3next_jax.parallel.mesh import AXES
 from qwen3next_jax.training.program import make_program, new_model
 
@@ -51,6 +55,41 @@ def test_train_step_lowers_for_cuda(mesh, changes):
     text = lowered(mesh, program.step, program.state, program.batch)
     # Which XLA expands there to all rows times all experts.
     assert "chlo.ragged_dot" not in text
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "expected"),
+    [
+        ({}, 8, "products"),
+        (dict(tensor=2), 8, "blocked"),  # 128 columns, fewer than a kernel takes
+        ({}, 1, "blocked"),  # 64 rows for an expert, fewer than a kernel takes
+        (dict(expert=2), 2, "products"),
+        (dict(context=2), 2, "blocked"),
+    ],
+)
+def test_the_named_implementation_of_experts_is_the_one_that_runs(
+    mesh, rows, expected, monkeypatch
+):
+    config = oracles.small_config(
+        hidden_size=256, moe_intermediate_size=256, num_experts=4, num_experts_per_tok=2
+    )
+    sizes = {**dict.fromkeys(AXES, 1), **mesh}
+    mesh = gpus(sizes.values(), AXES)
+    taken = []
+    monkeypatch.setattr(
+        moe,
+        "expert_mlp",
+        lambda rows, weights, gate_up, down, sizes, *, block, expected_rows: (
+            taken.append(default_implementation(rows.shape[1], down.shape[1], rows.dtype, block)),
+            rows,
+        )[1],
+    )
+    layer = nnx.eval_shape(lambda: moe.SparseMoE(config, rngs=nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((rows, 128, 256), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh):
+        nnx.eval_shape(lambda layer, x: layer(x), layer, x)
+        named = implementations(config, mesh, rows=rows, tokens=128, dtype=x.dtype)
+    assert (taken, named["experts"]) == ([expected], expected)
 
 
 def test_train_step_of_large_heads_takes_the_kernels_for_hopper_gpus():

@@ -30,8 +30,8 @@ def first_step(**changes):
     params = nnx.State(
         {name: jnp.float32(rng.normal(size=(64, 32))) for name in ("embed_tokens", "lm_head")}
     )
-    optimizer, _ = make_optimizer(config.optimizer, 10, params)
-    take = step.make_train_step(nnx.graphdef(nnx.Module()), optimizer, config)
+    optimizer, schedule = make_optimizer(config.optimizer, 10, params)
+    take = step.make_train_step(nnx.graphdef(nnx.Module()), optimizer, schedule, config)
     return take, step.initial_state(params, optimizer)
 
 

@@ -12,11 +12,13 @@ def test_every_second_between_two_lines_is_spent_on_one_thing(monkeypatch):
         now[0] += seconds
         clock.spent_on(what)
 
+    spend(6, "samples")  # made up for by a run that goes on
     spend(3, "data")
     spend(20, "step")
     clock.compiled(200)
     first = clock.read(200)
     assert first["seconds/compile"] == 23
+    assert first["seconds/samples"] == 6
     assert first["tokens_per_second"] == 0  # no step but the one that compiled
     for _ in range(2):
         spend(1, "data")

@@ -34,7 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -59,7 +59,7 @@ from qwen3next_jax.ops.delta_rule import (
     gated_delta_rule_stretch,
 )
 from qwen3next_jax.ops.expert_mlp import default_implementation as default_expert_mlp
-from qwen3next_jax.ops.grouped_matmul import MOST_ROWS
+from qwen3next_jax.ops.grouped_matmul import row_alignment
 from qwen3next_jax.ops.pallas import attention_blocks
 from qwen3next_jax.ops.platform import check_implementation, platform
 from qwen3next_jax.parallel.mesh import ROWS, active_mesh, partition
@@ -211,13 +211,14 @@ def attention(
 
 
 def implementations(
-    config: ModelConfig, mesh: Mesh, tokens: int, dtype: jnp.dtype
+    config: ModelConfig, mesh: Mesh | AbstractMesh, *, rows: int, tokens: int, dtype: jnp.dtype
 ) -> dict[str, str]:
     """Determines which implementations of the ops a model uses.
 
     Args:
       config: config of the model.
       mesh: mesh on which the model runs.
+      rows: number of rows of a micro-batch.
       tokens: number of tokens of a row.
       dtype: dtype of the activations.
 
@@ -233,10 +234,12 @@ def implementations(
     }
     if LINEAR in config.mixers:
         names["delta rule"] = default_delta_rule(*sizes, dtype)
-    if config.num_experts:
-        names["experts"] = default_expert_mlp(
-            config.hidden_size, config.moe_intermediate_size, dtype, MOST_ROWS
-        )
+    if E := config.num_experts:
+        # As `SparseMoE` calls it, on a device's columns of the experts' matrices.
+        most = rows * tokens // (mesh.shape["data"] * mesh.shape["fsdp"] * ways)
+        block = row_alignment(mean=most * config.num_experts_per_tok / E, most=most)
+        width = config.moe_intermediate_size // mesh.shape["tensor"]
+        names["experts"] = default_expert_mlp(config.hidden_size, width, dtype, block)
     return names
 
 

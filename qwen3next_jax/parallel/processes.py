@@ -49,7 +49,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 _rounds = itertools.count()
 
-ShouldStop = Callable[[int], bool]
+ShouldStop = Callable[[], bool]
 
 
 @contextlib.contextmanager
@@ -73,9 +73,9 @@ def joined(
         others then end, with a message that names it.
 
     Yields:
-      A function of the number of the step just taken. It returns whether to save and stop now: once
-      any process has received SIGTERM, it returns True in all of them at the same step. Call it in
-      all processes, at every step.
+      A function that returns whether to save and stop now: once any process has received SIGTERM,
+      it returns True in all of them at the same call. Call it equally often in all processes, at
+      least once a step.
 
     Raises:
       ValueError: if the arguments do not fit together.
@@ -104,10 +104,9 @@ def joined(
         return
     with _watched(peer_timeout):
         # The coordinator forwards SIGTERM from any process to all, and picks one number at which
-        # all stop: one more than the highest that any has called with, or 1 before any call. The
-        # number counts calls instead of steps, because a resumed run starts after step 1.
+        # all stop: one more than the highest that any has called with, or 1 before any call.
         calls = itertools.count(1)
-        yield lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
 
 
 @contextlib.contextmanager
@@ -126,7 +125,7 @@ def _asked_to_stop() -> Iterator[ShouldStop]:
 
     before = {name: signal.signal(name, receive) for name in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: bool(received)
+        yield lambda: bool(received)
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)

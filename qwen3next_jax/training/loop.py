@@ -39,7 +39,7 @@ from qwen3next_jax.parallel.processes import (
 )
 from qwen3next_jax.training.diagnostics import for_all_layers
 from qwen3next_jax.training.environment import record_environment
-from qwen3next_jax.training.metrics import has_line, reporters
+from qwen3next_jax.training.metrics import names_at, reporters
 from qwen3next_jax.training.program import Program, make_program, new_model
 from qwen3next_jax.training.step import (
     TrainState,
@@ -75,7 +75,7 @@ def train(
     sample: Sample | None = None,
     suites: Evaluate | None = None,
     report: Callable[[], None] = lambda: None,
-    should_stop: ShouldStop = lambda step: False,
+    should_stop: ShouldStop = lambda: False,
 ) -> tuple[Qwen3Next, int]:
     """Trains until `config.train.num_steps`, from the work directory's last checkpoint if any.
 
@@ -92,8 +92,8 @@ def train(
       suites: from the model to more metrics; called without a mesh every `evaluation.every` steps
         and at the end. None: no suites.
       report: called in process 0 after each evaluation, checkpoint and run of the suites.
-      should_stop: whether to save and leave. Called with the step after each step, and again after
-        each slow hook. See `processes.joined`.
+      should_stop: whether to save and leave; called after each step and after each slow hook. See
+        `processes.joined`.
 
     Returns:
       The trained model, and how many steps this call took: 0 if the run was already finished.
@@ -210,7 +210,7 @@ class _Run:
             for step in range(self._start + 1, last + 1):
                 self._dispatch(step)
                 due, profiled = self._due(step), self._profile.ends_at(step)
-                now = self._poll_stop(step) or any(due) or profiled
+                now = self._poll_stop() or any(due) or profiled
                 while len(self._unsettled) > (0 if now else self._ahead):
                     self._settle(self._unsettled.popleft())
                 if profiled:
@@ -229,13 +229,7 @@ class _Run:
         rows = next(self._batches)
         self._clock.spent_on("data")
         batch = self._share.assemble(rows)
-        # Before the step is dispatched: when its metrics are read, the next step is under way, and
-        # the host would wait for that one's end.
-        logged = (
-            {"learning_rate": self._program.schedule(step - 1)} if self._is_logged(step) else {}
-        )
         self._state, metrics = self._train_step(self._state, batch)
-        metrics |= logged
         self._unsettled.append(_Dispatched(step, metrics, batch, self._batches.get_state()))
 
     def _is_logged(self, step: int) -> bool:
@@ -295,9 +289,9 @@ class _Run:
             )
         return NonFiniteLossError(f"{problem} {left}")
 
-    def _poll_stop(self, step: int) -> bool:
-        """Whether to save and leave after this step."""
-        self._stopping = self._stopping or self._hooks.should_stop(step)
+    def _poll_stop(self) -> bool:
+        """Whether to save and leave after the step under way."""
+        self._stopping = self._stopping or self._hooks.should_stop()
         return self._stopping
 
     def _due(self, step: int) -> _Due:
@@ -321,18 +315,13 @@ class _Run:
         step, folder = self._start, self._workdir
         if not step:
             return _Due()
-        evaluated, tested, written = exchange(
-            (
-                has_line(folder / "metrics.jsonl", step, "seconds/evaluation"),
-                has_line(folder / "metrics.jsonl", step, "seconds/suites"),
-                has_line(folder / "samples.jsonl", step, "text"),
-            )
-        )[0]
+        files = (folder / "metrics.jsonl", folder / "samples.jsonl")
+        measured, sampled = exchange([sorted(names_at(file, step)) for file in files])[0]
         due = self._due(step)
         return _Due(
-            evaluate=due.evaluate and not evaluated,
-            suites=due.suites and not tested,
-            sample=due.sample and not written,
+            evaluate=due.evaluate and "seconds/evaluation" not in measured,
+            suites=due.suites and "seconds/suites" not in measured,
+            sample=due.sample and "text" not in sampled,
         )
 
     def _evaluate_and_save(self, step: int, due: _Due) -> None:
@@ -355,17 +344,17 @@ class _Run:
                 scores = hooks.evaluate(self._model())
             if scores:
                 self._writer.write(step, scores | self._clock.taken("evaluation"))
-            if due.save or self._poll_stop(step):
+            if due.save or self._poll_stop():
                 self._save(step, scores)
-            if hooks.suites and due.suites and not self._poll_stop(step):
+            if hooks.suites and due.suites and not self._poll_stop():
                 with no_mesh():  # suites set the mesh themselves if they need it
                     tested = hooks.suites(self._model())
                 self._writer.write(step, tested | self._clock.taken("suites"))
-            if hooks.sample and due.sample and not self._poll_stop(step):
+            if hooks.sample and due.sample and not self._poll_stop():
                 with no_mesh():  # a few rows of text cannot be sharded over the mesh
                     self._writer.write_samples(step, hooks.sample(self._model()))
                 self._clock.spent_on("samples")
-            if step != self._saved and self._poll_stop(step):
+            if step != self._saved and self._poll_stop():
                 self._save(step, scores)
         except Exception:
             # Save the step all the same; but not with several processes, since all must take part
@@ -480,9 +469,15 @@ def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
         logging.info(
             "Where the training state lies:\n%s", describe_layout(named_leaves(state), mesh.shape)
         )
-    compute = config.precision.compute
-    tokens, dtype = config.train.sequence_length, jnp.dtype(compute)
-    used = {**implementations(config.model, mesh, tokens, dtype), "compute": compute}
+    t, compute = config.train, config.precision.compute
+    used = implementations(
+        config.model,
+        mesh,
+        rows=t.global_batch_size // t.gradient_accumulation_steps,
+        tokens=t.sequence_length,
+        dtype=jnp.dtype(compute),
+    )
+    used["compute"] = compute
     logging.info("Implementations: %s", "; ".join(f"{of}: {name}" for of, name in used.items()))
 
 

@@ -49,7 +49,6 @@ def loss(
     chunk: int = 512,
     counts: TokenCounts | None = None,
     earlier_assignments: Float[Array, "L E"] | None = None,
-    router_share: float = 1.0,
     observe: bool = False,
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The loss of one batch or micro-batch, and its terms.
@@ -65,11 +64,10 @@ def loss(
       z_weight: weight of router_z_loss.
       balance_scope: "global", "micro_batch" or "sequence".
       chunk: positions of a row whose logits are materialised at a time.
-      counts: number of labels in the whole step, if the batch is one of several micro-batches;
-        None: those of the batch.
+      counts: number of labels in each mean, if the batch is one of several micro-batches: of a
+        micro-batch on average, so that the mean over all is the step's. None: those of the batch.
       earlier_assignments: assignments to each expert of each layer in this step's earlier
         micro-batches.
-      router_share: factor on the router's losses, 1 / the number of micro-batches.
       observe: whether to add `observed` to the metrics, the layers' statistics with the MTP
         module's last.
 
@@ -123,8 +121,7 @@ def loss(
     if stats is not None:
         balance, assignments = _balance_loss(stats, balance_scope, earlier_assignments)
         z_loss = (stats.squared_lse.sum(1) / _or_one(stats.tokens.sum(1))).mean()
-        router = model.config.router_aux_loss_coef * balance + z_weight * z_loss
-        value += router_share * router
+        value += model.config.router_aux_loss_coef * balance + z_weight * z_loss
         metrics |= {"balance_loss": balance, "router_z_loss": z_loss, "assignments": assignments}
         metrics["dropped_assignments"] = stats.dropped.sum()
         if observed is not None:

@@ -154,10 +154,10 @@ class Progress:
             self._bar.close()
 
 
-def has_line(path: pathlib.Path, step: int, name: str) -> bool:
-    """Whether a file of JSON lines has a line of this step with a value of this name."""
+def names_at(path: pathlib.Path, step: int) -> set[str]:
+    """The names of all values of a step in a file of JSON lines; of none if there is no file."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return any(_step(line) == step and name in json.loads(line) for line in lines)
+    return {name for line in lines if _step(line) == step for name in json.loads(line)}
 
 
 def _open_truncated(path: pathlib.Path, last_step: int) -> TextIO:

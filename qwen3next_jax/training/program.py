@@ -27,7 +27,6 @@ class Program(NamedTuple):
 
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
     state: TrainState  # shapes, dtypes and shardings
     batch: dict[str, jax.ShapeDtypeStruct]  # shapes, dtypes and shardings
     step: Any  # jitted `make_train_step`, which donates the state
@@ -53,12 +52,12 @@ def make_program(config: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         zero_centered_norm=config.model.zero_centered_norm,
     )
     step = jax.jit(
-        make_train_step(graph, optimizer, config),
+        make_train_step(graph, optimizer, schedule, config),
         donate_argnums=0,
         compiler_options=COMPILER_OPTIONS,
     )
     state = place_state(jax.eval_shape(lambda p: initial_state(p, optimizer), params), mesh)
-    return Program(graph, optimizer, schedule, state, _abstract_batch(config, mesh), step)
+    return Program(graph, optimizer, state, _abstract_batch(config, mesh), step)
 
 
 def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -93,7 +92,8 @@ def place_state(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
     shapes = {name: x.shape for name, x in named_leaves(state.params)}
 
     def place(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        owner = next((p for p in by_name if name.endswith("/" + p) and shapes[p] == x.shape), None)
+        owners = [p for p in by_name if name.endswith("/" + p) and shapes[p] == x.shape]
+        owner = max(owners, key=len, default=None)  # "mtp/norm/weight" before "norm/weight"
         sharding = everywhere if owner is None else by_name[owner]
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 

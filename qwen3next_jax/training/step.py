@@ -1,9 +1,9 @@
 """One optimizer step as a pure function: gradients over micro-batches, update, metrics.
 
-Cross-entropy terms are sums over the step's labels divided by their number in the whole step, so
-any number of micro-batches gives the update of the one big batch. The balance loss is not a sum
-over tokens: with scope "global" each micro-batch is balanced against the loads of the step so far,
-its own included, and the terms are averaged.
+The losses of a step's micro-batches are averaged. Their cross-entropy terms are sums over labels,
+divided by how many a micro-batch has on average rather than by its own number, so any number of
+micro-batches gives the update of the one big batch. The balance loss is not a sum over tokens: with
+scope "global" each micro-batch is balanced against the loads of the step so far, its own included.
 
 A step is halted, that is, it changes no parameter, if its loss or gradient is not finite, or if
 assignments were dropped and `mesh.on_overflow` is "error". All later steps are halted as well: the
@@ -55,7 +55,8 @@ def make_gradients(
     micro_batches = config.train.gradient_accumulation_steps
 
     def micro_loss(params, micro_batch, counts, earlier):
-        return loss(
+        """The micro-batch's part of the step's loss; and its metrics, with its own loss."""
+        value, metrics = loss(
             nnx.merge(graph, params),
             micro_batch,
             mtp_weight=config.train.mtp_loss_weight,
@@ -64,20 +65,18 @@ def make_gradients(
             chunk=config.train.loss_chunk,
             counts=counts,
             earlier_assignments=earlier,
-            router_share=1 / micro_batches,
             observe=config.train.diagnostics,
         )
+        return value / micro_batches, {**metrics, "loss": value}
 
     def micro_gradients(params, micro_batch, counts, earlier):
         """Gradients, the assignments so far (None without experts), and metrics."""
-        (value, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
-            params, micro_batch, counts, earlier
-        )
+        grads, metrics = jax.grad(micro_loss, has_aux=True)(params, micro_batch, counts, earlier)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return grads, metrics.pop("assignments", None), {**metrics, "loss": value}
+        return grads, metrics.pop("assignments", None), metrics
 
     def accumulated(params, batch, counts):
-        """Gradients, assignments and metrics, summed over the micro-batches of a step."""
+        """Gradients, assignments and metrics of a step, over its micro-batches."""
         # Micro-batch i has rows i, i + n, i + 2n, ...: then each device has rows of every
         # micro-batch already, and none is sent to another device.
         split = jax.tree.map(
@@ -96,12 +95,12 @@ def make_gradients(
         observed = metrics.pop("observed", None)
         combined = {} if observed is None else {"observed": combine_parts(observed)}
         for name, x in metrics.items():
-            # Cross-entropy terms add up to those of the step; the router's losses are averaged.
-            combined[name] = x.mean() if name in ("balance_loss", "router_z_loss") else x.sum()
+            combined[name] = x.sum() if name == "dropped_assignments" else x.mean()
         return grads, assignments, combined
 
     def gradients(params, batch):
         counts = count_labels(batch, config.model.mtp_steps)
+        counts = jax.tree.map(lambda n: n / micro_batches, counts)
         if micro_batches == 1:
             grads, assignments, metrics = micro_gradients(params, batch, counts, None)
         else:
@@ -121,12 +120,20 @@ def make_gradients(
 
 
 def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, config: RunConfig
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: RunConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Returns the step: from a state and a batch to the next state and metrics.
 
-    The metrics are those of `make_gradients`, grad_norm (before clipping), halted and, with
-    `train.diagnostics`, those of `diagnostics.update_ratios`.
+    The metrics are those of `make_gradients`, grad_norm (before clipping), learning_rate, halted
+    and, with `train.diagnostics`, those of `diagnostics.update_ratios`.
+
+    Args:
+      graph: the model's structure.
+      optimizer, schedule: what `make_optimizer` returns.
+      config: the run's config.
     """
     gradients = make_gradients(graph, config)
 
@@ -149,8 +156,12 @@ def make_train_step(
             (state.step + 1, params),
             (state.step, state.params),
         )
-        state = TrainState(step, halted, params, opt_state)
-        return state, {**metrics, "grad_norm": grad_norm, "halted": halted}
+        metrics |= {
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step),
+            "halted": halted,
+        }
+        return TrainState(step, halted, params, opt_state), metrics
 
     return train_step
 
