@@ -187,7 +187,8 @@ class Qwen3Next(nnx.Module):
             unroll = _MOST_UNROLLED if platform() == "cpu" else 1
             x, by_group = jax.lax.scan(functools.partial(run, graphs), x, params, unroll=unroll)
         # [groups, layers of a group that have it, ...] → [layers that have it, ...]
-        stats, seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), by_group)
+        seen = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), by_group)
+        stats = seen.pop("router", None)
         if observed is not None:
             observed.update(seen)
         return self.norm(x), stats
@@ -283,17 +284,13 @@ class Qwen3Next(nnx.Module):
           options: segment_ids, positions and observing, for `_run_alike`.
 
         Returns:
-          The group's output; and the layers' router statistics, None without experts, with their
-          observed statistics.
+          The group's output; and its layers' statistics as `_run_alike` returns them.
         """
-        all_stats, all_seen = [], []
+        parts = []
         for graph, layers in zip(graphs, params, strict=True):
-            x, stats, seen = self._run_alike(graph, layers, x, **options)
-            all_seen.append(seen)
-            if stats is not None:
-                all_stats.append(stats)
-        joined = jax.tree.map(lambda *s: jnp.concatenate(s), *all_stats) if all_stats else None
-        return x, (joined, concatenate_layers(all_seen))
+            x, seen = self._run_alike(graph, layers, x, **options)
+            parts.append(seen)
+        return x, concatenate_layers(parts)
 
     def _run_alike(self, graph, params, x, *, segment_ids, positions, observing):
         """Runs neighbouring layers that have the same graph definition.
@@ -305,29 +302,28 @@ class Qwen3Next(nnx.Module):
           observing: whether to collect statistics.
 
         Returns:
-          The last layer's output; the layers' router statistics, stacked, None without experts;
-          their observed statistics, stacked, {} unless `observing`.
+          The last layer's output; and the layers' statistics, each stacked: with experts the
+          router's, as "router", and if `observing` the observed ones.
         """
 
         def run(x, params):
             layer = nnx.merge(graph, params)
             seen: Observed | None = {} if observing else None
             x, stats, _ = layer(x, segment_ids=segment_ids, positions=positions, observed=seen)
-            return x, (stats, seen or {})
+            return x, (seen or {}) | ({} if stats is None else {"router": stats})
 
         if self.remat == "none":
             by_layer = []
             for layer_params in params:
                 x, of_layer = run(x, layer_params)
                 by_layer.append(of_layer)
-            return x, *jax.tree.map(lambda *s: jnp.stack(s), *by_layer)
+            return x, jax.tree.map(lambda *s: jnp.stack(s), *by_layer)
         # The scan compiles one layer for all of them. `checkpoint` inserts optimization barriers,
         # which delay a layer's recomputation until the backward pass reaches it; without them the
         # TPU compiler's scheduler recomputes a whole group before it uses any of it.
         kept = (KEPT,) if self.remat == "layer_but_attention" else ()
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
-        x, (stats, seen) = jax.lax.scan(jax.checkpoint(run, policy=policy), x, params)
-        return x, stats, seen
+        return jax.lax.scan(jax.checkpoint(run, policy=policy), x, params)
 
 
 def _split_groups(stacked: _Group) -> list[_Group]:

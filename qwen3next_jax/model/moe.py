@@ -10,7 +10,6 @@ On a mesh each device routes and sorts its own tokens, which are then sent to th
 experts' matrices are gathered. The shared expert depends on none of that.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -174,35 +173,33 @@ class SparseMoE(nnx.Module):
         return y.reshape(x.shape), stats
 
     def _sharded(self, mesh, x, segment_ids, *params):
-        def spec(*axes, of):
-            return partition("mlp", axes, of.shape, mesh.shape)
+        def spec(axes, shape):
+            return partition("mlp", axes, shape, mesh.shape)
 
-        row, rows = spec("batch", of=x[:, 0, 0]), spec("batch", "tokens", of=segment_ids)
-        specs = tuple(
-            spec(*param.axes, of=param[...])
+        row, rows = spec(("batch",), x.shape[:1]), spec(("batch", "tokens"), x.shape[:2])
+        specs = [
+            spec(param.axes, param.shape)
             for param in (self.router, self.gate_up_proj, self.down_proj)
-        )
-        stats_specs = RouterStats._make((row, row, row, row, row, BATCH))
+        ]
+
+        def local(x, segment_ids, router, gate_up, down):
+            """On a device's tokens and its shards of the parameters."""
+            router = gather_slices(router.astype(jnp.float32), specs[0])
+            gate_up = gather_slices(gate_up.astype(x.dtype), specs[1], keep=("expert",))
+            down = gather_slices(down.astype(x.dtype), specs[2], keep=("expert",))
+            ways = jax.lax.axis_size("expert")
+            y, stats = self._apply(x, segment_ids, router, gate_up, down, ways=ways)
+            # Each device along `tensor` holds partial sums of y, over its columns of the experts.
+            y = sum_columns(y)
+            of_rows = jax.tree.map(lambda s: jax.lax.psum(s, "context"), stats)
+            return y, of_rows._replace(dropped=stats.dropped)  # each device has its own
+
         return jax.shard_map(
-            functools.partial(self._shard_body, specs=specs),
+            local,
             in_specs=(rows, rows, *specs),
-            out_specs=(rows, stats_specs),
+            out_specs=(rows, RouterStats(row, row, row, row, row, dropped=BATCH)),
             check_vma=False,
         )(x, segment_ids, *params)
-
-    def _shard_body(self, x, segment_ids, *params, specs):
-        """Runs inside `shard_map`, on a device's tokens and its shards of the parameters."""
-        router = gather_slices(params[0].astype(jnp.float32), specs[0])
-        gate_up, down = (
-            gather_slices(w.astype(x.dtype), spec, keep=("expert",))
-            for w, spec in zip(params[1:], specs[1:], strict=True)
-        )
-        ways = jax.lax.axis_size("expert")
-        y, stats = self._apply(x, segment_ids, router, gate_up, down, ways=ways)
-        # Each device along `tensor` holds partial sums of y, over its columns of the experts.
-        y = sum_columns(y)
-        of_rows = jax.tree.map(lambda s: jax.lax.psum(s, "context"), stats)
-        return y, of_rows._replace(dropped=stats.dropped)  # each device has its own
 
     def _route(self, x, segment_ids, router):
         E, A = self.config.num_experts, self.config.num_experts_per_tok

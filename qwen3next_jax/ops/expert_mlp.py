@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.ops.grouped_matmul import MOST_ROWS, grouped_matmul, groups_of_blocks
-from qwen3next_jax.ops.grouped_matmul import default_implementation as product
+from qwen3next_jax.ops.grouped_matmul import default_implementation as default_grouped_matmul
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile
 from qwen3next_jax.ops.pallas.expert_mlp import expert_mlp as by_kernel
 from qwen3next_jax.ops.platform import check_implementation, platform
@@ -51,7 +51,9 @@ def default_implementation(size: int, width: int, dtype: jnp.dtype, block: int) 
     """
     if platform() == "tpu":
         return "pallas" if can_compile(size, width, dtype) else "products"
-    return "products" if product(size, width, dtype, block) == "hopper" else "blocked"
+    return (
+        "products" if default_grouped_matmul(size, width, dtype, block) == "hopper" else "blocked"
+    )
 
 
 def expert_mlp(
@@ -124,27 +126,28 @@ def _blocked(rows, weights, gate_up, down, group_sizes, block, lengths):
     if block == 1 and platform() == "cpu":  # gradients need blocks
         return _row_by_row(rows, weights, gate_up, down, group_sizes)
 
-    def visit(at, out):
-        gate, up = _gate_and_up(at.rows(out), gate_up, at)
-        hidden = _between(gate, up, at.rows(weights)).astype(rows.dtype)
-        return at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
-
     plan = _plan(group_sizes, len(rows), block, lengths)
-    return _visit_all(visit, rows, plan, block, lengths)
+    return _forward(rows, weights, gate_up, down, plan, block, lengths)[0]
 
 
 def _blocked_forward(rows, weights, gate_up, down, group_sizes, block, lengths):
-    def visit(at, carry):
-        out, gates, ups = carry
-        gate, up = _gate_and_up(at.rows(out), gate_up, at)
-        hidden = _between(gate, up, at.rows(weights)).astype(rows.dtype)
-        out = at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
-        return out, at.put(gates, gate), at.put(ups, up)
-
-    kept = jnp.zeros((len(rows), gate_up.shape[3]), rows.dtype)
     plan = _plan(group_sizes, len(rows), block, lengths)
-    out, *kept = _visit_all(visit, (rows, kept, kept), plan, block, lengths)
+    keep = [jnp.zeros((len(rows), gate_up.shape[3]), rows.dtype)] * 2
+    out, *kept = _forward(rows, weights, gate_up, down, plan, block, lengths, keep)
     return out, (rows, weights, gate_up, down, plan, kept)
+
+
+def _forward(rows, weights, gate_up, down, plan, block, lengths, keep=()):
+    """Returns the results, and `keep`, two arrays [R, F] if given, with gates and ups in them."""
+
+    def visit(at, carry):
+        out, *kept = carry
+        both = _gate_and_up(at.rows(out), gate_up, at)
+        hidden = _between(*both, at.rows(weights)).astype(rows.dtype)
+        out = at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
+        return out, *map(at.put, kept, both)
+
+    return _visit_all(visit, (rows, *keep), plan, block, lengths)
 
 
 def _blocked_backward(block, lengths, residuals, d_out):
@@ -219,7 +222,7 @@ def _sum_of(summands):
 
 def _gate_and_up(x, gate_up, at):
     """Two products, because a single one would have to concatenate the matrices in each visit."""
-    return (_product("zrd,zdf->zrf", x, at.experts(gate_up, j)) for j in range(2))
+    return [_product("zrd,zdf->zrf", x, at.experts(gate_up, j)) for j in range(2)]
 
 
 @dataclasses.dataclass

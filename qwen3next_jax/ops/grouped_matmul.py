@@ -145,11 +145,11 @@ def _pallas_forward(rows, weights, group_sizes):
 
 def _pallas_backward(residuals, d_out):
     rows, weights, group_sizes = residuals
-    d_rows = _gmm(d_out.astype(rows.dtype), weights, group_sizes, transpose_rhs=True)
+    d_rows = _gmm(d_out, weights, group_sizes, transpose_rhs=True)
     d_weights = tgmm(
         _whole_tiles(rows).T,
-        _whole_tiles(d_out.astype(rows.dtype)),
-        group_sizes.astype(jnp.int32),
+        _whole_tiles(d_out),
+        group_sizes,
         weights.dtype,
         _tiling(rows.shape[1], weights.shape[2]),
         interpret=platform() == "cpu",
@@ -165,7 +165,7 @@ def _gmm(rows, weights, group_sizes, *, transpose_rhs=False):
     out = gmm(
         _whole_tiles(rows),
         weights,
-        group_sizes.astype(jnp.int32),
+        group_sizes,
         rows.dtype,
         _tiling(inner, outer),
         transpose_rhs=transpose_rhs,
