@@ -144,12 +144,10 @@ class CheckpointStore:
             self._manager.delete(later)
         arrays = {name: jnp.asarray(x) for name, x in named_leaves(state)}
         self._raise_limit(arrays.values())
-        sums = _checksums(arrays)
-        entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
-        index = {"arrays": entries, "extras": dict(extras), "metric": metric}
+        index = _signed_index(arrays, _checksums(arrays), extras, metric)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(arrays, save_args=_save_args(arrays)),
-            index=ocp.args.JsonSave({**index, "sha256": _sha256(index)}),
+            index=ocp.args.JsonSave(index),
         )
         with self._failures_told():
             self._manager.save(step, args=items, force=True)
@@ -502,10 +500,8 @@ def save_streamed(
         )
         with _full_disk_told("nothing of it is kept", directory):
             manager.save(step, args=items, force=True)
-    entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
-    index = {"arrays": entries, "extras": dict(extras)}
     path = directory / str(step) / "index" / "metadata"
-    path.write_text(json.dumps({**index, "sha256": _sha256(index)}))
+    path.write_text(json.dumps(_signed_index(arrays, sums, extras)))
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
@@ -608,14 +604,24 @@ def _differences(
 
 def _best_first(steps: Iterable[int], metric: Callable[[int], float | None]) -> list[int]:
     """The steps that have a finite metric, the lowest first."""
-    metrics = ((metric(step), step) for step in steps)
-    return [
-        step for x, step in sorted((x, s) for x, s in metrics if x is not None and math.isfinite(x))
-    ]
+    scored = [(x, s) for s in steps if (x := metric(s)) is not None and math.isfinite(x)]
+    return [step for _, step in sorted(scored)]
 
 
 def _first_line(name: str, error: Exception) -> str:
     return f"{name}: {str(error).partition(chr(10))[0]}"
+
+
+def _signed_index(
+    arrays: Mapping[str, Any],
+    sums: Mapping[str, int],
+    extras: Mapping[str, Any],
+    metric: float | None = None,
+) -> dict[str, Any]:
+    """The index of a step with these arrays, their checksums and extras; and a hash of it."""
+    entries = {name: [list(x.shape), x.dtype.name, sums[name]] for name, x in arrays.items()}
+    index = {"arrays": entries, "extras": dict(extras), "metric": metric}
+    return {**index, "sha256": _sha256(index)}
 
 
 def _sha256(index: Mapping[str, Any]) -> str:

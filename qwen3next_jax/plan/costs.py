@@ -316,17 +316,16 @@ def communication(
     """Bytes that a device sends or receives in a step, whichever is more, by purpose."""
     c, tokens = config.model, _tokens_per_device(config, sizes)
     width = jnp.dtype(config.precision.compute).itemsize
-    micro_batches = config.train.gradient_accumulation_steps
     passes = 3 if config.train.remat != "none" else 2  # forward, recomputation, backward
     sent: dict[str, float] = defaultdict(float)
     for p in params:
         used = p.size / _ways_in_use(p, sizes)
         if used > p.own:
             gathers = passes - 1 if _stacked(p) else 1
-            sent["parameters gathered"] += micro_batches * gathers * used * width
-            sent["gradients scattered"] += micro_batches * used * width
+            sent["parameters gathered"] += gathers * used * width
+            sent["gradients scattered"] += used * width
         if sizes["data"] > 1:
-            sent["gradients over data"] += micro_batches * p.own * 4
+            sent["gradients over data"] += p.own * 4
     sparse = sum(sparse for _, sparse in c.layers)
     if sizes["expert"] > 1:
         each = tokens * c.num_experts_per_tok * c.hidden_size * width
@@ -334,10 +333,10 @@ def communication(
         # Each pass has dispatch and combine, except that recomputation needs no combine.
         trips = sparse * (2 * passes - (passes == 3))
         trips += 4 * c.mtp_steps * c.mtp_layer[1]
-        sent["tokens to experts and back"] += micro_batches * away * each * trips
+        sent["tokens to experts and back"] += away * each * trips
     if sizes["tensor"] > 1:
         sums = 2 * tokens * c.hidden_size * width
-        sent["sums over tensor"] += micro_batches * passes * c.num_hidden_layers * sums
+        sent["sums over tensor"] += passes * c.num_hidden_layers * sums
     if sizes["context"] > 1:
         heads, kv_heads = (
             max(n // sizes["tensor"], 1) for n in (c.num_attention_heads, c.num_key_value_heads)
@@ -347,18 +346,19 @@ def communication(
         rounds = passes - (config.train.remat == "layer_but_attention")
         # In the backward pass the float32 gradients of keys and values go around the ring as well.
         around = sizes["context"] * keys * (rounds + 4 / width)
-        sent["keys and values around the ring"] += micro_batches * full * around
+        sent["keys and values around the ring"] += full * around
         # Queries, keys and values are dealt out anew for attention, and outputs given back, which
         # recomputation may spare.
         dealt = passes * (keys + queries) - (passes - rounds) * queries / 2
-        sent["tokens dealt out for attention"] += micro_batches * full * dealt
+        sent["tokens dealt out for attention"] += full * dealt
         state = 4 * c.linear_num_value_heads // sizes["tensor"] * c.linear_key_head_dim
         state *= c.linear_key_head_dim + c.linear_value_head_dim
         rows = max(1, tokens * sizes["context"] // config.train.sequence_length)
         steps = 1 + math.ceil(math.log2(max(sizes["context"] - 1, 1)))
-        delta_layers = len(c.mixers) - full + c.mtp_steps
-        sent["delta states"] += micro_batches * delta_layers * passes * (steps * rows * state)
-    return dict(sent)
+        delta_layers = sum(mixer == LINEAR for mixer in c.mixers)
+        sent["delta states"] += delta_layers * passes * (steps * rows * state)
+    micro_batches = config.train.gradient_accumulation_steps
+    return {purpose: micro_batches * n for purpose, n in sent.items()}
 
 
 def serving_bytes(config: ModelConfig) -> tuple[int, int]:
