@@ -79,6 +79,7 @@ class GatedAttention(nnx.Module):
             there is a cache and no positions.
         """
         check_hidden("x", x, self.config.hidden_size, segment_ids=segment_ids, positions=positions)
+        x = jnp.asarray(x)
         B, T, _ = x.shape
         if positions is None:
             if cache is not None:
@@ -104,7 +105,7 @@ class GatedAttention(nnx.Module):
         out = out.astype(x.dtype)
         if self.gate_proj is not None:
             gate = jax.nn.sigmoid(projected(self.gate_proj).astype(jnp.float32))
-            out = (out * gate).astype(x.dtype)
+            out = (out.astype(jnp.float32) * gate).astype(x.dtype)
             if observed is not None:
                 observed["output_gate"] = token_mean(gate.mean((2, 3)), segment_ids)
         y = project(out, all_gathered(self.o_proj, x.dtype), over=2)

@@ -97,6 +97,7 @@ class GatedDeltaNet(nnx.Module):
           ValueError: x is not a float array [B, T, D], or segment_ids or positions are not [B, T].
         """
         check_hidden("x", x, self.q_proj.shape[0], segment_ids=segment_ids, positions=positions)
+        x = jnp.asarray(x)
         B, T, _ = x.shape
 
         def projected(w, into=None):

@@ -36,6 +36,8 @@ def weight(
       axes: logical name and size of each axis, in order. To use a name twice, append two
         underscores and a suffix, which are removed from the logical name.
     """
+    if not isinstance(rngs, nnx.Rngs | nnx.RngStream | None):
+        raise ValueError(f"rngs is a {type(rngs).__name__}; give flax.nnx.Rngs(seed)")
     names = tuple(name.split("__")[0] for name in axes)
     key = None if rngs is None else rngs.params()
     return nnx.Param(init(key, tuple(axes.values())).astype(dtype), axes=names)
@@ -115,10 +117,12 @@ class RMSNorm(nnx.Module):
         Raises:
           ValueError: x is not of floats, or its last axis of another size.
         """
-        size = self.weight.shape[0]
+        x, size = jnp.asarray(x), self.weight.shape[0]
         if x.shape[-1:] != (size,) or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x is {x.dtype}{list(x.shape)}; expected floats [..., {size}]")
-        scale = self.weight[...].astype(jnp.float32) + self.zero_centered
+        scale = self.weight[...].astype(jnp.float32)
+        if self.zero_centered:
+            scale += 1
         # An explicit broadcast, whose transpose is one sum over all leading axes. The broadcast
         # implied by `*` leaves axes of size 1 out of that sum, which takes XLA:CPU 20 times as
         # long.

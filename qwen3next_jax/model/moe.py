@@ -125,7 +125,7 @@ class SparseMoE(nnx.Module):
             gate_row = all_gathered(self.shared_expert_gate, jnp.float32)
             logit = jnp.dot(x.astype(jnp.float32), gate_row, precision=_router_precision())
             gate = jax.nn.sigmoid(logit)
-            y += (gate[..., None] * self.shared_expert(x)).astype(x.dtype)
+            y += (gate[..., None] * self.shared_expert(x).astype(jnp.float32)).astype(x.dtype)
             if observed is not None:
                 observed["shared_gate"] = token_mean(gate, segment_ids)
         return y, stats
@@ -208,7 +208,7 @@ class SparseMoE(nnx.Module):
         probabilities = jax.nn.softmax(logits)
         experts = jax.lax.top_k(jax.lax.stop_gradient(probabilities), A)[1]
         # A mask rather than a gather, whose gradient would be a scatter.
-        chosen = experts[..., None] == jnp.arange(E)
+        chosen = (experts[..., None] == jnp.arange(E)).astype(jnp.float32)
         weights = (probabilities[:, :, None] * chosen).sum(-1)
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdims=True)

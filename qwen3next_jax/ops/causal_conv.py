@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.cpu import once
 from qwen3next_jax.ops.pallas import causal_conv as kernels
 from qwen3next_jax.ops.platform import check_implementation, platform
-from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats
+from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats, require_tokens
 
 
 def default_implementation(taps: int, channels: tuple[int, ...]) -> str:
@@ -47,25 +47,29 @@ def causal_conv(
       Outputs in x's dtype; sums and activation are computed in float32.
 
     Raises:
-      ValueError: if shapes do not match, arrays are not of floats, the activation is unknown, or
-        the implementation is unknown or does not support this platform or these arrays.
+      ValueError: if shapes do not match, x has no tokens, arrays are not of floats, the activation
+        is unknown, or the implementation is unknown or does not support this platform or these
+        arrays.
     """
     if getattr(x, "ndim", 0) < 3:
         raise ValueError(
             f"x is of shape {list(getattr(x, 'shape', ()))}; expected an array [B, T, channels...]"
         )
+    require_tokens(*x.shape[:2])
+    check_shape("kernel", kernel, "W", *x.shape[2:])
     W = kernel.shape[0]
-    check_shape("kernel", kernel, W, *x.shape[2:])
+    if not W:
+        raise ValueError("The kernel has 0 taps; expected at least 1")
     require_floats(x=x, kernel=kernel)
     check_rows(x.shape[:2], segment_ids=segment_ids)
     if activation not in (None, "silu"):
         raise ValueError(f"{activation=} is unknown; expected 'silu' or None")
-    if tail is not None and tail.shape[1] != W - 1:
-        raise ValueError(
-            f"The tail holds {tail.shape[1]} inputs; a kernel of {W} taps needs {W - 1}"
-        )
     if tail is not None:
-        check_shape("tail", tail, x.shape[0], W - 1, *x.shape[2:])
+        check_shape("tail", tail, x.shape[0], "W - 1", *x.shape[2:])
+        if tail.shape[1] != W - 1:
+            raise ValueError(
+                f"The tail holds {tail.shape[1]} inputs; a kernel of {W} taps needs {W - 1}"
+            )
     if implementation is None:
         implementation = default_implementation(W, kernel.shape[1:]) if tail is None else "shifted"
     check_implementation(implementation, "shifted", "pallas")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.cpu import row_max, row_sum
-from qwen3next_jax.ops.shapes import check_hidden, check_shape, require_tokens
+from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats, require_tokens
 
 
 def cross_entropy(
@@ -40,12 +40,16 @@ def cross_entropy(
       in nats, without gradient. Both float32.
 
     Raises:
-      ValueError: if the shapes do not match, hidden is not of a float dtype or holds no token, or
-        chunk is less than 1.
+      ValueError: if the shapes do not match, hidden or head is not of a float dtype, hidden holds
+        no token, or chunk is less than 1.
     """
     check_shape("head", head, "D", "V")
-    check_hidden("hidden", hidden, head.shape[0], targets=targets)
-    check_shape("weights", weights, *hidden.shape[:2])
+    check_shape("hidden", hidden, "B", "T", head.shape[0])
+    B, T, _ = hidden.shape
+    require_tokens(B, T)
+    require_floats(hidden=hidden, head=head)
+    check_rows((B, T), targets=targets)
+    check_shape("weights", weights, B, T)
     total, losses = _cross_entropy(hidden, head, targets, weights, chunk)
     return total, jax.lax.stop_gradient(losses)
 

@@ -49,7 +49,13 @@ from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
 from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
-from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats, require_tokens
+from qwen3next_jax.ops.shapes import (
+    check_rows,
+    check_shape,
+    refuse_explicit,
+    require_floats,
+    require_tokens,
+)
 
 _BLOCK = 16  # size of the diagonal blocks of L that are inverted row by row, then merged
 # Products inside a chunk, on which the inverse and the gradients of exponents depend, need more
@@ -103,9 +109,8 @@ def gated_delta_rule(
 
     Source: Yang et al., Gated Delta Networks, arXiv:2412.06464.
     """
-    before = jnp.zeros(len(q), jnp.int32)
     arrays = q, k, v, log_decay, beta
-    return _apply(arrays, segment_ids, initial_state, before, implementation=implementation)
+    return _apply(arrays, segment_ids, initial_state, implementation=implementation)
 
 
 Scan = Callable[..., Any]
@@ -137,22 +142,27 @@ def gated_delta_rule_stretch(
     Returns:
       Outputs of this stretch in v's dtype, and the state after it in float32.
     """
-    if segment_ids is None:
-        before = jnp.zeros(len(q), jnp.int32)
-    else:
+    before = None
+    if segment_ids is not None:
         # The incoming state is that of the last document that has a token before this stretch.
         last = _spread_over_padding(segment_ids, jnp.zeros(len(q), jnp.int32))[:, -1]
         before = scan(lambda earlier, later: jnp.where(later == 0, earlier, later), last)
     arrays = q, k, v, log_decay, beta
     return _apply(
-        arrays, segment_ids, initial_state, before, implementation=implementation, scan=scan
+        arrays,
+        segment_ids,
+        initial_state,
+        before=before,
+        implementation=implementation,
+        scan=scan,
     )
 
 
-def _apply(arrays, segment_ids, initial_state, before, *, implementation, scan=None):
+def _apply(arrays, segment_ids, initial_state, *, implementation, before=None, scan=None):
     """Checks and masks the arguments of an implementation and runs it in float32.
 
-    `before` [B] is the segment id of the document that the incoming state belongs to; 0: none.
+    `before` [B] is the segment id of the document that the incoming state belongs to; 0 or None:
+    none.
     """
     q, k, v, log_decay, beta = arrays
     implementations = {
@@ -161,9 +171,6 @@ def _apply(arrays, segment_ids, initial_state, before, *, implementation, scan=N
         "hopper": _by_hopper,
         "reference": _recurrent,
     }
-    if implementation is None:
-        implementation = default_implementation(k.shape[-1], v.shape[-1], v.dtype)
-    check_implementation(implementation, *implementations)
     check_shape("q", q, "B", "T", "K", "H")
     B, T, K, H = q.shape
     require_tokens(B, T)
@@ -176,9 +183,16 @@ def _apply(arrays, segment_ids, initial_state, before, *, implementation, scan=N
     check_rows((B, T), segment_ids=segment_ids)
     if initial_state is not None:
         check_shape("initial_state", initial_state, B, N, H, P)
+        require_floats(initial_state=initial_state)
     if N % K:
         raise ValueError(f"{N} value heads are not divisible by {K} key heads")
+    refuse_explicit(jax.typeof(q).sharding.mesh)
+    if implementation is None:
+        implementation = default_implementation(H, P, v.dtype)
+    check_implementation(implementation, *implementations)
 
+    if before is None:
+        before = jnp.zeros(B, jnp.int32)
     real = None
     if segment_ids is None:
         segments = jnp.zeros((B, T), jnp.int32)

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import grouped_hopper
 from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
-from qwen3next_jax.ops.shapes import check_rows, check_shape
+from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats
 
 MOST_ROWS = 128  # largest block, except on GPUs without kernels
 # Groups of up to this many rows on average are multiplied row by row on a CPU (`expert_mlp`). For
@@ -91,9 +91,9 @@ def grouped_matmul(
       Products in rows' dtype, accumulated in float32.
 
     Raises:
-      ValueError: for arrays of other shapes, an unknown implementation, a number of rows that
-        "blocked" cannot split into blocks, or a platform, block or matrices that "hopper" does not
-        support.
+      ValueError: for arrays of other shapes or not of floats, an unknown implementation, a number
+        of rows that "blocked" cannot split into blocks, or a platform, block or matrices that
+        "hopper" does not support.
     """
     implementations: dict[str, Callable[..., Array]] = {
         "pallas": _pallas,
@@ -105,6 +105,7 @@ def grouped_matmul(
     E, D, F = weights.shape
     check_shape("rows", rows, "R", D)
     check_rows((E,), group_sizes=group_sizes)
+    require_floats(rows=rows, weights=weights)
     group_sizes = group_sizes.astype(jnp.int32)
     if implementation is None:
         implementation = default_implementation(D, F, rows.dtype, block)
@@ -131,7 +132,7 @@ def _reference(rows, weights, group_sizes):
     # Rows of no group may hold NaN, which must not reach the weights' gradients, not even times 0.
     rows = jnp.where(member.any(1, keepdims=True), rows, 0)
     out = jnp.einsum("rd,edf,re->rf", rows, weights, member.astype(rows.dtype))
-    return jnp.where(member.any(1, keepdims=True), out, 0)
+    return jnp.where(member.any(1, keepdims=True), out, 0).astype(rows.dtype)
 
 
 @jax.custom_vjp

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 
 def check_shape(name: str, x: Any, *axes: int | str) -> None:
@@ -53,6 +55,25 @@ def require_floats(**arrays: Any) -> None:
             )
 
 
+def refuse_explicit(mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a mesh with explicit axes, on which reshaping an array needs to say how it is split.
+
+    Raises:
+      ValueError: it has some, as those of `jax.make_mesh` are; names them.
+    """
+    explicit = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    ]
+    if explicit:
+        raise ValueError(
+            f"The mesh's axes {', '.join(explicit)} are explicit; make it by "
+            "parallel.mesh.make_mesh, or give jax.make_mesh axis_types=(AxisType.Auto,) * "
+            f"{len(mesh.axis_names)}"
+        )
+
+
 def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
     """Checks that x is hidden states [B, T, size] of a float dtype with at least one token.
 
@@ -63,11 +84,13 @@ def check_hidden(name: str, x: Any, size: int, **rows: Any) -> None:
       rows: further arrays by name, as `check_rows` takes them.
 
     Raises:
-      ValueError: if x or one of the further arrays does not fit.
+      ValueError: if x or one of the further arrays does not fit, or x is on a mesh with explicit
+        axes.
     """
     check_shape(name, x, "B", "T", size)
     require_tokens(*x.shape[:2])
     require_floats(**{name: x})
+    refuse_explicit(jax.typeof(x).sharding.mesh)
     check_rows(x.shape[:2], **rows)
 
 

@@ -27,10 +27,11 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwen3next_jax.config import AXES, MeshConfig, divisors, nearest
 from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.shapes import refuse_explicit
 
 ROWS = ("data", "fsdp", "expert")  # axes that split the rows of a batch
 SLICES = ("fsdp", "context", "expert")  # axes that split the parameters, until they are used
@@ -202,7 +203,7 @@ def mesh_of(params: Any) -> Mesh | None:
         return None
     if sharding.mesh.size == 1:
         return None
-    _refuse_explicit(sharding.mesh)
+    refuse_explicit(sharding.mesh)
     return sharding.mesh if sharding.mesh.axis_names == AXES else None
 
 
@@ -219,22 +220,8 @@ def active_mesh() -> AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.manual_axes:
         return None
-    _refuse_explicit(mesh)
+    refuse_explicit(mesh)
     return mesh if mesh.size > 1 and mesh.axis_names == AXES else None
-
-
-def _refuse_explicit(mesh: Mesh | AbstractMesh) -> None:
-    explicit = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    ]
-    if explicit:
-        raise ValueError(
-            f"The mesh's axes {', '.join(explicit)} are explicit; make it by "
-            "parallel.mesh.make_mesh, or give jax.make_mesh axis_types=(AxisType.Auto,) * "
-            f"{len(mesh.axis_names)}"
-        )
 
 
 def no_mesh() -> Any:
@@ -355,7 +342,7 @@ def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.Sta
             f"The mesh has the axes {', '.join(mesh.axis_names)}; expected {', '.join(AXES)}, as "
             "parallel.mesh.make_mesh makes them"
         )
-    _refuse_explicit(mesh)
+    refuse_explicit(mesh)
     flat = []
     for path, param in nnx.to_flat_state(params):
         name = "/".join(map(str, path))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers as Matrix
 
@@ -65,11 +66,13 @@ def make_optimizer(
     def decays(name: str) -> bool:
         return _rule(name).decays and (zero_centered_norm or not re.search(_NORM, name))
 
-    direction = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=moment_dtype)
+    # A NumPy scalar, because times a bfloat16 moment a Python one would be rounded to bfloat16.
+    b1, momentum = np.float32(config.b1), np.float32(MUON_MOMENTUM)
+    direction = optax.scale_by_adam(b1, config.b2, config.eps, mu_dtype=moment_dtype)
     if config.name == "muon":
         muon = optax.chain(
             optax.contrib.scale_by_muon(
-                beta=MUON_MOMENTUM,
+                beta=momentum,
                 mu_dtype=moment_dtype,
                 weight_dimension_numbers=lambda tree: _map_names(lambda n: _rule(n).matrix, tree),
             ),
