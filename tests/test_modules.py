@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from oracles import small_config
 
+import qwen3next_jax as q3n
 from qwen3next_jax import ops
 from qwen3next_jax.config import FULL, LINEAR
 from qwen3next_jax.model.cache import empty_cache
@@ -197,11 +198,58 @@ def test_operations_do_not_round_to_integers():
         ops.gated_delta_rule(**{**RULE, "v": RULE["v"].astype(jnp.int32)})
     with pytest.raises(ValueError, match="x is of int32; expected floats"):
         ops.causal_conv(jnp.ones((B, T, 5), jnp.int32), drawn(4, 5))
+    with pytest.raises(ValueError, match="initial_state is of int32; expected floats"):
+        ops.gated_delta_rule(**{**RULE, "initial_state": jnp.ones((B, N, H, P), jnp.int32)})
+    rows, sizes = jnp.ones((2, 3), jnp.int32), jnp.array([2])
+    with pytest.raises(ValueError, match="rows is of int32; expected floats"):
+        ops.grouped_matmul(rows, drawn(1, 3, 2), sizes)
+    targets, head = jnp.zeros((B, T), jnp.int32), jnp.ones((X.shape[-1], 9), jnp.int32)
+    with pytest.raises(ValueError, match="head is of int32; expected floats"):
+        ops.cross_entropy(X, head, targets, jnp.ones((B, T)))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_operations_name_what_is_no_array():
+    with pytest.raises(ValueError, match=r"q is of shape \[\]; expected an array \[B, T, K, H\]"):
+        ops.gated_delta_rule(**{**RULE, "q": jnp.zeros(())})
+    with pytest.raises(ValueError, match="v is a list; expected an array"):
+        ops.gated_delta_rule(**{**RULE, "v": [1.0]})
+    with pytest.raises(ValueError, match=r"kernel is a list; expected an array \[W, 5\]"):
+        ops.causal_conv(drawn(B, T, 5), [1.0])
+    with pytest.raises(ValueError, match=r"tail is of shape \[3\]; expected an array"):
+        ops.causal_conv(drawn(B, T, 5), drawn(4, 5), tail=drawn(3))
+    with pytest.raises(ValueError, match="kernel has 0 taps"):
+        ops.causal_conv(drawn(B, T, 5), drawn(0, 5))
+    with pytest.raises(ValueError, match="2 rows of 0 tokens"):
+        ops.causal_conv(drawn(2, 0, 5), drawn(4, 5))
 
 
 def test_weights_that_are_drawn_need_keys():
-    with pytest.raises(TypeError, match="NoneType"):
-        GatedDeltaNet(CONFIG, rngs=None)
+    with pytest.raises(ValueError, match=r"rngs is a int; give flax\.nnx\.Rngs"):
+        GatedDeltaNet(CONFIG, rngs=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_and_its_gradients_are_computed_under_strict_promotion(dtype):
+    model = q3n.Qwen3Next(small_config(mtp_steps=1), rngs=nnx.Rngs(0), dtype=dtype)
+    batch = q3n.complete_batch(jnp.arange(12).reshape(2, 6), jnp.array([[1] * 4 + [2] * 2] * 2))
+    with jax.numpy_dtype_promotion("strict"):
+        grads = nnx.grad(lambda model: q3n.loss(model, batch)[0])(model)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("module", [GatedAttention, GatedDeltaNet, RMSNorm, SparseMoE])
+def test_float64_of_numpy_is_taken_without_a_warning(module, recwarn):
+    make(module)(np.asarray(X, np.float64))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("module", [GatedAttention, GatedDeltaNet, SparseMoE])
+def test_arrays_on_a_mesh_of_explicit_axes_are_refused_with_what_to_take(module):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jax.device_put(X, jax.NamedSharding(mesh, jax.P("data")))
+    with pytest.raises(ValueError, match=r"axes data are explicit; make it by .*make_mesh"):
+        jax.jit(make(module))(x)
 
 
 @pytest.mark.parametrize("packed", [False, True])

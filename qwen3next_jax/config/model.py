@@ -112,6 +112,9 @@ class ModelConfig:
     )
 
     def __post_init__(self):
+        for name in ("layer_types", "mlp_only_layers"):
+            if isinstance(getattr(self, name), list):  # which has no hash
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = list(_model_problems(self))
         if problems:
             raise ValueError("The model cannot be built:\n  " + "\n  ".join(problems))

@@ -56,7 +56,8 @@ def causal_conv(
             f"x is of shape {list(getattr(x, 'shape', ()))}; expected an array [B, T, channels...]"
         )
     require_tokens(*x.shape[:2])
-    check_shape("kernel", kernel, "W", *x.shape[2:])
+    taps = getattr(kernel, "shape", ())[:1] or ("W",)
+    check_shape("kernel", kernel, *taps, *x.shape[2:])
     W = kernel.shape[0]
     if not W:
         raise ValueError("The kernel has 0 taps; expected at least 1")
@@ -65,11 +66,11 @@ def causal_conv(
     if activation not in (None, "silu"):
         raise ValueError(f"{activation=} is unknown; expected 'silu' or None")
     if tail is not None:
-        check_shape("tail", tail, x.shape[0], "W - 1", *x.shape[2:])
-        if tail.shape[1] != W - 1:
+        if getattr(tail, "ndim", 0) == x.ndim and tail.shape[1] != W - 1:
             raise ValueError(
                 f"The tail holds {tail.shape[1]} inputs; a kernel of {W} taps needs {W - 1}"
             )
+        check_shape("tail", tail, x.shape[0], W - 1, *x.shape[2:])
     if implementation is None:
         implementation = default_implementation(W, kernel.shape[1:]) if tail is None else "shifted"
     check_implementation(implementation, "shifted", "pallas")

@@ -185,7 +185,7 @@ def scale_gradients(
     Returns:
       Gradients of hidden and head, in the dtypes of `gradients`; None for targets and weights.
     """
-    d_hidden, d_head = ((cotangents[0] * x).astype(x.dtype) for x in gradients)
+    d_hidden, d_head = ((cotangents[0] * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
     return d_hidden, d_head, None, None
 
 
