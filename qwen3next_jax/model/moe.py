@@ -197,7 +197,7 @@ class SparseMoE(nnx.Module):
         return jax.shard_map(
             local,
             in_specs=(rows, rows, *specs),
-            out_specs=(rows, RouterStats(row, row, row, row, row, dropped=BATCH)),
+            out_specs=(rows, RouterStats._make((row, row, row, row, row, BATCH))),
             check_vma=False,
         )(x, segment_ids, *params)
 

@@ -142,8 +142,8 @@ def _forward(rows, weights, gate_up, down, plan, block, lengths, keep=()):
 
     def visit(at, carry):
         out, *kept = carry
-        both = _gate_and_up(at.rows(out), gate_up, at)
-        hidden = _between(*both, at.rows(weights)).astype(rows.dtype)
+        both = gate, up = _gate_and_up(at.rows(out), gate_up, at)
+        hidden = _between(gate, up, at.rows(weights)).astype(rows.dtype)
         out = at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
         return out, *map(at.put, kept, both)
 

@@ -1,7 +1,7 @@
 """What the kernels for TPUs share: sizes of a core, their call, what they do with small arrays."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,17 @@ VMEM_BYTES = 64 * 2**20  # vector memory of a v5p and its successors; the compil
 
 
 def pallas_call(
-    kernel: Callable, *, semantics: tuple[str, ...], vmem_bytes: int | None = VMEM_BYTES, **how: Any
+    kernel: Callable,
+    *,
+    semantics: tuple[Literal["parallel", "arbitrary"], ...],
+    vmem_bytes: int | None = VMEM_BYTES,
+    **how: Any,
 ) -> Callable:
     """Returns `pl.pallas_call(kernel, **how)` for a TPU; on a CPU the kernel is interpreted.
 
     Args:
       kernel: the kernel.
-      semantics: "parallel" or "arbitrary" for each axis of the grid.
+      semantics: how the programs along each axis of the grid may run.
       vmem_bytes: vector memory that the kernel may use; None: the compiler's default.
       how: further arguments of `pl.pallas_call`.
     """
