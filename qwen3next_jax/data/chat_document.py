@@ -22,9 +22,10 @@ fixed date.
 """
 
 import bisect
+import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -33,6 +34,8 @@ from jaxtyping import Float32, Int32
 
 from qwen3next_jax.data.chat import MARKS, Message, render_chat
 from qwen3next_jax.data.tokenizer import Tokenizer
+
+Render = Callable[..., str]  # `render_chat` of some messages, with all else as the chat has it
 
 
 class MarkedText(NamedTuple):
@@ -105,21 +108,21 @@ def mark_answers(
         isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
     ):
         raise ValueError(f"tools={tools!r:.80} must be a list of JSON schemas, not text of one")
-    asked: dict[str, Any] = {
-        "special_tokens": special_tokens,
-        "tools": tools,
-        "strftime_now": _NO_CLOCK,
-        **switches,
-    }
-    text = render_chat(messages, template, add_generation_prompt=False, **asked)
-    _require_shown(messages, weights, template, text, asked)
+    render: Render = functools.partial(
+        render_chat,
+        template=template,
+        special_tokens=special_tokens,
+        tools=tools,
+        add_generation_prompt=False,
+        **{"strftime_now": _NO_CLOCK, **switches},
+    )
+    text = render(messages)
+    _require_shown(messages, weights, render, text)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = _marked_spans(messages, template, text, asked)
-    if spans is None:
-        weighted = [i for i in answers if weights[i]]
-        return MarkedText(
-            text, [_span(messages, i, template, text, asked) for i in weighted], False
-        )
+    if "endgeneration" not in template:
+        spans = [_span(messages, i, render, text) for i in answers if weights[i]]
+        return MarkedText(text, spans, False)
+    spans = _marked_spans(messages, render, text)
     if not all(weights[i] for i in answers):
         if len(spans) != len(answers):
             raise ValueError(
@@ -161,11 +164,7 @@ def _messages(chat: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
 
 
 def _require_shown(
-    messages: Sequence[Message],
-    weights: Sequence[int],
-    template: str,
-    text: str,
-    asked: Mapping[str, Any],
+    messages: Sequence[Message], weights: Sequence[int], render: Render, text: str
 ) -> None:
     """Refuses messages of which the template shows nothing, and tool calls that it does not show.
 
@@ -185,7 +184,7 @@ def _require_shown(
         for i, message in enumerate(messages)
     ]
     try:
-        shown = render_chat(marked, template, add_generation_prompt=False, **asked)
+        shown = render(marked)
     except ValueError:
         return  # the template looks closely at what it is given
     for i, mark in marks.items():
@@ -233,14 +232,9 @@ def _marked(value: Any, mark: str) -> Any:
     return f"{value}{mark}"
 
 
-def _marked_spans(
-    messages: Sequence[Message], template: str, text: str, asked: Mapping[str, Any]
-) -> list[tuple[int, int]] | None:
-    """The spans between the template's own marks; None where it has none."""
-    if "endgeneration" not in template:
-        return None
-    marked = render_chat(messages, template, add_generation_prompt=False, marked=True, **asked)
-    parts = re.split(f"([{''.join(MARKS)}])", marked)
+def _marked_spans(messages: Sequence[Message], render: Render, text: str) -> list[tuple[int, int]]:
+    """The spans between the template's own marks."""
+    parts = re.split(f"([{''.join(MARKS)}])", render(messages, marked=True))
     # `parts` alternates text and marks. The marks are trusted only if they come in pairs and are
     # the only change to the text: then no message held them and no filter of the template moved
     # them.
@@ -253,19 +247,17 @@ def _marked_spans(
     return list(zip(ends[:-1:2], ends[1::2], strict=True))
 
 
-def _span(
-    messages: Sequence[Message], i: int, template: str, text: str, asked: Mapping[str, Any]
-) -> tuple[int, int]:
+def _span(messages: Sequence[Message], i: int, render: Render, text: str) -> tuple[int, int]:
     """The span of answer `i` in the text, inferred from the template's renderings."""
     try:
-        before = render_chat(messages[:i], template, add_generation_prompt=False, **asked)
-        prompt = render_chat(messages[:i], template, add_generation_prompt=True, **asked)
+        before = render(messages[:i])
+        prompt = render(messages[:i], add_generation_prompt=True)
     except ValueError as error:
         raise ValueError(
             f"message {i}: the template cannot render what comes before this answer ({error}). "
             f"{_REMEDY}"
         ) from error
-    through = render_chat(messages[: i + 1], template, add_generation_prompt=False, **asked)
+    through = render(messages[: i + 1])
     for what, part in (("before it, with the prompt for it,", prompt), ("through it", through)):
         if not text.startswith(part):
             same = _common_prefix(part, text)
@@ -278,7 +270,7 @@ def _span(
         raise ValueError(f"message {i}: the template writes nothing for this answer. {_REMEDY}")
     if prompt == before:
         # Either answers have no header, or the template knows nothing of prompts.
-        header = _header(messages[:i], template, asked)[len(before) :]
+        header = _header(messages[:i], render)[len(before) :]
         if header:
             raise ValueError(
                 f"message {i}: the template writes {header!r} in front of an answer but has no "
@@ -293,16 +285,10 @@ _REMEDY = (
 )
 
 
-def _header(before: Sequence[Message], template: str, asked: Mapping[str, Any]) -> str:
+def _header(before: Sequence[Message], render: Render) -> str:
     """What the template writes before the content of an answer that follows these messages."""
     a, b = (
-        render_chat(
-            [*before, {"role": "assistant", "content": content}],
-            template,
-            add_generation_prompt=False,
-            **asked,
-        )
-        for content in ("yes", "no")
+        render([*before, {"role": "assistant", "content": content}]) for content in ("yes", "no")
     )
     return a[: _common_prefix(a, b)]
 
