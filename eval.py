@@ -205,7 +205,7 @@ def _domains(
 ) -> "Mapping[str, Records]":
     """The texts that --data names, or else the held-out texts of the run in the work directory."""
     from qwen3next_jax.checkpoint.load import from_step
-    from qwen3next_jax.data.pipeline import changed_records, load_data
+    from qwen3next_jax.data.corpus import changed_records, load_data
     from qwen3next_jax.data.prepared import check_prepared
     from qwen3next_jax.data.sources import open_source
 

@@ -91,7 +91,7 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
     """Trains, evaluates, and prints a sample; returns whether it was stopped before the end."""
     import jax
 
-    from qwen3next_jax.data.pipeline import load_data
+    from qwen3next_jax.data.corpus import load_data
     from qwen3next_jax.data.tokenizer import keep_tokenizer
     from qwen3next_jax.evaluation.perplexity import perplexity_in_training
     from qwen3next_jax.evaluation.report import Report

@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 
-from qwen3next_jax.data.pipeline import load_data, training_batches
+from qwen3next_jax.data.corpus import load_data
+from qwen3next_jax.data.pipeline import training_batches
 from qwen3next_jax.data.sources import open_source
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.data.train_tokenizer import train_tokenizer

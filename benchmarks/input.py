@@ -17,9 +17,9 @@ import grain
 import numpy as np
 import psutil
 
+from qwen3next_jax.data.corpus import Data, TrainingPart
 from qwen3next_jax.data.packing import best_fit, concatenate
-from qwen3next_jax.data.pipeline import Data, input_metrics, training_batches
-from qwen3next_jax.data.shard import TrainingPart
+from qwen3next_jax.data.pipeline import input_metrics, training_batches
 from qwen3next_jax.data.sources import open_source
 
 

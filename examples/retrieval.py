@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 from configs import tiny  # noqa: E402
 from qwen3next_jax.config import RunConfig  # noqa: E402
+from qwen3next_jax.data.corpus import load_data  # noqa: E402
 from qwen3next_jax.data.files import import_extra  # noqa: E402
-from qwen3next_jax.data.pipeline import load_data  # noqa: E402
 from qwen3next_jax.data.tokenizer import keep_tokenizer, load_tokenizer  # noqa: E402
 from qwen3next_jax.evaluation import long_context as suite  # noqa: E402
 from qwen3next_jax.evaluation.evaluator import Evaluator  # noqa: E402

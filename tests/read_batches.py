@@ -14,7 +14,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from qwen3next_jax.data.pipeline import load_data, training_batches
+from qwen3next_jax.data.corpus import load_data
+from qwen3next_jax.data.pipeline import training_batches
 
 
 def open_run(run):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs import tiny  # noqa: E402
 from qwen3next_jax.config import RunConfig  # noqa: E402
-from qwen3next_jax.data.pipeline import load_data  # noqa: E402
+from qwen3next_jax.data.corpus import load_data  # noqa: E402
 from qwen3next_jax.evaluation.perplexity import perplexity_in_training  # noqa: E402
 from qwen3next_jax.evaluation.suites import suites_in_training  # noqa: E402
 from qwen3next_jax.training import loop  # noqa: E402

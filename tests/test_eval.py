@@ -15,7 +15,7 @@ from hf_tokenizer import make_tokenizer_json
 from small_run import run, small_config, write_corpus
 
 from qwen3next_jax.config import EvaluationConfig
-from qwen3next_jax.data.pipeline import load_data
+from qwen3next_jax.data.corpus import load_data
 from qwen3next_jax.data.prepare import Job, make_shard, prepare
 from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from oracles import quick_jit, random_model, small_config
 from small_run import small_config as small_run_config
 from small_run import write_corpus
 
-from qwen3next_jax.data.pipeline import load_data
+from qwen3next_jax.data.corpus import load_data
 from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.evaluation import perplexity as perplexity_module

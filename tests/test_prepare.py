@@ -19,8 +19,9 @@ from hf_tokenizer import CHATML, make_tokenizer_json
 
 from qwen3next_jax.data import prepare as prepare_module
 from qwen3next_jax.data.chat_document import chat_document
+from qwen3next_jax.data.corpus import load_data
 from qwen3next_jax.data.files import BadFileError
-from qwen3next_jax.data.pipeline import evaluation_batches, load_data, training_batches
+from qwen3next_jax.data.pipeline import evaluation_batches, training_batches
 from qwen3next_jax.data.prepare import Job, main, make_shard, prepare
 from qwen3next_jax.data.prepared import MANIFEST, encode_document, encode_error
 from qwen3next_jax.data.sources import BadRecordError, open_source

@@ -16,13 +16,9 @@ import read_batches
 from corpora import make_texts
 
 from qwen3next_jax.data import documents
+from qwen3next_jax.data.corpus import load_data
 from qwen3next_jax.data.packing import best_fit, concatenate
-from qwen3next_jax.data.pipeline import (
-    evaluation_batches,
-    input_metrics,
-    load_data,
-    training_batches,
-)
+from qwen3next_jax.data.pipeline import evaluation_batches, input_metrics, training_batches
 from qwen3next_jax.data.sources import BadRecordError, open_source
 from qwen3next_jax.data.train_tokenizer import train_tokenizer
 

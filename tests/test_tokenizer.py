@@ -14,8 +14,8 @@ from hf_tokenizer import make_tokenizer_json
 from transformers import PreTrainedTokenizerFast
 
 from qwen3next_jax.data import train_tokenizer as training
+from qwen3next_jax.data.corpus import load_data
 from qwen3next_jax.data.documents import RecordTexts, tokenized
-from qwen3next_jax.data.pipeline import load_data
 from qwen3next_jax.data.sources import BadRecordError, open_source
 from qwen3next_jax.data.tokenizer import (
     HuggingFaceTokenizer,

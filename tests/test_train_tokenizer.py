@@ -3,7 +3,7 @@
 import pytest
 from small_run import write_corpus
 
-from qwen3next_jax.data.pipeline import load_data
+from qwen3next_jax.data.corpus import load_data
 from qwen3next_jax.data.train_tokenizer import main
 
 

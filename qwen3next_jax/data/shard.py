@@ -16,55 +16,16 @@ the tokens.
 """
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 
+from qwen3next_jax.data.corpus import Data, TrainingPart
 from qwen3next_jax.data.documents import Document, log_skipped, tokenized
 from qwen3next_jax.data.hashing import hash64, permutation
 from qwen3next_jax.data.packing import Piece, Row, best_fit, concatenate, fill_row
-from qwen3next_jax.data.sources import BadRecordError, Records
-from qwen3next_jax.data.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingPart:
-    """One source of a mixture.
-
-    Attributes:
-      name: in metrics.
-      records: to train on.
-      weight: share of the tokens, relative to the other parts'.
-      fingerprint: number of records, held-out ones included, and a hash of the files that hold
-        them.
-    """
-
-    name: str
-    records: Records
-    weight: float = 1.0
-    fingerprint: tuple[Any, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Packing:
-    """How documents become rows.
-
-    Attributes:
-      kind: "concatenate" or "best_fit".
-      sequence_length: T.
-      too_long: with best_fit, for documents longer than a row: "error" treats them as records that
-        cannot be used, "truncate" keeps their first T tokens and counts them.
-      on_error: for records that cannot be used: "raise", or "skip" and count them.
-      window_rows: how many rows are packed and shuffled together.
-    """
-
-    kind: str
-    sequence_length: int
-    too_long: str = "error"
-    on_error: str = "raise"
-    window_rows: int = 128
+from qwen3next_jax.data.sources import BadRecordError
 
 
 class _Skipped:
@@ -76,23 +37,23 @@ class _Reader:
 
     def __init__(
         self,
+        data: Data,
         part: TrainingPart,
-        tokenizer: Tokenizer,
-        packing: Packing,
         *,
+        sequence_length: int,
         seed: int,
         shard: int,
-        num_shards: int,
     ):
-        self.size = len(range(shard, len(part.records), num_shards))
+        own = range(shard, len(part.records), data.num_shards)
+        self.size = len(own)
         if not self.size:
             raise ValueError(
                 f"The source {part.name!r} has {len(part.records)} records to train on, but "
-                f"data.num_shards={num_shards}; lower that, so that every shard has a record"
+                f"data.num_shards={data.num_shards}; lower that, so that every shard has a record"
             )
-        self._part, self._tokenizer, self._packing = part, tokenizer, packing
+        self._data, self._part, self._length = data, part, sequence_length
         self._documents = (
-            grain.MapDataset.range(shard, len(part.records), num_shards)
+            grain.MapDataset.range(own.start, own.stop, own.step)
             .shuffle(seed=hash64(f"{seed}:{shard}:{part.name}") % 2**32)
             .repeat()
             .map(self._read)
@@ -110,22 +71,22 @@ class _Reader:
         return found, truncated
 
     def _read(self, index: int) -> tuple[Document | _Skipped, bool]:
-        packing = self._packing
+        data, T = self._data, self._length
         try:
             record = self._part.records[index]
-            document = tokenized(record, self._tokenizer)
+            document = tokenized(record, data.tokenizer)
             length = len(document["tokens"])
-            if packing.kind == "concatenate" or length <= packing.sequence_length:
+            if data.packing == "concatenate" or length <= T:
                 return document, False
-            if packing.too_long == "error":
+            if data.too_long == "error":
                 raise BadRecordError(
-                    f"{record.name}: has {length} tokens, more than a row of "
-                    f"{packing.sequence_length}, and data.packing='best_fit' keeps documents whole;"
-                    " raise train.sequence_length, or set data.too_long='truncate'"
+                    f"{record.name}: has {length} tokens, more than a row of {T}, and "
+                    "data.packing='best_fit' keeps documents whole; raise train.sequence_length, "
+                    "or set data.too_long='truncate'"
                 )
-            return {k: v[: packing.sequence_length] for k, v in document.items()}, True
+            return {k: v[:T] for k, v in document.items()}, True
         except BadRecordError as error:
-            if packing.on_error != "skip":
+            if data.on_error != "skip":
                 raise
             log_skipped(error)
             return _Skipped(), False
@@ -142,12 +103,12 @@ class _Window:
     def __init__(
         self,
         start: dict[str, Any],
+        data: Data,
         readers: Sequence[_Reader],
-        weights: Sequence[float],
-        packing: Packing,
+        sequence_length: int,
         first: Document | None = None,
     ):
-        self._readers, self._weights, self._packing = readers, weights, packing
+        self._data, self._readers, self._length = data, readers, sequence_length
         self._first = first
         self._at = start  # after the documents read so far; replaced, never mutated
         self._before_last = self._at
@@ -161,18 +122,17 @@ class _Window:
 
     def read(self, share: float = 1.0) -> None:
         """Reads documents until it has this share of the window's tokens, or the epoch ends."""
-        rows = self._packing.window_rows
-        wanted = share * rows * self._packing.sequence_length
-        while not self._complete and self._tokens < wanted:
+        full = self._data.window_rows * self._length
+        while not self._complete and self._tokens < share * full:
             self._read_one()
-            if self._tokens >= rows * self._packing.sequence_length:
+            if self._tokens >= full:
                 self._complete = True
             elif len(self._readers) == 1 and self.documents:
                 self._complete = self._at["read"][0] % self._readers[0].size == 0
 
     def _read_one(self) -> None:
         before, read, taken = self._at, list(self._at["read"]), list(self._at["taken"])
-        part = min(range(len(taken)), key=lambda i: taken[i] / self._weights[i])
+        part = min(range(len(taken)), key=lambda i: taken[i] / self._data.train[i].weight)
         if self._first is None:
             document, truncated = self._readers[part][read[part]]
         else:
@@ -191,10 +151,10 @@ class _Window:
 
     def pack(self) -> tuple[list[list[Piece]], "_Window"]:
         """The rows, and the next window."""
-        length, rows = self._packing.sequence_length, self._packing.window_rows
+        length, rows = self._length, self._data.window_rows
         lengths = [len(document["tokens"]) for document in self.documents]
         start, first = self._at, None
-        if self._packing.kind == "best_fit":
+        if self._data.packing == "best_fit":
             plan = best_fit(lengths, length)
         else:
             plan = concatenate(lengths, length, offset=self.start["offset"])
@@ -202,29 +162,20 @@ class _Window:
                 start = {**self._before_last, "offset": plan[rows][0].start}
                 first = self.documents[-1]
                 del plan[rows:]
-        return plan, _Window(start, self._readers, self._weights, self._packing, first)
+        return plan, _Window(start, self._data, self._readers, length, first)
 
 
 class Shard:
     """An endless iterator over the rows of one virtual shard."""
 
-    def __init__(
-        self,
-        parts: Sequence[TrainingPart],
-        tokenizer: Tokenizer,
-        packing: Packing,
-        *,
-        seed: int,
-        shard: int,
-        num_shards: int,
-    ):
-        self._parts, self._packing = parts, packing
-        self._key = (seed, shard)
+    def __init__(self, data: Data, *, sequence_length: int, seed: int, shard: int):
+        """Opens shard number `shard` of `data`, for rows of T = `sequence_length` tokens."""
+        self._data, self._length, self._key = data, sequence_length, (seed, shard)
         self._readers = [
-            _Reader(part, tokenizer, packing, seed=seed, shard=shard, num_shards=num_shards)
-            for part in parts
+            _Reader(data, part, sequence_length=sequence_length, seed=seed, shard=shard)
+            for part in data.train
         ]
-        zeros = [0] * len(parts)
+        zeros = [0] * len(data.train)
         self._counts: dict[str, Any] = {
             "rows": 0,
             "records": list(zeros),
@@ -247,7 +198,7 @@ class Shard:
         self._row += 1
         self._count(pieces)
         self._upcoming.read(self._row / len(self._plan))
-        return fill_row(pieces, self._window.documents, self._packing.sequence_length)
+        return fill_row(pieces, self._window.documents, self._length)
 
     def get_state(self) -> dict[str, Any]:
         """The shard's position, as JSON."""
@@ -259,12 +210,11 @@ class Shard:
         self._counts, self._row = start.pop("counts"), start.pop("row")
         skipped = self._counts["skipped"]
         if isinstance(skipped, int):  # an older run's, of all parts
-            self._counts["skipped"] = [skipped] + [0] * (len(self._parts) - 1)
+            self._counts["skipped"] = [skipped] + [0] * (len(self._readers) - 1)
         self._window, self._plan = self._window_from(start), None
 
     def _window_from(self, start: dict[str, Any]) -> _Window:
-        weights = [part.weight for part in self._parts]
-        return _Window(start, self._readers, weights, self._packing)
+        return _Window(start, self._data, self._readers, self._length)
 
     def _open(self) -> list[list[Piece]]:
         """Reads and packs the window."""

@@ -21,8 +21,9 @@ from absl import logging
 from flax import nnx
 
 from qwen3next_jax.config import ModelConfig, TrainConfig
+from qwen3next_jax.data.corpus import Data
 from qwen3next_jax.data.documents import readable, text_in_loss
-from qwen3next_jax.data.pipeline import Data, evaluation_batches
+from qwen3next_jax.data.pipeline import evaluation_batches
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.model.decoder import Qwen3Next

@@ -13,7 +13,7 @@ import jax
 from absl import logging
 
 from qwen3next_jax.config import EvaluationConfig, ModelConfig, require_known
-from qwen3next_jax.data.pipeline import Data
+from qwen3next_jax.data.corpus import Data
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.data.tokenizer import Tokenizer
 from qwen3next_jax.evaluation.evaluator import Evaluator

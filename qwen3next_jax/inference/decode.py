@@ -186,7 +186,7 @@ class Generation:
     def _read_prompts(self, structure, params):
         """Reads the prompts and draws each row's first token; returns the state and the tokens."""
         lengths = np.array([len(p) for p in self._prompts], np.int32)
-        widths = _piece_widths(int(lengths.max()))
+        widths = _piece_widths(int(np.max(lengths)))
         model = structure.model(params)
         place = _placement(params, len(lengths))
         length = place(jnp.asarray(lengths))

@@ -24,7 +24,7 @@ Init = Callable[[Any, tuple[int, ...]], jax.Array]
 def weight(
     rngs: nnx.Rngs | None,
     init: Init,
-    dtype: jnp.dtype | type = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     **axes: int,
 ) -> nnx.Param:
     """Declares a parameter.

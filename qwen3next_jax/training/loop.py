@@ -24,7 +24,8 @@ from jax.sharding import Mesh, NamedSharding
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import RunConfig
-from qwen3next_jax.data.pipeline import Data, check_same_data, input_metrics, training_batches
+from qwen3next_jax.data.corpus import Data, check_same_data
+from qwen3next_jax.data.pipeline import input_metrics, training_batches
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.context import implementations
 from qwen3next_jax.parallel.layout import check_copies, describe_layout

@@ -61,7 +61,7 @@ def _product_kernel(groups, rows, matrices, out):
 
     (R, D), F = rows.shape, matrices.shape[2]
     across = F // _COLUMNS
-    tiled = gpu.TilingTransform((8, _DEPTH)), gpu.SwizzleTransform(128)
+    tiled = gpu.TilingTransform((8, _DEPTH)), gpu.SwizzleTransform(128)  # type: ignore[abstract]
 
     def walk(multiply, store):
         return gpu.emit_pipeline_warp_specialized(
@@ -160,7 +160,7 @@ def _outer_kernel(starts, sizes, x, y, out):
     E, D, F = out.shape
     side = 128
     across = F // side
-    tiled = gpu.TilingTransform((8, _DEPTH)), gpu.SwizzleTransform(128)
+    tiled = gpu.TilingTransform((8, _DEPTH)), gpu.SwizzleTransform(128)  # type: ignore[abstract]
 
     @gpu.nd_loop((E, D // side * across), collective_axes="processor")
     def _(loop):
