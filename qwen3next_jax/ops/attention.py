@@ -241,9 +241,9 @@ def _pairs_forward(q, k, v, segments):
 
 def _pairs_backward(residuals, d_out):
     q, k, v, segments, out, lse = residuals
-    d_q = jnp.zeros(q.shape, jnp.float32)
+    d_q, delta, own = jnp.zeros(q.shape, jnp.float32), out_dot(out, d_out), causal_pairs(q.shape[0])
     grads = accumulate_gradients(
-        d_q, q, k, v, segments, segments, lse, out, d_out, causal_pairs(q.shape[0]), causal=True
+        d_q, q, k, v, segments, segments, lse, delta, d_out, own, causal=True
     )
     return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
 
@@ -349,6 +349,13 @@ def finalize(
     return checkpoint_name(out, KEPT), checkpoint_name(lse, KEPT)
 
 
+def out_dot(
+    out: Float[Array, "Z B K R C P"], d_out: Float[Array, "Z B K R C P"]
+) -> Float[Array, "Z B K R C"]:
+    """Returns out · d_out of each query in float32: what its softmax's gradient subtracts."""
+    return (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
+
+
 def accumulate_gradients(
     d_q: Float[Array, "Z B K R C H"],
     q: Float[Array, "Z B K R C H"],
@@ -357,7 +364,7 @@ def accumulate_gradients(
     q_segments: Int[Array, "Z B C"],
     k_segments: Int[Array, "Z B C"],
     lse: Float[Array, "Z B K R C"],
-    out: Float[Array, "Z B K R C P"],
+    delta: Float[Array, "Z B K R C"],
     d_out: Float[Array, "Z B K R C P"],
     pairs: Pairs,
     *,
@@ -368,13 +375,13 @@ def accumulate_gradients(
     Args:
       d_q: gradient of q from the pairs of earlier calls, float32.
       q, k, v, q_segments, k_segments, pairs, causal: arguments of `accumulate`.
-      lse, out: results of `finalize`.
-      d_out: gradient of out.
+      lse: a result of `finalize`.
+      delta: `out_dot` of the other result and its gradient.
+      d_out: gradient of the outputs.
 
     Returns:
       d_q with the contribution of these pairs added, and their gradients of k and v; all float32.
     """
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
     # Scores are [sources, queries] here, and d_q is transposed, so that no product in the loop has
     # to transpose an operand; the others are transposed once, before the loop. The query heads of a
     # KV head are merged into one axis, because a product that sums over two axes would transpose.

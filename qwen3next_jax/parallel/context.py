@@ -47,6 +47,7 @@ from qwen3next_jax.ops.attention import (
     finalize,
     init_carry,
     join_blocks,
+    out_dot,
     split_blocks,
 )
 from qwen3next_jax.ops.attention import (
@@ -386,10 +387,11 @@ def _ring_forward(ways, implementation, q, k, v, segments):
 def _ring_backward(ways, implementation, residuals, d_out):
     q, k, v, segments, out, lse = residuals
     _, add_gradients = _BLOCKS[implementation]
+    delta = out_dot(out, d_out)
 
     def gradients(d_q, k, v, k_segments, pairs, causal):
         return add_gradients(
-            d_q, q, k, v, segments, k_segments, lse, out, d_out, pairs, causal=causal
+            d_q, q, k, v, segments, k_segments, lse, delta, d_out, pairs, causal=causal
         )
 
     def hop(state, number):

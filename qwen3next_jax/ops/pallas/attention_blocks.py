@@ -59,14 +59,13 @@ def accumulate_gradients(
     q_segments: Int[Array, "Z B C"],
     k_segments: Int[Array, "Z B C"],
     lse: Float[Array, "Z B K R C"],
-    out: Float[Array, "Z B K R C P"],
+    delta: Float[Array, "Z B K R C"],
     d_out: Float[Array, "Z B K R C P"],
     pairs: Pairs,
     *,
     causal: bool,
 ) -> tuple[Float[Array, "Z B K R C H"], Float[Array, "Z B K C H"], Float[Array, "Z B K C P"]]:
     """Backpropagates through the given pairs, as `ops.attention.accumulate_gradients` does."""
-    delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
     given = dict(q=q, k=k, v=v, out=d_out, numbers=jnp.stack([lse, delta], axis=-2))
     by_query, by_key = (
         _Walk(q, v, q_segments, k_segments, pairs, by_key=by_key) for by_key in (False, True)
