@@ -139,9 +139,9 @@ def run_in(workdir: pathlib.Path, config: RunConfig, should_stop: "ShouldStop") 
             config,
             workdir,
             data,
-            evaluate=perplexity_in_training(config.train, data),
+            evaluate=perplexity_in_training(config.train, data, should_stop),
             sample=sample,
-            suites=suites_in_training(config.evaluation, data),
+            suites=suites_in_training(config.evaluation, data, should_stop),
             report=report,
             should_stop=should_stop,
         )

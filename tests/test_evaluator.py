@@ -13,6 +13,7 @@ from oracles import quick_jit, random_model, small_config
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.evaluation.evaluator import Evaluator, bucket
 from qwen3next_jax.inference.decode import generate
+from qwen3next_jax.parallel.processes import Stopped
 
 HERE = pathlib.Path(__file__).parent
 HEADS = dict(linear_key_head_dim=16, linear_value_head_dim=16)
@@ -59,6 +60,19 @@ def test_scores_are_those_of_each_row_alone(model, plain, batch_size):
         # dividing it by its length amplifies the rounding, and 5e-4 was seen.
         np.testing.assert_allclose(score.losses, losses, atol=1e-3)
         np.testing.assert_array_equal(score.margins == 0, likeliest)
+
+
+def test_asked_to_stop_it_leaves_before_the_next_batch(model):
+    asked = []
+
+    def should_stop():
+        asked.append(True)
+        return len(asked) == 2
+
+    evaluator = Evaluator(model, load_tokenizer("bytes"), batch_size=3, should_stop=should_stop)
+    with pytest.raises(Stopped):
+        evaluator.with_model(model).score(rows())
+    assert len(asked) == 2
 
 
 def test_a_row_beyond_the_context_is_refused(model):

@@ -509,6 +509,34 @@ def test_asked_to_stop_in_the_last_step_s_evaluation_a_run_leaves_the_rest_for_l
         assert called == rest
 
 
+@pytest.mark.parametrize("when", ["evaluate", "suites"])
+def test_a_stop_ends_an_evaluation_under_way_which_is_made_up_for(corpus, tmp_path, when):
+    called = []
+
+    def hook(name, result):
+        def call(model):
+            called.append(name)
+            if name == when:
+                raise loop.Stopped
+            return result
+
+        return call
+
+    config = config_of(
+        corpus, 2, train__eval_every=1, train__checkpoint_every=0, evaluation__every=1
+    )
+    hooks = dict(evaluate=hook("evaluate", {"eval_ce": 1.0}), suites=hook("suites", {"x": 1.0}))
+    with pytest.raises(loop.Stopped, match="step 1 is saved"):
+        run(config, tmp_path, **hooks, should_stop=lambda: when in called)
+    due = ["evaluate", "suites"]
+    done = due[: due.index(when)]
+    assert called == [*done, when]
+    called.clear()
+    when = None  # the hooks return now
+    run(config, tmp_path, **hooks)
+    assert called == [name for name in due if name not in done] + due
+
+
 def test_an_evaluation_that_a_stop_left_out_is_made_up_for(corpus, tmp_path):
     config = config_of(corpus, 2, train__checkpoint_every=0)
     with pytest.raises(loop.Stopped, match="step 2 is saved"):

@@ -21,6 +21,7 @@ from qwen3next_jax.evaluation.perplexity import (
     perplexity,
     perplexity_in_training,
 )
+from qwen3next_jax.parallel.processes import Stopped
 from qwen3next_jax.training.loss import complete_batch
 
 
@@ -67,6 +68,8 @@ def test_an_evaluation_in_training_takes_the_rows_of_a_micro_batch(tmp_path, mon
     monkeypatch.setattr(perplexity_module, "_losses", losses)
     result = perplexity_in_training(config.train, data)(random_model(small_config()))
     assert shapes == {(2, config.train.sequence_length)}
+    with pytest.raises(Stopped):
+        perplexity_in_training(config.train, data, lambda: True)(random_model(small_config()))
     np.testing.assert_allclose(result["eval_ce"], np.log(2), rtol=1e-6)
     # All of the held-out text is in these rows: at least a token for each of its documents' ends.
     tokens = result["eval_bits_per_byte"] * data.held_out_bytes

@@ -424,6 +424,15 @@ def test_an_empty_glob_is_refused(tmp_path):
             open_source("text", f"{tmp_path}/*.txt", on_error=on_error)
     with pytest.raises(ValueError, match=r"is a folder; give a glob .*folder\.txt/\*\*/\*\.txt'"):
         open_source("text", f"{tmp_path}/folder.txt")
+    (tmp_path / "folder.txt" / "a.jsonl").touch()
+    with pytest.raises(ValueError, match=r"is a folder; give a glob .*folder\.txt/\*\*/\*\.jsonl'"):
+        open_source("jsonl", f"{tmp_path}/folder.txt")
+    (tmp_path / "a [1].txt").write_text("a text")
+    with pytest.raises(ValueError, match=r"matches no file; its brackets .*/a \[\[\]1\]\.txt'"):
+        open_source("text", f"{tmp_path}/a [1].txt")
+    assert len(open_source("text", f"{tmp_path}/a [[]1].txt")) == 1
+    with pytest.raises(ValueError, match=r"matches no file; give the folder of '~' itself: '/"):
+        open_source("text", "~/no folder/*.txt")
     for nothing in ("", "."):
         with pytest.raises(ValueError, match=rf"data\.path='{nothing}' matches no file"):
             open_source("text", nothing)
@@ -566,6 +575,9 @@ def test_an_empty_part_is_refused(tmp_path, fraction, part):
     (tmp_path / "a.txt").write_text("a book")
     with pytest.raises(ValueError, match=r"a single record, which cannot be divided .* JSONL"):
         split_source(open_source("text", f"{tmp_path}/*.txt"), 0.5)
+    (tmp_path / "mac.jsonl").write_text('{"text": "a"}\r{"text": "b"}\r')
+    with pytest.raises(BadRecordError, match=r"mac\.jsonl"):
+        split_source(open_source("jsonl", f"{tmp_path}/mac.jsonl"), 0.5)
 
 
 @pytest.mark.parametrize(

@@ -388,6 +388,9 @@ def _interval_pattern(layers: int, interval: int) -> tuple[str, ...]:
     return tuple(LINEAR if (i + 1) % interval else FULL for i in range(layers))
 
 
+_MOST_LAYERS = 10_000  # each is listed and built
+
+
 def _model_problems(c: ModelConfig) -> Iterable[str]:
     positive = (
         "vocab_size",
@@ -400,9 +403,18 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
         "max_position_embeddings",
         "decoder_sparse_step",
     )
-    if small := [name for name in positive if getattr(c, name) < 1]:
-        yield from (f"{name}={getattr(c, name)} must be at least 1" for name in small)
-        return  # what follows divides by them
+    impossible = [
+        f"{name}={getattr(c, name)} must be at least 1" for name in positive if getattr(c, name) < 1
+    ]
+    impossible += [
+        f"{name}={value} must be at most {most}"
+        for name, value in vars(c).items()
+        if type(value) is int
+        and value > (most := _MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1)
+    ]
+    if impossible:
+        yield from impossible
+        return  # what follows divides by sizes, and lists the layers
     if len(c.mixers) != c.num_hidden_layers or set(c.mixers) - {LINEAR, FULL}:
         yield (
             f"layer_types={list(c.mixers)} must name {c.num_hidden_layers} layers, each "

@@ -28,14 +28,19 @@ def matching_files(pattern: str, problems: list[str]) -> list[epath.Path]:
     # `**/**` finds a file twice, hence the dict; "" and "." have no part that could match.
     found = dict.fromkeys(_match(root, parts, problems) if parts else ())
     if not found and not problems:
-        if parts and epath.Path(pattern).is_dir():
+        path = epath.Path(pattern)
+        if parts and path.is_dir():
+            suffix = next((p.suffix for p in sorted(path.iterdir()) if p.suffix), ".txt")
             raise ValueError(
                 f"data.path={pattern!r} is a folder; give a glob of its files, such as "
-                f"{os.path.join(pattern, '**/*.txt')!r}"
+                f"{os.path.join(pattern, f'**/*{suffix}')!r}"
             )
-        raise ValueError(
-            f"data.path={pattern!r} matches no file; give a glob such as '/corpus/**/*.txt'"
-        )
+        hint = "give a glob such as '/corpus/**/*.txt'"
+        if path.is_file():
+            hint = f"its brackets or wildcards stand for other names; give {glob.escape(pattern)!r}"
+        elif pattern.startswith("~"):
+            hint = f"give the folder of '~' itself: {os.path.expanduser(pattern)!r}"
+        raise ValueError(f"data.path={pattern!r} matches no file; {hint}")
     return list(found)
 
 

@@ -48,6 +48,7 @@ def split_source(source: Source, holdout_fraction: float) -> tuple[Part, Part]:
         start += len(file)
     held_out = np.concatenate(parts)
     if start == 1:
+        source[0]  # which may say that it is none, such as a file of another kind
         raise ValueError(
             "The data is a single record, which cannot be divided into a training and a held-out "
             "part. With data.source='text' a file is a record: split it, or store it as JSONL with "

@@ -22,10 +22,12 @@ from jaxtyping import Float32, Int
 from qwen3next_jax.data.text_stream import TextStream
 from qwen3next_jax.data.tokenizer import Tokenizer, split_stops
 from qwen3next_jax.inference.decode import Generation
-from qwen3next_jax.model.decoder import Qwen3Next, default_positions
+from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
+from qwen3next_jax.ops.segments import default_positions
 from qwen3next_jax.parallel.mesh import BATCH, ROWS, mesh_of
+from qwen3next_jax.parallel.processes import ShouldStop, unless_stopped
 from qwen3next_jax.parallel.vocabulary import token_scores
 
 _SHORTEST = 64
@@ -47,7 +49,14 @@ class Evaluator:
       tokenizer: the model's tokenizer.
     """
 
-    def __init__(self, model: Qwen3Next, tokenizer: Tokenizer, *, batch_size: int = 0):
+    def __init__(
+        self,
+        model: Qwen3Next,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 0,
+        should_stop: ShouldStop = lambda: False,
+    ):
         """Wraps a model.
 
         Args:
@@ -55,20 +64,24 @@ class Evaluator:
           tokenizer: the model's tokenizer.
           batch_size: rows at a time, rounded up to a multiple of the ways in which the mesh shards
             rows; 0: 8192 tokens a device.
+          should_stop: asked before each batch; once it returns True, methods raise `Stopped`.
 
         Raises:
           ValueError: the batch size is negative.
         """
         if batch_size < 0:
             raise ValueError(f"{batch_size=} must be at least 1, or 0 to choose it by length")
-        self.model, self.tokenizer, self._batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer = model, tokenizer
+        self._batch_size, self._should_stop = batch_size, should_stop
         self._graph, self._params = nnx.split(model)
         self._mesh = mesh_of(self._params)
         self._ways = 1 if self._mesh is None else math.prod(self._mesh.shape[a] for a in ROWS)
 
     def with_model(self, model: Qwen3Next) -> "Evaluator":
-        """An evaluator of another model, with this one's tokenizer and batch size."""
-        return Evaluator(model, self.tokenizer, batch_size=self._batch_size)
+        """An evaluator of another model, otherwise like this one."""
+        return Evaluator(
+            model, self.tokenizer, batch_size=self._batch_size, should_stop=self._should_stop
+        )
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[RowScores]:
         """Scores each token given the earlier ones of its row.
@@ -241,7 +254,7 @@ class Evaluator:
             if not self._batch_size:  # no large batch for a few rows
                 size = min(size, 1 << (len(numbers) - 1).bit_length())
             size = -(-size // self._ways) * self._ways
-            for start in range(0, len(numbers), size):
+            for start in unless_stopped(range(0, len(numbers), size), self._should_stop):
                 yield width, size, numbers[start : start + size]
 
 
@@ -254,7 +267,7 @@ def bucket(length: int) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
 def _score(graph, mesh, params, tokens, targets, segments):
     model = nnx.merge(graph, params)
-    positions = default_positions(tokens, segments)
+    positions = default_positions(tokens.shape, segments)
     hidden, stats = model.hidden_states(tokens, segments, positions)
     dropped = jnp.zeros(()) if stats is None else stats.dropped.sum()
     scores = (*token_scores(hidden, model.head(), targets, chunk=_chunk(model)), dropped)

@@ -28,6 +28,7 @@ from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
+from qwen3next_jax.parallel.processes import ShouldStop, unless_stopped
 from qwen3next_jax.training.loss import next_token_losses
 
 _AT_A_TIME = 1024  # documents in memory at a time
@@ -74,17 +75,23 @@ def _losses(graph, params, batch, chunk):
 
 
 def perplexity_in_training(
-    train: TrainConfig, data: Data
+    train: TrainConfig, data: Data, should_stop: ShouldStop = lambda: False
 ) -> Callable[[Qwen3Next], dict[str, float]]:
     """The function that evaluates a training run's model on the held-out records, and logs it.
 
-    A batch has as many rows as a micro-batch, so that it needs no more memory than a step.
+    A batch has as many rows as a micro-batch, so that it needs no more memory than a step. The
+    function asks `should_stop` before each, and raises `Stopped` if so.
     """
 
     def evaluate(model: Qwen3Next) -> dict[str, float]:
         rows = train.global_batch_size // train.gradient_accumulation_steps
         batches = evaluation_batches(data, batch_size=rows, sequence_length=train.sequence_length)
-        result = perplexity(model, batches, text_bytes=data.held_out_bytes, chunk=train.loss_chunk)
+        result = perplexity(
+            model,
+            unless_stopped(batches, should_stop),
+            text_bytes=data.held_out_bytes,
+            chunk=train.loss_chunk,
+        )
         logging.info(
             "Held-out text: %.4f nats a token, %.4f bits per byte (gzip -9: %.4f)",
             result["eval_ce"],

@@ -21,6 +21,7 @@ from qwen3next_jax.evaluation.long_context import TASKS, check_questions, long_c
 from qwen3next_jax.evaluation.perplexity import check_length, document_perplexity
 from qwen3next_jax.evaluation.speculation import beginnings, check_drafting, speculation
 from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.parallel.processes import ShouldStop
 
 SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
 _CHATTING = {"lm_eval", "long_context"}  # the suites that read `EvaluationConfig.chat`
@@ -158,19 +159,21 @@ def run_suite(
 
 
 def suites_in_training(
-    options: EvaluationConfig, data: Data
+    options: EvaluationConfig, data: Data, should_stop: ShouldStop = lambda: False
 ) -> Callable[[Qwen3Next], dict[str, Any]] | None:
     """A function that runs the suites of a training run on its model; None if there are none.
 
     Its result is a line for metrics.jsonl: `eval_SUITE_NAME` for each of a suite's `scalars`, and
     `eval_long_context_cells`, a list of {task, length, depth, score}. The texts are the held-out
-    ones.
+    ones. It asks `should_stop` before each batch, and raises `Stopped` if so.
     """
     if not options.suites:
         return None
 
     def run(model: Qwen3Next) -> dict[str, Any]:
-        evaluator = Evaluator(model, data.tokenizer, batch_size=options.batch_size)
+        evaluator = Evaluator(
+            model, data.tokenizer, batch_size=options.batch_size, should_stop=should_stop
+        )
         metrics: dict[str, Any] = {}
         for name in options.suites:
             result = run_suite(

@@ -25,7 +25,7 @@ from qwen3next_jax.model.mtp import MTP
 from qwen3next_jax.model.statistics import Observed, concatenate_layers
 from qwen3next_jax.ops.attention import KEPT
 from qwen3next_jax.ops.platform import platform
-from qwen3next_jax.ops.segments import document_starts
+from qwen3next_jax.ops.segments import default_positions
 from qwen3next_jax.ops.shapes import check_rows, check_shape
 from qwen3next_jax.parallel.vocabulary import embed
 
@@ -165,7 +165,7 @@ class Qwen3Next(nnx.Module):
         check_shape("tokens", tokens, "B", "T")
         check_rows(tokens.shape, tokens=tokens, segment_ids=segment_ids, positions=positions)
         if positions is None:
-            positions = default_positions(tokens, segment_ids)
+            positions = default_positions(tokens.shape, segment_ids)
 
         run = functools.partial(
             self._run_group,
@@ -331,14 +331,3 @@ def _split_groups(stacked: _Group) -> list[_Group]:
     graph, params = nnx.split(stacked)
     repeats = jax.tree.leaves(params)[0].shape[0]
     return [nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], params)) for i in range(repeats)]
-
-
-def default_positions(
-    tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
-) -> Int[Array, "B T"]:
-    """0, 1, 2, ... from the start of each document."""
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    if segment_ids is None:
-        return index
-    starts = document_starts(segment_ids, first=False)
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -20,6 +20,7 @@ from qwen3next_jax.model.layers import RMSNorm, normal, project, weight
 from qwen3next_jax.model.rope import apply_rope
 from qwen3next_jax.model.statistics import Observed, sink_share, token_mean
 from qwen3next_jax.ops.attention import cached_attention
+from qwen3next_jax.ops.segments import default_positions
 from qwen3next_jax.ops.shapes import check_hidden
 from qwen3next_jax.parallel.context import attention
 from qwen3next_jax.parallel.mesh import all_gathered
@@ -65,8 +66,9 @@ class GatedAttention(nnx.Module):
         Args:
           x: hidden states.
           segment_ids: document of each token, 0 for padding; None: each row is one document.
-          positions: positions for the rotary embedding; None, without a cache only: 0, 1, 2, ...
-            With a cache they are also the tokens' slots: consecutive ones, all within the cache.
+          positions: positions for the rotary embedding; None, without a cache only: 0, 1, 2, ... in
+            each document. With a cache they are also the tokens' slots: consecutive ones, all
+            within the cache.
           cache: keys and values of the earlier tokens, if any.
           implementation: implementation of `ops.attention`; not used with a cache.
           observed: dict to which the statistics `attention_sink` and `output_gate` are added.
@@ -84,7 +86,7 @@ class GatedAttention(nnx.Module):
         if positions is None:
             if cache is not None:
                 raise ValueError("With a cache give positions [B, T]: which slots x's tokens take")
-            positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+            positions = default_positions((B, T), segment_ids)
 
         def projected(w):
             return project(x, all_gathered(w, x.dtype))

@@ -26,8 +26,8 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -49,7 +49,20 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 _rounds = itertools.count()
 
+T = TypeVar("T")
 ShouldStop = Callable[[], bool]
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and does."""
+
+
+def unless_stopped(items: Iterable[T], should_stop: ShouldStop) -> Iterator[T]:
+    """Yields the items; raises `Stopped` before one once the run is asked to stop."""
+    for item in items:
+        if should_stop():
+            raise Stopped
+        yield item
 
 
 @contextlib.contextmanager
@@ -74,8 +87,8 @@ def joined(
 
     Yields:
       A function that returns whether to save and stop now: once any process has received SIGTERM,
-      it returns True in all of them at the same call. Call it equally often in all processes, at
-      least once a step.
+      it returns True in all of them from the same call on. Call it equally often in all processes,
+      at least once a step.
 
     Raises:
       ValueError: if the arguments do not fit together.
@@ -105,8 +118,14 @@ def joined(
     with _watched(peer_timeout):
         # The coordinator forwards SIGTERM from any process to all, and picks one number at which
         # all stop: one more than the highest that any has called with, or 1 before any call.
-        calls = itertools.count(1)
-        yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+        calls, stopping = itertools.count(1), False
+
+        def should_stop() -> bool:
+            nonlocal stopping
+            stopping = stopping or multihost_utils.reached_preemption_sync_point(next(calls))
+            return stopping
+
+        yield should_stop
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ With several processes, each runs this loop on its own rows of the same batches,
 depends only on values that are the same in all of them. Process 0 alone writes config and metrics.
 """
 
+import contextlib
 import pathlib
 from collections import deque
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.parallel.processes import (
     BatchShare,
     ShouldStop,
+    Stopped,
     compiled_together,
     exchange,
     require_same,
@@ -53,10 +55,6 @@ from qwen3next_jax.training.workdir import has_steps, keep_config, last_step
 
 Evaluate = Callable[[Qwen3Next], dict[str, Any]]
 Sample = Callable[[Qwen3Next], list[dict[str, Any]]]
-
-
-class Stopped(Exception):
-    """The run was asked to stop; its state is saved, and the same command resumes it."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -91,7 +89,8 @@ def train(
       sample: from the model to lines for samples.jsonl; called every `sample_every` steps and at
         the end. None: no samples.
       suites: from the model to more metrics; called without a mesh every `evaluation.every` steps
-        and at the end. None: no suites.
+        and at the end. None: no suites. These three may raise `Stopped` once `should_stop` returns
+        True; what they leave undone is made up for when the run is resumed.
       report: called in process 0 after each evaluation, checkpoint and run of the suites.
       should_stop: whether to save and leave; called after each step and after each slow hook. See
         `processes.joined`.
@@ -105,7 +104,7 @@ def train(
         or versions.
       FileNotFoundError: `initial_checkpoint` does not exist.
       DamagedCheckpointError: all checkpoints are damaged.
-      Stopped: `should_stop` returned true.
+      Stopped: `should_stop` returned true; the state is saved, and the same call goes on from it.
       ExpertOverflowError: assignments were dropped and `mesh.on_overflow` is "error".
       NonFiniteLossError: names the step, the first bad parameter and the last good checkpoint.
     """
@@ -342,17 +341,20 @@ class _Run:
         scores: dict[str, Any] = {}
         try:
             if hooks.evaluate and due.evaluate and not self._stopping:
-                scores = hooks.evaluate(self._model())
+                with contextlib.suppress(Stopped):
+                    scores = hooks.evaluate(self._model())
             if scores:
                 self._writer.write(step, scores | self._clock.taken("evaluation"))
             if due.save or self._poll_stop():
                 self._save(step, scores)
             if hooks.suites and due.suites and not self._poll_stop():
-                with no_mesh():  # suites set the mesh themselves if they need it
+                # Suites set the mesh themselves if they need it.
+                with no_mesh(), contextlib.suppress(Stopped):
                     tested = hooks.suites(self._model())
-                self._writer.write(step, tested | self._clock.taken("suites"))
+                    self._writer.write(step, tested | self._clock.taken("suites"))
             if hooks.sample and due.sample and not self._poll_stop():
-                with no_mesh():  # a few rows of text cannot be sharded over the mesh
+                # A few rows of text cannot be sharded over the mesh.
+                with no_mesh(), contextlib.suppress(Stopped):
                     self._writer.write_samples(step, hooks.sample(self._model()))
                 self._clock.spent_on("samples")
             if step != self._saved and self._poll_stop():

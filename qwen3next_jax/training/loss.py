@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.model.decoder import Qwen3Next, default_positions
+from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.model.moe import RouterStats
 from qwen3next_jax.model.statistics import Mean, Observed, combine_parts, concatenate_layers
+from qwen3next_jax.ops.segments import default_positions
 from qwen3next_jax.ops.shapes import check_rows, check_shape
 from qwen3next_jax.parallel.vocabulary import cross_entropy
 
@@ -280,5 +281,5 @@ def complete_batch(
         "targets": jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))),
         "loss_weights": ((after == segment_ids) & (segment_ids != 0)).astype(jnp.float32),
         "segment_ids": segment_ids,
-        "positions": default_positions(tokens, segment_ids),
+        "positions": default_positions(tokens.shape, segment_ids),
     }
