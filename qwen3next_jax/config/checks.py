@@ -35,7 +35,7 @@ def as_mapping(given: Any) -> Any:
 
 
 def frozen(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts values to their fields' types: lists to tuples, NumPy scalars and ints to floats."""
+    """Converts lists to tuples, NumPy's scalars to Python's, and ints of float fields to floats."""
     types = {field.name: field.type for field in dataclasses.fields(kind)}
 
     def freeze(key: str, value: Any) -> Any:

@@ -151,4 +151,4 @@ def _log_uniform(key, shape):
 
 def _unit_length(x):
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)  # as the released code has it

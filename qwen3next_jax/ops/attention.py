@@ -93,7 +93,9 @@ def attention(
     check_implementation(implementation, "chunked", "pallas", "cudnn", "reference")
     require_tokens(B, T)
     if N % K:
-        raise ValueError(f"{N} query heads are not divisible by {K} KV heads")
+        raise ValueError(
+            f"{N} query heads are not divisible by {K} KV heads; each KV head serves as many"
+        )
     if implementation == "pallas":
         if segment_ids is None:
             segment_ids = jnp.zeros((B, T), jnp.int32)

@@ -185,7 +185,9 @@ def _apply(arrays, segment_ids, initial_state, *, implementation, before=None, s
         check_shape("initial_state", initial_state, B, N, H, P)
         require_floats(initial_state=initial_state)
     if N % K:
-        raise ValueError(f"{N} value heads are not divisible by {K} key heads")
+        raise ValueError(
+            f"{N} value heads are not divisible by {K} key heads; each key head serves as many"
+        )
     refuse_explicit(jax.typeof(q).sharding.mesh)
     if implementation is None:
         implementation = default_implementation(H, P, v.dtype)

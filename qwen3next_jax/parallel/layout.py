@@ -150,7 +150,7 @@ def describe_layout(arrays: Iterable[tuple[str, Any]], sizes: Mapping[str, int])
       arrays, sizes: as in `check_copies`.
     """
     placed = list(_placed(arrays, sizes))
-    least = max(_LARGE, sum(x.size for x in placed) / 1000)
+    least = max(_LARGE, sum(x.size for x in placed) / 1000)  # a line for no less than a thousandth
     held, copied = sum(x.held for x in placed), sum(x.copied for x in placed)
     return "\n".join(
         [

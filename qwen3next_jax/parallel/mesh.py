@@ -1,9 +1,10 @@
 """The device mesh, and THE table that says over which of its axes each kind of dimension is split.
 
 Parameters name their axes logically where they are declared ("embed", "experts", ...), activations
-where they are constrained ("batch", "tokens", ...). Only the table below maps these names to the
-mesh, so a change of layout is a change of one line, and a name that the table does not know is an
-error. Mesh axes, from the slowest links to the fastest:
+where they are constrained ("batch", "tokens", ...). The table below maps these names to the mesh,
+and a name that it does not know is an error. (What runs on a device's own part says itself over
+which axis it talks: `expert.py`, `context.py`, `vocabulary.py`.) Mesh axes, from the slowest links
+to the fastest:
 
 - `data`: each device has copies of the parameters and its own rows of the batch. TPU slices lie
   along this axis.
