@@ -187,6 +187,7 @@ def stop(when, directory):
     for step in range(first, first + 60):
         processes.exchange(None)  # a step
         if should_stop():
+            assert should_stop()  # once asked, always
             return tell(step)
         time.sleep(0.1)
     tell("never")

@@ -18,7 +18,7 @@ from flax import nnx
 from launched import lines, start, virtual_devices
 from small_run import is_time, run, small_config, write_corpus
 
-from qwen3next_jax.config import flatten
+from qwen3next_jax.config import RunConfig, flatten
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.data.train_tokenizer import train_tokenizer
 from qwen3next_jax.evaluation.samples import samples
@@ -26,6 +26,7 @@ from qwen3next_jax.parallel.mesh import make_mesh
 from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training import loop
 from qwen3next_jax.training.environment import record_environment
+from qwen3next_jax.training.optimizer import make_schedule
 
 HERE = pathlib.Path(__file__).parent
 # Keys of `train` that no step reads.
@@ -151,6 +152,8 @@ def stop_at(monkeypatch, step, *, change=None):
 def test_metrics_have_what_the_docs_promise(whole):
     training = [line for line in course(whole[0]) if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
+    config = RunConfig.from_dict(json.loads((whole[0] / "config.json").read_text()))
+    schedule = make_schedule(config.optimizer, config.train.num_steps)
     for line in training:
         expected = {"loss", "ce", "mtp_ce", "balance_loss", "grad_norm", "learning_rate", "tokens"}
         assert expected <= line.keys()
@@ -161,6 +164,7 @@ def test_metrics_have_what_the_docs_promise(whole):
         assert line["layers/attention_sink"][0] is line["layers/decay_mean"][1] is None
         assert 0 < line["update_ratio/delta"] < 1
         assert line["dropped_share"] == 0
+        np.testing.assert_allclose(line["learning_rate"], float(schedule(line["step"] - 1)))
         assert {"text/epoch", "text/records", "text/tokens"} <= line.keys()
         filled = line["packing_efficiency"] * line["step"] * 8 * 48
         assert filled == pytest.approx(line["text/tokens"]) == pytest.approx(line["tokens"])
@@ -509,8 +513,12 @@ def test_asked_to_stop_in_the_last_step_s_evaluation_a_run_leaves_the_rest_for_l
         assert called == rest
 
 
+@pytest.mark.parametrize("steps", [1, 2])  # in the last step, or before it
+@pytest.mark.parametrize("saved_every", [0, 1])
 @pytest.mark.parametrize("when", ["evaluate", "suites"])
-def test_a_stop_ends_an_evaluation_under_way_which_is_made_up_for(corpus, tmp_path, when):
+def test_a_stop_ends_an_evaluation_under_way_which_is_made_up_for(
+    corpus, tmp_path, when, saved_every, steps
+):
     called = []
 
     def hook(name, result):
@@ -523,18 +531,19 @@ def test_a_stop_ends_an_evaluation_under_way_which_is_made_up_for(corpus, tmp_pa
         return call
 
     config = config_of(
-        corpus, 2, train__eval_every=1, train__checkpoint_every=0, evaluation__every=1
+        corpus, steps, train__eval_every=1, train__checkpoint_every=saved_every, evaluation__every=1
     )
     hooks = dict(evaluate=hook("evaluate", {"eval_ce": 1.0}), suites=hook("suites", {"x": 1.0}))
-    with pytest.raises(loop.Stopped, match="step 1 is saved"):
-        run(config, tmp_path, **hooks, should_stop=lambda: when in called)
     due = ["evaluate", "suites"]
-    done = due[: due.index(when)]
-    assert called == [*done, when]
-    called.clear()
+    left = due[due.index(when) :]
+    for calls in (due[: due.index(when) + 1], [when]):  # at the step, and when it is made up for
+        with pytest.raises(loop.Stopped, match="step 1 is saved"):
+            run(config, tmp_path, **hooks, should_stop=lambda: when in called)
+        assert called == calls
+        called.clear()
     when = None  # the hooks return now
     run(config, tmp_path, **hooks)
-    assert called == [name for name in due if name not in done] + due
+    assert called == left + due * (steps - 1)
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_up_for(corpus, tmp_path):

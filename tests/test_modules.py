@@ -227,6 +227,8 @@ def test_operations_name_what_is_no_array():
 def test_weights_that_are_drawn_need_keys():
     with pytest.raises(ValueError, match=r"rngs is a int; give flax\.nnx\.Rngs"):
         GatedDeltaNet(CONFIG, rngs=0)
+    with pytest.raises(TypeError, match="NoneType"):
+        GatedDeltaNet(CONFIG, rngs=None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -437,7 +437,7 @@ def test_moments_in_bfloat16_decay_as_those_in_float32(name):
         return [np.mean(x, dtype=np.float32) for x in jax.tree.leaves(mu)]
 
     # Each entry of the last moment is rounded to 8 bits, by up to 0.4%; their mean by far less. The
-    # decays rounded to bfloat16, 0.8984 and 0.9492, would make the means 1.6% smaller.
+    # decays rounded to bfloat16, 0.8984 and 0.9492, would make the means 1.5% smaller.
     np.testing.assert_allclose(moments(jnp.bfloat16), moments(jnp.float32), rtol=2e-3)
 
 

@@ -108,19 +108,6 @@ def test_a_slash_behind_the_directory_makes_no_other_run(slashes, directory):
         run(f"{directory}/../{directory.name}").check_resumable_from(was.to_dict())
 
 
-def test_a_path_relative_to_another_folder_makes_no_other_run(directory, monkeypatch):
-    config = sft.get_config(str(directory))
-    config.data.path = str(directory.parent / "chats.jsonl")
-    was = RunConfig.from_dict(config.to_dict()).to_dict()
-    monkeypatch.chdir(directory.parent)
-    config.data.path = "chats.jsonl"
-    config.data.tokenizer = config.train.initial_checkpoint = directory.name
-    RunConfig.from_dict(config.to_dict()).check_resumable_from(was)
-    monkeypatch.chdir("/")
-    with pytest.raises(ValueError, match=r"data\.path: was .*, now '/chats\.jsonl'"):
-        RunConfig.from_dict(config.to_dict()).check_resumable_from(was)
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [("", "Which model"), (":nowhere", "nowhere does not exist"), (":.", "is no checkpoint")],

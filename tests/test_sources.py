@@ -424,9 +424,6 @@ def test_an_empty_glob_is_refused(tmp_path):
             open_source("text", f"{tmp_path}/*.txt", on_error=on_error)
     with pytest.raises(ValueError, match=r"is a folder; give a glob .*folder\.txt/\*\*/\*\.txt'"):
         open_source("text", f"{tmp_path}/folder.txt")
-    (tmp_path / "folder.txt" / "a.jsonl").touch()
-    with pytest.raises(ValueError, match=r"is a folder; give a glob .*folder\.txt/\*\*/\*\.jsonl'"):
-        open_source("jsonl", f"{tmp_path}/folder.txt")
     (tmp_path / "a [1].txt").write_text("a text")
     with pytest.raises(ValueError, match=r"matches no file; its brackets .*/a \[\[\]1\]\.txt'"):
         open_source("text", f"{tmp_path}/a [1].txt")

@@ -7,6 +7,8 @@ from tpu_program import compiled, lowered
 
 from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.ops import attention, causal_conv, gated_delta_rule
+from qwen3next_jax.ops.attention import causal_pairs, finalize, init_carry, out_dot
+from qwen3next_jax.ops.pallas import attention_blocks
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile, expert_mlp
 from qwen3next_jax.parallel import context
 from qwen3next_jax.parallel.mesh import make_mesh
@@ -56,6 +58,17 @@ def expert_gradients(rows, weights, gate_up, down, sizes):
     return jax.grad(loss, argnums=range(4))(rows, weights, gate_up, down)
 
 
+def block_gradients(q, k, v, segments):
+    pairs = causal_pairs(len(q))
+    given = q, k, v, segments, segments
+    carry = attention_blocks.accumulate(init_carry(q, v), *given, pairs, causal=True)
+    out, lse = finalize(carry, v.dtype)
+    zeros = jnp.zeros(q.shape, jnp.float32)
+    return attention_blocks.accumulate_gradients(
+        zeros, *given, lse, out_dot(out, out), out, pairs, causal=True
+    )
+
+
 def check_costs(program):
     """All that a program does has a cost, its kernels' included."""
     costs = estimate(program.as_text(), CHIPS["v5p"])
@@ -100,6 +113,7 @@ HEADS = (1, 128, 2, 128), None  # None: the dtype under test
 GATES = (1, 128, 2), "float32"
 SEGMENTS = (1, 128), "int32"
 HEADS_FIRST = (1, 2, 128, 128), None
+QUERIES, KEYS = ((2, 1, 1, 2, 128, 128), None), ((2, 1, 1, 128, 128), None)
 ROWS_WEIGHTS = [((64, 128), None), ((64,), "float32")]
 MATRICES_SIZES = [((4, 2, 128, 256), None), ((4, 256, 128), None), ((4,), "int32")]
 
@@ -111,6 +125,7 @@ MATRICES_SIZES = [((4, 2, 128, 256), None), ((4, 256, 128), None), ((4,), "int32
     [
         (delta_rule_gradients, [HEADS, HEADS, HEADS, GATES, GATES, SEGMENTS]),
         (attention_gradients, [HEADS, HEADS, HEADS, SEGMENTS]),
+        (block_gradients, [QUERIES, KEYS, KEYS, ((2, 1, 128), "int32")]),
         (conv_gradients, [HEADS_FIRST, ((4, 2, 128), None), SEGMENTS, HEADS_FIRST]),
         (expert_gradients, ROWS_WEIGHTS + MATRICES_SIZES),
     ],

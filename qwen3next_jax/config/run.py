@@ -7,7 +7,6 @@ key that no field takes is refused with the nearest known names.
 import dataclasses
 import json
 import math
-import os
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -237,9 +236,8 @@ class RunConfig:
         """Raises a ValueError that names the keys whose change since `old` prevents resuming."""
         now, before = flatten(self.to_dict()), flatten(old)
         for values in (now, before):
-            for key in _PATHS & values.keys():  # which may be named from another folder
-                if values[key] and "://" not in values[key]:
-                    values[key] = os.path.join(os.getcwd(), values[key]).rstrip("/")
+            for key in ("data.tokenizer", "train.initial_checkpoint"):  # which may be directories
+                values[key] = str(values.get(key)).rstrip("/")
         # A stricter setting may be relaxed: the records read so far would be read the same way.
         if before.get("data.on_error") == "raise":
             for key, strict in (("data.on_error", "raise"), ("data.too_long", "error")):
@@ -302,7 +300,6 @@ _CHOICES = {
     "precision.matmul": ("default", "high", "highest"),
 }
 # The smallest value of each of these keys.
-_PATHS = {"data.path", "data.tokenizer", "data.chat_template", "train.initial_checkpoint"}
 _LEAST = {
     "train.num_steps": 1, "train.global_batch_size": 1, "train.sequence_length": 2,
     "train.gradient_accumulation_steps": 1, "train.loss_chunk": 1, "train.log_every": 1,
@@ -315,6 +312,11 @@ _LEAST = {
     "evaluation.num_fewshot": -1, "evaluation.depths": 1, "evaluation.drafts": 1,
     "evaluation.seed": 0, "train.seed": 0,
 }  # fmt: skip
+_INT32 = (  # counts and sizes on the devices
+    "train.num_steps", "train.global_batch_size", "train.sequence_length", "train.loss_chunk",
+    "optimizer.warmup_steps", "data.window_rows", "evaluation.batch_size", "evaluation.depths",
+    "evaluation.drafts",
+)  # fmt: skip
 _SHARES = (  # each in [0, 1]
     "data.holdout_fraction",
     "optimizer.decay_fraction",
@@ -362,10 +364,12 @@ def _value_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
             yield f"{key}={flat[key]} must be at least {least}"
         elif flat[key] > FLOAT32_MAX:
             yield f"{key}={flat[key]} must be finite in float32"
-    for key, value in flat.items():
-        bits = 32 if key.endswith(".seed") else 31
-        if type(value) is int and value >= 2**bits:
-            yield f"{key}={value} must be below 2**{bits}"
+    for key in _INT32:
+        if flat[key] >= 2**31:
+            yield f"{key}={flat[key]} must be below 2**31"
+    for key in ("train.seed", "evaluation.seed"):
+        if not flat[key] < 2**32:
+            yield f"{key}={flat[key]} must be below 2**32"
     for key in _SHARES:
         if not 0 <= flat[key] <= 1:
             yield f"{key}={flat[key]} must lie between 0 and 1"

@@ -30,10 +30,9 @@ def matching_files(pattern: str, problems: list[str]) -> list[epath.Path]:
     if not found and not problems:
         path = epath.Path(pattern)
         if parts and path.is_dir():
-            suffix = next((p.suffix for p in sorted(path.iterdir()) if p.suffix), ".txt")
             raise ValueError(
                 f"data.path={pattern!r} is a folder; give a glob of its files, such as "
-                f"{os.path.join(pattern, f'**/*{suffix}')!r}"
+                f"{os.path.join(pattern, '**/*.txt')!r}"
             )
         hint = "give a glob such as '/corpus/**/*.txt'"
         if path.is_file():

@@ -36,7 +36,7 @@ def weight(
       axes: logical name and size of each axis, in order. To use a name twice, append two
         underscores and a suffix, which are removed from the logical name.
     """
-    if not isinstance(rngs, nnx.Rngs | nnx.RngStream | None):
+    if not isinstance(rngs, nnx.Rngs | None):
         raise ValueError(f"rngs is a {type(rngs).__name__}; give flax.nnx.Rngs(seed)")
     names = tuple(name.split("__")[0] for name in axes)
     key = None if rngs is None else rngs.params()

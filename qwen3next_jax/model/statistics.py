@@ -6,8 +6,8 @@ steps) can be combined exactly, each weighted by its tokens. Padding is left out
 flows through statistics. On a mesh the modules see global arrays, so the statistics are global.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,8 +95,8 @@ def combine_parts(observed: Observed) -> Observed:
     }
 
 
-def concatenate_layers(parts: Sequence[Observed]) -> Observed:
-    """Concatenates statistics of layers along the first axis.
+def concatenate_layers(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Concatenates statistics of layers, tuples of arrays by name, along the first axis.
 
     A statistic that only some of the layers have is concatenated over those, in order.
     """

@@ -11,7 +11,7 @@ depends only on values that are the same in all of them. Process 0 alone writes 
 import contextlib
 import pathlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple, NoReturn
 
@@ -294,6 +294,14 @@ class _Run:
         self._stopping = self._stopping or self._hooks.should_stop()
         return self._stopping
 
+    @contextlib.contextmanager
+    def _may_be_left(self) -> Iterator[None]:
+        """For a hook, which raises `Stopped` when it finds that the run is asked to stop."""
+        try:
+            yield
+        except Stopped:
+            self._stopping = True
+
     def _due(self, step: int) -> _Due:
         t, hooks = self._config.train, self._hooks
 
@@ -341,7 +349,7 @@ class _Run:
         scores: dict[str, Any] = {}
         try:
             if hooks.evaluate and due.evaluate and not self._stopping:
-                with contextlib.suppress(Stopped):
+                with self._may_be_left():
                     scores = hooks.evaluate(self._model())
             if scores:
                 self._writer.write(step, scores | self._clock.taken("evaluation"))
@@ -349,12 +357,12 @@ class _Run:
                 self._save(step, scores)
             if hooks.suites and due.suites and not self._poll_stop():
                 # Suites set the mesh themselves if they need it.
-                with no_mesh(), contextlib.suppress(Stopped):
+                with no_mesh(), self._may_be_left():
                     tested = hooks.suites(self._model())
                     self._writer.write(step, tested | self._clock.taken("suites"))
             if hooks.sample and due.sample and not self._poll_stop():
                 # A few rows of text cannot be sharded over the mesh.
-                with no_mesh(), contextlib.suppress(Stopped):
+                with no_mesh(), self._may_be_left():
                     self._writer.write_samples(step, hooks.sample(self._model()))
                 self._clock.spent_on("samples")
             if step != self._saved and self._poll_stop():
