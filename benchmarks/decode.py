@@ -39,6 +39,8 @@ def main():
     parser.add_argument("--checkpoint", help="a trained model with an MTP module")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.vs and args.shape == "dense":
+        parser.error("--vs compares Qwen3-Next models; take another --shape")
     if args.checkpoint:
         result = speculation(args)
     elif args.contexts:
@@ -51,9 +53,12 @@ def main():
 
 def compare(args):
     model_config = config(args.shape)
-    model = nnx.eval_shape(lambda: Qwen3Next(model_config, rngs=nnx.Rngs(0)))
-    theirs = reference(args.shape)
-    load_tensors(model, {name: p.numpy() for name, p in theirs.state_dict().items()})
+    if args.vs:
+        theirs = reference(args.shape)
+        model = nnx.eval_shape(lambda: Qwen3Next(model_config, rngs=nnx.Rngs(0)))
+        load_tensors(model, {name: p.numpy() for name, p in theirs.state_dict().items()})
+    else:
+        model = Qwen3Next(model_config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model_config.vocab_size, (args.batch, args.prompt))
 

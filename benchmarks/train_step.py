@@ -87,6 +87,8 @@ def main():
     args = parser.parse_args()
     if args.only and args.vs:
         parser.error("--vs compares whole models; leave out --only")
+    if args.vs and args.shape == "dense":
+        parser.error("--vs compares Qwen3-Next models; take another --shape")
     if args.steps < 1 and not args.contexts:
         parser.error(f"--steps={args.steps} times nothing; make it 1 or more, or give --contexts")
     result = curve(args) if args.contexts else compare(args)
