@@ -513,9 +513,10 @@ def test_asked_to_stop_in_the_last_step_s_evaluation_a_run_leaves_the_rest_for_l
         assert called == rest
 
 
-@pytest.mark.parametrize("steps", [1, 2])  # in the last step, or before it
-@pytest.mark.parametrize("saved_every", [0, 1])
-@pytest.mark.parametrize("when", ["evaluate", "suites"])
+@pytest.mark.parametrize(
+    ("when", "saved_every", "steps"),  # of which the first is left: it may be the last one
+    [("evaluate", 0, 2), ("evaluate", 1, 1), ("suites", 0, 1), ("suites", 1, 2)],
+)
 def test_a_stop_ends_an_evaluation_under_way_which_is_made_up_for(
     corpus, tmp_path, when, saved_every, steps
 ):
