@@ -280,7 +280,11 @@ def test_transformers_builds_the_same_model_from_what_we_write():
             {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
             "rope_theta=1.0 must be above 1 with YaRN",
         ),
-        ({"hidden_size": 0, "head_dim": 0}, r"(?s)hidden_size=0 must be at .*head_dim=0 must be"),
+        ({"hidden_size": 0}, "hidden_size=0 must be at least 1"),
+        (
+            {"hidden_size": 0, "head_dim": 0},
+            "hidden_size=0 must be at least 1\n  head_dim=0 must be at least 1",
+        ),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be at most 10000"),
         ({"num_experts": 2**31}, "num_experts=2147483648 must be at most 2147483647"),
         ({"mtp_steps": -1}, "mtp_steps=-1 must be at least 0"),

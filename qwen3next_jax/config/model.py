@@ -406,12 +406,10 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
     impossible = [
         f"{name}={getattr(c, name)} must be at least 1" for name in positive if getattr(c, name) < 1
     ]
-    impossible += [
-        f"{name}={value} must be at most {most}"
-        for name, value in vars(c).items()
-        if type(value) is int
-        and value > (most := _MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1)
-    ]
+    for name, value in vars(c).items():
+        most = _MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1
+        if type(value) is int and value > most:
+            impossible.append(f"{name}={value} must be at most {most}")
     if impossible:
         yield from impossible
         return  # what follows divides by sizes, and lists the layers

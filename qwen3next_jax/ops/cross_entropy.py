@@ -44,6 +44,7 @@ def cross_entropy(
         no token, or chunk is less than 1.
     """
     check_shape("head", head, "D", "V")
+    # Not by `check_hidden`, which refuses meshes of explicit axes: the loss works on them.
     check_shape("hidden", hidden, "B", "T", head.shape[0])
     B, T, _ = hidden.shape
     require_tokens(B, T)
