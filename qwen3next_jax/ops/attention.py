@@ -29,7 +29,13 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen3next_jax.ops.cpu import once, row_max, row_sum
 from qwen3next_jax.ops.pallas.attention import KEPT, splash_attention
 from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
-from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats, require_tokens
+from qwen3next_jax.ops.shapes import (
+    check_rows,
+    check_shape,
+    pad_to_multiple,
+    require_floats,
+    require_tokens,
+)
 
 _BLOCK = 256  # small enough that a block's scores stay in a CPU's cache
 # On accelerators a block's products must take longer than fetching the block. On a TPU v5p, by its
@@ -212,7 +218,7 @@ def split_blocks(x: Array, block: int | None = None) -> Array:
     if block is None:
         block = _BLOCK if platform() == "cpu" else _ACCELERATOR_BLOCK
     block = min(block, T)
-    x = jnp.pad(x, [(0, 0), (0, -T % block)] + [(0, 0)] * (x.ndim - 2), constant_values=-1)
+    x = pad_to_multiple(x, block, constant_values=-1)
     x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
     if x.ndim == 3:
         return x.swapaxes(0, 1)

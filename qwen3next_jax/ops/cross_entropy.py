@@ -15,7 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.cpu import row_max, row_sum
-from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats, require_tokens
+from qwen3next_jax.ops.shapes import (
+    check_rows,
+    check_shape,
+    pad_to_multiple,
+    require_floats,
+    require_tokens,
+)
 
 
 def cross_entropy(
@@ -236,7 +242,7 @@ def _pieces(chunk, *arrays):
     chunk = min(chunk, T)
 
     def split(x):
-        x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
+        x = pad_to_multiple(x, chunk)
         return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
 
     return tuple(split(x) for x in arrays)

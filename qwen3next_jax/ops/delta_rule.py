@@ -52,6 +52,7 @@ from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
 from qwen3next_jax.ops.shapes import (
     check_rows,
     check_shape,
+    pad_to_multiple,
     refuse_explicit,
     require_floats,
     require_tokens,
@@ -335,8 +336,7 @@ def _by_hopper(q, k, v, g, beta, segments, before, state):
             f"implementation='hopper' needs bfloat16 and heads of 128, got {v.dtype}, {H} for keys "
             f"and {P} for values; use 'chunked'"
         )
-    padding = -T % CHUNK
-    q, k, v = (jnp.pad(x, [(0, 0), (0, padding), (0, 0), (0, 0)]) for x in (q, k, v))
+    q, k, v = (pad_to_multiple(x, CHUNK) for x in (q, k, v))
 
     split = functools.partial(_split, chunk=CHUNK)
     g, beta = (split(x, K, N // K) for x in (g, beta))
@@ -380,7 +380,7 @@ def _split(x, *heads, chunk, mode="constant"):
 
     The padding of zeros to whole chunks neither writes to the state nor decays it.
     """
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+    x = pad_to_multiple(x, chunk, mode=mode)
     x = x.reshape(len(x), -1, chunk, *heads, *x.shape[2 + (len(heads) > 0) :])
     return x.transpose(1, 0, *range(3, 3 + len(heads)), 2, *range(3 + len(heads), x.ndim))
 

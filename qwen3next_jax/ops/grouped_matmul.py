@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import grouped_hopper
 from qwen3next_jax.ops.platform import check_implementation, is_hopper, platform
-from qwen3next_jax.ops.shapes import check_rows, check_shape, require_floats
+from qwen3next_jax.ops.shapes import check_rows, check_shape, pad_to_multiple, require_floats
 
 MOST_ROWS = 128  # largest block, except on GPUs without kernels
 # Groups of up to this many rows on average are multiplied row by row on a CPU (`expert_mlp`). For
@@ -148,8 +148,8 @@ def _pallas_backward(residuals, d_out):
     rows, weights, group_sizes = residuals
     d_rows = _gmm(d_out, weights, group_sizes, transpose_rhs=True)
     d_weights = tgmm(
-        _whole_tiles(rows).T,
-        _whole_tiles(d_out),
+        pad_to_multiple(rows, _TILE_ROWS, axis=0).T,
+        pad_to_multiple(d_out, _TILE_ROWS, axis=0),
         group_sizes,
         weights.dtype,
         _tiling(rows.shape[1], weights.shape[2]),
@@ -164,7 +164,7 @@ _pallas.defvjp(_pallas_forward, _pallas_backward)
 def _gmm(rows, weights, group_sizes, *, transpose_rhs=False):
     inner, outer = weights.shape[1:][::-1] if transpose_rhs else weights.shape[1:]
     out = gmm(
-        _whole_tiles(rows),
+        pad_to_multiple(rows, _TILE_ROWS, axis=0),
         weights,
         group_sizes,
         rows.dtype,
@@ -173,10 +173,6 @@ def _gmm(rows, weights, group_sizes, *, transpose_rhs=False):
         interpret=platform() == "cpu",
     )
     return out[: len(rows)]
-
-
-def _whole_tiles(rows):
-    return jnp.pad(rows, ((0, -len(rows) % _TILE_ROWS), (0, 0)))
 
 
 def _tiling(inner, outer):

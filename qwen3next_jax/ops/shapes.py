@@ -1,10 +1,11 @@
-"""Checks of the arguments of operations and modules, with clearer errors than JAX's own."""
+"""Shapes: checks of arguments with clearer errors than JAX's own, and padding to whole blocks."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
+from jaxtyping import Array
 
 
 def check_shape(name: str, x: Any, *axes: int | str) -> None:
@@ -106,3 +107,17 @@ def check_rows(shape: tuple[int, ...], **rows: Any) -> None:
         check_shape(name, given, *shape)
         if not jnp.issubdtype(given.dtype, jnp.integer):
             raise ValueError(f"{name} is of {given.dtype}; expected integers, such as int32")
+
+
+def pad_to_multiple(x: Array, size: int, *, axis: int = 1, **options: Any) -> Array:
+    """Appends entries along an axis up to a multiple of `size`, by default zeros.
+
+    Args:
+      x: array with at least one axis.
+      size: at least 1.
+      axis: the axis that becomes longer; by default that of tokens in [B, T, ...].
+      options: `mode` or `constant_values` of `jnp.pad`.
+    """
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, widths, **options)

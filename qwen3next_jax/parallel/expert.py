@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qwen3next_jax.ops.fresh_rows import fresh_rows
 from qwen3next_jax.ops.pallas.tpu import LANES
 from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.shapes import pad_to_multiple
 
 Compute = Callable[[Float[Array, "R D"], Float[Array, "R"], Int[Array, "E"]], Float[Array, "R D"]]
 
@@ -432,7 +433,7 @@ def _run_of(starts, size):
 def _cumsum(x):
     """The cumulative sums of many integers; they must stay below 2**24."""
     # A matrix product, because the TPU compiler unrolls `jnp.cumsum` to 128 additions per entry.
-    rows = jnp.pad(x, (0, -len(x) % LANES)).reshape(-1, LANES).astype(jnp.float32)
+    rows = pad_to_multiple(x, LANES, axis=0).reshape(-1, LANES).astype(jnp.float32)
     before = jnp.triu(jnp.ones((LANES, LANES), jnp.float32))
     sums = jnp.dot(rows, before, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
     if len(sums) > 1:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from qwen3next_jax.ops.pallas.kernel_costs import stating
 from qwen3next_jax.ops.pallas.tpu import LANES
 from qwen3next_jax.ops.platform import platform
+from qwen3next_jax.ops.shapes import pad_to_multiple
 
 # The `checkpoint_name` of attention's results that the backward pass needs: outputs and logsumexps.
 KEPT = "attention"
@@ -45,10 +46,10 @@ def splash_attention(
       Outputs in v's dtype.
     """
     T, H = q.shape[1], q.shape[-1]
-    padding = -T % (LANES if T <= _BLOCK else _BLOCK)
-    segments = jnp.pad(segment_ids, ((0, 0), (0, padding)), constant_values=-1)
+    block = LANES if T <= _BLOCK else _BLOCK
+    segments = pad_to_multiple(segment_ids, block, constant_values=-1)
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q, k, v))
+    q, k, v = (pad_to_multiple(x, block).swapaxes(1, 2) for x in (q, k, v))
     walk = _Walk(q.shape[1], q.shape[2])
     return _attend(walk, q, k, v, segments).swapaxes(1, 2)[:, :T]
 

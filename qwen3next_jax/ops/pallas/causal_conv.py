@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import tpu
 from qwen3next_jax.ops.pallas.tpu import LANES
+from qwen3next_jax.ops.shapes import pad_to_multiple
 
 _HALO = 16  # tokens read from a neighbouring block: the smallest possible block in bfloat16
 MOST_TAPS = _HALO
@@ -52,12 +53,12 @@ def causal_conv(
     """
     T, W = x.shape[1], len(kernel)
     own = sum(_same(segments, s).astype(jnp.int32) << s for s in range(W))
-    padding = -T % min(_TOKENS, -(-T // _HALO) * _HALO)
-    own = jnp.pad(own, ((0, 0), (0, padding)))[:, :, None]
+    block = min(_TOKENS, -(-T // _HALO) * _HALO)
+    own = pad_to_multiple(own, block)[:, :, None]
     own = jnp.broadcast_to(own, (*own.shape[:2], LANES))
     # Heads before tokens: XLA lets the projections before and the delta rule after use this layout
     # at no cost.
-    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
+    x = pad_to_multiple(x, block).swapaxes(1, 2)
     taps = kernel.astype(jnp.float32).swapaxes(0, 1)
     return _conv(x, taps, own, silu).swapaxes(1, 2)[:, :T]
 

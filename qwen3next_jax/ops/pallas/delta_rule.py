@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.pallas import tpu
 from qwen3next_jax.ops.pallas.tpu import LANES
+from qwen3next_jax.ops.shapes import pad_to_multiple
 
 CHUNK = 64  # tokens of a chunk
 _BLOCK = 16  # size of the diagonal blocks of L that are inverted by substitution
@@ -66,34 +67,23 @@ def delta_rule(
     """
     T, K = k.shape[1:3]
     key_size, value_size = state.shape[2:]
-    q, k, v = (_whole_vectors(x, -1) for x in (q, k, v))
-    state = _whole_vectors(state, -2, -1)
+    q, k, v, state = (pad_to_multiple(x, LANES, axis=-1) for x in (q, k, v, state))
+    state = pad_to_multiple(state, LANES, axis=-2)
     B, N, H, P = state.shape
-    R, padding = N // K, -T % CHUNK
-
-    def pad(x, mode="constant"):
-        return jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+    R = N // K
 
     def rows(x):  # [B, T, N] → [B, K, Z, R, C]
-        return pad(x).reshape(B, -1, CHUNK, K, R).transpose(0, 3, 1, 4, 2)
+        return pad_to_multiple(x, CHUNK).reshape(B, -1, CHUNK, K, R).transpose(0, 3, 1, 4, 2)
 
     gates = jnp.concatenate([rows(g), rows(beta)], axis=3)
-    marks = _marks(pad(segments, "edge"), before)
+    marks = _marks(pad_to_multiple(segments, CHUNK, mode="edge"), before)
     # Heads before tokens: XLA computes q, k and v in this layout and needs no copies.
-    q, k, v = (pad(x).swapaxes(1, 2) for x in (q, k, v))
+    q, k, v = (pad_to_multiple(x, CHUNK).swapaxes(1, 2) for x in (q, k, v))
     state = state.reshape(B, K, R, H, P).swapaxes(2, 3).reshape(B, K, H, R * P)
     out, state = _delta_rule(q, k, v, gates, marks, state)
     state = state.reshape(B, K, H, R, P).swapaxes(2, 3).reshape(B, N, H, P)
     out = out.swapaxes(1, 2)[:, :T, :, :value_size]
     return out, state[:, :, :key_size, :value_size]
-
-
-def _whole_vectors(x, *axes):
-    """Appends zeros along the axes, up to multiples of a vector's size."""
-    widths = [(0, 0)] * x.ndim
-    for axis in axes:
-        widths[axis] = (0, -x.shape[axis] % LANES)
-    return jnp.pad(x, widths)
 
 
 def _marks(segments, before):
