@@ -24,14 +24,14 @@ from qwen3next_jax.command import (
     use_huge_pages,
     write_atomic,
 )
-from qwen3next_jax.config import SOURCES, EvaluationConfig, read_json
+from qwen3next_jax.config import SOURCES, SUITES, EvaluationConfig, read_json
 
 if TYPE_CHECKING:
     from qwen3next_jax.checkpoint.load import OurCheckpoint
     from qwen3next_jax.data.sources import Records
     from qwen3next_jax.data.tokenizer import Tokenizer
 
-_SUITE = flags.DEFINE_string("suite", None, "perplexity, lm_eval, long_context or speculation.")
+_SUITE = flags.DEFINE_string("suite", None, f"One of {', '.join(SUITES)}.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run, whose newest checkpoint is evaluated.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A Hugging Face directory, a work directory, or one of its step folders."
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     if (_WORKDIR.value is None) == (_CHECKPOINT.value is None):
         raise app.UsageError("Which model? Give either --workdir=DIR or --checkpoint=DIR")
     if not _SUITE.value:
-        raise app.UsageError("Give --suite=perplexity, lm_eval, long_context or speculation")
+        raise app.UsageError(f"Give --suite, one of {', '.join(SUITES)}")
     enable_compilation_cache()
     with friendly_errors():
         _evaluate(_SUITE.value)
@@ -136,7 +136,7 @@ def _evaluate(suite: str) -> None:
     mesh = fsdp_mesh(_MESH_FSDP.value)
     run = {} if ours is None else read_json(ours.workdir / "config.json")
     domains: Mapping[str, Records] = {}
-    if suite in ("perplexity", "speculation"):
+    if suite in _READ_BY["data"]:
         domains = _domains(run, ours, config.vocab_size, tokenizer)
     on_error = "raise" if _DATA.value else run.get("data", {}).get("on_error", "raise")
     check_usable([suite], options, config, tokenizer, domains, on_error=on_error)

@@ -325,6 +325,13 @@ def write_two_gigabytes(directory, layout):
     return size
 
 
+def test_a_parameter_that_no_tensor_holds_is_named():
+    config = q3n.ModelConfig.from_hf(RELEASED)
+    shapes = {**parameter_shapes(config), "groups/layers/0/linear_attn/scale": (12, 32)}
+    with pytest.raises(ValueError, match=r"No tensor .* holds groups/layers/0/linear_attn/scale;"):
+        TensorTable(config, FileLayout(), shapes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])
 def test_two_gigabytes_are_converted_in_half_a_gigabyte(layout, tmp_path):

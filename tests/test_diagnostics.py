@@ -231,6 +231,14 @@ def test_numbers_stand_at_their_layers():
     assert for_all_layers(some, "layers/activation_max", [*map(float, range(6))]) == [*range(6)]
 
 
+def test_numbers_of_unknown_layers_are_refused():
+    with pytest.raises(ValueError, match=r"layers/depth is unknown"):
+        for_all_layers(config().model, "layers/depth", [1.0] * 4)
+    for count in (3, 5):
+        with pytest.raises(ValueError, match="argument 2 is"):
+            for_all_layers(config().model, "layers/decay_mean", [1.0] * count)
+
+
 def test_update_ratios_are_norms_of_all_parameters_of_a_part():
     _, abstract = abstract_model(config())
     rng = np.random.default_rng(0)

@@ -38,6 +38,8 @@ def evaluate(*arguments):
 def test_unknown_suites_come_with_the_nearest_known_ones():
     with pytest.raises(ValueError, match=r"'perplexty' \(did you mean 'perplexity'"):
         check_suites(["perplexty"], EvaluationConfig())
+    with pytest.raises(ValueError, match=r"evaluation.suites: 'perplexty' \(did you mean 'perpl"):
+        small_config("nowhere", evaluation__suites=("perplexty",))
     with pytest.raises(ValueError, match=r"'vt' \(expected one of niah_single"):
         check_suites(["long_context"], EvaluationConfig(long_context_tasks=("vt",)))
 

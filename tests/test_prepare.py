@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import corpora
 import msgpack
 import numpy as np
 import pytest
@@ -341,6 +342,21 @@ def test_a_source_that_changed_meanwhile_is_refused(folder, tmp_path):
         prepare(job, one)
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write("\n")
+    with pytest.raises(ValueError, match=r"prepared otherwise.*\n.*source: was"):
+        prepare(job, here)
+
+
+def test_a_dataset_of_tfds_that_was_made_anew_is_refused(folder, tmp_path):
+    texts = corpora.make_texts(30)
+    given = corpora.write("tfds", tmp_path / "data", texts)
+    tokenizer, output = f"{folder}/tokenizer", tmp_path / "out"
+    job = Job(**given, tokenizer=tokenizer, output=str(output), num_shards=2, on_error="skip")
+    prepare(job, here)
+    before = contents(output)
+    prepare(job, here)
+    assert contents(output) == before
+    shutil.rmtree(tmp_path / "data")
+    assert corpora.write("tfds", tmp_path / "data", [text + "." for text in texts]) == given
     with pytest.raises(ValueError, match=r"prepared otherwise.*\n.*source: was"):
         prepare(job, here)
 

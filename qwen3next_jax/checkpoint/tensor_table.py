@@ -77,6 +77,9 @@ class TensorTable:
           config: the model's config.
           layout: the layout of their files.
           parameters: shapes of our parameters by path.
+
+        Raises:
+          ValueError: no tensor holds one of the parameters, as of a variant of the model.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.parameters = dict(parameters)
@@ -85,6 +88,11 @@ class TensorTable:
             self.shapes[name] = shape
             for part in parts:
                 self._parts[part.path].append((name, part))
+        if lost := [path for path, parts in self._parts.items() if not parts]:
+            raise ValueError(
+                f"No tensor of Hugging Face's models holds {', '.join(lost)}; save checkpoints "
+                "(`CheckpointStore`) of such a model, or add its tensors to `entries`"
+            )
         # By path, the start and stop of each part along each axis: [parts, axes, 2].
         self._bounds = {
             path: np.array([_bounds(part.place, parameters[path]) for _, part in parts])

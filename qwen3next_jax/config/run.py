@@ -44,14 +44,15 @@ SOURCES = {
     "prepared": "/corpus/prepared",
 }
 
+# Names in `evaluation.suites` and of `eval.py --suite`; `evaluation/suites.py` runs them.
+SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the text comes from and how it becomes rows of tokens."""
 
-    # "stdlib", "text", "jsonl", "parquet", "array_record", "tfds", "synthetic", "prepared" or
-    # "mixture"
-    source: str
+    source: str  # one of `SOURCES`, or "mixture"
     path: str  # a glob of files; for "tfds" a dataset; "" for sources without
     field: str  # in objects, the field that holds the text or the messages
     split: str  # of "tfds"
@@ -146,8 +147,7 @@ class MeshConfig:
 class EvaluationConfig:
     """Options of the suites in `evaluation/`, for `eval.py` and during training."""
 
-    # During training: "perplexity", "lm_eval", "long_context", "speculation".
-    suites: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ()  # during training: some of `SUITES`
     every: int = 0  # steps of training; 0: only at the end
     batch_size: int = 0  # rows at a time; 0: as many as have 8192 tokens a device
     # Documents ("perplexity", of each task of "lm_eval"), prompts of each domain ("speculation"),
@@ -359,6 +359,7 @@ def _value_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
     for key, allowed in _CHOICES.items():
         if flat[key] not in allowed:
             yield f"{key}={flat[key]!r} is unknown; expected {either(allowed)}"
+    yield from unknown_names("evaluation.suites", c.evaluation.suites, SUITES)
     for key, least in _LEAST.items():
         if not flat[key] >= least:
             yield f"{key}={flat[key]} must be at least {least}"

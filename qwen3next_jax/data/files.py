@@ -272,6 +272,7 @@ class TfdsSplit:
         # The name holds the dataset and not its folder, so that a copy has the same records held
         # out, and no slice from the beginning, so that it has those of the whole split.
         from_start = re.fullmatch(r"(\w+)\[:[^\]]*\]", split)
+        self.folder = os.fspath(self._rows.dataset_info.data_dir)
         self.name = f"{self._rows.dataset_info.full_name}/{from_start[1] if from_start else split}"
 
     def __len__(self) -> int:

@@ -193,5 +193,7 @@ class _ShardedBatchesIterator(grain.DatasetIterator):
             shard.set_state(state[name])
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        # Grain calls it again when the iterator is deleted, at exit with half of the modules gone.
+        if not self._closed:
+            self._pool.shutdown(cancel_futures=True)
         super().close()

@@ -18,6 +18,7 @@ tokenizer and output are then paths that all its workers can reach.
 import argparse
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import multiprocessing
@@ -38,7 +39,7 @@ from etils import epath
 
 from qwen3next_jax.command import friendly_errors, write_atomic
 from qwen3next_jax.data.documents import tokenized
-from qwen3next_jax.data.files import import_extra, size_and_time
+from qwen3next_jax.data.files import TfdsSplit, import_extra, size_and_time
 from qwen3next_jax.data.globs import fixed_folder, matching_files
 from qwen3next_jax.data.prepared import (
     FORMAT,
@@ -344,9 +345,12 @@ def _plan(job: Job, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
 def _files_sha256(job: Job) -> str:
     """A hash of the files' names, sizes and mtimes, cheaper than one of their contents."""
     found: list[Any] = [sys.version] if job.source == "stdlib" else []
-    if job.source in ("text", "jsonl", "parquet", "array_record"):
-        root = fixed_folder(job.path)
-        for file in matching_files(job.path, []):
+    pattern = job.path  # "" for sources without files
+    if job.source == "tfds":
+        pattern = os.path.join(glob.escape(TfdsSplit(job.path, job.split).folder), "*")
+    if pattern:
+        root = fixed_folder(pattern)
+        for file in matching_files(pattern, []):
             size, changed = size_and_time(file)
             found.append([file.relative_to(root).as_posix(), size, int(changed)])
     return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()

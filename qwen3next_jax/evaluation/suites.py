@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from qwen3next_jax.config import EvaluationConfig, ModelConfig, require_known
+from qwen3next_jax.config import SUITES, EvaluationConfig, ModelConfig, require_known
 from qwen3next_jax.data.corpus import Data
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.data.tokenizer import Tokenizer
@@ -23,7 +23,6 @@ from qwen3next_jax.evaluation.speculation import beginnings, check_drafting, spe
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.processes import ShouldStop
 
-SUITES = ("perplexity", "lm_eval", "long_context", "speculation")
 _CHATTING = {"lm_eval", "long_context"}  # the suites that read `EvaluationConfig.chat`
 
 
@@ -146,6 +145,7 @@ def run_suite(
         )
     if name == "long_context":
         return long_context(evaluator, **_questions(options))
+    assert name == "lm_eval", name
     return _harness().run_tasks(
         evaluator,
         options.tasks,

@@ -194,10 +194,13 @@ class SparseMoE(nnx.Module):
             of_rows = jax.tree.map(lambda s: jax.lax.psum(s, "context"), stats)
             return y, of_rows._replace(dropped=stats.dropped)  # each device has its own
 
+        of_stats = RouterStats._make(
+            BATCH if name == "dropped" else row for name in RouterStats._fields
+        )
         return jax.shard_map(
             local,
             in_specs=(rows, rows, *specs),
-            out_specs=(rows, RouterStats._make((row, row, row, row, row, BATCH))),
+            out_specs=(rows, of_stats),
             check_vma=False,
         )(x, segment_ids, *params)
 

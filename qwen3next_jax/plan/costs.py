@@ -44,7 +44,7 @@ def parameters(params: nnx.State) -> dict[str, int]:
     """Counts parameters, or shapes of them, by part."""
     parts: Counter[str] = Counter()
     for name, x in parameters_by_path(params).items():
-        part = next(part for pattern, part in _PARTS if pattern in name)
+        part = next((part for pattern, part in _PARTS if pattern in name), "other")
         if part == "feed-forward" and _of_experts(x):
             part = "experts"
         parts[part] += math.prod(x.shape)

@@ -37,9 +37,11 @@ _PARTS = {
     "feed_forward": r".*/mlp/.*",  # experts, or the dense one
     "norms": r"(.*/)?\w*norm/weight",
 }
-_DELTA = ("decay", "beta")
-_ATTENTION = ("output_gate", "attention_sink")
+# The metrics by the layers that have them; those of delta layers are of each head.
 _EVERY = ("activation_max",)
+_DELTA = tuple(f"{name}_{of}" for name in ("decay", "beta") for of in ("mean", "min", "max"))
+_ATTENTION = ("output_gate", "attention_sink")
+_EXPERTS = ("shared_gate", "router_entropy", "load_max", "load_entropy")
 
 
 def layer_metrics(
@@ -79,17 +81,31 @@ def for_all_layers(config: ModelConfig, name: str, values: list[float]) -> list[
 
     Returns:
       A number for each layer, None if NAME does not apply to it.
+
+    Raises:
+      ValueError: NAME is unknown, or the number of values is another.
     """
-    name, remaining = name.removeprefix("layers/"), iter(values)
-    return [next(remaining) if _has(name, *layer) else None for layer in config.all_layers]
+    name = name.removeprefix("layers/")
+    having = [i for i, layer in enumerate(config.all_layers) if _has(name, *layer)]
+    spread: list[float | None] = [None] * len(config.all_layers)
+    for i, value in zip(having, values, strict=True):
+        spread[i] = value
+    return spread
 
 
 def _has(name: str, mixer: str, sparse: bool) -> bool:
     if name in _EVERY:
         return True
-    if name.rpartition("_")[0] in _DELTA:
+    if name in _DELTA:
         return mixer == LINEAR
-    return mixer == FULL if name in _ATTENTION else sparse
+    if name in _ATTENTION:
+        return mixer == FULL
+    if name in _EXPERTS:
+        return sparse
+    raise ValueError(
+        f"layers/{name} is unknown; name it in training/diagnostics.py among those of the layers "
+        "that have it"
+    )
 
 
 def update_ratios(
