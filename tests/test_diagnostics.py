@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from oracles import quick_jit, random_module
@@ -267,3 +268,16 @@ def test_update_ratios_are_norms_of_all_parameters_of_a_part():
     assert got.keys() == {f"update_ratio/{name}" for name in sums}
     for name, (u, p) in sums.items():
         np.testing.assert_allclose(got[f"update_ratio/{name}"], np.sqrt(u / p), rtol=1e-5)
+
+
+def test_update_ratios_leave_out_what_bfloat16_rounds_away():
+    rng = np.random.default_rng(0)
+    p = jnp.asarray(rng.normal(size=(64, 64)), jnp.bfloat16)
+    u = jnp.asarray(rng.normal(size=p.shape) * 1e-3, jnp.float32)
+    ratios = jax.jit(functools.partial(update_ratios, zero_centered_norm=True))
+    got = ratios({"lm_head": u}, {"lm_head": p})["update_ratio/head"]
+    before = np.asarray(p, np.float64)
+    after = np.asarray(optax.apply_updates({"head": p}, {"head": u})["head"], np.float64)
+    want = np.linalg.norm(after - before) / np.linalg.norm(before)
+    assert not 0.9 < np.linalg.norm(u) / np.linalg.norm(before) / want < 1.1
+    np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -96,6 +96,20 @@ def test_draws_follow_their_weights():
     assert shares[3] == 0
 
 
+@pytest.mark.slow
+def test_improbable_tokens_of_a_large_vocabulary_are_drawn():
+    sampling, V = Sampling(temperature=1.0), 151_936
+    weights = jnp.full(V, 3e-8).at[0].set(1.0)
+
+    @jax.jit
+    def improbable(key):
+        return (sampling.draw(jnp.broadcast_to(weights, (64, V)), key) > 0).sum()
+
+    found = sum(int(improbable(key)) for key in jax.random.split(jax.random.key(0), 32))
+    # 9.3 of 2048 on average; by uniform numbers of 23 bits it would be 0.7.
+    assert 4 <= found <= 18
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -109,7 +109,9 @@ class Sampling:
         """Draws tokens with probabilities proportional to `weights`."""
         if self._is_greedy:
             return weights.argmax(-1).astype(jnp.int32)
-        return jax.random.categorical(key, jnp.log(weights)).astype(jnp.int32)
+        # By default JAX draws tokens of probabilities below 1e-6 too rarely, and a large vocabulary
+        # has many of them.
+        return jax.random.categorical(key, jnp.log(weights), mode="high").astype(jnp.int32)
 
 
 def require_integers(**values: Any) -> None:

@@ -296,7 +296,7 @@ def _dispatched(config: RunConfig, sparse: bool, tokens: int, sizes: Mapping[str
         return 0.0
     c, width = config.model, jnp.dtype(config.precision.compute).itemsize
     room = config.mesh.moe_buffer_factor if sizes["expert"] > 1 else 1.0
-    room = sizes["expert"] if room == -1 else room
+    room = float(sizes["expert"]) if room == -1 else room
     rows = tokens * c.num_experts_per_tok * (3 * room + 1)
     return rows * c.hidden_size * width + 3 * 4 * tokens * c.num_experts
 

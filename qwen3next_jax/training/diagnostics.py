@@ -111,7 +111,9 @@ def _has(name: str, mixer: str, sparse: bool) -> bool:
 def update_ratios(
     updates: Any, params: Any, *, zero_centered_norm: bool
 ) -> dict[str, Float[Array, ""]]:
-    """Metrics `update_ratio/PART`: the norm of a step's updates over that of the parameters.
+    """Metrics `update_ratio/PART`: the norm of what a step adds over that of the parameters.
+
+    What bfloat16 parameters round away of an update is not counted.
 
     Args:
       updates: the step's updates.
@@ -122,13 +124,23 @@ def update_ratios(
     parts: dict[str, tuple[list[Array], list[Array]]] = {}
     for (name, u), (_, p) in zip(named_leaves(updates), named_leaves(params), strict=True):
         part = next((k for k, pattern in _PARTS.items() if re.fullmatch(pattern, name)), "other")
+        u, p = _added(u, p), p.astype(jnp.float32)
         # The gated norms of delta layers multiply by w in any case.
         centred = zero_centered_norm and re.fullmatch(r"(?!.*/linear_attn/).*norm\w*/weight", name)
-        p = p.astype(jnp.float32) + (1 if centred else 0)
         of_updates, of_params = parts.setdefault(part, ([], []))
         of_updates.append(u)
-        of_params.append(p)
+        of_params.append(p + (1 if centred else 0))
     return {f"update_ratio/{part}": _divided(*map(norm, both)) for part, both in parts.items()}
+
+
+def _added(update, param):
+    """What is left of a float32 update once it is added to a parameter."""
+    if param.dtype == jnp.float32:
+        return update
+    kind, before = jnp.finfo(param.dtype), param.astype(jnp.float32)
+    # Compilers leave out a conversion to bfloat16 and back, but not this.
+    after = jax.lax.reduce_precision(before + update, kind.nexp, kind.nmant)
+    return after - before
 
 
 def _divided(total, count):
