@@ -48,10 +48,12 @@ def make_gradients(
     """Returns a function from parameters and a step's batch to gradients and metrics.
 
     Gradients are float32, though on a mesh parts of some are summed in the dtype of activations
-    (docs/training.md, Precision). The metrics are loss and its terms; tokens, their number without padding;
-    with experts, expert_load_max, the load of the busiest expert over the mean load, in the worst
-    layer, and dropped_share, the share of assignments that were dropped; with
-    `train.diagnostics`, the metrics of `diagnostics.layer_metrics`.
+    (docs/training.md, Precision).
+
+    The metrics are loss and its terms; tokens, their number without padding; with experts,
+    expert_load_max, the load of the busiest expert over the mean load, in the worst layer, and
+    dropped_share, the share of assignments that were dropped; with `train.diagnostics`, the metrics
+    of `diagnostics.layer_metrics`.
     """
     micro_batches = config.train.gradient_accumulation_steps
 
