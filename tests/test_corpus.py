@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 
+import corpora
 import pytest
 from corpora import make_texts
 
@@ -48,9 +49,63 @@ def test_the_parts_of_a_mixture_are_read_and_weighed_as_told(tmp_path):
         assert len(part.records) + len(held_out) == part.fingerprint[0] == 20
 
 
+def two_parts(folder):
+    """A mixture of two sources of other texts."""
+    return {
+        name: {"weight": 1, **corpora.write("jsonl", folder / name, make_texts(seed=seed))}
+        for seed, name in enumerate("ab")
+    }
+
+
+def test_files_that_are_skipped_add_up_over_the_parts_of_a_mixture(tmp_path):
+    mixture = two_parts(tmp_path)
+    for name, part in mixture.items():
+        (tmp_path / name / "bad.jsonl.gz").write_bytes(b"truncated")
+        part["path"] = f"{tmp_path / name}/*"
+    data = load_data(
+        source="mixture",
+        mixture=mixture,
+        tokenizer="bytes",
+        holdout_fraction=0.25,
+        on_error="skip",
+        vocab_size=258,
+        trained_tokenizer=tmp_path / "none",
+    )
+    assert data.skipped_files == 2
+
+
+def test_the_tokenizer_of_a_mixture_is_trained_on_all_of_its_parts(tmp_path):
+    data = load_data(
+        source="mixture",
+        mixture=two_parts(tmp_path),
+        holdout_fraction=0.25,
+        vocab_size=300,
+        trained_tokenizer=tmp_path / "model",
+    )
+    texts = [record.text for part in data.train for record in part.records]
+    train_tokenizer(texts, tmp_path / "direct", vocab_size=300)
+    assert (tmp_path / "model").read_bytes() == (tmp_path / "direct").read_bytes()
+
+
+def test_the_token_that_ends_texts_is_looked_for_behind_records_that_cannot_be_used(tmp_path):
+    (tmp_path / "a.jsonl").write_text("bad\n" * 10 + '{"text": "good"}\n' * 10)
+    data = load_data(
+        source="jsonl",
+        path=f"{tmp_path}/a.jsonl",
+        tokenizer="bytes",
+        holdout_fraction=0.25,
+        on_error="skip",
+        vocab_size=258,
+        trained_tokenizer="",
+    )
+    assert data.ends() == [data.tokenizer.eos_id]
+
+
 def test_records_that_moved_to_another_file_are_other_data(tmp_path):
-    def load(*lengths):
-        for name, n in zip("ab", lengths, strict=True):
+    def load(**lengths):
+        for path in tmp_path.glob("*.jsonl"):
+            path.unlink()
+        for name, n in lengths.items():
             lines = [json.dumps({"text": f"{name} {i}"}) for i in range(n)]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
         return load_data(
@@ -62,10 +117,11 @@ def test_records_that_moved_to_another_file_are_other_data(tmp_path):
             trained_tokenizer="",
         )
 
-    began_with = json.loads(json.dumps(load(12, 8).fingerprint()))
-    check_same_data(load(12, 8), began_with)
-    with pytest.raises(ValueError, match="20 records then, 20 now, in other files"):
-        check_same_data(load(8, 12), began_with)
+    began_with = json.loads(json.dumps(load(a=12, b=8).fingerprint()))
+    check_same_data(load(a=12, b=8), began_with)
+    for lengths in (dict(a=8, b=12), dict(a=12, c=8)):
+        with pytest.raises(ValueError, match="20 records then, 20 now, in other files"):
+            check_same_data(load(**lengths), began_with)
 
 
 def test_the_first_run_trains_a_tokenizer_and_the_next_reuses_it(corpus, tmp_path):

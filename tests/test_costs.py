@@ -251,6 +251,85 @@ def test_a_sum_of_gradients_is_held_beside_a_micro_batchs():
     assert summed - at_once == 4.0 * sum(p.own for p in laid_out)
 
 
+def test_the_scores_that_attention_keeps_are_not_executed_again():
+    config = run_config("80b_a3b").model
+    again, kept = (
+        costs.executed_flops(config, 4096, remat=remat)
+        for remat in ("layer", "layer_but_attention")
+    )
+    assert again - kept == costs.forward_flops(config, 4096)["attention scores"]
+
+
+@pytest.fixture(scope="module")
+def the_80b():
+    """Its config, and how its weights lie on a mesh of given axes."""
+    config = run_config("80b_a3b")
+    params = make_program(config, abstract_mesh(ONE)).state.params
+
+    def laid_out(**axes):
+        return costs.weights(params, abstract_mesh({**ONE, **axes})), {**ONE, **axes}
+
+    return config, laid_out
+
+
+def with_changes(config, part, **changes):
+    return dataclasses.replace(
+        config, **{part: dataclasses.replace(getattr(config, part), **changes)}
+    )
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("layer", 2)])
+def test_recomputation_gathers_the_layers_parameters_a_second_time(remat, times, the_80b):
+    config, laid_out = the_80b
+    weights, mesh = laid_out(fsdp=8)
+    sent = costs.communication(with_changes(config, "train", remat=remat), weights, mesh)
+    split = [p for p in weights if p.own < p.size]
+    layers = sum(p.size for p in split if p.name.startswith("groups/"))
+    others = sum(p.size for p in split) - layers
+    micro_batches = config.train.gradient_accumulation_steps
+    assert sent["parameters gathered"] == micro_batches * 2 * (times * layers + others)  # bfloat16
+
+
+def test_devices_along_tensor_divide_the_products(the_80b):
+    config, laid_out = the_80b
+    free = dict(hbm_bandwidth=1e30, ici_bandwidth=1e30)  # so that nothing else takes time
+    chip = dataclasses.replace(CHIPS["v5p"], **free)
+    one, two = (
+        costs.step_seconds(config, *laid_out(**axes), chip)[0] for axes in ({}, {"tensor": 2})
+    )
+    assert one == pytest.approx(2 * two)
+
+
+def test_a_buffer_without_a_factor_takes_the_rows_of_all_devices(the_80b):
+    config, laid_out = the_80b
+    weights, mesh = laid_out(expert=8)
+    held = [
+        costs.memory(
+            with_changes(config, "mesh", moe_buffer_factor=factor),
+            weights,
+            mesh,
+            optimizer_width=6.0,
+        )
+        for factor in (-1.0, 8.0, 1.0)
+    ]
+    assert held[0] == held[1] != held[2]
+
+
+def test_the_head_holds_logits_and_their_gradients_in_float32():
+    # A vocabulary so large that a step needs the most memory at the head.
+    config = with_changes(run_config(), "model", vocab_size=10**6)
+    params = make_program(config, abstract_mesh(ONE)).state.params
+    weights = costs.weights(params, abstract_mesh(ONE))
+    short, long = (
+        costs.memory(
+            with_changes(config, "train", loss_chunk=chunk), weights, ONE, optimizer_width=8.0
+        )["the head"]
+        for chunk in (16, 32)
+    )
+    rows = config.train.global_batch_size // config.train.gradient_accumulation_steps
+    assert long - short == rows * 16 * (4 + 4) * 10**6
+
+
 def test_small_config_has_a_part_for_every_parameter():
     for config in (
         small_config(mtp_steps=1),

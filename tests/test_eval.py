@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import corpora
 import oracles
@@ -19,7 +20,9 @@ from qwen3next_jax.data.corpus import load_data
 from qwen3next_jax.data.prepare import Job, make_shard, prepare
 from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import load_tokenizer
-from qwen3next_jax.evaluation.suites import check_suites, check_usable
+from qwen3next_jax.evaluation import suites
+from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.evaluation.suites import check_suites, check_usable, run_suite, scalars, table
 
 ROOT = pathlib.Path(__file__).parent.parent
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
@@ -72,6 +75,58 @@ def test_what_does_not_fit_a_model_is_found_by_its_config(suite, options, change
 def test_suites_that_do_not_chat_need_no_chat_template():
     config, tokenizer = oracles.small_config(), load_tokenizer("bytes")
     check_usable(["perplexity"], EvaluationConfig(chat=True), config, tokenizer, {})
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What suites are given, which compute nothing."""
+    found = {}
+
+    def tell(*_, **options):
+        found.update(options)
+        return {}
+
+    harness = types.SimpleNamespace(run_tasks=tell, check_tasks=lambda *_: None)
+    monkeypatch.setattr(suites, "_harness", lambda: harness)
+    monkeypatch.setattr(suites, "speculation", tell)
+    return found
+
+
+@pytest.fixture
+def evaluator():
+    return Evaluator(oracles.random_model(oracles.small_config()), load_tokenizer("bytes"))
+
+
+def test_speculation_gets_its_drafts_and_as_many_prompts_as_the_limit(given, evaluator):
+    run_suite("speculation", evaluator, EvaluationConfig(drafts=4, limit=3), {})
+    assert (given["drafts"], given["prompts"]) == (4, 3)
+
+
+@pytest.mark.parametrize(("asked", "handed_over"), [(-1, None), (0, 0), (5, 5)])
+def test_no_examples_are_other_than_as_many_as_a_task_says(asked, handed_over, given, evaluator):
+    options = EvaluationConfig(tasks=("a task",), num_fewshot=asked)
+    run_suite("lm_eval", evaluator, options, {})
+    assert given["num_fewshot"] == handed_over
+
+
+def test_scalars_count_the_drafts_from_one():
+    found = {"acceptance": [0.5, 0.25], "tokens_per_pass": 1.75, "drafted": 4, "domains": {}}
+    assert scalars("speculation", found) == {
+        "acceptance_1": 0.5,
+        "acceptance_2": 0.25,
+        "tokens_per_pass": 1.75,
+        "drafted": 4,
+    }
+
+
+def test_a_table_names_the_last_length_of_each_range():
+    part = {"documents": 1, "tokens": 5, "ce": 1.0, "bits_per_byte": 2.0}
+    ranges = {
+        "by_length": [{**part, "from": 4, "to": 8}],
+        "by_position": [{"from": 2, "to": 4, "tokens": 2, "ce": 1.0}],
+    }
+    names = [line.split("  ")[0] for line in table("perplexity", {**part, **ranges}).splitlines()]
+    assert names[2:] == ["all", "documents of 4–7", "tokens behind 2–3"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from oracles import quick_jit, random_model, small_config
 
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.evaluation.evaluator import Evaluator, bucket
-from qwen3next_jax.inference.decode import generate
+from qwen3next_jax.evaluation.samples import samples
+from qwen3next_jax.inference.decode import Generation, generate
 from qwen3next_jax.parallel.processes import Stopped
 
 HERE = pathlib.Path(__file__).parent
@@ -105,6 +106,20 @@ def test_a_prompt_that_is_asked_again_gets_another_sample(model, batch_size):
     texts = evaluator.generate([[70, 71]] * 6, max_new_tokens=8, temperature=1.0)
     assert len(set(map(tuple, texts))) == 6
     assert evaluator.generate([[70, 71]] * 6, max_new_tokens=8, temperature=1.0) == texts
+
+
+def test_texts_and_samples_end_with_every_stop_token_of_the_tokenizer(model, monkeypatch):
+    tokenizer, ends = load_tokenizer("bytes"), []
+    tokenizer.stop_ids = (tokenizer.eos_id, 10)
+
+    def begin(generation):
+        ends.append(set(generation._rules.stop_tokens))
+        return iter(())
+
+    monkeypatch.setattr(Generation, "__iter__", begin)
+    Evaluator(model, tokenizer).generate([[1]], max_new_tokens=1)
+    samples(model, tokenizer, [""], max_new_tokens=1, seed=0)
+    assert ends == [{tokenizer.eos_id, 10}] * 2
 
 
 @pytest.mark.slow

@@ -69,6 +69,14 @@ def test_the_route_of_the_docstring_s_example():
     assert "".join(rows[route.source_of_slot]).rstrip("-") == "aaAbBB"
 
 
+def test_a_full_buffer_has_room_for_the_gaps_of_every_expert():
+    # Four experts of one row each, which fill the buffer; then each begins at a multiple of 8.
+    route = _route(jnp.ones((1, 1, 4), int), jnp.array(0), rows=4, buffer=4, alignment=8)
+    assert route.sizes.tolist() == [8] * 4
+    assert route.source_of_slot[::8].tolist() == [0, 1, 2, 3]
+    assert len(route.source_of_slot) == 4 * 8
+
+
 @pytest.mark.parametrize("alignment", [1, 64])
 def test_identity_experts_give_each_token_back_times_its_weights(alignment):
     x, weights = make()

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import qwen3next_jax as q3n
 from qwen3next_jax.checkpoint.hugging_face import (
+    _same_bits,
     hf_config,
     load_tensors,
     open_hf,
@@ -101,9 +102,10 @@ def test_loading_and_saving_changes_no_bit_and_no_name(layout, shards, tmp_path)
     assert model.config.mtp_steps == 1
     assert model.dtype == jnp.bfloat16
     q3n.save_hf(model, tmp_path / "new", expert_layout=layout, max_shard_size="150KB")
-    assert hf_directory.read(tmp_path / "new") == {
-        name: hf_directory.bits(tensor) for name, tensor in given.items()
-    }
+    written = hf_directory.read(tmp_path / "new")
+    assert written == {name: hf_directory.bits(tensor) for name, tensor in given.items()}
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(len(bits) for *_, bits in written.values())
     names = {path.name for path in (tmp_path / "new").iterdir() if "safetensors" not in path.name}
     assert names == {"config.json", "tokenizer.json"}
     shards = list((tmp_path / "new").glob("*.safetensors"))
@@ -177,6 +179,14 @@ def test_a_written_tied_head_is_read_if_it_is_the_embedding(tmp_path):
     tied = Qwen3Next(q3n.ModelConfig.from_hf(tmp_path), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"lm_head\.weight differs .* tie_word_embeddings"):
         load_tensors(tied, tensors)
+
+
+def test_a_head_is_compared_to_its_last_row():
+    embedding = np.zeros((5, 2**22), np.uint8)  # more than are compared at a time
+    head = embedding.copy()
+    assert _same_bits({"a": embedding, "b": head}, "a", "b")
+    head[-1, 3] = 1
+    assert not _same_bits({"a": embedding, "b": head}, "a", "b")
 
 
 def test_tensors_are_put_where_the_parameters_were():
@@ -315,6 +325,26 @@ def test_a_model_keeps_its_tokenizer_whatever_another_is_jitted_with(tmp_path):
         run(model, jnp.zeros((1, 4), jnp.int32))
     q3n.save_hf(b, tmp_path / "c")
     assert (tmp_path / "c" / "tokenizer.json").read_text() == "b"
+
+
+def test_a_model_finds_its_tokenizer_again_from_another_directory(tmp_path, monkeypatch):
+    q3n.save_hf(random_model(small_config()), tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").write_text("a")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = q3n.load_hf("a")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    q3n.save_hf(model, tmp_path / "b")
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "a"
+
+
+def test_a_model_keeps_the_chat_templates_beside_the_default(tmp_path):
+    q3n.save_hf(random_model(small_config()), tmp_path / "a")
+    template = pathlib.Path("additional_chat_templates", "tool_use.jinja")
+    (tmp_path / "a" / template).parent.mkdir()
+    (tmp_path / "a" / template).write_text("{{ messages }}")
+    q3n.save_hf(q3n.load_hf(tmp_path / "a"), tmp_path / "b")
+    assert (tmp_path / "b" / template).read_text() == "{{ messages }}"
 
 
 def test_what_a_killed_process_of_the_same_number_left_is_in_nobody_s_way(tmp_path, monkeypatch):

@@ -44,6 +44,9 @@ def test_a_prompt_fills_its_length_and_holds_its_answers_at_its_depth(task, dept
         room = longest + len(" ".join(question.distractors))
         first = places[0] - depth * (len(body) - len(" ".join(question.found)))
         assert abs(first) <= room
+        # From the first one on, all stand equally far apart.
+        share = (len(body) - places[0]) / len(places)
+        assert all(abs(gap - share) <= room for gap in np.diff(places))
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -121,10 +121,27 @@ def test_documents_are_told_by_length_and_tokens_by_position():
     ]
     np.testing.assert_allclose(got["by_length"][3]["ce"], np.mean(by_text["y" * 100]), rtol=1e-5)
     np.testing.assert_allclose(
+        got["by_length"][3]["bits_per_byte"],
+        np.sum(by_text["y" * 100]) / math.log(2) / 100,
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(
         got["domains"]["a"]["ce"],
         np.mean([x for text in texts["a"] for x in by_text[text]]),
         rtol=1e-5,
     )
+
+
+def test_a_limit_counts_the_documents_of_each_domain_that_can_be_used():
+    model = random_model(small_config(vocab_size=264))
+    domains = {
+        name: [Record(name=text, text=text) for text in ("", "first", "second")] for name in "ab"
+    }
+    got = document_perplexity(
+        Evaluator(model, load_tokenizer("bytes")), domains, limit=1, on_error="skip"
+    )
+    # Of each domain the first that is not empty, and EOS.
+    assert (got["documents"], got["tokens"]) == (2, 2 * (len("first") + 1))
 
 
 TEMPLATE = (

@@ -304,6 +304,14 @@ def test_another_tokenizer_or_template_is_refused(ready, folder, tmp_path):
         data_of(tmp_path, tokenizer=str(tmp_path / "third"), **data)
 
 
+def test_texts_do_not_depend_on_the_chat_template(folder, tmp_path):
+    prepare(job_of("text", folder, tmp_path / "texts"), here)
+    keep_tokenizer(load_tokenizer(folder / "tokenizer"), tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    data = dict(source="prepared", path=str(tmp_path / "texts"), on_error="raise")
+    assert data_of(tmp_path, tokenizer=str(tmp_path / "other"), **data).tokenizer.chat_template
+
+
 def test_parts_of_a_mixture_that_were_prepared_with_different_tokenizers_are_refused(
     ready, folder, tmp_path
 ):
@@ -342,6 +350,10 @@ def test_a_source_that_changed_meanwhile_is_refused(folder, tmp_path):
         prepare(job, one)
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write("\n")
+    with pytest.raises(ValueError, match=r"prepared otherwise.*\n.*source: was"):
+        prepare(job, here)
+    shutil.copy(folder / "a.jsonl", tmp_path / "a.jsonl")
+    os.utime(tmp_path / "a.jsonl", (1, 1))  # as long as before, and perhaps written anew
     with pytest.raises(ValueError, match=r"prepared otherwise.*\n.*source: was"):
         prepare(job, here)
 

@@ -229,6 +229,41 @@ def test_one_usable_record_of_a_shard_is_enough(seed, tmp_path, tokenizer_file):
     assert all(next(batches)["segment_ids"].any() for _ in range(20))  # 20 epochs
 
 
+def test_an_epoch_may_end_with_bad_records_that_would_be_a_window_of_their_own(
+    tmp_path, tokenizer_file
+):
+    write_lines(tmp_path / "a.jsonl", ["word " * 100] * 3, [(i, "bad") for i in range(9)])
+    data = load_lines(
+        tmp_path / "a.jsonl",
+        tokenizer_file,
+        holdout_fraction=0.3,
+        on_error="skip",
+        packing="best_fit",
+        too_long="truncate",
+        window_rows=1,  # each good record is a window
+    )
+    batches = training_batches(data, batch_size=1, sequence_length=64, seed=0)
+    assert all(next(batches)["segment_ids"].all() for _ in range(20))  # several epochs
+
+
+def test_skipped_records_are_counted_once_by_a_run_that_resumes_inside_their_window(
+    tmp_path, tokenizer_file
+):
+    write_lines(tmp_path / "a.jsonl", make_texts(30), [(3, "bad"), (17, "bad")])
+    options = dict(holdout_fraction=0.1, on_error="skip", window_rows=4)
+    data = load_lines(tmp_path / "a.jsonl", tokenizer_file, **options)
+    first, resumed = (
+        training_batches(data, batch_size=1, sequence_length=64, seed=0) for _ in range(2)
+    )
+    for _ in range(30):  # of which most are inside a window
+        next(first)
+        resumed.set_state(first.get_state())
+        next(resumed)
+        next(first)
+        assert resumed.get_state() == first.get_state()
+    assert first.get_state()["0"]["counts"]["skipped"][0] > 2  # else nothing was there to count
+
+
 def realistic_lengths(count, longest, seed=0):
     """Log-normal, median 400 tokens and mean 900, as web pages and chats have them."""
     rng = np.random.default_rng(seed)

@@ -23,6 +23,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from qwen3next_jax.config import SOURCES
+from qwen3next_jax.data import files
 from qwen3next_jax.data.files import BadFileError
 from qwen3next_jax.data.holdout import split_source
 from qwen3next_jax.data.sources import BadRecordError, open_source
@@ -188,6 +189,28 @@ def test_what_is_packed_is_unpacked_once_and_again_when_it_changes(tmp_path, cac
     assert copy.stat().st_mtime_ns == written
     corpora.write_packed(tmp_path / "corpus" / "0.jsonl.gz", TEXTS[:7], gzip.compress)
     assert texts_of(open_source(**given)) == TEXTS[:7]
+
+
+def test_a_file_of_the_same_length_and_another_time_is_unpacked_again(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    for seconds, text in enumerate(("one", "two")):
+        path.write_bytes(gzip.compress(corpora.json_lines([text]).encode(), compresslevel=0))
+        os.utime(path, (seconds, seconds))
+        assert texts_of(open_source("jsonl", str(path))) == [text]
+
+
+def test_several_fields_of_one_file_are_not_confused(tmp_path):
+    table = pyarrow.table({"text": ["a text"], "body": ["a body"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for field in ("text", "body"):
+        source = open_source("parquet", f"{tmp_path}/a.parquet", field=field)
+        assert texts_of(source) == [f"a {field}"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gzip", "zstd"])
+def test_lines_are_found_whatever_is_read_at_a_time(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_SCANNED", 64)  # some lines have fewer bytes, others more
+    assert texts_of(open_source(**corpora.write(kind, tmp_path / "corpus", TEXTS))) == TEXTS
 
 
 def test_processes_of_one_number_unpack_a_file_at_one_time(tmp_path, cache, monkeypatch):

@@ -78,33 +78,37 @@ def test_drafts_at_the_end_of_the_slots_overwrite_nothing(model):
     assert generate(model, [prompt], max_new_tokens=20, speculative=4) == plain
 
 
-def test_drafts_are_those_of_the_mtp_module_over_the_whole_row(model):
-    tokens = jnp.array([[5, 9, 2, 30, 12, 44, 7]])
-    row, following = tokens[:, :-1], tokens[:, 1:]
-    positions = jnp.arange(row.shape[1])[None]
-    hidden, _ = model.hidden_states(row)
-    cache = empty_cache(model.config, FULL, batch=1, slots=16)
-    drafts, *_ = draft(
-        model,
-        hidden,
-        following,
-        positions,
-        positions[:, -1],
-        cache,
-        count=3,
-        sampling=Sampling(),
-        seen=None,
-        key=jax.random.key(0),
-    )
+def test_drafts_are_those_of_the_mtp_module_over_whole_rows(model, monkeypatch):
+    monkeypatch.setattr(decode, "_PREFILL", 16)  # prompts are read in two pieces
+    # So many that a wrong position or cache changes the likeliest token of some.
+    prompts = np.random.default_rng(0).integers(0, 61, (8, 21))
+    generation = Generation(model, prompts.tolist(), speculative=3)
+    state, new = generation._read_prompts(*decode._for_decoding(model))
 
-    want = []
-    for _ in range(3):  # without a cache, each time over all of the row
-        index = jnp.arange(hidden.shape[1])[None]
+    tokens = jnp.concatenate([prompts, new], axis=1)
+    rows, following = tokens[:, :-1], tokens[:, 1:]
+    positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
+    hidden = quick_jit(lambda rows: model.hidden_states(rows)[0])(rows)
+    cache = empty_cache(model.config, FULL, batch=len(rows), slots=32)
+    options = dict(count=3, sampling=Sampling(), seen=None, key=jax.random.key(0))
+    drafts = quick_jit(
+        lambda *given: draft(model, *given, positions, positions[:, -1], cache, **options)[0]
+    )(hidden, following)
+
+    @quick_jit
+    def guess(hidden, following, last):
+        """Without a cache, over all of the rows; what stands behind `last` does not reach it."""
+        index = jnp.broadcast_to(jnp.arange(hidden.shape[1]), following.shape)
         out, *_ = model.mtp(hidden, model.embed(following), positions=index)
-        want.append(int(model.logits(out)[0, -1].argmax()))
-        hidden = jnp.concatenate([hidden, out[:, -1:]], axis=1)
-        following = jnp.concatenate([following, jnp.array([want[-1:]])], axis=1)
-    assert drafts[0].tolist() == want
+        token = model.logits(out)[:, last].argmax(-1)
+        return hidden.at[:, last + 1].set(out[:, last]), following.at[:, last + 1].set(token)
+
+    hidden = jnp.pad(hidden, ((0, 0), (0, 3), (0, 0)))
+    following = jnp.pad(following, ((0, 0), (0, 3)))
+    for last in range(20, 23):
+        hidden, following = guess(hidden, following, last)
+    np.testing.assert_array_equal(drafts, following[:, 21:])
+    np.testing.assert_array_equal(state.drafts, following[:, 21:])
 
 
 def collect(generation, rows=3):

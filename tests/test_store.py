@@ -136,6 +136,15 @@ def test_a_saved_buffer_may_be_donated_at_once(tmp_path):
     store.close()
 
 
+def test_an_array_larger_than_what_is_written_at_a_time_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "_WRITE_BYTES", 2**20)
+    store = CheckpointStore(tmp_path, keep=1)
+    state = {"w": jnp.arange(2**19, dtype=jnp.float32)}  # twice as large
+    store.save(1, state, {})
+    assert_same_bits(state, store.restore_latest(abstract(state))[1])
+    store.close()
+
+
 def test_the_newest_checkpoints_are_kept_and_found_again(tmp_path):
     save_steps(tmp_path, [10, 20, 30, 40], keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["30", "40"]
@@ -171,6 +180,17 @@ def test_the_best_stay_besides_the_newest(tmp_path):
     assert store.steps() == [9, 8, 2]
     assert store.metric(8) == 0.5
     assert store.metric(9) is None
+    store.close()
+
+
+def test_a_step_whose_index_is_damaged_is_none_of_the_best(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=1)
+    store.save(1, {"w": jnp.ones(3)}, {}, metric=1.0)
+    store.wait()
+    (tmp_path / "1" / "index" / "metadata").write_text("{")
+    assert store.metric(1) is None
+    store.save(2, {"w": jnp.ones(3)}, {}, metric=2.0)
+    assert store.steps() == [2]
     store.close()
 
 
@@ -288,6 +308,17 @@ def test_a_part_of_the_state_can_be_read_alone(tmp_path):
     assert_same_bits(params, got)
     with pytest.raises(ValueError, match=r"odd: unexpected"):
         store.restore_latest(abstract(params))
+
+
+def test_a_part_that_is_read_alone_is_compared_with_its_checksums(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep=1)
+    with monkeypatch.context() as patch:  # as if other bits had been saved
+        patch.setattr(store_module, "_checksums", lambda arrays: dict.fromkeys(arrays, 1))
+        store.save(1, {"v": jnp.ones(3), "w": jnp.ones(3)}, {})
+        store.wait()
+    with pytest.raises(DamagedCheckpointError, match=r"changed since they were saved: w$"):
+        store.restore(1, {"w": jax.ShapeDtypeStruct((3,), jnp.float32)}, partial=True)
+    store.close()
 
 
 def remove(path):

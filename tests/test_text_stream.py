@@ -104,6 +104,20 @@ def test_text_ends_exactly_before_the_stop_string(tokenizer):
     assert "".join(pieces) == stream.text == "naïve 日本語🎉 ends he"
 
 
+def test_of_stop_strings_that_are_complete_at_once_the_longest_wins(tokenizer):
+    for stop in (["b", "ab"], ["ab", "b"]):
+        stream = TextStream(tokenizer, stop=stop)
+        one_by_one(stream, tokenizer.encode("xab"))
+        assert stream.text == "x"
+
+
+def test_of_stop_strings_that_are_complete_in_turn_the_first_wins(tokenizer):
+    for stop in (["b", "abc"], ["abc", "b"]):
+        stream = TextStream(tokenizer, stop=stop)
+        stream.feed(tokenizer.encode("xabc"))
+        assert stream.text == "xa"
+
+
 def test_no_beginning_of_a_stop_string_is_let_out_before_it_is_certain(tokenizer):
     stream = TextStream(tokenizer, stop=["aab"])
     assert stream.feed(tokenizer.encode("xa")) == "x"

@@ -414,6 +414,17 @@ def test_a_kept_tokenizer_is_the_same_wherever_its_tokens_were_named(config, tmp
         keep_tokenizer(train_tokenizer(TEXTS[:3], tmp_path / "some.model", vocab_size=300), copy)
 
 
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_the_same_file_with_another_bos_or_eos_is_another_tokenizer(name, tmp_path):
+    named = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    one, other = (
+        load_tokenizer(make_tokenizer_json(tmp_path / folder, **config))
+        for folder, config in (("one", named), ("other", {**named, name: "<|im_start|>"}))
+    )
+    assert one.path.read_bytes() == other.path.read_bytes()
+    assert fingerprint(one) != fingerprint(other)
+
+
 def test_a_tokenizer_with_several_chat_templates_is_kept_for_texts(tmp_path):
     several = [{"name": "rag", "template": "{{ messages }}"}, {"name": "tools", "template": ""}]
     path = make_tokenizer_json(tmp_path / "model", chat_template=several)
