@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -139,8 +140,25 @@ def check_padding_of_a_layer():
         assert np.asarray(apply(jnp.ones_like(segment_ids))[1].dropped).any()
 
 
+def check_drops_of_a_layer():
+    """Where rows are split as well, a layer counts each dropped assignment once."""
+    config, factor = small_config(num_experts=E), 1.0
+    layer = SparseMoE(config, rngs=nnx.Rngs(0), moe_buffer_factor=factor)
+    x = draw(2, 2 * M, config.hidden_size)  # on each device half a row, of M tokens
+    chosen = jnp.argsort(-(x @ layer.router[...]), axis=-1)[..., :A]
+    # The same halves of both rows share a receive buffer for each half of the experts.
+    buffers = (np.asarray(chosen) // (E // 2)).reshape(2, 2, -1).swapaxes(0, 1).reshape(2, -1)
+    came = np.array([np.bincount(half, minlength=2) for half in buffers])
+    lost = np.maximum(came - math.ceil(factor * M * A), 0).sum()
+    assert lost > 0
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=1, expert=2, context=2))):
+        stats = jax.jit(layer.with_stats)(x)[1]
+    assert np.asarray(stats.dropped).sum() == lost, (stats.dropped, came)
+
+
 if __name__ == "__main__":
     jax.lax.ragged_all_to_all = ragged_all_to_all
     check_buffers()
     check_padding()
     check_padding_of_a_layer()
+    check_drops_of_a_layer()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from oracles import quick_jit
+from oracles import quick_jit, relative_error
 
 from qwen3next_jax.ops.attention import attention, cached_attention, causal_pairs, init_carry
 from qwen3next_jax.ops.pallas import attention_blocks
@@ -112,6 +112,49 @@ def test_bfloat16_inputs_give_bfloat16_outputs_close_to_float64(implementation):
     assert out.dtype == jnp.bfloat16
     # Weights and outputs are rounded to 8 bits: 1/256 of values up to 3.
     np.testing.assert_allclose(np.asarray(out, np.float32), want, atol=2e-2)
+
+
+def test_gradients_of_many_blocks_of_bfloat16_are_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(blocks, "_BLOCK", 4)  # 128 of them
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in make(512)]
+    arrays[0] *= jnp.asarray(0.1, jnp.bfloat16)  # even weights: all queries add to a key's gradient
+    noise = np.random.default_rng(1).standard_normal((2, 512, 4, 8))
+    cotangent = jnp.asarray(1 + 0.1 * noise, jnp.bfloat16)
+
+    def gradients(implementation, *given):
+        *arrays, cotangent = given
+
+        def f(*arrays):
+            return attention(*arrays, implementation=implementation)
+
+        return quick_jit(lambda arrays, d: jax.vjp(f, *arrays)[1](d))(arrays, cotangent)
+
+    exact = gradients("reference", *(x.astype(jnp.float32) for x in (*arrays, cotangent)))
+    for got, want in zip(gradients("chunked", *arrays, cotangent), exact, strict=True):
+        # Outputs, weights and results are rounded to 8 bits, 2e-3 of each; sums are not.
+        assert relative_error(got.astype(jnp.float32), want) < 4e-3
+
+
+def test_the_product_of_outputs_and_their_gradients_is_summed_in_float32():
+    out = jnp.array([256, 1], jnp.bfloat16).reshape(1, 1, 1, 1, 1, 2)
+    assert blocks.out_dot(out, jnp.ones_like(out)).item() == 257  # which bfloat16 has not
+
+
+@pytest.mark.parametrize("queries", [3, 40])  # all slots at once, and by blocks
+def test_scores_with_a_cache_of_bfloat16_are_float32(queries):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in make(200))
+    q *= 8  # scores so large that rounding them would change the weights
+    exact = (x.astype(jnp.float32) for x in (q, k, v))
+    want = attention(*exact, implementation="reference")[:, -queries:]
+    old = 200 - queries
+    got = cached_attention(
+        *(x[:, old:] for x in (q, k, v)),
+        lengths=jnp.full(2, old),
+        cached_k=k[:, :old].transpose(0, 2, 3, 1),
+        cached_v=v[:, :old].swapaxes(1, 2),
+    )
+    # Weights and outputs are rounded to 8 bits, 2e-3 of each.
+    assert relative_error(got.astype(jnp.float32), want) < 4e-3
 
 
 @pytest.mark.parametrize("queries", [3, 40])
@@ -220,6 +263,36 @@ def test_cudnn_gives_what_the_reference_gives(documents):
         # Weights and results are rounded to 8 bits; the reference's products to TensorFloat-32.
         error = jnp.linalg.norm(got.astype(jnp.float32) - exact)
         assert error <= 1e-2 * jnp.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("documents", [None, 3])
+def test_cudnn_is_asked_for_causal_attention_within_documents(documents, monkeypatch):
+    by_jax = jax.nn.dot_product_attention
+
+    def on_any_platform(*arrays, implementation, **given):
+        assert implementation == "cudnn"
+        return by_jax(*arrays, **given, implementation="xla")
+
+    monkeypatch.setattr(blocks, "check_implementation", lambda *_: None)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_any_platform)
+    arrays, segments = [jnp.asarray(x) for x in make(40)], None
+    if documents is not None:
+        segments = jnp.broadcast_to(jnp.arange(40) * documents // 40, (2, 40))
+    got, want = (
+        attention(*arrays, segment_ids=segments, implementation=i) for i in ("cudnn", "reference")
+    )
+    np.testing.assert_allclose(got, want, atol=2e-6)  # float32 means, in another order
+
+
+def test_on_a_gpu_long_rows_and_those_of_odd_lengths_are_not_cudnn_s(monkeypatch):
+    monkeypatch.setattr(blocks, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(blocks, "is_hopper", lambda: True)
+    taken = {
+        tokens: blocks.default_implementation(tokens, 256, 256, jnp.dtype("bfloat16"))
+        for tokens in (4096, 4097, 16_384, 16_386)
+    }
+    assert taken == {4096: "cudnn", 4097: "chunked", 16_384: "cudnn", 16_386: "chunked"}
 
 
 def test_what_cannot_be_done_is_refused():

@@ -157,7 +157,17 @@ def case_of(case, implementation):
     ("case", "implementation"), [case_of(c, i) for i in IMPLEMENTATIONS for c in CASES]
 )
 def test_values_and_gradients_agree_with_the_float64_recurrence(case, implementation):
-    *arrays, segments = make(case)
+    check(implementation, case, *make(case))
+
+
+def test_kernels_for_tpus_hand_states_and_their_gradients_from_program_to_program():
+    # Three chunks, each of a program of its own, of as few heads as there can be.
+    case = "length 130"
+    check("pallas", case, *make(case, B=1, K=1, N=2, H=8, P=8))
+
+
+def check(implementation, case, *arrays):
+    *arrays, segments = arrays
     # The oracle starts from what float32 can hold, so that only the computation is compared.
     arrays = [x.astype(np.float32).astype(np.float64) for x in arrays]
     out, final = recurrence(*arrays, segments)
@@ -170,21 +180,21 @@ def test_values_and_gradients_agree_with_the_float64_recurrence(case, implementa
         arrays32, jnp.asarray(segments), cotangents
     )
 
-    def check(name, got, want, scale=0.0, tolerance=1e-5):
+    def compare(name, got, want, scale=0.0, tolerance=1e-5):
         error = np.linalg.norm(np.asarray(got, np.float64) - want)
         assert error <= tolerance * max(np.linalg.norm(want), scale), name
 
-    check("out", got, out)
-    check("final state", got_final, final)
+    compare("out", got, out)
+    compare("final state", got_final, final)
     names = ["q", "k", "v", "g", "beta", "state"]
     for name, gradient, want in zip(names, grads, expected, strict=True):
         if name == "g":
             # Under strong decay the true dg is a tiny remainder of larger terms: its error is
             # measured against those. Mixed decays cost some more digits of the exponents.
             terms = sum(np.linalg.norm(x * dx) for x, dx in zip(arrays[:2], expected, strict=False))
-            check(name, gradient, want, terms, 5e-5 if case == "decays in turn" else 1e-5)
+            compare(name, gradient, want, terms, 5e-5 if case == "decays in turn" else 1e-5)
         else:
-            check(name, gradient, want)
+            compare(name, gradient, want)
 
 
 def test_many_rules_under_vmap_are_each_its_own():

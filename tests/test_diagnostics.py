@@ -281,3 +281,9 @@ def test_update_ratios_leave_out_what_bfloat16_rounds_away():
     want = np.linalg.norm(after - before) / np.linalg.norm(before)
     assert not 0.9 < np.linalg.norm(u) / np.linalg.norm(before) / want < 1.1
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_ratios_to_norms_below_1_are_ratios_as_well():
+    updates, params = ({"lm_head": jnp.full((2, 2), x)} for x in (0.01, 0.1))
+    got = update_ratios(updates, params, zero_centered_norm=True)["update_ratio/head"]
+    np.testing.assert_allclose(got, 0.1, rtol=1e-6)  # one rounding of each number

@@ -93,6 +93,23 @@ def test_values_and_gradients_are_those_of_each_experts_own_mlp(
         assert error < tolerance, (name, error)
 
 
+def test_the_matrices_gradients_of_many_blocks_of_bfloat16_are_summed_in_float32():
+    matrices = jnp.ones((1, 2, 4, 4), jnp.bfloat16), jnp.ones((1, 4, 4), jnp.bfloat16)
+
+    def gradients(rows):
+        def total(*matrices):
+            args = jnp.ones((rows, 4), jnp.bfloat16), jnp.ones(rows), *matrices
+            given = dict(implementation="blocked", block=2)
+            return expert_mlp(*args, jnp.array([rows]), **given).astype(jnp.float32).sum()
+
+        return quick_jit(jax.grad(total, argnums=(0, 1)))(*matrices)
+
+    for many, of_one_block in zip(gradients(1024), gradients(2), strict=True):
+        # The gradient of one block is rounded to 8 bits, and so is the sum of 512 of them.
+        want = 512 * of_one_block.astype(jnp.float32)
+        assert relative_error(many.astype(jnp.float32), want) < 1e-2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", [D, D - 4])  # multiples of eight, and of four only
 def test_rows_by_themselves_read_their_experts_matrices_where_they_lie(size, dtype):

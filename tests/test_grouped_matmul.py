@@ -114,6 +114,19 @@ def test_bfloat16_products_keep_their_dtype(implementation):
     np.testing.assert_allclose(np.asarray(out, np.float32)[:USED], expected[0][:USED], atol=0.05)
 
 
+def test_the_weights_gradients_of_many_blocks_of_bfloat16_are_summed_in_float32():
+    rows, weights = jnp.ones((1024, 4), jnp.bfloat16), jnp.ones((1, 4, 4), jnp.bfloat16)
+    given = dict(implementation="blocked", block=2)
+
+    @quick_jit
+    @jax.grad
+    def gradient(weights):
+        out = grouped_matmul(rows, weights, jnp.array([1024]), **given)
+        return out.astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(gradient(weights), 1024)  # in bfloat16, 256 + 1 is 256
+
+
 @pytest.mark.usefixtures("untyped")
 def test_numpys_arrays_will_do():
     rows, weights, d_out = make()

@@ -30,7 +30,10 @@ from qwen3next_jax.training.optimizer import make_schedule
 
 HERE = pathlib.Path(__file__).parent
 # Keys of `train` that no step reads.
-HOST_ONLY = ("checkpoint_every", "sample_every", "profile_steps")
+HOST_ONLY = (
+    "checkpoint_every", "eval_every", "keep_best", "keep_checkpoints", "log_every",
+    "profile_steps", "sample_every",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -175,6 +178,32 @@ def test_metrics_have_what_the_docs_promise(whole):
     assert {"eval_ce", "eval_bits_per_byte"} <= course(whole[0])[-1].keys()
     environment = (whole[0] / "environment.jsonl").read_text().splitlines()
     assert [json.loads(line)["jax"] for line in environment] == [jax.__version__]
+
+
+def test_the_first_and_the_last_step_are_logged_whatever_lies_between(corpus, tmp_path):
+    run(config_of(corpus, 4, train__log_every=3), tmp_path)
+    assert [line["step"] for line in course(tmp_path) if "loss" in line] == [1, 3, 4]
+
+
+def test_the_checkpoint_of_the_best_evaluation_is_kept_beside_the_newest(corpus, tmp_path):
+    keeping = dict(train__keep_checkpoints=1, train__keep_best=1)
+    config = config_of(corpus, 3, train__checkpoint_every=1, train__eval_every=1, **keeping)
+    worse = iter((1.0, 2.0, 3.0))
+    run(config, tmp_path, evaluate=lambda model: {"eval_ce": next(worse)})
+    kept = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(name for name in kept if name.isdigit()) == ["1", "3"]
+
+
+def test_evaluations_multiply_in_the_config_s_precision(corpus, tmp_path):
+    seen = []
+
+    def evaluate(model):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return {"eval_ce": 1.0}
+
+    config = config_of(corpus, 1)
+    run(config, tmp_path, evaluate=evaluate)
+    assert seen == [config.precision.matmul]
 
 
 def test_half_a_line_of_a_start_on_a_full_disk_is_cut_off(tmp_path):

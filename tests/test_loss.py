@@ -1,6 +1,7 @@
 """The loss term by term: what is counted, over what it is averaged, and where gradients go."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from small_run import small_config as small_run_config
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
 import qwen3next_jax as q3n
-from qwen3next_jax.model.moe import SparseMoE
+from qwen3next_jax.model.moe import RouterStats, SparseMoE
 from qwen3next_jax.training.loss import complete_batch, count_labels, next_token_losses
 from qwen3next_jax.training.program import abstract_model
 from qwen3next_jax.training.step import make_gradients
@@ -230,6 +231,33 @@ def test_an_even_router_has_the_z_loss_of_equal_logits_in_each_layer():
     np.testing.assert_allclose(found["router_z_loss"], np.log(E) ** 2, rtol=1e-6)
 
 
+def that_tells(**stats):
+    """In place of a model, one of two layers whose routers tell these statistics of two rows."""
+    given = dict(counts=jnp.ones((2, 2, E)), probabilities=jnp.ones((2, 2, E)))
+    given |= dict.fromkeys(("squared_lse", "entropies", "tokens"), jnp.ones((2, 2)))
+    stats = RouterStats(**{**given, "dropped": jnp.zeros((2, 1, 1)), **stats})
+    return types.SimpleNamespace(
+        config=small_config(),
+        mtp=None,
+        hidden_states=lambda *_: (jnp.ones((2, 4, 3)), stats),
+        head=lambda: jnp.ones((3, 5)),
+    )
+
+
+@pytest.mark.usefixtures("untyped")
+def test_the_z_loss_is_the_mean_over_tokens_without_padding_then_over_layers():
+    tokens, sums = [[1.0, 3.0], [1.0, 3.0]], [[1.0, 8.0], [3.0, 20.0]]
+    model = that_tells(tokens=jnp.array(tokens), squared_lse=jnp.array(sums))
+    batch = complete_batch(jnp.ones((2, 4), jnp.int32))
+    assert q3n.loss(model, batch)[1]["router_z_loss"] == (9 / 4 + 23 / 4) / 2
+
+
+@pytest.mark.usefixtures("untyped")
+def test_evaluation_sums_the_assignments_that_layers_and_devices_dropped():
+    model = that_tells(dropped=jnp.array([[[1.0, 2.0]], [[0.0, 4.0]]]))
+    assert next_token_losses(model, complete_batch(jnp.ones((2, 4), jnp.int32)))[1] == 7
+
+
 @pytest.mark.parametrize("scope", ["global", "micro_batch", "sequence"])
 def test_an_even_router_has_a_balance_loss_of_one(scope):
     _, params = without_mtp()
@@ -352,3 +380,12 @@ def test_batches_of_bytes_hold_ids_and_labels_are_counted_in_float32():
     rows["loss_weights"] = rows["loss_weights"].astype(jnp.bfloat16)
     counts = count_labels(rows, 1)
     assert (counts.ce, counts.mtp.tolist()) == (8 * 699, [8 * 698])
+
+
+def test_labels_of_weights_below_1_are_counted_by_their_weights_also_ahead():
+    batch = complete_batch(jnp.arange(8)[None])
+    weights = 2.0**-12 * jnp.arange(1.0, 9)[None]
+    counts = count_labels({**batch, "loss_weights": weights * batch["loss_weights"]}, 1)
+    # Sums of a few small integers over a power of two, which are exact.
+    assert counts.ce == weights[0, :7].sum()
+    assert counts.mtp.tolist() == [weights[0, 1:7].sum()]

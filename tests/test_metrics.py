@@ -177,3 +177,9 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     last = capsys.readouterr().err.rstrip().split("\r")[-1]
     assert "60/200" in last
     assert "loss 2.5000, 12,346 tokens/s" in last
+
+
+def test_a_bar_begins_at_the_step_that_the_run_goes_on_from(capsys, monkeypatch):
+    monkeypatch.setattr(metrics_module.sys.stderr, "isatty", lambda: True)
+    Progress(200, start_step=40).close()
+    assert "40/200" in capsys.readouterr().err

@@ -19,12 +19,14 @@ from oracles import (
     relative_error,
     small_config,
 )
+from small_run import small_config as small_run_config
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 import qwen3next_jax as q3n
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.parallel.vocabulary import embed
 from qwen3next_jax.training.loss import complete_batch
+from qwen3next_jax.training.program import new_model
 
 
 def sizes(model):
@@ -86,6 +88,21 @@ def test_initial_values_are_the_published_ones_and_each_layer_draws_its_own():
                 assert (value[0] != value[1]).all(), name
         if path[-1] == "router":
             np.testing.assert_allclose(np.linalg.norm(value, axis=1), 0.02 * 64**0.5, rtol=1e-5)
+
+
+def test_a_run_s_model_has_its_config_s_rematerialisation_and_room_for_experts():
+    changes = dict(train__remat="layer_but_attention", mesh__moe_buffer_factor=2.0)
+    model = nnx.eval_shape(lambda: new_model(small_run_config("unread", **changes)))
+    assert model.remat == "layer_but_attention"
+    assert [layer.mlp.moe_buffer_factor for layer in model.groups.layers] == [2.0, 2.0]
+
+
+def test_a_run_s_seed_draws_its_weights():
+    def table(seed):
+        config = small_run_config("unread", train__seed=seed)
+        return quick_jit(lambda: new_model(config).embed_tokens[...])()
+
+    assert (table(0) != table(1)).all()
 
 
 @functools.cache

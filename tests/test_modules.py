@@ -5,17 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oracles import abstract_model, small_config
+from oracles import abstract_model, quick_jit, random_module, small_config
 
 import qwen3next_jax as q3n
 from qwen3next_jax import ops
 from qwen3next_jax.config import FULL, LINEAR
+from qwen3next_jax.model import gated_attention, gated_delta_net, moe
 from qwen3next_jax.model.cache import empty_cache
 from qwen3next_jax.model.decoder_layer import DecoderLayer
 from qwen3next_jax.model.gated_attention import GatedAttention
 from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
-from qwen3next_jax.model.layers import RMSNorm
+from qwen3next_jax.model.layers import RMSNorm, project, rms_normalize
 from qwen3next_jax.model.moe import SparseMoE
+from qwen3next_jax.model.rope import apply_rope
 
 pytestmark = pytest.mark.usefixtures("untyped")
 
@@ -108,6 +110,98 @@ def test_the_delta_rules_gates_are_not_rounded_where_activations_are_bfloat16():
     for name, values in want.items():
         # As float32 sums of exact products are; rounded to bfloat16 they are off by 1e-4.
         np.testing.assert_allclose(observed[name].total, values, rtol=1e-6)
+
+
+def assert_rounded_once(function, x):
+    """What bfloat16 gives is what float32 gives of the same numbers, rounded at the end."""
+    exact = function(x.astype(jnp.float32))
+    np.testing.assert_array_equal(function(x), exact.astype(jnp.bfloat16))
+
+
+def test_a_norm_rounds_to_bfloat16_once():
+    norm = RMSNorm(CONFIG)
+    norm.weight[...] = drawn(CONFIG.hidden_size, seed=5)
+    assert_rounded_once(norm, X.astype(jnp.bfloat16))
+
+
+def test_a_rotation_rounds_to_bfloat16_once():
+    positions = jnp.arange(T)[None].repeat(B, 0)
+    x = drawn(B, T, 4, CONFIG.head_dim).astype(jnp.bfloat16)
+    assert_rounded_once(lambda x: apply_rope(x, positions, CONFIG), x)
+
+
+def with_weights(module):
+    return random_module(nnx.eval_shape(lambda: make(module)), scale=0.5)
+
+
+def hand_on_heads(weight):
+    """Makes an output projection hand on the first entries of all heads as they are."""
+    rows = weight.shape[0] * weight.shape[1]
+    weight[...] = jnp.eye(rows, weight.shape[2]).reshape(weight.shape)
+
+
+def test_the_output_gate_is_applied_in_float32_and_rounded_once(monkeypatch):
+    x = X.astype(jnp.bfloat16)
+    out = drawn(B, T, 4, CONFIG.head_dim, seed=9).astype(jnp.bfloat16)
+    monkeypatch.setattr(gated_attention, "attention", lambda *_, **__: out)
+    module = with_weights(GatedAttention)
+    hand_on_heads(module.o_proj)
+    gate = jax.nn.sigmoid(project(x, module.gate_proj[...].astype(x.dtype)).astype(jnp.float32))
+    want = (out.astype(jnp.float32) * gate).astype(jnp.bfloat16).reshape(B, T, -1)
+    np.testing.assert_array_equal(module(x), want[..., : CONFIG.hidden_size])
+
+
+def test_the_gated_norm_is_float32_and_rounded_once(monkeypatch):
+    x = X.astype(jnp.bfloat16)
+    out = drawn(B, T, 4, CONFIG.linear_value_head_dim, seed=9).astype(jnp.bfloat16)
+    monkeypatch.setattr(gated_delta_net.context, "gated_delta_rule", lambda *_, **__: (out, None))
+    module = with_weights(GatedDeltaNet)
+    hand_on_heads(module.out_proj)
+    gate = jax.nn.silu(project(x, module.z_proj[...].astype(x.dtype)).astype(jnp.float32))
+    normed = rms_normalize(out, CONFIG.rms_norm_eps) * module.norm.weight[...]
+    want = (normed * gate).astype(jnp.bfloat16).reshape(B, T, -1)
+    np.testing.assert_array_equal(module(x), want[..., : CONFIG.hidden_size])
+
+
+def test_the_shared_expert_s_gate_is_applied_in_float32_and_rounded_once(monkeypatch):
+    x = X.astype(jnp.bfloat16)
+    monkeypatch.setattr(moe, "apply_experts", lambda tokens, *_, **__: 0 * tokens)
+    module = with_weights(SparseMoE)
+    row = module.shared_expert_gate[...]
+    gate = jax.nn.sigmoid(jnp.dot(x.astype(jnp.float32), row, precision="highest"))
+    want = (gate[..., None] * module.shared_expert(x).astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(module(x), want)
+
+
+def test_experts_weights_are_not_rounded_where_activations_are_bfloat16(monkeypatch):
+    taken = []
+
+    def no_experts(rows, weights, *_, **__):
+        taken.append(weights)
+        return rows
+
+    monkeypatch.setattr(moe, "expert_mlp", no_experts)
+    module = with_weights(SparseMoE)
+
+    @quick_jit
+    def weights_of_rows(x):
+        module(x)
+        return taken.pop()
+
+    weights = weights_of_rows(X.astype(jnp.bfloat16))
+    assert (weights != weights.astype(jnp.bfloat16)).any()
+
+
+def test_the_delta_rule_s_state_in_a_cache_is_float32_whatever_the_activations_are():
+    x = X[:, :1].astype(jnp.bfloat16)
+    cache = empty_cache(CONFIG, LINEAR, batch=B, slots=T, dtype=x.dtype)
+    _, after = jax.eval_shape(lambda x, cache: make(GatedDeltaNet)(x, cache=cache), x, cache)
+    assert cache.state.dtype == after.state.dtype == jnp.float32
+
+
+def test_no_head_is_drawn_that_forgets_more_slowly_than_at_a_rate_of_a_hundredth():
+    rates = np.exp(gated_delta_net._log_uniform(jax.random.key(0), (10**5,)))
+    assert rates.min() >= 0.01 * (1 - 1e-6)  # logarithms of float32
 
 
 def test_attention_with_a_cache_needs_the_positions_of_its_tokens():

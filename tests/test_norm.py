@@ -1,5 +1,7 @@
 """The norm of many arrays, small and large, against numpy's."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,3 +35,8 @@ def test_norm_is_that_of_all_entries(shapes, dtype):
 def test_what_is_not_finite_shows(entry, shape):
     x = jnp.ones(shape).at[..., -1].set(entry)
     assert not np.isfinite(norm([jnp.ones(3), x]))
+
+
+def test_off_the_cpu_the_norm_is_that_of_all_entries_too(monkeypatch):
+    monkeypatch.setattr(sys.modules[norm.__module__], "platform", lambda: "gpu")
+    assert norm([jnp.array([3.0]), jnp.array([4.0])]) == 5

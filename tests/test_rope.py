@@ -18,7 +18,8 @@ SIZES = dict(head_dim=256, rope_theta=1e7, partial_rotary_factor=0.25)
 
 
 def rotated_by_transformers(x, positions, **rope):
-    config = Qwen3NextConfig(**{**SMALL, **SIZES, "max_position_embeddings": 262_144}, **rope)
+    given = {**SMALL, **SIZES, "max_position_embeddings": 262_144, **rope}
+    config = Qwen3NextConfig(**given)
     cos, sin = theirs.Qwen3NextRotaryEmbedding(config)(
         torch.tensor(x), torch.tensor(positions).long()
     )
@@ -55,6 +56,15 @@ def test_a_part_of_each_head_is_rotated_as_transformers_does(platform, monkeypat
     ],
 )
 def test_yarn_rotates_as_transformers_does_beyond_the_original_length(factor, more):
+    check_yarn(factor, more, SIZES)
+
+
+def test_a_ramp_of_yarn_may_end_behind_the_last_pair():
+    # With this base, the pair that would turn once is the 37th of 32.
+    check_yarn(4.0, {}, {**SIZES, "rope_theta": 1e4})
+
+
+def check_yarn(factor, more, sizes):
     x, positions = example(int(262_144 * factor) - 1)
     rope = {
         "rope_type": "yarn",
@@ -62,11 +72,11 @@ def test_yarn_rotates_as_transformers_does_beyond_the_original_length(factor, mo
         "original_max_position_embeddings": 262_144,
         **more,
     }
-    want = rotated_by_transformers(x, positions, rope_scaling=rope)
-    config = small_config(**SIZES, rope_scaling=rope)
+    want = rotated_by_transformers(x, positions, **sizes, rope_scaling=rope)
+    config = small_config(**sizes, rope_scaling=rope)
     got = apply_rope(jnp.asarray(x), jnp.asarray(positions), config)
     np.testing.assert_allclose(got, want, atol=1e-4)
-    unscaled = apply_rope(jnp.asarray(x), jnp.asarray(positions), small_config(**SIZES))
+    unscaled = apply_rope(jnp.asarray(x), jnp.asarray(positions), small_config(**sizes))
     assert np.abs(got - unscaled).max() > 0.1  # or the case would not tell
 
 

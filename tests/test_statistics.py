@@ -60,6 +60,13 @@ def test_a_head_that_parks_its_weight_on_the_first_token_is_seen():
     np.testing.assert_allclose(even.total / even.tokens, want, rtol=1e-5)
 
 
+def test_tokens_behind_the_last_whole_stretch_are_not_looked_at():
+    # 45 tokens: stretches of 45 // 16 = 2. Of t + 1 tokens of equal scores, each has its share.
+    even = sink_share(jnp.ones((1, 45, 2, 8)), jnp.zeros((1, 45, 1, 8)), None)
+    want = np.mean([1 / (t + 1) for t in range(1, 44, 2)])
+    np.testing.assert_allclose(even.total / even.tokens, want, rtol=1e-5)  # float32 sums
+
+
 def test_parts_weigh_by_their_tokens():
     parts = {
         "gate": Mean(jnp.array([10.0, 1.0]), jnp.array([20.0, 1.0])),

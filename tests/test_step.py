@@ -24,10 +24,10 @@ def make_step(monkeypatch):
     return first_step
 
 
-def first_step(**changes):
-    config = small_config("unread", train__diagnostics=False, **changes)
+def first_step(params=None, **changes):
+    config = small_config("unread", **{"train__diagnostics": False, **changes})
     rng = np.random.default_rng(0)
-    params = nnx.State(
+    params = params or nnx.State(
         {name: jnp.float32(rng.normal(size=(64, 32))) for name in ("embed_tokens", "lm_head")}
     )
     optimizer, schedule = make_optimizer(config.optimizer, 10, params)
@@ -72,6 +72,32 @@ def test_a_token_without_place_halts_a_run_unless_such_are_to_be_dropped(
     assert (bool(metrics["halted"]), int(after.step)) == (halts, 0 if halts else 1)
     for name, p in after.params.items():
         np.testing.assert_array_equal(p, (before if halts else whole).params[name])
+
+
+def test_grad_norm_is_that_of_all_gradients_together(train_step):
+    take, before = train_step
+    _, metrics = take(before, batch_of(before, gradient=0.5))
+    assert metrics["grad_norm"] == 0.5 * (2 * 64 * 32) ** 0.5  # of two tables
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_update_ratios_are_of_the_step_taken_and_of_norms_as_the_config_has_them(
+    make_step, zero_centered
+):
+    params = nnx.State({"norm": {"weight": jnp.ones(8)}, "lm_head": jnp.full((4, 8), 0.1)})
+    changes = dict(train__diagnostics=True, model__zero_centered_norm=zero_centered)
+    take, before = make_step(params, **changes)
+    after, metrics = take(before, batch_of(before))
+
+    def ratio(old, new, shift=0):
+        return np.linalg.norm(new - old) / np.linalg.norm(old + shift)
+
+    old, new = (jax.device_get(state.params) for state in (before, after))
+    norms = ratio(old["norm"]["weight"], new["norm"]["weight"], shift=int(zero_centered))
+    head = ratio(old["lm_head"], new["lm_head"])
+    # Of an update of 1e-3, float32 numbers of size 1 keep four digits.
+    np.testing.assert_allclose(metrics["update_ratio/norms"], norms, rtol=1e-4)
+    np.testing.assert_allclose(metrics["update_ratio/head"], head, rtol=1e-4)
 
 
 def test_donated_state_is_updated_where_it_lies(train_step):
@@ -133,3 +159,38 @@ def test_micro_batches_give_gradients_and_metrics_of_the_whole_batch_with_the_co
     floor = 1e-3 * np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(want_grads)))
     errors = jax.tree.map(lambda a, b: relative_error(a, b, floor), grads, want_grads)
     assert max(jax.tree.leaves(errors)) < 1e-5
+
+
+class Table(nnx.Module):
+    """The smallest model, for a loss that stands in for the model's."""
+
+    def __init__(self, dtype):
+        self.embed_tokens = nnx.Param(jnp.ones((8, 4), dtype))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_drops_of_micro_batches_add_up_to_a_share_of_all_assignments(parts, monkeypatch):
+    def dropping(model, batch, *, earlier_assignments, **_):
+        """Six of the micro-batch's 24 assignments."""
+        own = jnp.full((2, 4), 3.0)
+        so_far = own if earlier_assignments is None else earlier_assignments + own
+        return jnp.zeros(()), {"dropped_assignments": jnp.asarray(6.0), "assignments": so_far}
+
+    monkeypatch.setattr(step, "loss", dropping)
+    graph, params = nnx.split(Table("float32"))
+    _, found = make_gradients(graph, accumulating(parts))(params, rows_of_as_many_tokens())
+    assert found["dropped_assignments"] == 6 * parts
+    assert found["dropped_share"] == 0.25
+
+
+def test_micro_batches_gradients_of_bfloat16_parameters_are_summed_in_float32(monkeypatch):
+    def first_token_times_the_table(model, batch, **_):
+        total = model.embed_tokens[...].astype(jnp.float32).sum() * batch["tokens"][0, 0]
+        return total, {"assignments": jnp.ones((2, 4)), "dropped_assignments": jnp.zeros(())}
+
+    monkeypatch.setattr(step, "loss", first_token_times_the_table)
+    graph, params = nnx.split(Table("bfloat16"))
+    batch = rows_of_as_many_tokens()
+    batch["tokens"] = batch["tokens"].at[:2, 0].set(jnp.array([256, 1]))
+    grads, _ = quick_jit(make_gradients(graph, accumulating(2)))(params, batch)
+    np.testing.assert_array_equal(grads["embed_tokens"][...], 128.5)  # which bfloat16 has not

@@ -33,6 +33,25 @@ def test_a_tokenizer_is_made_anew_for_other_texts_while_nothing_is_saved(corpus,
     assert not kept.exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "other"),
+    [
+        ("jsonl", dict(data__field="body")),
+        ("text", dict(data__on_error="skip")),
+        ("text", dict(model__vocab_size=300)),
+    ],
+)
+def test_a_tokenizer_is_made_anew_where_a_key_reads_other_texts_or_makes_it_another(
+    source, other, corpus, tmp_path
+):
+    config = small_config(corpus, data__source=source)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    kept = tmp_path / "tokenizer.model"
+    kept.write_text("made of these texts")
+    discard_unstarted_run(small_config(corpus, data__source=source, **other), tmp_path)
+    assert not kept.exists()
+
+
 def test_a_start_that_failed_leaves_no_tokenizer_to_another_one(corpus, tmp_path):
     workdir, copied = tmp_path / "run", tmp_path / "run" / "tokenizer.json"
     workdir.mkdir()
