@@ -12,7 +12,12 @@ import pytest
 from corpora import make_texts
 
 from qwen3next_jax.data.corpus import Data, TrainingPart
-from qwen3next_jax.data.pipeline import evaluation_batches, input_metrics, training_batches
+from qwen3next_jax.data.pipeline import (
+    _ShardedBatches,
+    evaluation_batches,
+    input_metrics,
+    training_batches,
+)
 from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.train_tokenizer import train_tokenizer
 
@@ -331,3 +336,13 @@ def test_a_mixture_gives_each_source_its_share_of_the_tokens(tokenizer):
     resumed.set_state(state)
     for _ in range(20):
         assert_same_batches([next(resumed)], [next(batches)])
+
+
+@pytest.mark.usefixtures("untyped")
+def test_threads_are_ended_once_however_often_an_iterator_is_closed(monkeypatch):
+    iterator = iter(_ShardedBatches({"0": None}, rows_a_shard=1))
+    ended = []
+    monkeypatch.setattr(iterator._pool, "shutdown", lambda **_: ended.append(True))
+    iterator.close()
+    iterator.close()
+    assert ended == [True]

@@ -37,7 +37,8 @@ _PARTS = {
     "feed_forward": r".*/mlp/.*",  # experts, or the dense one
     "norms": r"(.*/)?\w*norm/weight",
 }
-# The metrics by the layers that have them; those of delta layers are of each head.
+# The metrics by the layers that have them. What delta layers observe of each head becomes its mean,
+# least and largest.
 _EVERY = ("activation_max",)
 _DELTA = tuple(f"{name}_{of}" for name in ("decay", "beta") for of in ("mean", "min", "max"))
 _ATTENTION = ("output_gate", "attention_sink")
@@ -87,6 +88,11 @@ def for_all_layers(config: ModelConfig, name: str, values: list[float]) -> list[
     """
     name = name.removeprefix("layers/")
     having = [i for i, layer in enumerate(config.all_layers) if _has(name, *layer)]
+    if len(values) != len(having):
+        raise ValueError(
+            f"layers/{name} has {len(values)} numbers, and {len(having)} layers have it; name it "
+            "in training/diagnostics.py among those of the right layers"
+        )
     spread: list[float | None] = [None] * len(config.all_layers)
     for i, value in zip(having, values, strict=True):
         spread[i] = value
