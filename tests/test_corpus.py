@@ -124,6 +124,25 @@ def test_records_that_moved_to_another_file_are_other_data(tmp_path):
             check_same_data(load(**lengths), began_with)
 
 
+def test_parts_in_another_order_are_refused(tmp_path):
+    parts = two_parts(tmp_path)
+
+    def load(names):
+        return load_data(
+            source="mixture",
+            mixture={name: parts[name] for name in names},
+            tokenizer="bytes",
+            holdout_fraction=0.25,
+            vocab_size=258,
+            trained_tokenizer="",
+        )
+
+    began_with = json.loads(json.dumps(load("ba").fingerprint()))
+    check_same_data(load("ba"), began_with)
+    with pytest.raises(ValueError, match="the parts: b, a then, a, b now, in this order"):
+        check_same_data(load("ab"), began_with)
+
+
 def test_the_first_run_trains_a_tokenizer_and_the_next_reuses_it(corpus, tmp_path):
     path = tmp_path / "run" / "tokenizer.model"
     first = load_data(**corpus, vocab_size=300, trained_tokenizer=path)

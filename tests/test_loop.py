@@ -188,7 +188,7 @@ def test_the_first_and_the_last_step_are_logged_whatever_lies_between(corpus, tm
 def test_the_checkpoint_of_the_best_evaluation_is_kept_beside_the_newest(corpus, tmp_path):
     keeping = dict(train__keep_checkpoints=1, train__keep_best=1)
     config = config_of(corpus, 3, train__checkpoint_every=1, train__eval_every=1, **keeping)
-    worse = iter((1.0, 2.0, 3.0))
+    worse = iter((1.0, np.float32(2), jnp.float32(3)))
     run(config, tmp_path, evaluate=lambda model: {"eval_ce": next(worse)})
     kept = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert sorted(name for name in kept if name.isdigit()) == ["1", "3"]

@@ -269,6 +269,9 @@ def check_same_data(data: Data, began_with: Mapping[str, Any]) -> None:
     """
     tokenizer = began_with.get("tokenizer", {})
     changed = list(changed_records(data, began_with).values())
+    parts = [part.name for part in data.train]
+    if (then := list(began_with.get("records", parts))) != parts:  # positions are kept in order
+        changed.append(f"the parts: {', '.join(then)} then, {', '.join(parts)} now, in this order")
     changed += [
         f"the tokenizer's {key}: {tokenizer[key]} then, {now} now, of {data.tokenizer.path}"
         for key, now in fingerprint(data.tokenizer).items()

@@ -41,6 +41,7 @@ from qwen3next_jax.config import flatten
 from qwen3next_jax.parallel.watch import Watch
 
 _DAY_MS = 86_400_000  # practically no timeout: the watch ends this process if a peer is dead
+_LEAVING_MS = 60_000
 
 _UNSEEN_SECONDS = 60  # network file systems may cache for so long that a file does not exist
 
@@ -176,7 +177,9 @@ def _leave() -> None:
     client: Any = distributed.global_state.client
     if (me := distributed.global_state.process_id) == 0:
         for process in range(1, jax.process_count()):
-            client.blocking_key_value_get(f"qwen3next_jax/left/{process}", _DAY_MS)
+            # One that is killed now does not say so, and nobody watches over it any more.
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                client.blocking_key_value_get(f"qwen3next_jax/left/{process}", _LEAVING_MS)
         time.sleep(2)  # lets the others disconnect, which they cannot report afterwards
     else:
         client.key_value_set(f"qwen3next_jax/left/{me}", "")

@@ -323,8 +323,11 @@ class _Run:
         step, folder = self._start, self._workdir
         if not step:
             return _Due()
-        files = (folder / "metrics.jsonl", folder / "samples.jsonl")
-        measured, sampled = exchange([sorted(names_at(file, step)) for file in files])[0]
+        found = None
+        if jax.process_index() == 0:  # which writes them
+            files = (folder / "metrics.jsonl", folder / "samples.jsonl")
+            found = [sorted(names_at(file, step)) for file in files]
+        measured, sampled = exchange(found)[0]
         due = self._due(step)
         return _Due(
             evaluate=due.evaluate and "seconds/evaluation" not in measured,
@@ -385,7 +388,9 @@ class _Run:
         self._saved = step
         position = _of_all_processes(self._batches.get_state())
         extras = {"tokens": self._tokens, "data": position, **self._fingerprint}
-        self._store.save(step, self._state, extras, metric=scores.get("eval_ce"))
+        metric = scores.get("eval_ce")
+        metric = None if metric is None else float(metric)  # which may be a number of NumPy or JAX
+        self._store.save(step, self._state, extras, metric=metric)
         self._clock.spent_on("checkpoint")
 
     def _model(self) -> Qwen3Next:
