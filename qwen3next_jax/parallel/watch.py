@@ -51,6 +51,8 @@ class Watch:
         self._client, self._me, self._hosts, self._timeout = client, me, hosts, timeout
         self._interval = timeout / 10
         self._patience = timeout - 3 * self._interval  # the rest is for delivering the verdict
+        # Process 0 ends last: when its store is gone, JAX aborts those that have not ended yet.
+        self._delivery = self._interval * (2 if me == 0 else 1)
         self._answered = time.monotonic()
         self._leaving = threading.Event()
         if me != 0:
@@ -85,7 +87,7 @@ class Watch:
         self._leaving.set()
         self._say(f"{self._name(self._me)} failed: {type(error).__name__}: {error}")
         if self._me == 0:
-            time.sleep(self._interval)  # let the others read the store, which ends with process 0
+            time.sleep(self._delivery)  # let the others read the store, which ends with process 0
 
     def _beat(self) -> None:
         seen: dict[str, tuple[str, float]] = {}
@@ -103,7 +105,7 @@ class Watch:
                 if verdict is not None:
                     self._end(**json.loads(verdict))
                     return
-            if self._leaving.wait(self._interval / 2):
+            if self._leaving.wait(self._interval / 4):
                 return
 
     def _verdict(self) -> str | None:
@@ -157,7 +159,7 @@ class Watch:
 
     def _end(self, message: str) -> None:
         # If this process is about to end by itself, perhaps for the same reason, let it.
-        if self._leaving.wait(self._interval):
+        if self._leaving.wait(self._delivery):
             return
         logging.error(
             "%s\nEnding %s. The same command goes on from the last checkpoint.",
