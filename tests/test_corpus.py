@@ -26,6 +26,13 @@ def corpus(tmp_path, texts):
     return dict(source="text", path=str(tmp_path / "*.txt"), holdout_fraction=0.3)
 
 
+def load_bytes(**given):
+    """Data whose tokens are bytes; a quarter is held out."""
+    return load_data(
+        tokenizer="bytes", holdout_fraction=0.25, vocab_size=258, trained_tokenizer="", **given
+    )
+
+
 def test_the_parts_of_a_mixture_are_read_and_weighed_as_told(tmp_path):
     for name, field in (("a", "text"), ("b", "body")):
         lines = (json.dumps({field: f"{name} {i}", "other": "none"}) for i in range(20))
@@ -34,14 +41,7 @@ def test_the_parts_of_a_mixture_are_read_and_weighed_as_told(tmp_path):
         "few": {"weight": 1, "path": f"{tmp_path}/a.jsonl", "source": "jsonl"},
         "many": {"weight": 3, "path": f"{tmp_path}/b.jsonl", "source": "jsonl", "field": "body"},
     }
-    data = load_data(
-        source="mixture",
-        mixture=mixture,
-        tokenizer="bytes",
-        holdout_fraction=0.25,
-        vocab_size=258,
-        trained_tokenizer=tmp_path / "none",
-    )
+    data = load_bytes(source="mixture", mixture=mixture)
     assert {part.name: part.weight for part in data.train} == {"few": 1.0, "many": 3.0}
     for part, name in zip(data.train, "ab", strict=True):
         held_out = data.held_out_parts[part.name]
@@ -62,15 +62,7 @@ def test_files_that_are_skipped_add_up_over_the_parts_of_a_mixture(tmp_path):
     for name, part in mixture.items():
         (tmp_path / name / "bad.jsonl.gz").write_bytes(b"truncated")
         part["path"] = f"{tmp_path / name}/*"
-    data = load_data(
-        source="mixture",
-        mixture=mixture,
-        tokenizer="bytes",
-        holdout_fraction=0.25,
-        on_error="skip",
-        vocab_size=258,
-        trained_tokenizer=tmp_path / "none",
-    )
+    data = load_bytes(source="mixture", mixture=mixture, on_error="skip")
     assert data.skipped_files == 2
 
 
@@ -89,15 +81,7 @@ def test_the_tokenizer_of_a_mixture_is_trained_on_all_of_its_parts(tmp_path):
 
 def test_the_token_that_ends_texts_is_looked_for_behind_records_that_cannot_be_used(tmp_path):
     (tmp_path / "a.jsonl").write_text("bad\n" * 10 + '{"text": "good"}\n' * 10)
-    data = load_data(
-        source="jsonl",
-        path=f"{tmp_path}/a.jsonl",
-        tokenizer="bytes",
-        holdout_fraction=0.25,
-        on_error="skip",
-        vocab_size=258,
-        trained_tokenizer="",
-    )
+    data = load_bytes(source="jsonl", path=f"{tmp_path}/a.jsonl", on_error="skip")
     assert data.ends() == [data.tokenizer.eos_id]
 
 
@@ -108,14 +92,7 @@ def test_records_that_moved_to_another_file_are_other_data(tmp_path):
         for name, n in lengths.items():
             lines = [json.dumps({"text": f"{name} {i}"}) for i in range(n)]
             (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        return load_data(
-            source="jsonl",
-            path=f"{tmp_path}/*.jsonl",
-            tokenizer="bytes",
-            holdout_fraction=0.25,
-            vocab_size=258,
-            trained_tokenizer="",
-        )
+        return load_bytes(source="jsonl", path=f"{tmp_path}/*.jsonl")
 
     began_with = json.loads(json.dumps(load(a=12, b=8).fingerprint()))
     check_same_data(load(a=12, b=8), began_with)
@@ -128,14 +105,7 @@ def test_parts_in_another_order_are_refused(tmp_path):
     parts = two_parts(tmp_path)
 
     def load(names):
-        return load_data(
-            source="mixture",
-            mixture={name: parts[name] for name in names},
-            tokenizer="bytes",
-            holdout_fraction=0.25,
-            vocab_size=258,
-            trained_tokenizer="",
-        )
+        return load_bytes(source="mixture", mixture={name: parts[name] for name in names})
 
     began_with = json.loads(json.dumps(load("ba").fingerprint()))
     check_same_data(load("ba"), began_with)

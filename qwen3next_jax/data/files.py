@@ -269,10 +269,10 @@ class TfdsSplit:
                 f"data.path={path!r}, data.split={split!r} cannot be opened as a dataset of TFDS: "
                 f"{error}"
             ) from error
+        self.folder = os.fspath(self._rows.dataset_info.data_dir)
         # The name holds the dataset and not its folder, so that a copy has the same records held
         # out, and no slice from the beginning, so that it has those of the whole split.
         from_start = re.fullmatch(r"(\w+)\[:[^\]]*\]", split)
-        self.folder = os.fspath(self._rows.dataset_info.data_dir)
         self.name = f"{self._rows.dataset_info.full_name}/{from_start[1] if from_start else split}"
 
     def __len__(self) -> int:

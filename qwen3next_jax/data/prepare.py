@@ -331,7 +331,7 @@ def _plan(job: Job, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
             "field": job.field,
             "split": job.split,
             "records": len(source),
-            "files_sha256": _files_sha256(job),
+            "files_sha256": _files_sha256(job, source),
         },
         "on_error": job.on_error,
         "num_shards": job.num_shards,
@@ -342,12 +342,12 @@ def _plan(job: Job, source: Source, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _files_sha256(job: Job) -> str:
+def _files_sha256(job: Job, source: Source) -> str:
     """A hash of the files' names, sizes and mtimes, cheaper than one of their contents."""
     found: list[Any] = [sys.version] if job.source == "stdlib" else []
     pattern = job.path  # "" for sources without files
-    if job.source == "tfds":
-        pattern = os.path.join(glob.escape(TfdsSplit(job.path, job.split).folder), "*")
+    if isinstance(dataset := source.files[0], TfdsSplit):
+        pattern = os.path.join(glob.escape(dataset.folder), "*")
     if pattern:
         root = fixed_folder(pattern)
         for file in matching_files(pattern, []):
