@@ -53,25 +53,14 @@ def launch(command: list[str], count: int, grace: float) -> int:
       0 if all succeeded, else the code of the first that failed, 128 + number for a signal.
     """
     address = f"localhost:{_free_port()}"
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                *command,
-                f"--coordinator_address={address}",
-                f"--num_processes={count}",
-                f"--process_id={i}",
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C reaches them through us, once
-        )
-        for i in range(count)
-    ]
-
-    _tell(f"Processes {', '.join(f'{i}: {process.pid}' for i, process in enumerate(processes))}")
+    processes: list[subprocess.Popen] = []
+    readers: list[threading.Thread] = []
+    early: list[int] = []  # signals that came before all processes had been started
 
     def forward(number: int, _: object) -> None:
+        if len(processes) < count:
+            early.append(number)
+            return
         for process in processes:
             process.send_signal(signal.SIGTERM if number == _HANGUP else number)
 
@@ -79,17 +68,26 @@ def launch(command: list[str], count: int, grace: float) -> int:
     if _HANGUP and signal.getsignal(_HANGUP) != signal.SIG_IGN:  # as it is under nohup
         heard.add(_HANGUP)
     before = {s: signal.signal(s, forward) for s in heard}
-    readers = [
-        threading.Thread(target=_copy, args=(source, target, f"[{i}] ".encode()))
-        for i, process in enumerate(processes)
-        for source, target in (
-            (process.stdout, sys.stdout.buffer),
-            (process.stderr, sys.stderr.buffer),
-        )
-    ]
-    for reader in readers:
-        reader.start()
     try:
+        for i in range(count):
+            flags = (
+                f"--coordinator_address={address}",
+                f"--num_processes={count}",
+                f"--process_id={i}",
+            )
+            processes.append(_start([*command, *flags]))
+        for number in early:
+            forward(number, None)
+        numbers = ", ".join(f"{i}: {process.pid}" for i, process in enumerate(processes))
+        _tell(f"Processes {numbers}")
+        for i, process in enumerate(processes):
+            mark = f"[{i}] ".encode()
+            for source, target in (
+                (process.stdout, sys.stdout.buffer),
+                (process.stderr, sys.stderr.buffer),
+            ):
+                readers.append(threading.Thread(target=_copy, args=(source, target, mark)))
+                readers[-1].start()
         return _wait(processes, grace)
     finally:
         for process in processes:
@@ -98,6 +96,15 @@ def launch(command: list[str], count: int, grace: float) -> int:
             reader.join()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _start(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C reaches them through us, once
+    )
 
 
 def _wait(processes: list[subprocess.Popen], grace: float) -> int:

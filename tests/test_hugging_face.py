@@ -134,6 +134,16 @@ def test_experts_may_be_fused_in_the_model_and_apart_in_the_mtp(tmp_path):
         assert torch.equal(given[name], tensor), name
 
 
+def test_a_loaded_model_can_be_told_what_to_compute_in_and_to_recompute(tmp_path):
+    hf_directory.released(tmp_path / "given")
+    model = q3n.load_hf(tmp_path / "given", dtype="float32")
+    model.dtype, model.remat = jnp.dtype("bfloat16"), "layer"
+    options = dict(dtype=jnp.bfloat16, remat="layer")
+    built = nnx.eval_shape(lambda: q3n.Qwen3Next(model.config, rngs=nnx.Rngs(0), **options))
+    built.source = model.source
+    assert nnx.graphdef(model) == nnx.graphdef(built)
+
+
 def test_a_chosen_dtype_is_that_of_all_but_the_decays(tmp_path):
     hf_directory.released(tmp_path / "given", dtype=torch.float32)
     model = q3n.load_hf(tmp_path / "given", dtype="bfloat16")

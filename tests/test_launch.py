@@ -1,9 +1,13 @@
 """The launcher of processes on one machine, with commands that need no JAX."""
 
+import os
 import signal
+import subprocess
 
 import pytest
 from launched import lines, start
+
+from qwen3next_jax.launch import launch
 
 SHOW = "import sys; print(*sys.argv[1:]); print('to stderr', file=sys.stderr)"
 
@@ -69,3 +73,33 @@ def test_signals_are_passed_on(tmp_path, name):
     out = launched.communicate()[0]
     assert launched.returncode == 0
     assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
+
+
+def test_a_signal_that_comes_while_processes_are_started_ends_all_of_them(tmp_path, monkeypatch):
+    begin, started = subprocess.Popen, []
+
+    def start_and_hear(*arguments, **options):
+        started.append(begin(*arguments, **options))
+        if len(started) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_hear)
+    code = launch([str(script(tmp_path, "import time; time.sleep(1000)"))], 3, grace=60.0)
+    assert code == 128 + signal.SIGTERM
+    assert [process.poll() for process in started] == [-signal.SIGTERM] * 3
+
+
+def test_processes_end_when_a_later_one_cannot_be_started(tmp_path, monkeypatch):
+    begin, started = subprocess.Popen, []
+
+    def start_two(*arguments, **options):
+        if len(started) == 2:
+            raise BlockingIOError("no more processes")
+        started.append(begin(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start_two)
+    with pytest.raises(BlockingIOError, match="no more"):
+        launch([str(script(tmp_path, "import time; time.sleep(1000)"))], 3, grace=60.0)
+    assert [process.wait(timeout=10) for process in started] == [-signal.SIGKILL] * 2

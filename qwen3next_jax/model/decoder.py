@@ -46,7 +46,10 @@ class _Group(nnx.Module):
 
 
 class Qwen3Next(nnx.Module):
-    """A Qwen3-Next language model, or the dense Qwen3 where the config says so."""
+    """A Qwen3-Next language model, or the dense Qwen3 where the config says so.
+
+    `dtype` and `remat`, which `__init__` describes, may also be set later, as on a loaded model.
+    """
 
     def __init__(
         self,
