@@ -112,7 +112,7 @@ def test_a_step_over_a_loaded_model_compiles_once(converted, tmp_path):
     assert step._cache_size() == 1
 
 
-def test_yarn_is_switched_on_and_off_at_loading(tmp_path):
+def test_yarn_is_switched_on_and_off_at_loading(tmp_path, untyped):
     yarn = {"rope_type": "yarn", "factor": 2.0}
     hf_directory.released(tmp_path / "hf")
     from_hf(tmp_path / "hf", tmp_path / "ours")
@@ -124,6 +124,8 @@ def test_yarn_is_switched_on_and_off_at_loading(tmp_path):
     for path in (tmp_path / "hf", tmp_path / "long"):
         assert load_checkpoint(path).config.rope_scaling == yarn
         assert load_checkpoint(path, rope_scaling={}).config.rope_scaling is None
+        with pytest.raises(ValueError, match="rope_scaling='yarn' must be a mapping"):
+            load_checkpoint(path, rope_scaling="yarn")
 
 
 def test_a_model_with_a_replaced_module_begins_with_a_checkpoint_of_its_own_kind_only(tmp_path):

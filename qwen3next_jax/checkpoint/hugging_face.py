@@ -7,6 +7,7 @@ name and renamed when complete.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -82,7 +83,7 @@ def load_hf(
     hf = open_hf(path, dtype)
     config = hf.config
     if rope_scaling is not None:
-        config = dataclasses.replace(config, rope_scaling=dict(rope_scaling) or None)
+        config = dataclasses.replace(config, rope_scaling=copy.copy(rope_scaling) or None)
 
     def value(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
         return read_parameter(hf, name, sharding, hf.dtypes[name])

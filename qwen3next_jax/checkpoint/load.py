@@ -5,6 +5,7 @@ A path may lead to a Hugging Face directory, to a work directory of ours (of a r
 """
 
 import contextlib
+import copy
 import dataclasses
 import os
 import pathlib
@@ -83,7 +84,7 @@ def load_checkpoint(
         return load_hf(path, dtype, mesh, rope_scaling=rope_scaling, unstacked=unstacked)
     config = ours.config
     if rope_scaling is not None:
-        config = dataclasses.replace(config, rope_scaling=dict(rope_scaling) or None)
+        config = dataclasses.replace(config, rope_scaling=copy.copy(rope_scaling) or None)
 
     def build(store: CheckpointStore, step: int) -> Qwen3Next:
         stored = stored_parameters(store, step, config)

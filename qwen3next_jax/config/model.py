@@ -458,6 +458,9 @@ def _model_problems(c: ModelConfig) -> Iterable[str]:
 
 
 def _yarn_problems(rope: Mapping[str, Any], theta: float) -> Iterable[str]:
+    if not isinstance(rope, Mapping):
+        yield f"rope_scaling={rope!r} must be a mapping, with rope_type and factor"
+        return
     factor = rope.get("factor")
     longer = is_positive(factor) and factor >= 1
     if _rope_type(rope) != "yarn" or not longer:
