@@ -94,6 +94,7 @@ def get_config() -> ConfigDict:
         dict(
             num_steps=300,
             initial_checkpoint="",  # weights to begin with: a directory of any kind; "": random
+            new_parameters=(),  # of these, by globs such as "mtp/*", those that are random
             global_batch_size=8,  # rows a step
             sequence_length=512,  # tokens a row
             gradient_accumulation_steps=1,  # micro-batches a step

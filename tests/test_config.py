@@ -384,6 +384,7 @@ def test_a_run_s_config_survives_json():
         ({"evaluation__lengths": (-5,)}, r"evaluation.lengths=\(-5,\) must be at least 1"),
         ({"optimizer__b2": 1.0}, "optimizer.b2=1.0 must lie between 0 and 1, below 1"),
         ({"data__source": "text"}, "data.source='text' needs a path, such as"),
+        ({"train__new_parameters": ("mtp/*",)}, r"'mtp/\*',\) needs train.initial_checkpoint"),
         ({"data__source": "web"}, "data.source='web' is unknown; expected 'stdlib' or"),
         ({"data__source": "mixture"}, "with 0 parts in data.mixture"),
         (
@@ -489,6 +490,15 @@ def test_a_run_goes_on_only_where_nothing_changed_but_what_may():
     assert "num_steps" not in str(error.value)
 
 
+def test_a_run_of_before_there_were_new_parameters_goes_on_without_any():
+    before = RunConfig.from_dict(run_dict(train__initial_checkpoint="given")).to_dict()
+    del before["train"]["new_parameters"]
+    RunConfig.from_dict(run_dict(train__initial_checkpoint="given")).check_resumable_from(before)
+    other = run_dict(train__initial_checkpoint="given", train__new_parameters=("mtp/*",))
+    with pytest.raises(ValueError, match=r"new_parameters: was \[\], now \['mtp/\*'\]"):
+        RunConfig.from_dict(other).check_resumable_from(before)
+
+
 def test_a_run_that_met_a_bad_record_may_go_on_without_it():
     strict = run_dict(data__packing="best_fit")
     before = RunConfig.from_dict(strict).to_dict()
@@ -524,6 +534,7 @@ def test_what_may_change_are_keys_that_exist():
         f"train.{key}"
         for key in (
             "initial_checkpoint",
+            "new_parameters",
             "global_batch_size",
             "sequence_length",
             "seed",

@@ -26,11 +26,11 @@ from qwen3next_jax.checkpoint.load import (
     load_checkpoint,
     load_parameters,
 )
-from qwen3next_jax.checkpoint.parameters import parameter_shapes
+from qwen3next_jax.checkpoint.parameters import parameter_shapes, parameters_by_path
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.convert import from_hf
 from qwen3next_jax.parallel.names import named_leaves
-from qwen3next_jax.training.program import abstract_model
+from qwen3next_jax.training.program import abstract_model, new_model
 
 HERE = pathlib.Path(__file__).parent
 
@@ -147,6 +147,34 @@ def test_a_model_with_a_replaced_module_begins_with_a_checkpoint_of_its_own_kind
     assert_same(load_parameters(tmp_path / "ours", model.config, run), model)
 
 
+@pytest.mark.parametrize("kind", ["hugging face", "converted"])
+@pytest.mark.parametrize("mtp", [False, True])
+def test_new_parameters_take_the_place_of_those_that_the_checkpoint_lacks_or_has(
+    mtp, kind, tmp_path
+):
+    given = tmp_path / "hf"
+    hf_directory.released(given, mtp=mtp)
+    if kind == "converted":
+        from_hf(given, tmp_path / "ours")
+        given = tmp_path / "ours"
+    found = load_checkpoint(given)
+    config = dataclasses.replace(found.config, mtp_steps=1)
+    run = wanted(config)
+    drawn = random_model(config)
+    paths = parameters_by_path(nnx.state(drawn, nnx.Param))
+    new = {path: p[...] for path, p in paths.items() if path.startswith("mtp/")}
+    got = load_parameters(given, config, run, new)
+    drawn.embed_tokens, drawn.groups = found.embed_tokens, found.groups
+    drawn.norm, drawn.lm_head = found.norm, found.lm_head
+    assert_same(got, drawn)
+    if not mtp:
+        with pytest.raises(ValueError, match=r"no MTP module; .*\.new_parameters=\('mtp/\*',\)"):
+            load_parameters(given, config, run)
+        del new["mtp/fc"]
+        with pytest.raises(ValueError, match="does not fit the run's model:\n  missing: mtp/fc "):
+            load_parameters(given, config, run, new)
+
+
 def test_all_that_differs_from_the_checkpoint_is_named(tmp_path):
     hf_directory.released(tmp_path / "with")
     hf_directory.released(tmp_path / "without", mtp=False)
@@ -261,6 +289,41 @@ def test_a_run_begins_with_given_weights_and_goes_on_with_its_own(earlier, corpu
     assert [x for x in steps(tmp_path / "parts") if "loss" in x] == [
         x for x in steps(tmp_path / "whole") if "loss" in x
     ]
+
+
+@pytest.mark.slow
+def test_a_run_draws_the_parameters_that_are_to_be_new(earlier, corpus, tmp_path):
+    config = small_config(
+        corpus,
+        train__initial_checkpoint=str(earlier),
+        train__new_parameters=("mtp/*", "*/router"),
+        train__num_steps=1,
+        train__seed=5,
+        data__tokenizer=str(earlier / "tokenizer.model"),
+        optimizer__learning_rate=0.0,  # so that its checkpoint holds what it began with
+    )
+    began = parameters_by_path(nnx.state(run(config, tmp_path)[0], nnx.Param))
+    drawn, read = (
+        parameters_by_path(nnx.state(model, nnx.Param))
+        for model in (new_model(config), load_checkpoint(earlier))
+    )
+    for path, p in began.items():
+        new = path.startswith("mtp/") or path.endswith("/router")
+        expected = (drawn if new else read)[path][...]
+        # The run compiles what it draws, and the last bit may differ.
+        np.testing.assert_allclose(p[...], expected, rtol=1e-6 if new else 0, err_msg=path)
+    assert not (drawn["mtp/fc"][...] == read["mtp/fc"][...]).any()
+
+
+def test_new_parameters_that_the_model_does_not_have_are_named(corpus, tmp_path):
+    config = small_config(
+        corpus,
+        train__initial_checkpoint=str(tmp_path / "earlier"),
+        train__new_parameters=("mtp/*", "mpt/*"),
+    )
+    with pytest.raises(ValueError, match=r"has \['mpt/\*'\], which match no parameter; .*mtp/fc"):
+        run(config, tmp_path / "new")
+    assert not (tmp_path / "new" / "config.json").exists()
 
 
 def test_another_model_is_refused_before_the_directory_is_this_runs(corpus, tmp_path):

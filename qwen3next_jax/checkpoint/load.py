@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple, TypeVar
 
@@ -102,7 +102,10 @@ def load_checkpoint(
 
 
 def load_parameters(
-    path: str | os.PathLike[str], config: ModelConfig, wanted: nnx.State
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    wanted: nnx.State,
+    new: Mapping[str, jax.Array] | None = None,
 ) -> nnx.State:
     """Reads the initial parameters of a training run.
 
@@ -116,6 +119,8 @@ def load_parameters(
         number of MTP steps, and initialisation.
       wanted: the run's parameters as jax.ShapeDtypeStructs with shardings. If modules of the model
         were replaced, the checkpoint must hold the replacements' parameters.
+      new: parameters by path, which are taken as they are; the checkpoint may lack them, or hold
+        others in their place. None: all are read.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -123,34 +128,49 @@ def load_parameters(
         `load_checkpoint`.
       DamagedCheckpointError: the step, or every step of the work directory, is damaged.
     """
+    new = new or {}
     ours = find_checkpoint(pathlib.Path(path))
     shapes = {name: tuple(p.shape) for name, p in parameters_by_path(wanted).items()}
+
+    def check(checkpoint: str | os.PathLike[str], found: Mapping[str, tuple[int, ...]]) -> None:
+        both = ({n: s for n, s in given.items() if n not in new} for given in (shapes, found))
+        _check_shapes(checkpoint, "the run's model", *both)
+
+    def with_new(read: Callable[[str, jax.ShapeDtypeStruct], jax.Array]) -> nnx.State:
+        return map_parameters(wanted, lambda n, x: new[n] if n in new else read(n, x))
+
     if ours is None:
         hf = open_hf(pathlib.Path(path))
-        _require_same(path, config, hf.config)
-        _check_shapes(path, "the run's model", shapes, hf.table.parameters)
-        return map_parameters(wanted, lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
-    _require_same(path, config, ours.config)
+        _require_same(path, config, hf.config, new)
+        check(path, hf.table.parameters)
+        return with_new(lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
+    _require_same(path, config, ours.config, new)
 
     def read(store: CheckpointStore, step: int) -> nnx.State:
         stored = _stored(store, step)
-        found = {name: x.shape for name, x in stored.items()}
-        _check_shapes(store.directory / str(step), "the run's model", shapes, found)
+        check(store.directory / str(step), {name: x.shape for name, x in stored.items()})
 
         def value(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
             there = jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=x.sharding)
             return _restore_parameter(store, step, name, there, x.dtype)
 
-        return map_parameters(wanted, value)
+        return with_new(value)
 
     return from_step(ours, read)
 
 
-def check_same_model(path: str | os.PathLike[str], config: ModelConfig) -> None:
-    """Raises the ValueError that `load_parameters` would, without reading the weights."""
+def check_same_model(
+    path: str | os.PathLike[str], config: ModelConfig, new: Collection[str] = ()
+) -> None:
+    """Raises the ValueError that `load_parameters` would, without reading the weights.
+
+    Args:
+      path, config: arguments of `load_parameters`.
+      new: the paths of its `new` parameters.
+    """
     ours = find_checkpoint(pathlib.Path(path))
     found = open_hf(pathlib.Path(path)).config if ours is None else ours.config
-    _require_same(path, config, found)
+    _require_same(path, config, found, new)
 
 
 def open_checkpoint(
@@ -273,7 +293,9 @@ _FREE = {
 _LAYERS = {"full_attention_interval", "layer_types", "mlp_only_layers", "decoder_sparse_step"}
 
 
-def _require_same(path: str | os.PathLike[str], config: ModelConfig, found: ModelConfig) -> None:
+def _require_same(
+    path: str | os.PathLike[str], config: ModelConfig, found: ModelConfig, new: Collection[str]
+) -> None:
     free = set(_FREE)
     if config.layers == found.layers:
         free |= _LAYERS
@@ -285,10 +307,10 @@ def _require_same(path: str | os.PathLike[str], config: ModelConfig, found: Mode
         for field in dataclasses.fields(ModelConfig)
         if field.name not in free and getattr(config, field.name) != getattr(found, field.name)
     ]
-    if config.mtp_steps and not found.mtp_steps:
+    if config.mtp_steps and not found.mtp_steps and not any(n.startswith("mtp/") for n in new):
         differing.append(
             f"model.mtp_steps={config.mtp_steps}, but the checkpoint holds no MTP module; set it "
-            "to 0 to train without one"
+            "to 0 to train without one, or draw one by train.new_parameters=('mtp/*',)"
         )
     if found.mtp_steps and not config.mtp_steps:
         differing.append(

@@ -94,6 +94,8 @@ class TrainConfig:
     # Weights to begin with: a Hugging Face directory, a work directory or one of its step folders;
     # "": drawn from `seed`. Not read when a run resumes.
     initial_checkpoint: str
+    # Parameters that are drawn from `seed` all the same, by globs of their paths such as "mtp/*".
+    new_parameters: tuple[str, ...] = ()
     global_batch_size: int  # rows in a step, all micro-batches and devices together
     sequence_length: int  # tokens in a row
     gradient_accumulation_steps: int  # micro-batches a step
@@ -238,6 +240,7 @@ class RunConfig:
         for values in (now, before):
             for key in ("data.tokenizer", "train.initial_checkpoint"):  # which may be directories
                 values[key] = str(values.get(key)).rstrip("/")
+        before.setdefault("train.new_parameters", [])  # runs from before there was this key
         # A stricter setting may be relaxed: the records read so far would be read the same way.
         if before.get("data.on_error") == "raise":
             for key, strict in (("data.on_error", "raise"), ("data.too_long", "error")):
@@ -342,6 +345,11 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
     steps = train.profile_steps
     if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
         yield f"train.profile_steps={steps} must be () or (first, last), 1 <= first <= last"
+    if train.new_parameters and not train.initial_checkpoint:
+        yield (
+            f"train.new_parameters={train.new_parameters} needs train.initial_checkpoint; without "
+            "one all parameters are new"
+        )
     yield from _data_problems(c.data)
     if "speculation" in c.evaluation.suites and not c.model.mtp_steps:
         yield "evaluation.suites has 'speculation', but model.mtp_steps=0: there is no MTP module"

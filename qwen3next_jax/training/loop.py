@@ -9,6 +9,7 @@ depends only on values that are the same in all of them. Process 0 alone writes 
 """
 
 import contextlib
+import fnmatch
 import pathlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
+from qwen3next_jax.checkpoint.parameters import parameters_by_path
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.corpus import Data, check_same_data
@@ -43,7 +45,7 @@ from qwen3next_jax.parallel.processes import (
 from qwen3next_jax.training.diagnostics import for_all_layers
 from qwen3next_jax.training.environment import record_environment
 from qwen3next_jax.training.metrics import names_at, reporters
-from qwen3next_jax.training.program import Program, make_program, new_model
+from qwen3next_jax.training.program import Program, abstract_model, make_program, new_model
 from qwen3next_jax.training.step import (
     TrainState,
     first_bad_parameter,
@@ -401,7 +403,7 @@ def _check_start(config: RunConfig, workdir: pathlib.Path) -> None:
     """Checks `initial_checkpoint` of a new run, or the steps of a run to be resumed."""
     t = config.train
     if t.initial_checkpoint and not has_steps(workdir):
-        check_same_model(t.initial_checkpoint, config.model)
+        check_same_model(t.initial_checkpoint, config.model, _new_parameters(config))
     if (last := last_step(workdir)) > t.num_steps:
         raise ValueError(
             f"train.num_steps={t.num_steps} lies before the checkpoint of step {last} in "
@@ -448,12 +450,14 @@ def _of_all_processes(shards: dict[str, Any]) -> dict[str, Any]:
 
 
 def _random_state(config: RunConfig, program: Program) -> TrainState:
-    """Draws the parameters in their final sharding: no device ever holds the whole model."""
+    return _drawn(
+        lambda: initial_state(nnx.state(new_model(config)), program.optimizer), program.state
+    )
 
-    def create() -> TrainState:
-        return initial_state(nnx.state(new_model(config)), program.optimizer)
 
-    shardings = jax.tree.map(lambda x: x.sharding, program.state)
+def _drawn(create: Callable[[], Any], like: Any) -> Any:
+    """What `create` draws, in its final sharding: no device ever holds the whole model."""
+    shardings = jax.tree.map(lambda x: x.sharding, like)
     # It runs once, and XLA:CPU would spend half a minute optimising the random number generators.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(create, out_shardings=shardings, compiler_options=options)()
@@ -462,12 +466,38 @@ def _random_state(config: RunConfig, program: Program) -> TrainState:
 def _loaded_state(config: RunConfig, program: Program) -> TrainState:
     """Loads the parameters in their final sharding, with a new optimizer state."""
     logging.info("Beginning with the weights of %s", config.train.initial_checkpoint)
-    params = load_parameters(config.train.initial_checkpoint, config.model, program.state.params)
+    names = _new_parameters(config)
+
+    def chosen(params: nnx.State) -> dict[str, Any]:
+        return {n: p.get_value() for n, p in parameters_by_path(params).items() if n in names}
+
+    new = {}
+    if names:
+        logging.info("Drawn instead: %s", ", ".join(sorted(names)))
+        new = _drawn(lambda: chosen(nnx.state(new_model(config))), chosen(program.state.params))
+    params = load_parameters(
+        config.train.initial_checkpoint, config.model, program.state.params, new
+    )
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
     create = jax.jit(
         lambda p: initial_state(p, program.optimizer), out_shardings=shardings, donate_argnums=0
     )
     return create(params)
+
+
+def _new_parameters(config: RunConfig) -> set[str]:
+    """The paths of the parameters that `train.new_parameters` means."""
+    globs = config.train.new_parameters
+    if not globs:
+        return set()
+    paths = parameters_by_path(abstract_model(config)[1])
+    found = {glob: fnmatch.filter(paths, glob) for glob in globs}
+    if lost := [glob for glob in globs if not found[glob]]:
+        raise ValueError(
+            f"train.new_parameters has {lost}, which match no parameter; the model has "
+            + ", ".join(paths)
+        )
+    return set().union(*found.values())
 
 
 def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
