@@ -32,7 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("-n", "--processes", type=int, required=True, help="how many")
     parser.add_argument(
-        "--grace", type=float, default=120.0, help="seconds for the others to end after one failed"
+        "--grace",
+        type=float,
+        default=120.0,
+        help="seconds for the others to end after one failed; 120 if not given",
     )
     parser.add_argument("command", nargs="+", help="what Python runs: a file, or -m and a module")
     args = parser.parse_args(argv)

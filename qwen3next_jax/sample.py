@@ -62,7 +62,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, 2**32 - 1)
 _SPECULATIVE = flags.DEFINE_bool(
     "speculative", None, "Draft tokens with the MTP module; else done where the model has one."
 )
-_DRAFTS = flags.DEFINE_integer("drafts", None, "Tokens drafted at a time.", lower_bound=1)
+_DRAFTS = flags.DEFINE_integer(
+    "drafts", None, "Tokens drafted at a time; 2 if not given.", lower_bound=1
+)
 _YARN_FACTOR = flags.DEFINE_float(
     "yarn_factor", None, "YaRN: so many times the original context.", lower_bound=1
 )

@@ -99,7 +99,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--num_shards", type=int, default=0, help="else 16 to 1024, by the number of records"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes; all cores"
+    )
     parser.add_argument("--beam", action="store_true", help="in an Apache Beam pipeline")
     args = vars(parser.parse_args(argv[:at]))
     workers, beam, options = args.pop("workers"), args.pop("beam"), argv[at + 1 :]

@@ -120,7 +120,12 @@ def main(argv: list[str] | None = None) -> None:
         description=(__doc__ or "").partition("\n")[0],
     )
     add_source_arguments(parser)
-    parser.add_argument("--holdout_fraction", type=float, default=0.0, help="as in the config")
+    parser.add_argument(
+        "--holdout_fraction",
+        type=float,
+        default=0.0,
+        help="as the run's config has it, to leave out what it holds out; 0 if not given",
+    )
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--output", required=True, help="a file")
     args = parser.parse_args(argv)
