@@ -34,7 +34,7 @@ def matching_files(pattern: str, problems: list[str]) -> list[epath.Path]:
                 f"data.path={pattern!r} is a folder; give a glob of its files, such as "
                 f"{os.path.join(pattern, '**/*.txt')!r}"
             )
-        hint = "give a glob such as '/corpus/**/*.txt'"
+        hint = "give a glob of your own files, such as '/my/texts/**/*.txt'"
         if path.is_file():
             hint = f"its brackets or wildcards stand for other names; give {glob.escape(pattern)!r}"
         elif pattern.startswith("~"):
