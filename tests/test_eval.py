@@ -16,13 +16,20 @@ from hf_tokenizer import make_tokenizer_json
 from small_run import run, small_config, write_corpus
 
 from qwen3next_jax.config import EvaluationConfig
-from qwen3next_jax.data.corpus import load_data
+from qwen3next_jax.data.corpus import Data, load_data
 from qwen3next_jax.data.prepare import Job, make_shard, prepare
 from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.evaluation import suites
 from qwen3next_jax.evaluation.evaluator import Evaluator
-from qwen3next_jax.evaluation.suites import check_suites, check_usable, run_suite, scalars, table
+from qwen3next_jax.evaluation.suites import (
+    check_suites,
+    check_usable,
+    run_suite,
+    scalars,
+    suites_in_training,
+    table,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}
@@ -88,7 +95,8 @@ def given(monkeypatch):
 
     harness = types.SimpleNamespace(run_tasks=tell, check_tasks=lambda *_: None)
     monkeypatch.setattr(suites, "_harness", lambda: harness)
-    monkeypatch.setattr(suites, "speculation", tell)
+    for suite in ("speculation", "long_context", "document_perplexity"):
+        monkeypatch.setattr(suites, suite, tell)
     return found
 
 
@@ -107,6 +115,32 @@ def test_no_examples_are_other_than_as_many_as_a_task_says(asked, handed_over, g
     options = EvaluationConfig(tasks=("a task",), num_fewshot=asked)
     run_suite("lm_eval", evaluator, options, {})
     assert given["num_fewshot"] == handed_over
+
+
+def test_lm_eval_gets_all_that_is_asked_of_it(given, evaluator):
+    asked = dict(include_path="folder", chat=True, limit=3, confirm_run_unsafe_code=True, seed=7)
+    run_suite("lm_eval", evaluator, EvaluationConfig(tasks=("a task",), **asked), {})
+    assert given == {**asked, "num_fewshot": None}
+
+
+def test_long_context_gets_all_that_is_asked_of_it(given, evaluator):
+    asked = dict(lengths=(512,), depths=3, chat=True, seed=7)
+    options = EvaluationConfig(long_context_tasks=("niah_single",), limit=2, **asked)
+    run_suite("long_context", evaluator, options, {})
+    assert given == {**asked, "tasks": ("niah_single",), "samples": 2}
+
+
+def test_perplexity_gets_all_that_is_asked_of_it(given, evaluator):
+    run_suite("perplexity", evaluator, EvaluationConfig(length=9, limit=2), {}, on_error="skip")
+    assert given == {"length": 9, "limit": 2, "on_error": "skip"}
+
+
+def test_suites_in_training_skip_what_the_run_skips(given, evaluator, monkeypatch):
+    for name, nothing in (("table", ""), ("scalars", {})):
+        monkeypatch.setattr(suites, name, lambda *_, nothing=nothing: nothing)
+    data = Data(train=[], held_out=[], tokenizer=evaluator.tokenizer, on_error="skip")
+    suites_in_training(EvaluationConfig(suites=("perplexity",)), data)(evaluator.model)
+    assert given["on_error"] == "skip"
 
 
 def test_scalars_count_the_drafts_from_one():
@@ -261,6 +295,76 @@ def test_what_cannot_be_done_is_refused_before_the_model_is_read(tmp_path, argum
     result = evaluate(f"--checkpoint={checkpoint}", *arguments)
     assert result.returncode == 1
     assert message in result.stderr
+
+
+def printed(code, *flags):
+    """What some code prints after eval.py has read its flags, as JSON."""
+    read = f"import json, sys, eval\neval.flags.FLAGS(sys.argv)\n{code}"
+    run = subprocess.run(
+        [sys.executable, "-c", read, *flags],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_every_flag_is_the_option_of_its_name():
+    asked = dict(
+        batch_size=3, limit=7, seed=9, length=100, tasks=["a", "b"], include_path="folder",
+        num_fewshot=2, confirm_run_unsafe_code=True, lengths=[512, 640], depths=3, drafts=4,
+        chat=True,
+    )  # fmt: skip
+    names = {"tasks": "a,b", "lengths": "512,640"}
+    flags = [f"--{name}={names.get(name, value)}" for name, value in asked.items()]
+    code = "print(json.dumps(eval.dataclasses.asdict(eval._options())))"
+    in_training = {"suites": [], "every": 0}
+    own = {"tasks": ["a", "b"], "long_context_tasks": []}
+    assert printed(code, "--suite=lm_eval", *flags) == {**asked, **own, **in_training}
+    own = {"tasks": [], "long_context_tasks": ["a", "b"]}
+    assert printed(code, "--suite=long_context", *flags) == {**asked, **own, **in_training}
+
+
+def test_flags_of_the_model_and_of_the_texts_reach_them(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    released(checkpoint, name="chat", shards=1)
+    make_tokenizer_json(tmp_path / "other")
+    code = (
+        "import types\n"
+        "from qwen3next_jax.checkpoint import load\n"
+        "from qwen3next_jax.data import sources\n"
+        "from qwen3next_jax.evaluation import evaluator, suites\n"
+        "found = {}\n"
+        "def tell(name, result=None):\n"
+        "    def told(*_, **given): found.update({name: given}); return result\n"
+        "    return told\n"
+        "load.load_checkpoint = tell('model')\n"
+        "sources.open_source = tell('texts', [])\n"
+        "evaluator.Evaluator = lambda _, tokenizer, **given: (\n"
+        "    found.update(tokenizer=str(tokenizer.path), evaluator=given))\n"
+        "suites.run_suite, suites.table = tell('suite', {}), lambda *_: ''\n"
+        "eval._evaluate('perplexity')\n"
+        "print(json.dumps(found))"
+    )
+    found = printed(
+        code,
+        f"--checkpoint={checkpoint}",
+        "--suite=perplexity",
+        "--data=tfds:wiki#body",
+        "--split=test",
+        f"--tokenizer={tmp_path / 'other'}",
+        "--dtype=bfloat16",
+        "--batch_size=3",
+    )
+    assert found == {
+        "model": {"dtype": "bfloat16", "mesh": None},
+        "texts": {"field": "body", "split": "test"},
+        "tokenizer": str(tmp_path / "other" / "tokenizer.json"),
+        "evaluator": {"batch_size": 3},
+        "suite": {"on_error": "raise"},
+    }
 
 
 def domains(*given):

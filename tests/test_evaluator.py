@@ -84,6 +84,15 @@ def test_a_row_beyond_the_context_is_refused(model):
         evaluator.score([[1] * 514])
 
 
+def test_of_a_row_as_many_tokens_are_read_as_the_context_has(model, monkeypatch):
+    def zeros(_, tokens, *others):
+        return *np.zeros((2, *tokens.shape), np.float32), 0.0
+
+    monkeypatch.setattr(Evaluator, "_on_mesh", zeros)
+    [scores] = Evaluator(model, load_tokenizer("bytes")).score([[1] * 513])
+    assert len(scores.losses) == len(scores.margins) == 512
+
+
 @pytest.mark.slow
 def test_continuations_are_those_of_each_prompt_alone_up_to_the_stop_string(model):
     tokenizer = load_tokenizer("bytes")

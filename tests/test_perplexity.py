@@ -15,7 +15,7 @@ from qwen3next_jax.data.corpus import load_data
 from qwen3next_jax.data.sources import Record
 from qwen3next_jax.data.tokenizer import load_tokenizer
 from qwen3next_jax.evaluation import perplexity as perplexity_module
-from qwen3next_jax.evaluation.evaluator import Evaluator
+from qwen3next_jax.evaluation.evaluator import Evaluator, RowScores
 from qwen3next_jax.evaluation.perplexity import (
     document_perplexity,
     perplexity,
@@ -178,6 +178,24 @@ def test_of_a_chat_the_answers_count(tmp_path):
     np.testing.assert_allclose(got["ce"], np.mean(losses), rtol=1e-5)
     size = len("hi\ndef f(x)\n")
     np.testing.assert_allclose(got["bits_per_byte"], np.sum(losses) / math.log(2) / size, rtol=1e-5)
+
+
+def test_what_counts_of_a_document_is_the_same_where_it_is_cut(monkeypatch):
+    """By a model to which a token costs as many nats as its number."""
+
+    def score(_, rows):
+        losses = [np.array(row[1:], np.float32) for row in rows]
+        return [RowScores(x, x) for x in losses]
+
+    monkeypatch.setattr(Evaluator, "score", score)
+    ids, weights = np.arange(100, 111, dtype=np.int32), np.zeros(10, np.float32)
+    weights[[2, 7, 9]] = 1
+    document = {"tokens": ids[:-1], "targets": ids[1:], "loss_weights": weights}
+    records = {"a": [Record(name="a", tokens=document)]}
+    evaluator = Evaluator(random_model(small_config()), load_tokenizer("bytes"))
+    got = document_perplexity(evaluator, records, length=4)  # in three pieces
+    assert (got["tokens"], got["cut_documents"]) == (3, 1)
+    np.testing.assert_allclose(got["ce"], np.mean([103, 108, 110]))
 
 
 def test_a_length_beyond_the_context_is_refused():
