@@ -9,7 +9,7 @@ from launched import run_python
 from oracles import quick_jit, random_model, small_config
 
 from qwen3next_jax.inference import decode
-from qwen3next_jax.inference.decode import Generation, generate
+from qwen3next_jax.inference.decode import Generation, check_prompts, generate
 from qwen3next_jax.inference.sampling import require_integers
 
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 30, 12, 4] * 6]
@@ -125,6 +125,12 @@ def test_what_does_not_fit_is_refused(model):
         generate(model, [[3]], top_k=0)
     with pytest.raises(ValueError, match=r"max_new_tokens=2\.5 must be an integer"):
         require_integers(max_new_tokens=2.5)
+
+
+def test_a_prompt_and_its_new_tokens_may_fill_the_context(model):
+    check_prompts(model.config, [[1] * 492], max_new_tokens=20)
+    with pytest.raises(ValueError, match="Prompt 0 of 493 tokens and 20 new ones exceed the"):
+        check_prompts(model.config, [[1] * 493], max_new_tokens=20)
 
 
 @pytest.mark.parametrize("tokens", [1, "ab", [1.5, 2], [[1], [2]], {"a": 1}, np.ones(2), None])
