@@ -438,6 +438,32 @@ def test_a_run_that_cannot_start_says_why(change, message):
         RunConfig.from_dict(run_dict(**change))
 
 
+@pytest.mark.parametrize(
+    ("key", "below"),
+    [
+        *((f"train__{key}", 0) for key in ("loss_chunk", "log_every", "keep_checkpoints")),
+        *((f"train__{key}", -1) for key in ("eval_every", "checkpoint_every", "sample_every")),
+        *((f"train__{key}", -0.5) for key in ("mtp_loss_weight", "router_z_loss_weight")),
+        *((f"optimizer__{key}", -0.5) for key in ("learning_rate", "weight_decay", "clip_norm")),
+        *((f"data__{key}", 0) for key in ("num_shards", "window_rows")),
+        *((f"evaluation__{key}", 0) for key in ("depths", "drafts")),
+        *((f"evaluation__{key}", -1) for key in ("every", "batch_size", "limit", "length")),
+        ("train__sequence_length", 1),
+        ("train__gradient_accumulation_steps", 0),
+        ("optimizer__warmup_steps", -1),
+        ("evaluation__num_fewshot", -2),
+    ],
+)
+def test_values_below_the_least_that_makes_sense_are_refused(key, below):
+    with pytest.raises(ValueError, match=rf"{key.replace('__', '.')}={below} must be at least"):
+        RunConfig.from_dict(run_dict(**{key: below}))
+
+
+def test_rows_and_texts_may_be_as_long_as_the_context():
+    asked = dict(train__sequence_length=4096, evaluation__length=4096)
+    assert RunConfig.from_dict(run_dict(**asked)).model.context_length == 4096
+
+
 def test_missing_sections_and_keys_are_named():
     given = run_dict()
     del given["mesh"], given["data"]

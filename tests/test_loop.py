@@ -19,9 +19,9 @@ from launched import lines, start, virtual_devices
 from small_run import is_time, run, small_config, write_corpus
 
 from qwen3next_jax.config import RunConfig, flatten
-from qwen3next_jax.data.tokenizer import load_tokenizer
+from qwen3next_jax.data.tokenizer import encode_prompt, load_tokenizer
 from qwen3next_jax.data.train_tokenizer import train_tokenizer
-from qwen3next_jax.evaluation.samples import samples
+from qwen3next_jax.evaluation.samples import samples, samples_in_training
 from qwen3next_jax.parallel.mesh import make_mesh
 from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training import loop
@@ -183,6 +183,27 @@ def test_metrics_have_what_the_docs_promise(whole):
 def test_the_first_and_the_last_step_are_logged_whatever_lies_between(corpus, tmp_path):
     run(config_of(corpus, 4, train__log_every=3), tmp_path)
     assert [line["step"] for line in course(tmp_path) if "loss" in line] == [1, 3, 4]
+
+
+def test_the_data_are_in_the_order_of_the_run_s_seed(corpus, tmp_path, monkeypatch):
+    def batches(*_, seed, **__):
+        raise InterruptedError(f"asked for seed {seed}")
+
+    monkeypatch.setattr(loop, "training_batches", batches)
+    with pytest.raises(InterruptedError, match="asked for seed 7"):
+        run(config_of(corpus, 1, train__seed=7), tmp_path)
+
+
+def test_a_sample_and_its_prompt_may_fill_the_context(corpus):
+    tokenizer, model = load_tokenizer("bytes"), config_of(corpus, 1).model
+    room = model.context_length - len(encode_prompt(tokenizer, "ab"))
+    asked = [
+        config_of(corpus, 1, train__sample_prompts=("ab",), train__sample_tokens=n).train
+        for n in (room, room + 1)
+    ]
+    assert samples_in_training(asked[0], model, tokenizer) is not None
+    with pytest.raises(ValueError, match=r"The sample prompt 'ab' of . tokens and"):
+        samples_in_training(asked[1], model, tokenizer)
 
 
 def test_the_checkpoint_of_the_best_evaluation_is_kept_beside_the_newest(corpus, tmp_path):

@@ -97,6 +97,13 @@ def test_a_run_s_model_has_its_config_s_rematerialisation_and_room_for_experts()
     assert [layer.mlp.moe_buffer_factor for layer in model.groups.layers] == [2.0, 2.0]
 
 
+@pytest.mark.parametrize("parameters", ["float32", "bfloat16"])
+def test_a_run_s_model_has_its_config_s_dtypes(parameters):
+    changes = dict(precision__parameters=parameters, precision__compute="bfloat16")
+    model = nnx.eval_shape(lambda: new_model(small_run_config("unread", **changes)))
+    assert (model.embed_tokens.dtype.name, model.dtype.name) == (parameters, "bfloat16")
+
+
 def test_a_run_s_seed_draws_its_weights():
     def table(seed):
         config = small_run_config("unread", train__seed=seed)

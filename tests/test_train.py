@@ -103,6 +103,17 @@ def test_help_answers_at_once_and_under_a_profiler(command, tmp_path):
     assert not imported & {"jax", "flax", "orbax.checkpoint"}
 
 
+@pytest.mark.parametrize(("stopped", "code"), [(True, 7), (False, 0)])
+def test_a_run_that_was_stopped_ends_with_the_code_asked_for(stopped, code):
+    program = f"import train; train.run = lambda *_: {stopped}; train.app.run(train.main)"
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--stopped_exit_code=7"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert result.returncode == code
+
+
 def test_weights_are_not_paired_with_a_new_tokenizer(tmp_path):
     result = train(f"--config.train.initial_checkpoint={tmp_path}", workdir=tmp_path / "run")
     assert result.returncode == 1
