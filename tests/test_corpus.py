@@ -9,8 +9,9 @@ import corpora
 import pytest
 from corpora import make_texts
 
+from qwen3next_jax.data import corpus as corpus_module
 from qwen3next_jax.data.corpus import check_same_data, load_data
-from qwen3next_jax.data.sources import Record
+from qwen3next_jax.data.sources import Record, open_source
 from qwen3next_jax.data.train_tokenizer import train_tokenizer
 
 
@@ -47,6 +48,19 @@ def test_the_parts_of_a_mixture_are_read_and_weighed_as_told(tmp_path):
         held_out = data.held_out_parts[part.name]
         assert {r.text for r in (*part.records, *held_out)} == {f"{name} {i}" for i in range(20)}
         assert len(part.records) + len(held_out) == part.fingerprint[0] == 20
+
+
+def test_each_part_of_a_mixture_is_of_its_own_split(tmp_path, monkeypatch):
+    texts, splits = corpora.write("jsonl", tmp_path / "a", make_texts()), []
+
+    def opened(*, split, **_):
+        splits.append(split)
+        return open_source(**texts)
+
+    monkeypatch.setattr(corpus_module, "open_source", opened)
+    mixture = {name: {"weight": 1, **part} for name, part in (("a", {"split": "test"}), ("b", {}))}
+    load_bytes(source="tfds", path="a dataset", split="train[:9]", mixture=mixture)
+    assert splits == ["test", "train[:9]"]
 
 
 def two_parts(folder):

@@ -304,6 +304,28 @@ def test_another_tokenizer_or_template_is_refused(ready, folder, tmp_path):
         data_of(tmp_path, tokenizer=str(tmp_path / "third"), **data)
 
 
+def test_chats_are_written_by_the_template_that_is_given(folder, tmp_path):
+    (tmp_path / "template").write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    job = job_of("chats", folder, tmp_path / "out", chat_template=str(tmp_path / "template"))
+    manifest = prepare(job, here)
+    encode = load_tokenizer(folder / "tokenizer").encode
+    texts = ["".join(turn["content"] for turn in chat(i)["messages"]) for i in range(60)]
+    assert manifest["tokens"] == sum(len(encode(text)) - 1 for text in texts)
+
+
+def test_what_is_prepared_is_of_the_split_asked_for(monkeypatch):
+    def open_source(*_, split, **__):
+        raise InterruptedError(f"asked for split {split}")
+
+    monkeypatch.setattr(prepare_module, "open_source", open_source)
+    job = Job(source="tfds", path="a dataset", split="test", tokenizer="bytes", output="nowhere")
+    with pytest.raises(InterruptedError, match="asked for split test"):
+        prepare(job, here)
+
+
 def test_texts_do_not_depend_on_the_chat_template(folder, tmp_path):
     prepare(job_of("text", folder, tmp_path / "texts"), here)
     keep_tokenizer(load_tokenizer(folder / "tokenizer"), tmp_path / "other")

@@ -1,10 +1,12 @@
 """The command trains the tokenizer that a run would train for itself."""
 
+import json
+
 import pytest
 from small_run import write_corpus
 
 from qwen3next_jax.data.corpus import load_data
-from qwen3next_jax.data.train_tokenizer import main
+from qwen3next_jax.data.train_tokenizer import main, train_tokenizer
 
 
 def test_it_is_the_runs_own(tmp_path, capsys):
@@ -22,6 +24,16 @@ def test_it_is_the_runs_own(tmp_path, capsys):
     assert "a.model: 320 tokens, from 3" in capsys.readouterr().out
     main([*given, f"--output={tmp_path}/all.model"])
     assert "all.model: 320 tokens, from 40 records" in capsys.readouterr().out
+
+
+def test_texts_are_of_the_field_asked_for_without_the_bad_ones(tmp_path):
+    texts = [f"the {i}th line holds {i * i} words, or {i**3}" for i in range(99)]
+    lines = [json.dumps({"text": "none of it", "code": text}) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "no JSON"]))
+    given = ["--source=jsonl", f"--path={tmp_path}/a.jsonl", "--field=code", "--on_error=skip"]
+    main([*given, "--vocab_size=300", f"--output={tmp_path}/a.model"])
+    train_tokenizer(texts, tmp_path / "b.model", vocab_size=300)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
 
 
 def test_what_cannot_be_trained_on_is_said(tmp_path):
