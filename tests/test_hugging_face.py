@@ -24,6 +24,7 @@ from oracles import DENSE, quick_jit, random_model, small_config
 from transformers import AutoModelForCausalLM
 
 import qwen3next_jax as q3n
+from qwen3next_jax.checkpoint import safetensors_files
 from qwen3next_jax.checkpoint.hugging_face import (
     _same_bits,
     hf_config,
@@ -283,6 +284,21 @@ def test_single_faults_are_named(spoil, complaint, tmp_path):
     with pytest.raises(ValueError, match=complaint) as error:
         q3n.load_hf(tmp_path / "given")
     assert len(str(error.value).splitlines()) == 2, error.value  # nothing follows from it
+
+
+def test_a_file_may_be_as_large_as_allowed_and_a_larger_tensor_has_its_own(tmp_path):
+    bytes_of = {"a": 16, "b": 16, "c": 16, "d": 40}
+    tensors = {name: (np.dtype(np.float32), (n // 4,)) for name, n in bytes_of.items()}
+    stored = safetensors_files.create(tmp_path, tensors, 32).stored
+    assert [stored[name].file.name[:11] for name in "abcd"] == [
+        f"model-0000{i}" for i in (1, 1, 2, 3)
+    ]
+
+
+def test_files_say_that_they_are_pytorch_s_as_transformers_4_demands(tmp_path):
+    safetensors_files.create(tmp_path, {"a": (np.dtype(np.float32), (4,))}, "5GB")
+    with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_a_system_that_cannot_set_space_aside_writes_the_same(tmp_path, monkeypatch):
