@@ -265,8 +265,11 @@ def test_a_context_that_is_too_long_loses_its_beginning_and_is_counted(checkpoin
     options = {"until": ["\n"], "max_gen_toks": 12}
     lm.generate_until(ask("y" * 501, options))
     assert lm.truncated == 2
-    with pytest.raises(ValueError, match="max_gen_toks=600 leaves no room"):
-        lm.generate_until(ask("y", {**options, "max_gen_toks": 600}))
+    lm.generate_until(ask("y" * 500, options))  # which fits
+    assert lm.truncated == 2
+    for count in (512, 600):
+        with pytest.raises(ValueError, match=f"max_gen_toks={count} leaves no room"):
+            lm.generate_until(ask("y", {**options, "max_gen_toks": count}))
 
 
 class Reader(Evaluator):
