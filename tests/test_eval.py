@@ -327,6 +327,7 @@ def test_every_flag_is_the_option_of_its_name():
     assert printed(code, "--suite=long_context", *flags) == {**asked, **own, **in_training}
 
 
+@pytest.mark.slow
 def test_flags_of_the_model_and_of_the_texts_reach_them(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     released(checkpoint, name="chat", shards=1)
