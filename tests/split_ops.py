@@ -20,9 +20,10 @@ from qwen3next_jax import ops
 from qwen3next_jax.config import MeshConfig
 from qwen3next_jax.model.gated_attention import GatedAttention
 from qwen3next_jax.model.gated_delta_net import GatedDeltaNet
+from qwen3next_jax.model.moe import SparseMoE
 from qwen3next_jax.ops.pallas import attention_blocks
 from qwen3next_jax.ops.pallas.attention import KEPT
-from qwen3next_jax.parallel import context
+from qwen3next_jax.parallel import context, vocabulary
 from qwen3next_jax.parallel.mesh import make_mesh
 
 MESHES = {
@@ -31,6 +32,7 @@ MESHES = {
     "context 4, tensor 2": dict(context=4, tensor=2),
     "fsdp 2, context 2, tensor 2": dict(fsdp=2, context=2, tensor=2),
     "context 2, tensor 4": dict(context=2, tensor=4),  # twice the KV heads
+    "fsdp 2, tensor 4": dict(fsdp=2, tensor=4),  # with whole rows
 }
 blocks = importlib.import_module("qwen3next_jax.ops.attention")  # not the function of that name
 T = 160  # over 8 ranks 20 each: neither chunks nor blocks divide it
@@ -194,21 +196,44 @@ def conv_errors(packed):
 
 
 def module_errors():
-    """The mixers whole, without positions or segment ids: they count from the row's start."""
+    """The modules whole, without positions or segment ids: they count from the row's start."""
     config = small_config()
     x = jnp.asarray(
         np.random.default_rng(0).standard_normal((2, 64, config.hidden_size)), "float32"
     )
-    for module in (GatedAttention, GatedDeltaNet):
+    for module in (GatedAttention, GatedDeltaNet, SparseMoE):
         mixer = random_module(nnx.eval_shape(lambda m=module: m(config, rngs=nnx.Rngs(0))))
         graph, params = nnx.split(mixer)
 
-        def f(params, x, graph=graph):
-            return nnx.merge(graph, params)(x)
+        def f(params, x, graph=graph, module=module):
+            y, vjp = jax.vjp(lambda *given: nnx.merge(graph, given[0])(given[1]), params, x)
+            # The mixers' gradients are those of their ops, above.
+            return [y, *(jax.tree.leaves(vjp(jnp.cos(y))) if module is SparseMoE else ())]
 
         want = quick_jit(f)(params, x)
         with jax.set_mesh(mesh_of(MESHES["context 4, tensor 2"])):
-            yield module.__name__, relative_error(quick_jit(f)(params, x), want)
+            got = quick_jit(f)(params, x)
+        yield module.__name__, max(map(relative_error, got, want))
+
+
+def vocabulary_errors():
+    """Embedding and cross-entropy with their gradients, each of the table and the head."""
+    rng = np.random.default_rng(0)
+    table, head = float64(rng, 32, 8), float64(rng, 8, 32)
+    tokens, targets = jnp.asarray(rng.integers(0, 32, (2, 2, 16)), jnp.int32)
+    weights = jnp.asarray(rng.choice([0, 0.5, 1], (2, 16)), jnp.float32)
+
+    def total(table, head):
+        hidden = vocabulary.embed(tokens, table, dtype=jnp.dtype("float32"))
+        return vocabulary.cross_entropy(hidden, head, targets, weights, chunk=3)[0]
+
+    def f(cotangent, sizes):
+        value, grads = on_mesh(mesh_of(sizes), total, (table, head), cotangent)
+        return value, *grads
+
+    want = f(3.0, {})
+    got = f(3.0, MESHES["fsdp 2, context 2, tensor 2"])
+    return dict(zip(("sum", "table", "head"), map(relative_error, got, want), strict=True))
 
 
 def compiled(op, sizes, tokens):
@@ -274,6 +299,7 @@ def main():
     report["delta reference"] = dict(delta_errors(True, "reference"))
     report["attention pallas"] = dict(attention_errors(True, "pallas"))
     report["modules"] = dict(module_errors())
+    report["vocabulary"] = vocabulary_errors()
     blocks._BLOCK = 128
     for op in ("delta", "attention"):
         programs = {n: compiled(op, dict(context=n), 4096) for n in (1, 2, 8)}

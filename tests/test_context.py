@@ -12,6 +12,7 @@ import pytest
 from launched import TESTS, run_python
 from split_ops import MESHES, meshes
 
+from qwen3next_jax.config import AXES
 from qwen3next_jax.parallel import context
 from qwen3next_jax.plan.search import abstract_mesh
 
@@ -41,9 +42,14 @@ def test_without_segment_ids_a_row_is_one_document_on_all_devices(op, mesh, repo
     check(report[f"{op} whole"][mesh])
 
 
-@pytest.mark.parametrize("module", ["GatedAttention", "GatedDeltaNet"])
-def test_modules_count_positions_from_the_row_s_start_on_every_device(module, report):
+@pytest.mark.parametrize("module", ["GatedAttention", "GatedDeltaNet", "SparseMoE"])
+def test_modules_over_several_devices_give_what_they_give_on_one(module, report):
     assert report["modules"][module] < 3e-6  # float32 sums in another order
+
+
+@pytest.mark.parametrize("part", ["sum", "table", "head"])
+def test_a_split_vocabulary_gives_the_loss_and_its_gradients_as_on_one(part, report):
+    assert report["vocabulary"][part] < 3e-6
 
 
 def check(errors):
@@ -127,6 +133,21 @@ def test_rows_that_cannot_be_split_are_refused_with_choices(op):
         pytest.raises(ValueError, match="batch=3 is not divisible by the mesh's data=2 x fsdp=2"),
     ):
         op(jnp.ones((3, 64, 4, 8)))
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "axis", "message"),
+    [
+        (rows_of_conv, (1, 16, 4, 8), "context", "16 tokens .*multiple of 8, at least 24"),
+        (rows_of_delta_rule, (1, 12, 4, 8), "context", "12 tokens .*choose a multiple of 8"),
+        (rows_of_attention, (1, 24, 4, 8), "context", "24 tokens .*choose a multiple of 16"),
+        (rows_of_attention, (1, 16, 6, 8), "tensor", "6 KV heads can neither be split nor repeat"),
+    ],
+)
+def test_tokens_and_heads_that_an_op_cannot_split_are_refused(op, shape, axis, message):
+    mesh = abstract_mesh({**dict.fromkeys(AXES, 1), axis: 8})
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=message):
+        op(jnp.ones(shape))
 
 
 def test_implementations_of_attention_that_need_whole_rows_are_refused_where_they_are_split():

@@ -53,6 +53,13 @@ def test_the_others_may_end_by_themselves(tmp_path):
     assert "Killing" not in err
 
 
+def test_the_code_is_the_first_s_that_failed_whatever_the_others_end_with(tmp_path):
+    text = "import sys, time\nif sys.argv[-1][-1] == '1': sys.exit(7)\ntime.sleep(1)\nsys.exit(3)"
+    launched = start(script(tmp_path, text))
+    assert "Killing" not in launched.communicate()[1]
+    assert launched.returncode == 7
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])  # the second as a terminal is closed
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
 def test_signals_are_passed_on(tmp_path, name):

@@ -79,6 +79,17 @@ def test_a_run_that_does_not_fit_is_told_what_would(sizes, changes, message):
     assert re.search(message, problems(sizes, **changes)), problems(sizes, **changes)
 
 
+def test_the_worst_case_of_eight_expert_ways_fits():
+    assert problems(dict(expert=8)) == ""
+
+
+def test_without_delta_layers_a_device_s_tokens_need_only_split_into_two_pieces():
+    changes = {"model__layer_types": ("full_attention",), "model__num_hidden_layers": 1}
+    assert problems(dict(context=8), **changes, train__sequence_length=640 + 16) == ""
+    found = problems(dict(context=8), **changes, train__sequence_length=640 + 8)
+    assert "times 2 tokens, attention's pieces; a length of 640 or 656 would work" in found
+
+
 def test_all_that_does_not_fit_is_named_at_once():
     found = problems(dict(expert=3, tensor=3, context=7))
     for part in ("num_experts=16", "num_attention_heads=4", "sequence_length=512"):

@@ -18,6 +18,7 @@ from qwen3next_jax.parallel.mesh import (
     BATCH,
     active_mesh,
     axis_sizes,
+    fsdp_mesh,
     make_mesh,
     parameter_shardings,
     partition,
@@ -56,6 +57,16 @@ def test_a_dimension_that_does_not_divide_is_refused_with_a_choice():
         specs(small_config(hidden_size=36))
 
 
+def test_key_and_value_heads_are_whole_only_where_devices_are_a_multiple_of_them():
+    def heads(number):
+        return partition("k_proj", ("kv_heads",), (number,), {**EIGHT_WAYS, "tensor": 4})
+
+    assert heads(4) == heads(8) == P("tensor")
+    assert heads(1) == heads(2) == P(None)
+    with pytest.raises(ValueError, match=r"kv_heads=3 is not divisible by the mesh's tensor=4"):
+        heads(3)
+
+
 @pytest.mark.parametrize(
     ("sizes", "axes"), [((8, 1, 1, 1, 1), AXES), ((8,), ("mine",)), ((1,), ("mine",))]
 )
@@ -88,6 +99,7 @@ def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
     devices = jax.devices()[:1]
     sizes = dict(make_mesh(MeshConfig(data=-1, fsdp=1), devices).shape)
     assert sizes == dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
+    assert axis_sizes(MeshConfig(data=-1, fsdp=2, expert=-1), 8)["expert"] == 1  # the first takes
     with pytest.raises(ValueError, match=r"has 6 places for 1 devices; set one of mesh\.data"):
         make_mesh(MeshConfig(data=2, fsdp=3), devices)
     with pytest.raises(
@@ -99,6 +111,14 @@ def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
         axis_sizes(MeshConfig(data=-1, fsdp=3), 8)
     with pytest.raises(ValueError, match=r"1 devices are not divisible by mesh\.fsdp=2; 1 in all"):
         axis_sizes(MeshConfig(data=-1, fsdp=2), 1)
+
+
+def test_a_command_s_mesh_is_of_all_devices_along_fsdp():
+    assert fsdp_mesh(None) is None
+    devices = jax.device_count()
+    assert fsdp_mesh(-1).shape == fsdp_mesh(devices).shape == {**EIGHT_WAYS, "fsdp": devices}
+    with pytest.raises(ValueError, match=rf"--mesh_fsdp=3: there are {devices} devices; give"):
+        fsdp_mesh(3)
 
 
 def test_slices_that_do_not_divide_data_are_refused_without_devices():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -70,6 +71,19 @@ def test_alone_everything_is_at_hand():
     assert (share.hosts, share.host) == (1, 0)
     batch = np.arange(6).reshape(3, 2)
     np.testing.assert_array_equal(share.assemble({"x": batch})["x"], batch)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[(0, 3), (3, 4)], [(0, 2), (1, 3), (2, 4)]],  # by process: unequal ones, overlapping ones
+)
+def test_rows_that_fall_into_no_equal_shares_are_refused(rows):
+    sharding = mock.Mock(jax.sharding.Sharding)
+    sharding.devices_indices_map.return_value = {
+        mock.Mock(process_index=i): (slice(*share), slice(None)) for i, share in enumerate(rows)
+    }
+    with pytest.raises(ValueError, match="The 4 rows of a batch do not fall into equal shares"):
+        processes.BatchShare(sharding, (4, 8))
 
 
 def test_the_description_of_a_program_tells_every_file_of_the_package():
