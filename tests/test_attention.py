@@ -160,10 +160,10 @@ def test_scores_with_a_cache_of_bfloat16_are_float32(queries):
 @pytest.mark.parametrize("queries", [3, 40])
 @pytest.mark.parametrize("slots", [45, 1300])
 def test_queries_see_the_filled_slots_of_a_cache_and_new_tokens_up_to_their_own(queries, slots):
-    q, k, v = (jnp.asarray(x) for x in make(slots))
+    q, k, v = (jnp.asarray(x) for x in make(slots, B=3))
     whole = attention(q, k, v)
-    own = jnp.array([[0], [slots - queries]]) + jnp.arange(queries)
-    row = jnp.arange(2)[:, None]
+    own = jnp.array([[0], [slots - queries], [1]]) + jnp.arange(queries)
+    row = jnp.arange(3)[:, None]
     # What lies in slots that are not filled must not matter, whatever it is.
     lengths = own[:, 0]
     later = (jnp.arange(slots) >= lengths[:, None])[..., None, None]
@@ -293,6 +293,20 @@ def test_on_a_gpu_long_rows_and_those_of_odd_lengths_are_not_cudnn_s(monkeypatch
         for tokens in (4096, 4097, 16_384, 16_386)
     }
     assert taken == {4096: "cudnn", 4097: "chunked", 16_384: "cudnn", 16_386: "chunked"}
+
+
+def test_on_a_gpu_only_what_cudnn_takes_is_its(monkeypatch):
+    monkeypatch.setattr(blocks, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def taken(key, value, dtype="bfloat16"):
+        return blocks.default_implementation(4096, key, value, jnp.dtype(dtype))
+
+    for hopper, largest in ((True, 256), (False, 128)):
+        monkeypatch.setattr(blocks, "is_hopper", lambda hopper=hopper: hopper)
+        assert taken(largest, largest) == "cudnn"
+        assert taken(largest + 8, largest + 8) == "chunked"
+    assert taken(64, 128) == taken(60, 60) == taken(64, 64, "float32") == "chunked"
 
 
 def test_what_cannot_be_done_is_refused():
