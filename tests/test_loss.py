@@ -14,6 +14,7 @@ from small_run import small_config as small_run_config
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
 import qwen3next_jax as q3n
+from qwen3next_jax.model import gated_attention
 from qwen3next_jax.model.moe import RouterStats, SparseMoE
 from qwen3next_jax.training.loss import complete_batch, count_labels, next_token_losses
 from qwen3next_jax.training.program import abstract_model
@@ -148,6 +149,19 @@ def statistics():
         )[1]
     )(params)
     return np.asarray(stats.counts), np.asarray(stats.probabilities), np.asarray(stats.tokens[0])
+
+
+def test_the_batch_s_positions_are_those_that_are_rotated_by(monkeypatch):
+    graph, params = nnx.split(build(mtp_steps=1, num_experts=0, intermediate_size=24))
+    batch = {**make_batch(), "positions": jnp.zeros((4, 20), jnp.int32)}
+
+    def terms():
+        f = quick_jit(lambda params: q3n.loss(nnx.merge(graph, params), batch)[1])
+        return [f(params)[name] for name in ("ce", "mtp_ce")]
+
+    got = terms()
+    monkeypatch.setattr(gated_attention, "apply_rope", lambda x, *_: x)
+    np.testing.assert_allclose(got, terms(), rtol=1e-6)  # at position 0 nothing is rotated
 
 
 def test_the_global_scope_is_transformers_balance_loss_layer_by_layer():

@@ -95,6 +95,7 @@ def test_a_run_s_model_has_its_config_s_rematerialisation_and_room_for_experts()
     model = nnx.eval_shape(lambda: new_model(small_run_config("unread", **changes)))
     assert model.remat == "layer_but_attention"
     assert [layer.mlp.moe_buffer_factor for layer in model.groups.layers] == [2.0, 2.0]
+    assert model.mtp.layer.mlp.moe_buffer_factor == 2.0
 
 
 @pytest.mark.parametrize("parameters", ["float32", "bfloat16"])

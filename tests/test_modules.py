@@ -216,6 +216,26 @@ def test_attention_with_a_cache_needs_the_positions_of_its_tokens():
     np.testing.assert_allclose(jnp.concatenate(steps, 1), module(X), atol=1e-5)
 
 
+def test_without_segment_ids_all_tokens_go_into_the_delta_rule_s_cache():
+    module = make(GatedDeltaNet)
+    cache = empty_cache(CONFIG, LINEAR, batch=B, slots=T, dtype=jnp.float32)
+    _, after = quick_jit(lambda x: module(x, cache=cache))(X)
+    last = jnp.tensordot(X[:, -after.q_tail.shape[1] :], module.q_proj[...], 1)
+    np.testing.assert_allclose(after.q_tail, last, atol=1e-6)  # the same products
+
+
+def test_a_model_s_caches_hold_activations_in_its_compute_dtype():
+    caches = abstract_model(CONFIG, dtype=jnp.bfloat16).empty_cache(batch=1, slots=4)
+    kinds = {name: x.dtype for cache in caches for name, x in cache._asdict().items()}
+    assert kinds == {**dict.fromkeys(kinds, jnp.bfloat16), "state": jnp.float32}
+
+
+@pytest.mark.parametrize("module", [GatedAttention, GatedDeltaNet])
+def test_a_module_takes_the_implementation_that_it_is_told(module):
+    with pytest.raises(ValueError, match="'mine' is unknown"):
+        make(module)(X, implementation="mine")
+
+
 def test_configs_without_such_layers_are_refused():
     dense = small_config(
         layer_types=(FULL,) * CONFIG.num_hidden_layers,
