@@ -66,6 +66,11 @@ class RecordFile(Protocol):
     def __getitem__(self, number: int) -> Any: ...
 
 
+def record_name(file: RecordFile, number: int) -> str:
+    """The name of a file's record: its place from 1, as in `a.jsonl:17`, or the file alone."""
+    return file.name if file.is_one_document else f"{file.name}:{number + 1}"
+
+
 class TextFile:
     """A UTF-8 file that is one document; line ends and tabs are kept."""
 

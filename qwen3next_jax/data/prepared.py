@@ -33,6 +33,7 @@ from qwen3next_jax.data.files import (
     BadValueError,
     is_local,
     open_array_record,
+    record_name,
     riegeli_errors,
     size_and_time,
 )
@@ -58,7 +59,7 @@ class PreparedFile:
         return self._count
 
     def __getitem__(self, number: int) -> TokenizedDocument:
-        name = self.name if self.is_one_document else f"{self.name}:{number + 1}"
+        name = record_name(self, number)
         shard, content = self._shards[self._first + number]
         try:
             found = msgpack.unpackb(content)

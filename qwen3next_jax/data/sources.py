@@ -118,8 +118,7 @@ class Source:
 
     def name(self, index: int) -> str:
         """The name of a record, good or bad."""
-        file, number = self._values.place(index)
-        return file.name if file.is_one_document else f"{file.name}:{number + 1}"
+        return files.record_name(*self._values.place(index))
 
     def __getitem__(self, index: int) -> Record:
         file, number = self._values.place(index)
