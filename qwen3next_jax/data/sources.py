@@ -166,18 +166,14 @@ def open_source(
         return Source(open_prepared(path))
     if source == "tfds":
         return Source([files.TfdsSplit(path, split)], field=field)
-    open_file: Callable[[str, epath.Path], RecordFile]
-    if source == "text":
-        open_file = files.open_text
-    elif source == "stdlib":
-        open_file = files.PythonFile
-    elif source == "jsonl":
-        open_file = files.open_json_lines
-    elif source == "parquet":
-        open_file = functools.partial(files.open_parquet, field=field)
-    elif source == "array_record":
-        open_file = functools.partial(files.ArrayRecordFile, as_json=bool(field))
-    else:
+    openers: dict[str, Callable[[str, epath.Path], RecordFile]] = {
+        "text": files.open_text,
+        "stdlib": files.PythonFile,
+        "jsonl": files.open_json_lines,
+        "parquet": functools.partial(files.open_parquet, field=field),
+        "array_record": functools.partial(files.ArrayRecordFile, as_json=bool(field)),
+    }
+    if source not in openers:
         raise ValueError(f"data.source={source!r} is unknown; expected one of {', '.join(SOURCES)}")
     problems: list[str] = []
     if source == "stdlib":
@@ -194,7 +190,7 @@ def open_source(
             problems.append(f"{name!r}: its name is no UTF-8; rename it")
             continue
         try:
-            opened.append(open_file(name, file))
+            opened.append(openers[source](name, file))
         except (BadFileError, OSError) as error:
             problems.append(f"{file}: {error}")
     if problems and on_error != "skip":
