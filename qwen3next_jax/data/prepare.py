@@ -386,16 +386,10 @@ def _check_plan(output: epath.Path, plan: dict[str, Any]) -> None:
 def _manifest(
     plan: dict[str, Any], source: Source, notes: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    def total(key: str) -> int:
-        return sum(note[key] for note in notes)
-
+    counted = ("records", "tokens", "learnt", "skipped", "chats")
     return {
         **plan,
-        "records": total("records"),
-        "tokens": total("tokens"),
-        "learnt": total("learnt"),
-        "skipped": total("skipped"),
-        "chats": total("chats"),
+        **{key: sum(note[key] for note in notes) for key in counted},
         "skipped_files": list(source.skipped_files),
         "files": [[file.name, len(file), file.is_one_document] for file in source.files],
         "shards": list(notes),
