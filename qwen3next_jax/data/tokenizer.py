@@ -113,6 +113,7 @@ class SentencePieceTokenizer:
             raise ValueError(
                 f"{path} is not a SentencePiece model; expected {_EXPECTED}"
             ) from error
+        self.vocab_size: int = self._pieces.vocab_size()
         self.bos_id: int = self._pieces.bos_id()
         self.eos_id: int = self._pieces.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
@@ -134,11 +135,6 @@ class SentencePieceTokenizer:
     def chat_template(self) -> str:
         """Jinja; `load_chat_template` finds it beside the file, or raises."""
         return load_chat_template(self.path.parent)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces; ids are below it."""
-        return self._pieces.vocab_size()
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """The ids of `text`; neither BOS nor EOS is added.
@@ -217,6 +213,7 @@ class HuggingFaceTokenizer:
 
     Attributes:
       path: the file.
+      vocab_size: number of ids, added tokens included; a model's vocabulary may be larger.
       bos_id, eos_id: the two tokens.
       named_ends: tokens that end a text by `generation_config.json` or, where that does not exist,
         by `config.json`.
@@ -256,7 +253,7 @@ class HuggingFaceTokenizer:
             for name, token in named.items()
             if token is not None
         }
-        self._vocab_size = 1 + max(self._parsing.get_vocab().values())
+        self.vocab_size: int = 1 + max(self._parsing.get_vocab().values())
         eos = self._named("eos", ids)
         if eos is None:
             raise ValueError(
@@ -268,7 +265,7 @@ class HuggingFaceTokenizer:
         self.bos_id: int = eos if bos is None else bos
         self.adds_bos: bool = bool(config.get("add_bos_token"))
         generation = ids[0] if (folder / "generation_config.json").exists() else ids[1]
-        ends = [i for i in _token_ids(generation, "eos_token_id") if 0 <= i < self._vocab_size]
+        ends = [i for i in _token_ids(generation, "eos_token_id") if 0 <= i < self.vocab_size]
         self.named_ends: tuple[int, ...] = tuple(ends)  # what other engines stop at
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([eos, *ends]))
 
@@ -294,11 +291,11 @@ class HuggingFaceTokenizer:
             return found
         key = f"{which}_token_id"
         named = [i for given in ids for i in _token_ids(given, key)]
-        known = [i for i in named if 0 <= i < self._vocab_size]
+        known = [i for i in named if 0 <= i < self.vocab_size]
         if named and not known:
             raise ValueError(
                 f"{self.path} lacks the {key}={named[0]} that a file beside it names: its ids lie "
-                f"in [0, {self._vocab_size}); name the {which}_token in tokenizer_config.json"
+                f"in [0, {self.vocab_size}); name the {which}_token in tokenizer_config.json"
             )
         return known[0] if known else None
 
@@ -306,11 +303,6 @@ class HuggingFaceTokenizer:
     def chat_template(self) -> str:
         """Jinja, as `load_chat_template` finds it beside the file, or raises."""
         return load_chat_template(self.path.parent)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, added tokens included; a model's vocabulary may be larger."""
-        return self._vocab_size
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """The ids of `text`; neither BOS nor EOS is added.
@@ -323,18 +315,19 @@ class HuggingFaceTokenizer:
         Raises:
           ValueError: see `check_text`.
         """
-        check_text(text)
-        tokenizer = self._parsing if parse_special else self._literal
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoding(text, parse_special).ids
 
     def encode_with_starts(
         self, text: str, *, parse_special: bool = False
     ) -> tuple[list[int], list[int]]:
         """The ids that `encode` returns, and the index in `text` at which each token begins."""
+        encoding = self._encoding(text, parse_special)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
+    def _encoding(self, text: str, parse_special: bool) -> tokenizers.Encoding:
         check_text(text)
         tokenizer = self._parsing if parse_special else self._literal
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+        return tokenizer.encode(text, add_special_tokens=False)
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
