@@ -326,7 +326,7 @@ def test_the_head_holds_logits_and_their_gradients_in_float32():
         )["the head"]
         for chunk in (16, 32)
     )
-    rows = config.train.global_batch_size // config.train.gradient_accumulation_steps
+    rows = config.train.micro_batch_size
     assert long - short == rows * 16 * (4 + 4) * 10**6
 
 

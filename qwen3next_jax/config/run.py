@@ -116,6 +116,11 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = ("",)  # each is continued; "" is the start of a document
     profile_steps: tuple[int, ...]  # first and last step of a profiler trace; (): none
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows in a micro-batch, all devices together."""
+        return self.global_batch_size // self.gradient_accumulation_steps
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:

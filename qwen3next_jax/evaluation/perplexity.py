@@ -84,8 +84,9 @@ def perplexity_in_training(
     """
 
     def evaluate(model: Qwen3Next) -> dict[str, float]:
-        rows = train.global_batch_size // train.gradient_accumulation_steps
-        batches = evaluation_batches(data, batch_size=rows, sequence_length=train.sequence_length)
+        batches = evaluation_batches(
+            data, batch_size=train.micro_batch_size, sequence_length=train.sequence_length
+        )
         result = perplexity(
             model,
             unless_stopped(batches, should_stop),

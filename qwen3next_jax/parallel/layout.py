@@ -56,11 +56,10 @@ def _problems(config: RunConfig, sizes: Mapping[str, int]) -> Iterable[str]:
         )
     yield from _indivisible(sizes, ("expert",), {"model.num_experts": sparse and m.num_experts})
     yield from _indivisible(sizes, SLICES, {"model.hidden_size": m.hidden_size})
-    rows = t.global_batch_size // t.gradient_accumulation_steps
     name = "train.global_batch_size"
     if t.gradient_accumulation_steps > 1:
         name += " / train.gradient_accumulation_steps"
-    yield from _indivisible(sizes, ROWS, {name: rows})
+    yield from _indivisible(sizes, ROWS, {name: t.micro_batch_size})
     if sizes["context"] > 1:
         # A chunk must lie on one device, and attention splits each stretch into two pieces.
         least, piece = (CHUNK, "the delta rule's chunk") if delta else (2, "attention's pieces")

@@ -199,8 +199,7 @@ def _tokens_per_device(config: RunConfig, sizes: Mapping[str, int]) -> int:
     """Tokens of a micro-batch on a device; devices along `tensor` hold the same tokens."""
     train = config.train
     ways = math.prod(sizes[axis] for axis in ROWS) * sizes["context"]
-    rows = train.global_batch_size // train.gradient_accumulation_steps
-    return max(1, rows * train.sequence_length // ways)
+    return max(1, train.micro_batch_size * train.sequence_length // ways)
 
 
 def memory(

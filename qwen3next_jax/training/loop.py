@@ -519,7 +519,7 @@ def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
     used = implementations(
         config.model,
         mesh,
-        rows=t.global_batch_size // t.gradient_accumulation_steps,
+        rows=t.micro_batch_size,
         tokens=t.sequence_length,
         dtype=jnp.dtype(compute),
     )
