@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen3next_jax.checkpoint.parameters import parameters_by_path
-from qwen3next_jax.config import LINEAR, ModelConfig, RunConfig
+from qwen3next_jax.config import FULL, LINEAR, ModelConfig, RunConfig
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
 from qwen3next_jax.parallel.names import named_leaves
@@ -233,7 +233,7 @@ def memory(
     if config.train.remat != "none":
         kept = c.num_hidden_layers * tokens * c.hidden_size * width
         if config.train.remat == "layer_but_attention":
-            full = sum(mixer != LINEAR for mixer in c.mixers)
+            full = c.mixers.count(FULL)
             kept += full * tokens * c.num_attention_heads * c.head_dim * width / sizes["tensor"]
     else:
         kept = sum(layers)
@@ -341,7 +341,7 @@ def communication(
             max(n // sizes["tensor"], 1) for n in (c.num_attention_heads, c.num_key_value_heads)
         )
         keys, queries = (2 * tokens * n * c.head_dim * width for n in (kv_heads, heads))
-        full = sum(mixer != LINEAR for mixer in c.mixers) + c.mtp_steps
+        full = c.mixers.count(FULL) + c.mtp_steps
         rounds = passes - (config.train.remat == "layer_but_attention")
         # In the backward pass the float32 gradients of keys and values go around the ring as well.
         around = sizes["context"] * keys * (rounds + 4 / width)
@@ -354,7 +354,7 @@ def communication(
         state *= c.linear_key_head_dim + c.linear_value_head_dim
         rows = max(1, tokens * sizes["context"] // config.train.sequence_length)
         steps = 1 + math.ceil(math.log2(max(sizes["context"] - 1, 1)))
-        delta_layers = sum(mixer == LINEAR for mixer in c.mixers)
+        delta_layers = c.mixers.count(LINEAR)
         sent["delta states"] += delta_layers * passes * (steps * rows * state)
     micro_batches = config.train.gradient_accumulation_steps
     return {purpose: micro_batches * n for purpose, n in sent.items()}
@@ -362,9 +362,8 @@ def communication(
 
 def serving_bytes(config: ModelConfig) -> tuple[int, int]:
     """Cached bytes per token (bfloat16 keys, values) and per sequence (float32 delta states)."""
-    full = sum(mixer != LINEAR for mixer in config.mixers)
-    per_token = full * 2 * config.num_key_value_heads * config.head_dim * 2
-    states = (len(config.mixers) - full) * config.linear_num_value_heads
+    per_token = config.mixers.count(FULL) * 2 * config.num_key_value_heads * config.head_dim * 2
+    states = config.mixers.count(LINEAR) * config.linear_num_value_heads
     return per_token, states * config.linear_key_head_dim * config.linear_value_head_dim * 4
 
 
