@@ -30,7 +30,13 @@ from qwen3next_jax.parallel.vocabulary import cross_entropy
 Batch = Mapping[str, Array]
 
 
-_ARRAYS = ("tokens", "targets", "loss_weights", "segment_ids", "positions")  # of a batch
+BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "loss_weights": jnp.float32,
+    "segment_ids": jnp.int32,
+    "positions": jnp.int32,
+}
 
 
 class TokenCounts(NamedTuple):
@@ -84,13 +90,13 @@ def loss(
         raise ValueError(
             f"The batch is a {type(batch).__name__}; `complete_batch` makes a whole one from tokens"
         )
-    if missing := [name for name in _ARRAYS if name not in batch]:
+    if missing := [name for name in BATCH_DTYPES if name not in batch]:
         raise ValueError(
             f"The batch lacks {', '.join(missing)}; `complete_batch` makes all from tokens"
         )
     check_shape("tokens", batch["tokens"], "B", "T")
-    integers = {name: x for name, x in batch.items() if name in _ARRAYS and name != "loss_weights"}
-    check_rows(batch["tokens"].shape, **integers)
+    integers = [name for name, dtype in BATCH_DTYPES.items() if dtype == jnp.int32]
+    check_rows(batch["tokens"].shape, **{name: batch[name] for name in integers})
     check_shape("loss_weights", batch["loss_weights"], *batch["tokens"].shape)
     if balance_scope not in ("global", "micro_batch", "sequence"):
         raise ValueError(

@@ -18,6 +18,7 @@ from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import BATCH, parameter_shardings
 from qwen3next_jax.parallel.names import named_leaves
+from qwen3next_jax.training.loss import BATCH_DTYPES
 from qwen3next_jax.training.optimizer import make_optimizer
 from qwen3next_jax.training.step import TrainState, initial_state, make_train_step
 
@@ -105,8 +106,7 @@ def _abstract_batch(
     config: RunConfig, mesh: Mesh | AbstractMesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.train.global_batch_size, config.train.sequence_length)
-    whole = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, BATCH))
-        for name, dtype in {**whole, "loss_weights": jnp.float32}.items()
+        for name, dtype in BATCH_DTYPES.items()
     }
