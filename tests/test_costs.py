@@ -221,6 +221,10 @@ def test_a_dense_layers_matrices_are_no_experts():
     assert sent[0] == sent[1]
 
 
+def test_the_yardstick_is_the_model_of_its_config():
+    assert ModelConfig.from_hf(costs.YARDSTICK) == run_config("qwen3_32b").model
+
+
 def test_serving_takes_what_the_caches_of_a_bfloat16_model_hold():
     config = small_config()
     caches = [empty_cache(config, m, batch=1, slots=128, dtype=jnp.bfloat16) for m in config.mixers]

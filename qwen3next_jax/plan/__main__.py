@@ -39,21 +39,6 @@ _SEARCH = flags.DEFINE_bool("search", False, "Rank meshes and remat choices.")
 _BEST = flags.DEFINE_integer("best", 2, "With --search: how many to compile.", lower_bound=0)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object as the last line.")
 
-# Dense Qwen3-32B, to which the authors of Qwen3-Next compare.
-_YARDSTICK = dict(
-    model_type="qwen3",
-    vocab_size=151936,
-    hidden_size=5120,
-    num_hidden_layers=64,
-    max_position_embeddings=40960,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    head_dim=128,
-    rope_theta=1e6,
-    intermediate_size=25600,
-    tie_word_embeddings=False,
-)
-
 
 @friendly_errors()
 def main(argv: list[str]) -> None:
@@ -120,7 +105,7 @@ def _model(config: RunConfig, program: Program) -> dict[str, Any]:
         f"(remat={t.remat!r}) and has {t.global_batch_size * s:,} tokens"
     )
 
-    yardstick = ModelConfig.from_hf(_YARDSTICK)
+    yardstick = ModelConfig.from_hf(costs.YARDSTICK)
     print("\nBeside dense Qwen3-32B (forward operations a token; cached bytes a token)")
     print(f"  {'context':>9} {'this':>9} {'without MTP':>12} {'32B':>9} {'ratio':>6} {'cache':>7}")
     cached, states = costs.serving_bytes(c)

@@ -39,6 +39,22 @@ _PARTS = (
     ("norm", "norms"),
 )
 
+# Dense Qwen3-32B, to which the authors of Qwen3-Next compare; the model of configs/qwen3_32b.py,
+# which an installed package lacks.
+YARDSTICK = dict(
+    model_type="qwen3",
+    vocab_size=151936,
+    hidden_size=5120,
+    num_hidden_layers=64,
+    max_position_embeddings=40960,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=1e6,
+    intermediate_size=25600,
+    tie_word_embeddings=False,
+)
+
 
 def parameters(params: nnx.State) -> dict[str, int]:
     """Counts parameters, or shapes of them, by part."""
