@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qwen3next_jax.ops.attention import MASKED
 from qwen3next_jax.ops.segments import document_starts
 
 _SINK_QUERIES = 16  # per row; with all queries it would cost as much as attention itself
@@ -79,7 +80,7 @@ def sink_share(
         k,
         preferred_element_type=jnp.float32,
     )
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], H**-0.5 * scores, -1e30), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], H**-0.5 * scores, MASKED), axis=-1)
     share = (weights * first[:, None, None, None]).sum(-1).mean((1, 2))
     counted = ((own != 0) & ~sampled(first)).astype(jnp.float32)
     return Mean((share * counted).sum(), counted.sum())
