@@ -20,6 +20,7 @@ model was trained on, YaRN is applied, with the least sufficient power of two as
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 import zlib
@@ -336,11 +337,7 @@ def _tokens(text: str, question: str, tokenizer: Tokenizer, chat: bool) -> list[
     return tokenizer.encode(rendered + begun, parse_special=True)
 
 
-def _single(rng: np.random.Generator) -> Question:
-    return _multikey(rng, keys=1)
-
-
-def _multikey(rng: np.random.Generator, *, keys: int = 4) -> Question:
+def _bound_words(rng: np.random.Generator, *, keys: int) -> Question:
     names, values = rng.permutation(KEYS)[:keys], rng.permutation(WORDS)[:keys]
     needle, *others = (magic_word_is(k, v) for k, v in zip(names, values, strict=True))
     return Question((needle,), tuple(others), which_magic_word(names[0]), (str(values[0]),))
@@ -389,8 +386,8 @@ def _common_words(rng: np.random.Generator) -> Question:
 
 
 TASKS: dict[str, Callable[[np.random.Generator], Question]] = {
-    "niah_single": _single,
-    "niah_multikey": _multikey,
+    "niah_single": functools.partial(_bound_words, keys=1),
+    "niah_multikey": functools.partial(_bound_words, keys=4),
     "niah_multivalue": _multivalue,
     "variable_tracking": _variable_tracking,
     "common_words": _common_words,
