@@ -72,7 +72,7 @@ def test_a_verdict_is_found_by_calls_that_return_at_once(monkeypatch):
     monkeypatch.setattr(watch.os, "_exit", lambda code: ended.set())
     watching = watch.Watch(store, "nowhere:1", 0, ["here"], timeout=0.5)
     assert not ended.wait(0.5)  # many rounds without a verdict
-    store.key_value_set(watch._VERDICT, json.dumps({"message": "process 1 is missing"}))
+    store.key_value_set(watch._VERDICT, json.dumps("process 1 is missing"))
     assert ended.wait(10)
     watching.stop()
 
