@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from qwen3next_jax.checkpoint.hugging_face import checked_table, expert_layouts
-from qwen3next_jax.checkpoint.parameters import parameters_by_path
 from qwen3next_jax.checkpoint.tensor_table import FileLayout
 from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.parallel.names import named_leaves
 
 
 def dump_tensors(
@@ -18,7 +18,7 @@ def dump_tensors(
     Raises:
       ValueError: names every missing, unexpected and misshapen parameter.
     """
-    flat = {path: np.asarray(p[...]) for path, p in parameters_by_path(params).items()}
+    flat = {path: np.asarray(x) for path, x in named_leaves(params)}
     layout = FileLayout(fused=expert_layouts("fused" if fused_experts else "per_expert"))
     table = checked_table(config, layout, flat)
     dtypes = {name: x.dtype for path, x in flat.items() for name in table.tensors_of(path)}

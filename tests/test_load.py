@@ -26,7 +26,7 @@ from qwen3next_jax.checkpoint.load import (
     load_checkpoint,
     load_parameters,
 )
-from qwen3next_jax.checkpoint.parameters import parameter_shapes, parameters_by_path
+from qwen3next_jax.checkpoint.parameters import parameter_shapes
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.convert import from_hf
 from qwen3next_jax.parallel.names import named_leaves
@@ -161,8 +161,8 @@ def test_new_parameters_take_the_place_of_those_that_the_checkpoint_lacks_or_has
     config = dataclasses.replace(found.config, mtp_steps=1)
     run = wanted(config)
     drawn = random_model(config)
-    paths = parameters_by_path(nnx.state(drawn, nnx.Param))
-    new = {path: p[...] for path, p in paths.items() if path.startswith("mtp/")}
+    paths = named_leaves(nnx.state(drawn, nnx.Param))
+    new = {path: x for path, x in paths if path.startswith("mtp/")}
     got = load_parameters(given, config, run, new)
     drawn.embed_tokens, drawn.groups = found.embed_tokens, found.groups
     drawn.norm, drawn.lm_head = found.norm, found.lm_head
@@ -302,17 +302,14 @@ def test_a_run_draws_the_parameters_that_are_to_be_new(earlier, corpus, tmp_path
         data__tokenizer=str(earlier / "tokenizer.model"),
         optimizer__learning_rate=0.0,  # so that its checkpoint holds what it began with
     )
-    began = parameters_by_path(nnx.state(run(config, tmp_path)[0], nnx.Param))
-    drawn, read = (
-        parameters_by_path(nnx.state(model, nnx.Param))
-        for model in (new_model(config), load_checkpoint(earlier))
-    )
-    for path, p in began.items():
+    models = run(config, tmp_path)[0], new_model(config), load_checkpoint(earlier)
+    began, drawn, read = (dict(named_leaves(nnx.state(model, nnx.Param))) for model in models)
+    for path, x in began.items():
         new = path.startswith("mtp/") or path.endswith("/router")
-        expected = (drawn if new else read)[path][...]
+        expected = (drawn if new else read)[path]
         # The run compiles what it draws, and the last bit may differ.
-        np.testing.assert_allclose(p[...], expected, rtol=1e-6 if new else 0, err_msg=path)
-    assert not (drawn["mtp/fc"][...] == read["mtp/fc"][...]).any()
+        np.testing.assert_allclose(x, expected, rtol=1e-6 if new else 0, err_msg=path)
+    assert not (drawn["mtp/fc"] == read["mtp/fc"]).any()
 
 
 def test_new_parameters_that_the_model_does_not_have_are_named(corpus, tmp_path):

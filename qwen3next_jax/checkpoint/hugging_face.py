@@ -26,9 +26,7 @@ from qwen3next_jax.checkpoint import safetensors_files
 from qwen3next_jax.checkpoint.parameters import (
     build_model,
     final_dtype,
-    map_parameters,
     parameter_shapes,
-    parameters_by_path,
     shape_mismatches,
 )
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
@@ -38,6 +36,7 @@ from qwen3next_jax.data.chat import ADDITIONAL_TEMPLATES
 from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.mesh import read_array
+from qwen3next_jax.parallel.names import map_leaves, named_leaves
 
 EXPERT_LAYOUTS = {"per_expert": (), "fused": ("model", "mtp")}
 _ARCHITECTURES = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -116,14 +115,13 @@ def save_hf(
     """
     if model.is_unstacked:
         raise ValueError("An unstacked model cannot be saved; load or build it without `unstacked`")
-    params = parameters_by_path(nnx.state(model, nnx.Param))
-    away = [path for path, p in params.items() if not p[...].is_fully_addressable]
+    arrays = dict(named_leaves(nnx.state(model, nnx.Param)))
+    away = [path for path, x in arrays.items() if not x.is_fully_addressable]
     if away:
         raise ValueError(
             f"{away[0]} is split over several processes; save a checkpoint and convert it with "
             "python -m qwen3next_jax.convert to-hf"
         )
-    arrays = {path: p[...] for path, p in params.items()}
 
     def blocks(path: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         for shard in arrays[path].addressable_shards:
@@ -155,7 +153,7 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
     """
     params = nnx.state(model, nnx.Param)
     layout = FileLayout.of(tensors, model.config)
-    table = checked_table(model.config, layout, parameters_by_path(params))
+    table = checked_table(model.config, layout, dict(named_leaves(params)))
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     problems = shape_mismatches(table.shapes, {name: x.shape for name, x in arrays.items()})
     if not problems:
@@ -167,7 +165,7 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
         whole = (slice(None),) * len(param.shape)
         return jax.device_put(table.read(arrays, path, whole, param.dtype), param.sharding)
 
-    nnx.update(model, map_parameters(params, read))
+    nnx.update(model, map_leaves(read, params))
 
 
 def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:

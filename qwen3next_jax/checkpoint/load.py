@@ -22,15 +22,14 @@ from qwen3next_jax.checkpoint.hugging_face import describe_hf, load_hf, open_hf,
 from qwen3next_jax.checkpoint.parameters import (
     build_model,
     final_dtype,
-    map_parameters,
     parameter_shapes,
-    parameters_by_path,
     shape_mismatches,
 )
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import ModelConfig, read_json
 from qwen3next_jax.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from qwen3next_jax.model.decoder import Qwen3Next
+from qwen3next_jax.parallel.names import map_leaves, named_leaves
 
 Result = TypeVar("Result")
 
@@ -130,14 +129,14 @@ def load_parameters(
     """
     new = new or {}
     ours = find_checkpoint(pathlib.Path(path))
-    shapes = {name: tuple(p.shape) for name, p in parameters_by_path(wanted).items()}
+    shapes = {name: tuple(x.shape) for name, x in named_leaves(wanted)}
 
     def check(checkpoint: str | os.PathLike[str], found: Mapping[str, tuple[int, ...]]) -> None:
         both = ({n: s for n, s in given.items() if n not in new} for given in (shapes, found))
         _check_shapes(checkpoint, "the run's model", *both)
 
     def with_new(read: Callable[[str, jax.ShapeDtypeStruct], jax.Array]) -> nnx.State:
-        return map_parameters(wanted, lambda n, x: new[n] if n in new else read(n, x))
+        return map_leaves(lambda n, x: new[n] if n in new else read(n, x), wanted)
 
     if ours is None:
         hf = open_hf(pathlib.Path(path))

@@ -1,6 +1,7 @@
 """A model's parameters by path: their shapes and dtypes, and a model built from them one by one.
 
-A path is a parameter's place in the model's state, such as `groups/layers/0/mlp/router`.
+A path is a parameter's place in the model's state, such as `groups/layers/0/mlp/router`, as
+`parallel/names.py` spells it.
 """
 
 import functools
@@ -17,6 +18,7 @@ from qwen3next_jax.checkpoint import safetensors_files
 from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.mesh import parameter_shardings
+from qwen3next_jax.parallel.names import map_leaves, named_leaves
 
 
 def build_model(
@@ -42,14 +44,15 @@ def build_model(
         return Qwen3Next(config, rngs=nnx.Rngs(0), dtype=dtype)
 
     graph, params = nnx.split(nnx.eval_shape(new))
-    shardings: dict[str, jax.sharding.Sharding | None] = dict.fromkeys(parameters_by_path(params))
+    shardings: dict[str, jax.sharding.Sharding] = {}
     if mesh is not None:
-        placed = parameters_by_path(parameter_shardings(params, mesh))
-        shardings = {path: param.get_value() for path, param in placed.items()}
+        shardings = dict(named_leaves(parameter_shardings(params, mesh)))
+
+    def whole(path: str, _: Any = None) -> jax.Array:
+        return value(path, shardings.get(path))
+
     if not unstacked:
-        return nnx.merge(
-            graph, map_parameters(params, lambda path, _: value(path, shardings[path]))
-        )
+        return nnx.merge(graph, map_leaves(whole, params))
 
     graph, params = nnx.split(nnx.eval_shape(lambda: new().unstacked()))
     cut_up = jax.jit(tuple)
@@ -57,35 +60,22 @@ def build_model(
 
     def part(path: str, _: Any) -> jax.Array:
         if not path.startswith("groups/"):
-            return value(path, shardings[path])
+            return whole(path)
         _, group, rest = path.split("/", 2)
         stacked = f"groups/{rest}"
         if stacked not in groups:
-            groups[stacked] = cut_up(value(stacked, shardings[stacked]))
+            groups[stacked] = cut_up(whole(stacked))
         return groups[stacked][int(group)]
 
-    return nnx.merge(graph, map_parameters(params, part))
-
-
-def map_parameters(params: nnx.State, value: Callable[[str, Any], jax.Array]) -> nnx.State:
-    """A state with each parameter replaced by `value(path, parameter)`."""
-    found = []
-    for path, param in nnx.to_flat_state(params):
-        found.append((path, param.replace(value("/".join(map(str, path)), param.get_value()))))
-    return nnx.from_flat_state(found)
+    return nnx.merge(graph, map_leaves(part, params))
 
 
 @functools.lru_cache(maxsize=8)  # tracing the model takes half a second
 def parameter_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """The shapes of a model's parameters by path; nothing is allocated."""
     model = nnx.eval_shape(lambda: Qwen3Next(config, rngs=nnx.Rngs(0)))
-    shapes = {path: p.shape for path, p in parameters_by_path(nnx.state(model, nnx.Param)).items()}
+    shapes = {path: x.shape for path, x in named_leaves(nnx.state(model, nnx.Param))}
     return types.MappingProxyType(shapes)  # all callers share it
-
-
-def parameters_by_path(params: Any) -> dict[str, Any]:
-    """The parameters of a model's state by path, such as `groups/layers/0/mlp/router`."""
-    return {"/".join(map(str, path)): p for path, p in nnx.to_flat_state(params)}
 
 
 def final_dtype(path: str, stored: Any, dtype: Any) -> Any:

@@ -33,6 +33,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from qwen3next_jax.config import AXES, MeshConfig, divisors, nearest
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.ops.shapes import refuse_explicit
+from qwen3next_jax.parallel.names import is_variable, map_leaves
 
 ROWS = ("data", "fsdp", "expert")  # axes that split the rows of a batch
 SLICES = ("fsdp", "context", "expert")  # axes that split the parameters, until they are used
@@ -344,17 +345,17 @@ def parameter_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.Sta
             "parallel.mesh.make_mesh makes them"
         )
     refuse_explicit(mesh)
-    flat = []
-    for path, param in nnx.to_flat_state(params):
-        name = "/".join(map(str, path))
+
+    def placed(name: str, param: nnx.Variable) -> nnx.Variable:
         if "axes" not in param.get_metadata():
             raise ValueError(
                 f"{name}: the parameter does not name its axes; declare it by "
                 "model/layers.py: weight, or as nnx.Param(value, axes=(...))"
             )
         spec = partition(name, param.axes, param.shape, mesh.shape)
-        flat.append((path, param.replace(NamedSharding(mesh, spec))))
-    return nnx.from_flat_state(flat)
+        return param.replace(NamedSharding(mesh, spec))
+
+    return map_leaves(placed, params, is_variable)
 
 
 def read_array(

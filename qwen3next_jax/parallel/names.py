@@ -1,13 +1,35 @@
 """Names of a pytree's leaves, the same whether Flax, optax or a plain dict holds them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import nnx
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a pytree, in its order, with their names."""
-    return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
+    """The leaves of a pytree, in its order, with their names.
+
+    Args:
+      tree: the pytree.
+      is_leaf: argument of `jax.tree.map`, such as `is_variable` for a Flax state.
+    """
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return [(leaf_name(path), leaf) for path, leaf in found]
+
+
+def map_leaves(
+    function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """A pytree with each leaf replaced by `function(name, leaf)`; leaves as in `named_leaves`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(leaf_name(path), leaf), tree, is_leaf=is_leaf
+    )
+
+
+def is_variable(x: Any) -> bool:
+    """Whether something is a Flax variable, whose metadata say more than its array does."""
+    return isinstance(x, nnx.Variable)
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from qwen3next_jax.checkpoint.parameters import parameters_by_path
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig, RunConfig
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
-from qwen3next_jax.parallel.names import named_leaves
+from qwen3next_jax.parallel.names import is_variable, named_leaves
 from qwen3next_jax.plan.chips import Chip
 
 _EFFICIENCY = 0.3  # of the chip's peak, that products are taken to reach
@@ -59,7 +58,7 @@ YARDSTICK = dict(
 def parameters(params: nnx.State) -> dict[str, int]:
     """Counts parameters, or shapes of them, by part."""
     parts: Counter[str] = Counter()
-    for name, x in parameters_by_path(params).items():
+    for name, x in named_leaves(params, is_variable):
         part = next((part for pattern, part in _PARTS if pattern in name), "other")
         if part == "feed-forward" and _of_experts(x):
             part = "experts"
@@ -70,7 +69,7 @@ def parameters(params: nnx.State) -> dict[str, int]:
 def active_parameters(params: nnx.State, config: ModelConfig) -> int:
     """Parameters that one token uses: of the experts its own, of the embedding one row."""
     total = 0
-    for name, x in parameters_by_path(params).items():
+    for name, x in named_leaves(params, is_variable):
         size = math.prod(x.shape)
         if "embed_tokens" in name and not config.tie_word_embeddings:
             size = config.hidden_size
@@ -207,7 +206,7 @@ def weights(params: nnx.State, mesh: Any) -> list[Weight]:
             width=x.dtype.itemsize,
             experts=_of_experts(x),
         )
-        for name, x in parameters_by_path(params).items()
+        for name, x in named_leaves(params, is_variable)
     ]
 
 

@@ -24,7 +24,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
-from qwen3next_jax.checkpoint.parameters import parameters_by_path
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.corpus import Data, check_same_data
@@ -469,7 +468,7 @@ def _loaded_state(config: RunConfig, program: Program) -> TrainState:
     names = _new_parameters(config)
 
     def chosen(params: nnx.State) -> dict[str, Any]:
-        return {n: p.get_value() for n, p in parameters_by_path(params).items() if n in names}
+        return {name: x for name, x in named_leaves(params) if name in names}
 
     new = {}
     if names:
@@ -490,7 +489,7 @@ def _new_parameters(config: RunConfig) -> set[str]:
     globs = config.train.new_parameters
     if not globs:
         return set()
-    paths = parameters_by_path(abstract_model(config)[1])
+    paths = dict(named_leaves(abstract_model(config)[1]))
     found = {glob: fnmatch.filter(paths, glob) for glob in globs}
     if lost := [glob for glob in globs if not found[glob]]:
         raise ValueError(

@@ -10,7 +10,6 @@ are bfloat16: with 8 bits of precision, a running mean of squares stops moving.
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from optax.contrib import MuonDimensionNumbers as Matrix
 
 from qwen3next_jax.config import OptimizerConfig
 from qwen3next_jax.ops.cpu import once
-from qwen3next_jax.parallel.names import leaf_name, named_leaves
+from qwen3next_jax.parallel.names import map_leaves, named_leaves
 from qwen3next_jax.training.norm import norm
 
 # As published (Jordan, 2024; Liu et al., arXiv:2502.16982): Muon's momentum, and the root mean
@@ -63,7 +62,7 @@ def make_optimizer(
     if config.name == "muon":
         _check_matrices(params)
 
-    def decays(name: str) -> bool:
+    def decays(name: str, _: Any) -> bool:
         return _rule(name).decays and (zero_centered_norm or not re.search(_NORM, name))
 
     # A NumPy scalar, because times a bfloat16 moment a Python one would be rounded to bfloat16.
@@ -74,19 +73,21 @@ def make_optimizer(
             optax.contrib.scale_by_muon(
                 beta=momentum,
                 mu_dtype=moment_dtype,
-                weight_dimension_numbers=lambda tree: _map_names(lambda n: _rule(n).matrix, tree),
+                weight_dimension_numbers=lambda tree: map_leaves(
+                    lambda n, _: _rule(n).matrix, tree
+                ),
             ),
             optax.stateless(_scale_to_adamw),
         )
         direction = optax.partition(
             {"adamw": direction, "muon": muon},
-            lambda tree: _map_names(lambda n: "muon" if _rule(n).matrix else "adamw", tree),
+            lambda tree: map_leaves(lambda n, _: "muon" if _rule(n).matrix else "adamw", tree),
         )
     schedule = make_schedule(config, num_steps)
     optimizer = optax.chain(
         _clip(config.clip_norm) if config.clip_norm else optax.identity(),
         direction,
-        optax.add_decayed_weights(config.weight_decay, lambda tree: _map_names(decays, tree)),
+        optax.add_decayed_weights(config.weight_decay, lambda tree: map_leaves(decays, tree)),
         optax.scale_by_learning_rate(lambda step: once(schedule, step)),
     )
     return _in_float32(optimizer), schedule
@@ -185,21 +186,17 @@ def _check_matrices(params: Any) -> None:
         )
 
 
-def _map_names(f: Callable[[str], Any], tree: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: f(leaf_name(path)), tree)
-
-
 def _scale_to_adamw(updates: Any, params: Any) -> Any:
     """Scales semi-orthogonal [m, n], whose root mean square is max(m, n)**-0.5, to MUON_RMS."""
     del params
 
-    def scale(path, u):
-        matrix = _rule(leaf_name(path)).matrix
+    def scale(name, u):
+        matrix = _rule(name).matrix
         assert matrix is not None  # the others went to AdamW
         size_in, size_out = (math.prod(u.shape[axis] for axis in axes) for axes in matrix)
         return u * MUON_RMS * max(size_in, size_out) ** 0.5
 
-    return jax.tree_util.tree_map_with_path(scale, updates)
+    return map_leaves(scale, updates)
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:

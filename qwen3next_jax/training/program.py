@@ -17,7 +17,7 @@ from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import BATCH, parameter_shardings
-from qwen3next_jax.parallel.names import named_leaves
+from qwen3next_jax.parallel.names import map_leaves, named_leaves
 from qwen3next_jax.training.loss import BATCH_DTYPES
 from qwen3next_jax.training.optimizer import make_optimizer
 from qwen3next_jax.training.step import TrainState, initial_state, make_train_step
@@ -98,8 +98,7 @@ def place_state(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
         sharding = everywhere if owner is None else by_name[owner]
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    placed = [place(name, x) for name, x in named_leaves(state)]
-    return jax.tree.unflatten(jax.tree.structure(state), placed)
+    return map_leaves(place, state)
 
 
 def _abstract_batch(
