@@ -13,6 +13,7 @@
 Noise is given relative to the signal. The numbers do not depend on the machine but for rounding.
 """
 
+import argparse
 import pathlib
 import sys
 
@@ -30,6 +31,9 @@ RNG = np.random.default_rng(0)
 
 
 def main():
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print("gradients of N devices: error of the sum in bfloat16\n   N  noise 0      1      3")
     for devices in (64, 512):
         errors = [error_of_sum(devices, noise) for noise in (0, 1, 3)]

@@ -51,7 +51,7 @@ _TOP_P = flags.DEFINE_float(
 _MIN_P = flags.DEFINE_float(
     "min_p",
     None,
-    "Sample from those at least this times as likely as the likeliest.",
+    "Sample from those with at least this share of the likeliest one's probability.",
     lower_bound=0,
     upper_bound=1,
 )

@@ -414,6 +414,7 @@ def test_the_directory_that_one_is_in_is_not_replaced(tmp_path, monkeypatch):
         (dict(expert_layout="stacked"), "expert_layout='stacked' is unknown"),
         (dict(max_shard_size="5 apples"), "max_shard_size='5 apples' is no size"),
         (dict(max_shard_size=0), "max_shard_size=0 is no size"),
+        (dict(max_shard_size="0.0001KB"), "max_shard_size='0.0001KB' is no size"),
         (dict(dtype="float16"), "dtype='float16' is not supported"),
     ],
 )

@@ -99,7 +99,8 @@ def test_an_axis_takes_what_is_left_and_a_mesh_of_the_wrong_size_is_refused():
     devices = jax.devices()[:1]
     sizes = dict(make_mesh(MeshConfig(data=-1, fsdp=1), devices).shape)
     assert sizes == dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
-    assert axis_sizes(MeshConfig(data=-1, fsdp=2, expert=-1), 8)["expert"] == 1  # the first takes
+    with pytest.raises(ValueError, match=r"mesh\.data and mesh\.expert are all -1; only one axis"):
+        axis_sizes(MeshConfig(data=-1, fsdp=2, expert=-1), 8)
     with pytest.raises(ValueError, match=r"has 6 places for 1 devices; set one of mesh\.data"):
         make_mesh(MeshConfig(data=2, fsdp=3), devices)
     with pytest.raises(

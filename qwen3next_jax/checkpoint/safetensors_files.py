@@ -164,9 +164,10 @@ def parse_size(size: int | str) -> int:
       ValueError: it is none of these, or not positive.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", str(size).strip().upper())
-    if not match or match[2] not in _UNITS or float(match[1]) <= 0:
+    found = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if found < 1:
         raise ValueError(f"max_shard_size={size!r} is no size; give one such as '5GB' or '500MB'")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return found
 
 
 def sync(path: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ from qwen3next_jax.config.run import (
     OptimizerConfig,
     RunConfig,
     TrainConfig,
+    axis_problems,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "OptimizerConfig",
     "RunConfig",
     "TrainConfig",
+    "axis_problems",
     "divisors",
     "flatten",
     "nearest",

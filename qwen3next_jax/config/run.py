@@ -430,21 +430,26 @@ def _length_problems(c: RunConfig, flat: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
-def _mesh_problems(mesh: MeshConfig) -> Iterable[str]:
+def axis_problems(mesh: MeshConfig) -> Iterable[str]:
+    """What is wrong with the sizes of a mesh, whatever the number of devices."""
+    for axis in (*AXES, "num_slices"):
+        if (size := getattr(mesh, axis)) < 1 and size != -1:
+            yield f"mesh.{axis}={size} must be at least 1, or -1 for what is left"
     greedy = [f"mesh.{axis}" for axis in AXES if getattr(mesh, axis) == -1]
     if len(greedy) > 1:
         yield (
             f"{' and '.join(greedy)} are all -1; only one axis can take what is left: give the "
             f"others a size, such as {greedy[0]}=1"
         )
+
+
+def _mesh_problems(mesh: MeshConfig) -> Iterable[str]:
+    yield from axis_problems(mesh)
     if mesh.moe_buffer_factor != -1 and not 1 <= mesh.moe_buffer_factor < math.inf:
         yield (
             f"mesh.moe_buffer_factor={mesh.moe_buffer_factor} must be a number from 1, which is "
             "room for an even load, or -1 for whatever comes"
         )
-    for axis in (*AXES, "num_slices"):
-        if (size := getattr(mesh, axis)) < 1 and size != -1:
-            yield f"mesh.{axis}={size} must be at least 1, or -1 for what is left"
 
 
 def _longer(model: ModelConfig, train: TrainConfig) -> str:

@@ -30,7 +30,7 @@ from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from qwen3next_jax.config import AXES, MeshConfig, divisors, nearest
+from qwen3next_jax.config import AXES, MeshConfig, axis_problems, divisors, nearest
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.ops.shapes import refuse_explicit
 from qwen3next_jax.parallel.names import is_variable, map_leaves
@@ -124,12 +124,11 @@ def axis_sizes(
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices, one is neither positive nor
-        -1, or the number of slices does not divide `data`.
+        -1, several are -1, or the number of slices does not divide `data`.
     """
+    for problem in axis_problems(config):
+        raise ValueError(problem)
     sizes = {axis: getattr(config, axis) for axis in AXES}
-    for axis, size in sizes.items():
-        if size < 1 and size != -1:
-            raise ValueError(f"mesh.{axis}={size} must be at least 1, or -1 for what is left")
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if -1 in sizes.values() and num_devices % fixed:
         given = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)

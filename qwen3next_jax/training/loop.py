@@ -523,6 +523,13 @@ def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
         dtype=jnp.dtype(compute),
     )
     used["compute"] = compute
+    if (warmup := config.optimizer.warmup_steps) >= t.num_steps:
+        logging.warning(
+            "The learning rate will not reach its peak: optimizer.warmup_steps=%d, and "
+            "train.num_steps=%d",
+            warmup,
+            t.num_steps,
+        )
     logging.info("Implementations: %s", "; ".join(f"{of}: {name}" for of, name in used.items()))
 
 
