@@ -241,7 +241,7 @@ class _Run:
         """Reads the metrics of a dispatched step: logs them, or ends the run."""
         step, metrics, batch, position = dispatched
         if np.asarray(metrics.pop("halted")):
-            self._halt(step, _on_host(metrics), batch)
+            self._halt(step, _as_lists(metrics), batch)
         self._tokens += int(metrics.pop("tokens"))
         if step == self._start + 1:
             self._clock.compiled(self._tokens)
@@ -249,7 +249,7 @@ class _Run:
         if self._is_logged(step):
             values: dict[str, Any] = {
                 name: for_all_layers(self._config.model, name, x) if isinstance(x, list) else x
-                for name, x in _on_host(metrics).items()
+                for name, x in _as_lists(metrics).items()
             }
             values |= input_metrics(
                 self._data,
@@ -543,6 +543,6 @@ def _overflow(step: int, dropped: float, config: RunConfig) -> ExpertOverflowErr
     )
 
 
-def _on_host(metrics: dict[str, jax.Array]) -> dict[str, Any]:
+def _as_lists(metrics: dict[str, jax.Array]) -> dict[str, Any]:
     """Metrics as floats; those with a value for each layer as lists."""
     return {name: np.asarray(x).tolist() for name, x in metrics.items()}
