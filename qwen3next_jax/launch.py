@@ -89,8 +89,9 @@ def launch(command: list[str], count: int, grace: float) -> int:
                 (process.stdout, sys.stdout.buffer),
                 (process.stderr, sys.stderr.buffer),
             ):
-                readers.append(threading.Thread(target=_copy, args=(source, target, mark)))
-                readers[-1].start()
+                reader = threading.Thread(target=_copy, args=(source, target, mark))
+                reader.start()
+                readers.append(reader)
         return _wait(processes, grace)
     finally:
         for process in processes:

@@ -143,6 +143,9 @@ def test_a_loaded_model_can_be_told_what_to_compute_in_and_to_recompute(tmp_path
     built = nnx.eval_shape(lambda: q3n.Qwen3Next(model.config, rngs=nnx.Rngs(0), **options))
     built.source = model.source
     assert nnx.graphdef(model) == nnx.graphdef(built)
+    model.remat = "full"
+    with pytest.raises(ValueError, match="remat='full' is unknown; expected one of none, layer"):
+        model(jnp.ones((1, 2), jnp.int32))
 
 
 def test_a_chosen_dtype_is_that_of_all_but_the_decays(tmp_path):

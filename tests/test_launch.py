@@ -54,7 +54,7 @@ def test_the_others_may_end_by_themselves(tmp_path):
 
 
 def test_the_code_is_the_first_s_that_failed_whatever_the_others_end_with(tmp_path):
-    text = "import sys, time\nif sys.argv[-1][-1] == '1': sys.exit(7)\ntime.sleep(1)\nsys.exit(3)"
+    text = "import sys, time\nif sys.argv[-1][-1] == '1': sys.exit(7)\ntime.sleep(5)\nsys.exit(3)"
     launched = start(script(tmp_path, text))
     assert "Killing" not in launched.communicate()[1]
     assert launched.returncode == 7
@@ -92,7 +92,9 @@ def test_a_signal_that_comes_while_processes_are_started_ends_all_of_them(tmp_pa
         return started[-1]
 
     monkeypatch.setattr(subprocess, "Popen", start_and_hear)
-    code = launch([str(script(tmp_path, "import time; time.sleep(1000)"))], 3, grace=60.0)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # else a failure would end pytest
+    code = launch([str(script(tmp_path, "import time; time.sleep(60)"))], 3, grace=60.0)
+    signal.signal(signal.SIGTERM, before)
     assert code == 128 + signal.SIGTERM
     assert [process.poll() for process in started] == [-signal.SIGTERM] * 3
 
@@ -108,5 +110,5 @@ def test_processes_end_when_a_later_one_cannot_be_started(tmp_path, monkeypatch)
 
     monkeypatch.setattr(subprocess, "Popen", start_two)
     with pytest.raises(BlockingIOError, match="no more"):
-        launch([str(script(tmp_path, "import time; time.sleep(1000)"))], 3, grace=60.0)
+        launch([str(script(tmp_path, "import time; time.sleep(60)"))], 3, grace=60.0)
     assert [process.wait(timeout=10) for process in started] == [-signal.SIGKILL] * 2

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import hf_directory
 import jax
@@ -19,6 +20,7 @@ from oracles import random_model
 from small_run import is_time, run, small_config, write_corpus
 
 import qwen3next_jax as q3n
+from qwen3next_jax.checkpoint import hugging_face
 from qwen3next_jax.checkpoint.load import (
     as_trained,
     check_same_model,
@@ -29,6 +31,7 @@ from qwen3next_jax.checkpoint.load import (
 from qwen3next_jax.checkpoint.parameters import parameter_shapes
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.convert import from_hf
+from qwen3next_jax.model.moe import SparseMoE
 from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training.program import abstract_model, new_model
 
@@ -117,15 +120,17 @@ def test_yarn_is_switched_on_and_off_at_loading(tmp_path, untyped):
     hf_directory.released(tmp_path / "hf")
     from_hf(tmp_path / "hf", tmp_path / "ours")
     for path in (tmp_path / "hf", tmp_path / "ours"):
-        assert load_checkpoint(path, rope_scaling=yarn).config.rope_scaling == yarn
+        given = types.MappingProxyType(yarn)
+        assert load_checkpoint(path, rope_scaling=given).config.rope_scaling == yarn
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "rope_scaling": yarn}))
     from_hf(tmp_path / "hf", tmp_path / "long")
     for path in (tmp_path / "hf", tmp_path / "long"):
         assert load_checkpoint(path).config.rope_scaling == yarn
         assert load_checkpoint(path, rope_scaling={}).config.rope_scaling is None
-        with pytest.raises(ValueError, match="rope_scaling='yarn' must be a mapping"):
-            load_checkpoint(path, rope_scaling="yarn")
+        for wrong in ("yarn", ""):
+            with pytest.raises(ValueError, match=f"rope_scaling='{wrong}' must be a mapping"):
+                load_checkpoint(path, rope_scaling=wrong)
 
 
 def test_a_model_with_a_replaced_module_begins_with_a_checkpoint_of_its_own_kind_only(tmp_path):
@@ -173,6 +178,28 @@ def test_new_parameters_take_the_place_of_those_that_the_checkpoint_lacks_or_has
         del new["mtp/fc"]
         with pytest.raises(ValueError, match="does not fit the run's model:\n  missing: mtp/fc "):
             load_parameters(given, config, run, new)
+
+
+def test_a_layer_extended_by_a_parameter_begins_with_released_weights(tmp_path, monkeypatch):
+    hf_directory.released(tmp_path / "given")
+    released = q3n.load_hf(tmp_path / "given")
+    init = SparseMoE.__init__
+
+    def extended(self, *args, **options):
+        init(self, *args, **options)
+        self.extra = nnx.Param(jnp.zeros(3), axes=("norm",))
+
+    monkeypatch.setattr(SparseMoE, "__init__", extended)
+    monkeypatch.setattr(hugging_face, "parameter_shapes", parameter_shapes.__wrapped__)  # uncached
+    run = wanted(released.config)
+    new = {n: jnp.ones(x.shape) for n, x in named_leaves(run) if n.endswith("/extra")}
+    assert len(new) == 3  # two layers and the MTP module
+    check_same_model(tmp_path / "given", released.config, new)
+    got = dict(named_leaves(load_parameters(tmp_path / "given", released.config, run, new)))
+    assert all(got.pop(name) is x for name, x in new.items())
+    assert_same(got, released)
+    with pytest.raises(ValueError, match=r"No tensor of Hugging Face's models holds .*/extra"):
+        load_parameters(tmp_path / "given", released.config, run)
 
 
 def test_all_that_differs_from_the_checkpoint_is_named(tmp_path):

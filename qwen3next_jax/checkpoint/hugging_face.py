@@ -7,7 +7,6 @@ name and renamed when complete.
 """
 
 import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -82,7 +81,7 @@ def load_hf(
     hf = open_hf(path, dtype)
     config = hf.config
     if rope_scaling is not None:
-        config = dataclasses.replace(config, rope_scaling=copy.copy(rope_scaling) or None)
+        config = dataclasses.replace(config, rope_scaling=rope_scaling)
 
     def value(name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
         return read_parameter(hf, name, sharding, hf.dtypes[name])
@@ -168,12 +167,13 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
     nnx.update(model, map_leaves(read, params))
 
 
-def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
+def open_hf(directory: pathlib.Path, dtype: Any = None, new: Collection[str] = ()) -> HFCheckpoint:
     """Checks a directory and maps its tensors to our parameters; reads headers only.
 
     Args:
       directory: path of a directory with config.json and safetensors.
       dtype: dtype of the parameters except `A_log` and `dt_bias`; None: as stored.
+      new: paths of parameters that are not to be read, of which there may be no tensor.
 
     Raises:
       ValueError: names all that is wrong with it.
@@ -187,7 +187,7 @@ def open_hf(directory: pathlib.Path, dtype: Any = None) -> HFCheckpoint:
     except (ValueError, OSError) as error:
         raise _refused(directory, [f"config.json: {error}", *problems]) from None
     layout = FileLayout.of([*stored, *lost], config)
-    table = checked_table(config, layout)
+    table = checked_table(config, layout, new=new)
     if stored or not problems:
         problems += shape_mismatches(
             table.shapes, {name: s.shape for name, s in stored.items()}, lost
@@ -376,7 +376,10 @@ def copy_companions(source: pathlib.Path | None, directory: pathlib.Path) -> Non
 
 
 def checked_table(
-    config: ModelConfig, layout: FileLayout, parameters: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    layout: FileLayout,
+    parameters: Mapping[str, Any] | None = None,
+    new: Collection[str] = (),
 ) -> TensorTable:
     """The table that maps a config's parameters to Hugging Face tensors.
 
@@ -384,6 +387,7 @@ def checked_table(
       config: the model's.
       layout: how the files store experts and the output head.
       parameters: arrays or shapes by path, which must be those of the config; None: not checked.
+      new: see `TensorTable`.
 
     Raises:
       ValueError: names every missing, unexpected and misshapen parameter.
@@ -395,7 +399,7 @@ def checked_table(
             "Hugging Face has no model with these parameters (merge adapters into the weights that "
             "they change):\n  " + "\n  ".join(problems)
         )
-    return TensorTable(config, layout, wanted)
+    return TensorTable(config, layout, wanted, new)
 
 
 def _head_mismatch(

@@ -5,7 +5,6 @@ A path may lead to a Hugging Face directory, to a work directory of ours (of a r
 """
 
 import contextlib
-import copy
 import dataclasses
 import os
 import pathlib
@@ -83,7 +82,7 @@ def load_checkpoint(
         return load_hf(path, dtype, mesh, rope_scaling=rope_scaling, unstacked=unstacked)
     config = ours.config
     if rope_scaling is not None:
-        config = dataclasses.replace(config, rope_scaling=copy.copy(rope_scaling) or None)
+        config = dataclasses.replace(config, rope_scaling=rope_scaling)
 
     def build(store: CheckpointStore, step: int) -> Qwen3Next:
         stored = stored_parameters(store, step, config)
@@ -117,7 +116,7 @@ def load_parameters(
         the meaning of the weights: length of the context and YaRN, coefficient of the balance loss,
         number of MTP steps, and initialisation.
       wanted: the run's parameters as jax.ShapeDtypeStructs with shardings. If modules of the model
-        were replaced, the checkpoint must hold the replacements' parameters.
+        were replaced, the checkpoint must hold the replacements' parameters but those in `new`.
       new: parameters by path, which are taken as they are; the checkpoint may lack them, or hold
         others in their place. None: all are read.
 
@@ -139,7 +138,7 @@ def load_parameters(
         return map_leaves(lambda n, x: new[n] if n in new else read(n, x), wanted)
 
     if ours is None:
-        hf = open_hf(pathlib.Path(path))
+        hf = open_hf(pathlib.Path(path), new=new)
         _require_same(path, config, hf.config, new)
         check(path, hf.table.parameters)
         return with_new(lambda name, x: read_parameter(hf, name, x.sharding, x.dtype))
@@ -168,7 +167,7 @@ def check_same_model(
       new: the paths of its `new` parameters.
     """
     ours = find_checkpoint(pathlib.Path(path))
-    found = open_hf(pathlib.Path(path)).config if ours is None else ours.config
+    found = open_hf(pathlib.Path(path), new=new).config if ours is None else ours.config
     _require_same(path, config, found, new)
 
 

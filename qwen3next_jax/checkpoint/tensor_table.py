@@ -69,7 +69,11 @@ class TensorTable:
     """All entries of a model; reads and writes any block of a parameter."""
 
     def __init__(
-        self, config: ModelConfig, layout: FileLayout, parameters: Mapping[str, tuple[int, ...]]
+        self,
+        config: ModelConfig,
+        layout: FileLayout,
+        parameters: Mapping[str, tuple[int, ...]],
+        new: Collection[str] = (),
     ):
         """Builds the table.
 
@@ -77,26 +81,29 @@ class TensorTable:
           config: the model's config.
           layout: the layout of their files.
           parameters: shapes of our parameters by path.
+          new: paths of parameters that are left out if no tensor holds them.
 
         Raises:
-          ValueError: no tensor holds one of the parameters, as of a variant of the model.
+          ValueError: no tensor holds another parameter, as of a variant of the model.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.parameters = dict(parameters)
         self._parts: dict[str, list[tuple[str, Part]]] = {path: [] for path in parameters}
         for name, shape, parts in entries(config, layout):
             self.shapes[name] = shape
             for part in parts:
                 self._parts[part.path].append((name, part))
-        if lost := [path for path, parts in self._parts.items() if not parts]:
+        lost = {path for path, parts in self._parts.items() if not parts}
+        self.parameters = {path: shape for path, shape in parameters.items() if path not in lost}
+        if lost := lost.difference(new):
             raise ValueError(
-                f"No tensor of Hugging Face's models holds {', '.join(lost)}; save checkpoints "
-                "(`CheckpointStore`) of such a model, or add its tensors to `entries`"
+                f"No tensor of Hugging Face's models holds {', '.join(sorted(lost))}; save "
+                "checkpoints (`CheckpointStore`) of such a model, or add its tensors to `entries`"
             )
         # By path, the start and stop of each part along each axis: [parts, axes, 2].
         self._bounds = {
             path: np.array([_bounds(part.place, parameters[path]) for _, part in parts])
             for path, parts in self._parts.items()
+            if parts
         }
 
     def tensors_of(self, path: str) -> list[str]:

@@ -115,6 +115,8 @@ class ModelConfig:
         for name in ("layer_types", "mlp_only_layers"):
             if isinstance(getattr(self, name), list):  # which has no hash
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.rope_scaling, Mapping):  # a copy, since the caller may change theirs
+            object.__setattr__(self, "rope_scaling", dict(self.rope_scaling) or None)
         problems = list(_model_problems(self))
         if problems:
             raise ValueError("The model cannot be built:\n  " + "\n  ".join(problems))

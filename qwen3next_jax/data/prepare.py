@@ -100,7 +100,10 @@ def main(argv: list[str] | None = None) -> None:
         "--num_shards", type=int, default=0, help="else 16 to 1024, by the number of records"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes; all cores"
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes; as many as cores if not given",
     )
     parser.add_argument("--beam", action="store_true", help="in an Apache Beam pipeline")
     args = vars(parser.parse_args(argv[:at]))

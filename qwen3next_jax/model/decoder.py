@@ -75,8 +75,7 @@ class Qwen3Next(nnx.Module):
         Raises:
           ValueError: for an unknown `remat`.
         """
-        if remat not in REMAT:
-            raise ValueError(f"{remat=} is unknown; expected one of {', '.join(REMAT)}")
+        _check_remat(remat)
         self.config = config
         self.dtype = jnp.dtype(dtype or param_dtype)
         self.remat = remat
@@ -163,8 +162,10 @@ class Qwen3Next(nnx.Module):
           fields [L, B, ...], or None if no layer has experts.
 
         Raises:
-          ValueError: tokens, segment_ids or positions are not of shape [B, T].
+          ValueError: tokens, segment_ids or positions are not of shape [B, T], or `remat` was set
+            to something unknown.
         """
+        _check_remat(self.remat)
         check_shape("tokens", tokens, "B", "T")
         check_rows(tokens.shape, tokens=tokens, segment_ids=segment_ids, positions=positions)
         if positions is None:
@@ -327,6 +328,11 @@ class Qwen3Next(nnx.Module):
         kept = (KEPT,) if self.remat == "layer_but_attention" else ()
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
         return jax.lax.scan(jax.checkpoint(run, policy=policy), x, params)
+
+
+def _check_remat(remat: str) -> None:
+    if remat not in REMAT:
+        raise ValueError(f"{remat=} is unknown; expected one of {', '.join(REMAT)}")
 
 
 def _split_groups(stacked: _Group) -> list[_Group]:

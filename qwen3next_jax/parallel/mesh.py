@@ -126,8 +126,8 @@ def axis_sizes(
       ValueError: if the sizes do not multiply to the number of devices, one is neither positive nor
         -1, several are -1, or the number of slices does not divide `data`.
     """
-    for problem in axis_problems(config):
-        raise ValueError(problem)
+    if problems := list(axis_problems(config)):
+        raise ValueError("; ".join(problems))
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if -1 in sizes.values() and num_devices % fixed:

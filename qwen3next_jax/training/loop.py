@@ -401,6 +401,13 @@ class _Run:
 def _check_start(config: RunConfig, workdir: pathlib.Path) -> None:
     """Checks `initial_checkpoint` of a new run, or the steps of a run to be resumed."""
     t = config.train
+    if (warmup := config.optimizer.warmup_steps) >= t.num_steps:
+        logging.warning(
+            "The learning rate will not reach its peak: optimizer.warmup_steps=%d, and "
+            "train.num_steps=%d",
+            warmup,
+            t.num_steps,
+        )
     if t.initial_checkpoint and not has_steps(workdir):
         check_same_model(t.initial_checkpoint, config.model, _new_parameters(config))
     if (last := last_step(workdir)) > t.num_steps:
@@ -523,13 +530,6 @@ def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
         dtype=jnp.dtype(compute),
     )
     used["compute"] = compute
-    if (warmup := config.optimizer.warmup_steps) >= t.num_steps:
-        logging.warning(
-            "The learning rate will not reach its peak: optimizer.warmup_steps=%d, and "
-            "train.num_steps=%d",
-            warmup,
-            t.num_steps,
-        )
     logging.info("Implementations: %s", "; ".join(f"{of}: {name}" for of, name in used.items()))
 
 
