@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         "--grace",
         type=float,
         default=120.0,
-        help="seconds for the others to end after one failed; 120 if not given",
+        help="seconds for the others to end after one failed; %(default)g if not given",
     )
     parser.add_argument("command", nargs="+", help="what Python runs: a file, or -m and a module")
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ from qwen3next_jax.command import enable_compilation_cache, friendly_errors
 from qwen3next_jax.data.chat import render_chat
 from qwen3next_jax.data.text_stream import TextStream
 from qwen3next_jax.data.tokenizer import Tokenizer, encode_prompt, split_stops
-from qwen3next_jax.inference.decode import Generation, check_prompts, number_of_drafts
+from qwen3next_jax.inference.decode import DRAFTS, Generation, check_prompts, number_of_drafts
 from qwen3next_jax.inference.sampling import Sampling
 from qwen3next_jax.model.rope import describe_positions
 from qwen3next_jax.parallel.mesh import fsdp_mesh
@@ -63,7 +63,7 @@ _SPECULATIVE = flags.DEFINE_bool(
     "speculative", None, "Draft tokens with the MTP module; else done where the model has one."
 )
 _DRAFTS = flags.DEFINE_integer(
-    "drafts", None, "Tokens drafted at a time; 2 if not given.", lower_bound=1
+    "drafts", None, f"Tokens drafted at a time; {DRAFTS} if not given.", lower_bound=1
 )
 _YARN_FACTOR = flags.DEFINE_float(
     "yarn_factor", None, "YaRN: so many times the original context.", lower_bound=1

@@ -297,16 +297,16 @@ def test_what_cannot_be_done_is_refused_before_the_model_is_read(tmp_path, argum
     assert message in result.stderr
 
 
-def printed(code, *flags):
-    """What some code prints after eval.py has read its flags, as JSON."""
+def run_with_flags(code, *flags):
+    """Runs code after eval.py has read its flags; in its own process, as commands' flags clash."""
     read = f"import json, sys, eval\neval.flags.FLAGS(sys.argv)\n{code}"
-    run = subprocess.run(
-        [sys.executable, "-c", read, *flags],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+    command = [sys.executable, "-c", read, *flags]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+
+
+def printed(code, *flags):
+    """What code prints after eval.py has read its flags, as JSON."""
+    run = run_with_flags(code, *flags)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -369,19 +369,13 @@ def test_flags_of_the_model_and_of_the_texts_reach_them(tmp_path):
 
 
 def domains(*given):
-    """What eval.py makes of --data, in a process of its own, as flags of two commands clash."""
-    read = (
-        "import sys, eval; from qwen3next_jax.data.tokenizer import load_tokenizer\n"
-        "eval.flags.FLAGS(sys.argv)\n"
+    """What eval.py makes of --data."""
+    code = (
+        "from qwen3next_jax.data.tokenizer import load_tokenizer\n"
         "found = eval._domains({}, None, 300, load_tokenizer('bytes'))\n"
         "print([x[0].text for x in found.values()])"
     )
-    return subprocess.run(
-        [sys.executable, "-c", read, *(f"--data={x}" for x in given)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-    )
+    return run_with_flags(code, *(f"--data={x}" for x in given))
 
 
 def test_texts_are_named_with_their_field_which_may_be_none(tmp_path):

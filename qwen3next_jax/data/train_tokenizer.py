@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         "--holdout_fraction",
         type=float,
         default=0.0,
-        help="as the run's config has it, to leave out what it holds out; 0 if not given",
+        help="as the run's config has it, to leave out what it holds out; %(default)g if not given",
     )
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--output", required=True, help="a file")

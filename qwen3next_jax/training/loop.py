@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from qwen3next_jax.checkpoint.load import check_same_model, load_parameters
+from qwen3next_jax.checkpoint.parameters import parameter_shapes
 from qwen3next_jax.checkpoint.store import CheckpointStore
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.data.corpus import Data, check_same_data
@@ -44,7 +45,7 @@ from qwen3next_jax.parallel.processes import (
 from qwen3next_jax.training.diagnostics import for_all_layers
 from qwen3next_jax.training.environment import record_environment
 from qwen3next_jax.training.metrics import names_at, reporters
-from qwen3next_jax.training.program import Program, abstract_model, make_program, new_model
+from qwen3next_jax.training.program import Program, make_program, new_model
 from qwen3next_jax.training.step import (
     TrainState,
     first_bad_parameter,
@@ -496,7 +497,7 @@ def _new_parameters(config: RunConfig) -> set[str]:
     globs = config.train.new_parameters
     if not globs:
         return set()
-    paths = dict(named_leaves(abstract_model(config)[1]))
+    paths = parameter_shapes(config.model)
     found = {glob: fnmatch.filter(paths, glob) for glob in globs}
     if lost := [glob for glob in globs if not found[glob]]:
         raise ValueError(
