@@ -77,7 +77,7 @@ def prepare(config, mesh):
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
     segments = np.broadcast_to(1 + np.arange(shape[1]) // 128, shape).astype(np.int32)
     batch = jax.tree.map(np.asarray, complete_batch(tokens, segments))
-    state = initial_state(params, program.optimizer)
+    state = initial_state(params, program.optimizer, config)
     start = time.perf_counter()
     compiled = program.step.lower(state, batch).compile()
     seconds = time.perf_counter() - start

@@ -250,7 +250,9 @@ class Ours:
                 program = make_program(self.config, mesh)
                 compiled = program.step.lower(program.state, program.batch).compile()
                 batch = placed(complete_batch(jnp.asarray(tokens, jnp.int32)), program.batch)
-                self.state = placed(initial_state(params, program.optimizer), program.state)
+                self.state = placed(
+                    initial_state(params, program.optimizer, self.config), program.state
+                )
 
                 def step():
                     self.state, metrics = compiled(self.state, batch)

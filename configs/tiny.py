@@ -95,6 +95,7 @@ def get_config() -> ConfigDict:
             num_steps=300,
             initial_checkpoint="",  # weights to begin with: a directory of any kind; "": random
             new_parameters=(),  # of these, by globs such as "mtp/*", those that are random
+            frozen_parameters=(),  # those that no step changes, by such globs
             global_batch_size=8,  # rows a step
             sequence_length=512,  # tokens a row
             gradient_accumulation_steps=1,  # micro-batches a step
@@ -121,6 +122,7 @@ def get_config() -> ConfigDict:
     config.precision = ConfigDict(
         dict(
             parameters="float32",  # master copies
+            frozen="float32",  # of these, train.frozen_parameters
             compute="float32",  # activations and matrix products
             optimizer="float32",  # first moments
             matmul="default",  # passes of float32 products on a TPU: "default", "high", "highest"

@@ -516,12 +516,21 @@ def test_a_run_goes_on_only_where_nothing_changed_but_what_may():
     assert "num_steps" not in str(error.value)
 
 
-def test_a_run_of_before_there_were_new_parameters_goes_on_without_any():
+def test_a_run_of_before_there_were_new_and_frozen_parameters_goes_on_without_any():
     before = RunConfig.from_dict(run_dict(train__initial_checkpoint="given")).to_dict()
-    del before["train"]["new_parameters"]
+    for section, key in (
+        ("train", "new_parameters"),
+        ("train", "frozen_parameters"),
+        ("precision", "frozen"),
+    ):
+        del before[section][key]
     RunConfig.from_dict(run_dict(train__initial_checkpoint="given")).check_resumable_from(before)
-    other = run_dict(train__initial_checkpoint="given", train__new_parameters=("mtp/*",))
-    with pytest.raises(ValueError, match=r"new_parameters: was \[\], now \['mtp/\*'\]"):
+    for key in ("new_parameters", "frozen_parameters"):
+        changes = {"train__initial_checkpoint": "given", f"train__{key}": ("mtp/*",)}
+        with pytest.raises(ValueError, match=rf"{key}: was \[\], now \['mtp/\*'\]"):
+            RunConfig.from_dict(run_dict(**changes)).check_resumable_from(before)
+    other = run_dict(train__initial_checkpoint="given", precision__frozen="bfloat16")
+    with pytest.raises(ValueError, match="frozen: was 'float32', now 'bfloat16'"):
         RunConfig.from_dict(other).check_resumable_from(before)
 
 
@@ -561,6 +570,7 @@ def test_what_may_change_are_keys_that_exist():
         for key in (
             "initial_checkpoint",
             "new_parameters",
+            "frozen_parameters",
             "global_batch_size",
             "sequence_length",
             "seed",

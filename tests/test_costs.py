@@ -97,7 +97,7 @@ def with_reference(op):
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
-@pytest.mark.parametrize("kind", ["dense", "sparse", "hybrid"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "hybrid", "frozen"])
 def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     monkeypatch.setattr(gated_attention, "attention", with_reference(gated_attention.attention))
     monkeypatch.setattr(context, "gated_delta_rule", with_reference(context.gated_delta_rule))
@@ -123,7 +123,7 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
         moe_intermediate_size=512,
         shared_expert_intermediate_size=512,
         intermediate_size=1024,
-        full_attention_interval=2 if kind == "hybrid" else 1,
+        full_attention_interval=2 if kind in ("hybrid", "frozen") else 1,
         mtp_steps=int(kind != "dense"),
     )
     if kind == "dense":
@@ -132,6 +132,8 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     # With 32 tokens a row, the 16 queries that are looked at for attention sinks would count.
     given.train.update(global_batch_size=2, sequence_length=T, loss_chunk=T, remat=remat)
     given.train.diagnostics = False
+    if kind == "frozen":  # but for the lowest layer, so that all layers pass gradients on
+        given.train.frozen_parameters = ("groups/layers/1/*", "*/down_proj", "mtp/fc", "lm_head")
     config = RunConfig.from_dict(given.to_dict())
     program = make_program(config, abstract_mesh(ONE))
 
@@ -143,7 +145,10 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     counted = lowered.cost_analysis()["flops"]
     if kind == "dense":  # compilation of the others would take minutes
         assert lowered.compile().cost_analysis()["flops"] == pytest.approx(counted, rel=0.01)
-    ours = 2 * T * costs.executed_flops(config.model, T, remat=remat, seen=1.0)
+    weights = costs.weights(params, abstract_mesh(ONE), config.train.frozen_parameters)
+    spared = costs.spared_flops(config.model, weights)
+    assert (spared > 0) == (kind == "frozen")
+    ours = 2 * T * (costs.executed_flops(config.model, T, remat=remat, seen=1.0) - spared)
     # The compiler counts norms, gates and softmaxes too, about 1 in the model dimension.
     assert counted == pytest.approx(ours, rel=0.02)
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from flax import nnx
 from launched import virtual_devices
 from oracles import random_model
@@ -30,7 +32,7 @@ from qwen3next_jax.checkpoint.load import (
 )
 from qwen3next_jax.checkpoint.parameters import parameter_shapes
 from qwen3next_jax.checkpoint.store import CheckpointStore
-from qwen3next_jax.convert import from_hf
+from qwen3next_jax.convert import from_hf, to_hf
 from qwen3next_jax.model.moe import SparseMoE
 from qwen3next_jax.parallel.names import named_leaves
 from qwen3next_jax.training.program import abstract_model, new_model
@@ -337,6 +339,39 @@ def test_a_run_draws_the_parameters_that_are_to_be_new(earlier, corpus, tmp_path
         # The run compiles what it draws, and the last bit may differ.
         np.testing.assert_allclose(x, expected, rtol=1e-6 if new else 0, err_msg=path)
     assert not (drawn["mtp/fc"] == read["mtp/fc"]).any()
+
+
+@pytest.mark.slow
+def test_a_fine_tune_gives_back_what_it_froze_bit_for_bit(corpus, tmp_path):
+    """From bfloat16 files and back, through a resumption on four devices."""
+    given, exported = tmp_path / "given", tmp_path / "exported"
+    config = small_config(corpus)
+    model = random_model(config.model)
+    q3n.save_hf(model, given, dtype="bfloat16")
+    changes = dict(
+        train__initial_checkpoint=str(given),
+        train__frozen_parameters=("*/mlp/gate_up_proj", "*/mlp/down_proj", "embed_tokens"),
+        train__checkpoint_every=0,
+        precision__frozen="bfloat16",
+    )
+    run(small_config(corpus, **changes, train__num_steps=2), tmp_path / "run")
+    changes |= dict(train__num_steps=4, mesh__data=1, mesh__fsdp=2, mesh__expert=2)
+    items = [f"{key.replace('__', '.')}={value!r}" for key, value in changes.items()]
+    subprocess.run(
+        [sys.executable, HERE / "small_run.py", corpus, tmp_path / "run", *items],
+        env=os.environ | {"XLA_FLAGS": virtual_devices(4), "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    to_hf(tmp_path / "run", exported)
+    before, after = (
+        safetensors.torch.load_file(directory / "model.safetensors")
+        for directory in (given, exported)
+    )
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        frozen = ".mlp.experts." in name or "embed_tokens" in name
+        assert after[name].dtype == (torch.bfloat16 if frozen else torch.float32), name
+        assert torch.equal(after[name].float(), x.float()) == frozen, name
 
 
 def test_new_parameters_that_the_model_does_not_have_are_named(corpus, tmp_path):

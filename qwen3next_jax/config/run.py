@@ -96,6 +96,7 @@ class TrainConfig:
     initial_checkpoint: str
     # Parameters that are drawn from `seed` all the same, by globs of their paths such as "mtp/*".
     new_parameters: tuple[str, ...] = ()
+    frozen_parameters: tuple[str, ...] = ()  # those that no step changes, by such globs
     global_batch_size: int  # rows in a step, all micro-batches and devices together
     sequence_length: int  # tokens in a row
     gradient_accumulation_steps: int  # micro-batches a step
@@ -127,6 +128,7 @@ class PrecisionConfig:
     """Dtypes; gates, norms, router and delta states are float32 throughout."""
 
     parameters: str  # master copies; "float32" or "bfloat16"
+    frozen: str = "float32"  # of these, `train.frozen_parameters`; "float32" or "bfloat16"
     compute: str  # activations and matrix products; "float32" or "bfloat16"
     optimizer: str  # first moments; "float32" or "bfloat16"
     matmul: str  # passes of float32 products: "default", "high" or "highest"
@@ -245,7 +247,7 @@ class RunConfig:
         for values in (now, before):
             for key in ("data.tokenizer", "train.initial_checkpoint"):  # which may be directories
                 values[key] = str(values.get(key)).rstrip("/")
-        before.setdefault("train.new_parameters", [])  # runs from before there was this key
+        before = _BEFORE_THESE_KEYS | before
         # A stricter setting may be relaxed: the records read so far would be read the same way.
         if before.get("data.on_error") == "raise":
             for key, strict in (("data.on_error", "raise"), ("data.too_long", "error")):
@@ -262,6 +264,13 @@ class RunConfig:
                 "choose another --workdir:\n  " + "\n  ".join(changed)
             )
 
+
+# What keys meant to runs from before there were any such.
+_BEFORE_THESE_KEYS = {
+    "train.new_parameters": [],
+    "train.frozen_parameters": [],
+    "precision.frozen": "float32",
+}
 
 _SECTIONS = {
     "data": DataConfig,
@@ -303,6 +312,7 @@ _CHOICES = {
     "train.remat": REMAT,
     "mesh.on_overflow": ("error", "drop"),
     "precision.parameters": ("float32", "bfloat16"),
+    "precision.frozen": ("float32", "bfloat16"),
     "precision.compute": ("float32", "bfloat16"),
     "precision.optimizer": ("float32", "bfloat16"),
     "precision.matmul": ("default", "high", "highest"),

@@ -1,6 +1,7 @@
 """Names of a pytree's leaves, the same whether Flax, optax or a plain dict holds them."""
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -25,6 +26,25 @@ def map_leaves(
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: function(leaf_name(path), leaf), tree, is_leaf=is_leaf
     )
+
+
+def matching_names(names: Collection[str], globs: Iterable[str], *, key: str) -> set[str]:
+    """The names that any of the globs matches; their `*` stands for `/` as well.
+
+    Args:
+      names: names of parameters.
+      globs: patterns, as of `fnmatch.fnmatchcase`.
+      key: the globs' key in a run's config.
+
+    Raises:
+      ValueError: a glob matches no name.
+    """
+    found = {glob: {n for n in names if fnmatch.fnmatchcase(n, glob)} for glob in globs}
+    if lost := [glob for glob in found if not found[glob]]:
+        raise ValueError(
+            f"{key} has {lost}, which match no parameter; the model has {', '.join(names)}"
+        )
+    return set().union(*found.values())
 
 
 def is_variable(x: Any) -> bool:

@@ -25,6 +25,7 @@ from qwen3next_jax.parallel.mesh import AXES, axis_sizes
 from qwen3next_jax.plan import costs, search, tpu
 from qwen3next_jax.plan.chips import Chip, parse_topology
 from qwen3next_jax.training.program import Program, make_program
+from qwen3next_jax.training.step import split_frozen
 
 # Configs import `configs`, which lies beside the package in a clone; the command runs anywhere.
 sys.path.append(str(pathlib.Path(__file__).parents[2]))
@@ -92,12 +93,19 @@ def _model(config: RunConfig, program: Program) -> dict[str, Any]:
     parts = costs.parameters(params)
     total = sum(parts.values())
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
-    print(f"Parameters: {total:,}, active for a token {costs.active_parameters(params, c):,}")
+    weights = costs.weights(
+        params, search.abstract_mesh(dict.fromkeys(AXES, 1)), t.frozen_parameters
+    )
+    frozen = sum(p.size for p in weights if p.frozen)
+    print(
+        f"Parameters: {total:,}, active for a token {costs.active_parameters(params, c):,}"
+        + (f", frozen {frozen:,}" if frozen else "")
+    )
     _table({part: f"{n:,}" for part, n in parts.items()})
 
     forward = costs.forward_flops(c, s)
     flops = sum(forward.values())
-    executed = costs.executed_flops(c, s, remat=t.remat)
+    executed = costs.executed_flops(c, s, remat=t.remat) - costs.spared_flops(c, weights)
     print(f"\nOperations a token, forward, at {s:,} tokens of context: {flops / 1e9:.3f} G")
     _table({part: f"{n / 1e9:.3f} G" for part, n in forward.items()})
     print(
@@ -126,6 +134,7 @@ def _model(config: RunConfig, program: Program) -> dict[str, Any]:
         "parameters": total,
         "parameters_by_part": parts,
         "active_parameters": costs.active_parameters(params, c),
+        "frozen_parameters": frozen,
         "flops_per_token": flops,
         "flops_by_part": forward,
         "executed_flops_per_token": executed,
@@ -139,8 +148,9 @@ def _layout(
     config: RunConfig, program: Program, sizes: dict[str, int], chip: Chip
 ) -> dict[str, Any]:
     """Prints and returns the costs on the config's own mesh, by arithmetic."""
-    laid_out = costs.weights(program.state.params, search.abstract_mesh(sizes))
-    width = _optimizer_width(program)
+    mesh, frozen = search.abstract_mesh(sizes), config.train.frozen_parameters
+    laid_out = costs.weights(program.state.params, mesh, frozen)
+    width = _optimizer_width(config, program)
     memory = costs.memory(config, laid_out, sizes, optimizer_width=width)
     used = sum(memory.values())
     sent = costs.communication(config, laid_out, sizes)
@@ -163,9 +173,10 @@ def _layout(
     }
 
 
-def _optimizer_width(program: Program) -> float:
-    """Bytes of optimizer state per parameter."""
-    state, params = (jax.tree.leaves(x) for x in (program.state.opt_state, program.state.params))
+def _optimizer_width(config: RunConfig, program: Program) -> float:
+    """Bytes of optimizer state per parameter that is not frozen."""
+    trained, _ = split_frozen(program.state.params, config)
+    state, params = (jax.tree.leaves(x) for x in (program.state.opt_state, trained))
     return sum(x.size * x.dtype.itemsize for x in state) / sum(x.size for x in params)
 
 
@@ -216,7 +227,7 @@ def _compiled(config: RunConfig, chip: Chip, places: int) -> dict[str, Any]:
 
 def _search(config: RunConfig, program: Program, chip: Chip, places: int) -> list[dict[str, Any]]:
     """Ranks meshes and remat choices, compiles the best, and prints and returns both."""
-    width = _optimizer_width(program)
+    width = _optimizer_width(config, program)
     candidates = search.rank(config, program.state, chip, places, optimizer_width=width)
     if not candidates:
         print("\nBy arithmetic, no mesh holds this run: take more chips, or fewer tokens a step.")

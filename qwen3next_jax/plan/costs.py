@@ -10,7 +10,7 @@ Letters are those of docs/architecture.md; s is the length of a sequence.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from flax import nnx
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig, RunConfig
 from qwen3next_jax.ops.delta_rule import CHUNK
 from qwen3next_jax.parallel.mesh import ROWS, parameter_shardings
-from qwen3next_jax.parallel.names import is_variable, named_leaves
+from qwen3next_jax.parallel.names import is_variable, matching_names, named_leaves
 from qwen3next_jax.plan.chips import Chip
 
 _EFFICIENCY = 0.3  # of the chip's peak, that products are taken to reach
@@ -193,11 +193,19 @@ class Weight(NamedTuple):
     own: int  # entries of a device's shard
     width: int  # bytes of an entry
     experts: bool  # whether it holds experts' matrices
+    frozen: bool  # whether it has no gradient
 
 
-def weights(params: nnx.State, mesh: Any) -> list[Weight]:
-    """A model's parameters as sharded on a mesh, which may be an `AbstractMesh`."""
+def weights(params: nnx.State, mesh: Any, frozen: Iterable[str] = ()) -> list[Weight]:
+    """A model's parameters as sharded on a mesh.
+
+    Args:
+      params: the parameters, or their shapes.
+      mesh: the mesh, which may be an `AbstractMesh`.
+      frozen: `train.frozen_parameters`.
+    """
     places = dict(named_leaves(parameter_shardings(params, mesh)))
+    kept = matching_names(places, frozen, key="train.frozen_parameters")
     return [
         Weight(
             name=name,
@@ -205,9 +213,31 @@ def weights(params: nnx.State, mesh: Any) -> list[Weight]:
             own=math.prod(places[name].shard_shape(x.shape)),
             width=x.dtype.itemsize,
             experts=_of_experts(x),
+            frozen=name in kept,
         )
         for name, x in named_leaves(params, is_variable)
     ]
+
+
+def spared_flops(config: ModelConfig, params: Iterable[Weight]) -> float:
+    """Operations per token of gradients that a step does not compute, as their matrix is frozen.
+
+    Those of activations are all counted as computed, though a step needs none below the lowest
+    parameter that it trains.
+    """
+    heads = 1 + config.mtp_steps
+    spared = 0.0
+    for p in params:
+        if not p.frozen:
+            continue
+        uses = config.mtp_steps if p.name.startswith("mtp/") else 1
+        if p.name == "lm_head":
+            uses = heads
+        elif p.name == "embed_tokens":
+            uses = heads if config.tie_word_embeddings else 0
+        share = config.num_experts_per_tok / config.num_experts if p.experts else 1
+        spared += 2 * p.size * share * uses
+    return spared
 
 
 def _tokens_per_device(config: RunConfig, sizes: Mapping[str, int]) -> int:
@@ -233,12 +263,12 @@ def memory(
       config: the run's config.
       params: the run's parameters on the mesh.
       sizes: sizes of the mesh axes.
-      optimizer_width: bytes of optimizer state per parameter.
+      optimizer_width: bytes of optimizer state per parameter that is not frozen.
     """
     c, tokens = config.model, _tokens_per_device(config, sizes)
     width = jnp.dtype(config.precision.compute).itemsize
-    own = sum(p.own for p in params)
-    gradients = 4.0 * own
+    trained = sum(p.own for p in params if not p.frozen)
+    gradients = 4.0 * trained
     # With several micro-batches, the sum of gradients so far exists besides the current ones.
     summed = gradients if config.train.gradient_accumulation_steps > 1 else 0.0
     vocabulary = c.vocab_size * c.hidden_size / sizes["tensor"]
@@ -254,15 +284,19 @@ def memory(
         kept = sum(layers)
     in_a_pass = {
         # Copies of the weights in the compute dtype.
-        "parameters to multiply with": own * width if width < params[0].width else 0.0,
+        "parameters to multiply with": float(sum(p.own * width for p in params if width < p.width)),
         "kept activations": float(kept),
     }
 
     # The backward pass of a layer, with its gathered weights and their gradients.
-    gathered = sum(p.size / _ways_in_use(p, sizes) for p in params if _stacked(p))
+    gathered = sum(
+        (width + (0 if p.frozen else 4)) * p.size / _ways_in_use(p, sizes)
+        for p in params
+        if _stacked(p)
+    )
     layer = in_a_pass | {
         "gradients": gradients + summed,
-        "a layer": max(layers) + (width + 4) * gathered / c.num_hidden_layers,
+        "a layer": max(layers) + gathered / c.num_hidden_layers,
     }
     # At the head no gradients exist yet except the head's own, not yet scattered, and with MTP a
     # second one; with them are logits and their gradients in float32.
@@ -279,7 +313,7 @@ def memory(
     phases: list[dict[str, float]] = [layer, head, update]
     return {
         "parameters": float(sum(p.own * p.width for p in params)),
-        "optimizer state": own * optimizer_width,
+        "optimizer state": trained * optimizer_width,
         **max(phases, key=lambda phase: sum(phase.values())),
     }
 
@@ -337,8 +371,9 @@ def communication(
         if used > p.own:
             gathers = passes - 1 if _stacked(p) else 1
             sent["parameters gathered"] += gathers * used * width
-            sent["gradients scattered"] += used * width
-        if sizes["data"] > 1:
+            if not p.frozen:
+                sent["gradients scattered"] += used * width
+        if sizes["data"] > 1 and not p.frozen:
             sent["gradients over data"] += p.own * 4
     sparse = sum(sparse for _, sparse in c.layers)
     if sizes["expert"] > 1:
@@ -392,8 +427,11 @@ def step_seconds(
     """
     train = config.train
     tokens = _tokens_per_device(config, sizes) * train.gradient_accumulation_steps / sizes["tensor"]
-    flops = tokens * executed_flops(config.model, train.sequence_length, remat=train.remat)
-    updates = sum(p.own for p in params) * 28 / chip.hbm_bandwidth
+    flops = tokens * (
+        executed_flops(config.model, train.sequence_length, remat=train.remat)
+        - spared_flops(config.model, params)
+    )
+    updates = sum(p.own for p in params if not p.frozen) * 28 / chip.hbm_bandwidth
     compute = flops / (_EFFICIENCY * chip.flops) + updates
     sent = sum(communication(config, params, sizes).values()) / chip.ici_bandwidth
     return max(compute, sent), compute + sent

@@ -65,7 +65,7 @@ def rank(
       state: shapes of the training state.
       chip: type of the devices.
       places: number of devices.
-      optimizer_width: bytes of optimizer state per parameter.
+      optimizer_width: bytes of optimizer state per parameter that is not frozen.
     """
     candidates = []
     for mesh in _meshes(places):
@@ -73,7 +73,9 @@ def rank(
         try:
             sizes = axis_sizes(on_mesh.mesh, places)
             check_fits(on_mesh, sizes)
-            laid_out = costs.weights(state.params, abstract_mesh(mesh))
+            laid_out = costs.weights(
+                state.params, abstract_mesh(mesh), config.train.frozen_parameters
+            )
         except ValueError:
             continue
         fitting = []

@@ -9,7 +9,6 @@ depends only on values that are the same in all of them. Process 0 alone writes 
 """
 
 import contextlib
-import fnmatch
 import pathlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.parallel.context import implementations
 from qwen3next_jax.parallel.layout import check_copies, describe_layout
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh, no_mesh
-from qwen3next_jax.parallel.names import named_leaves
+from qwen3next_jax.parallel.names import matching_names, named_leaves
 from qwen3next_jax.parallel.processes import (
     BatchShare,
     ShouldStop,
@@ -51,6 +50,7 @@ from qwen3next_jax.training.step import (
     first_bad_parameter,
     first_non_finite,
     initial_state,
+    split_frozen,
 )
 from qwen3next_jax.training.timing import Clock, Profile
 from qwen3next_jax.training.workdir import has_steps, keep_config, last_step
@@ -458,7 +458,8 @@ def _of_all_processes(shards: dict[str, Any]) -> dict[str, Any]:
 
 def _random_state(config: RunConfig, program: Program) -> TrainState:
     return _drawn(
-        lambda: initial_state(nnx.state(new_model(config)), program.optimizer), program.state
+        lambda: initial_state(nnx.state(new_model(config)), program.optimizer, config),
+        program.state,
     )
 
 
@@ -487,7 +488,9 @@ def _loaded_state(config: RunConfig, program: Program) -> TrainState:
     )
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
     create = jax.jit(
-        lambda p: initial_state(p, program.optimizer), out_shardings=shardings, donate_argnums=0
+        lambda p: initial_state(p, program.optimizer, config),
+        out_shardings=shardings,
+        donate_argnums=0,
     )
     return create(params)
 
@@ -495,24 +498,19 @@ def _loaded_state(config: RunConfig, program: Program) -> TrainState:
 def _new_parameters(config: RunConfig) -> set[str]:
     """The paths of the parameters that `train.new_parameters` means."""
     globs = config.train.new_parameters
-    if not globs:
-        return set()
-    paths = parameter_shapes(config.model)
-    found = {glob: fnmatch.filter(paths, glob) for glob in globs}
-    if lost := [glob for glob in globs if not found[glob]]:
-        raise ValueError(
-            f"train.new_parameters has {lost}, which match no parameter; the model has "
-            + ", ".join(paths)
-        )
-    return set().union(*found.values())
+    names = parameter_shapes(config.model) if globs else ()
+    return matching_names(names, globs, key="train.new_parameters")
 
 
 def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:
     """Logs sizes, the placement of the state, and the implementations in use."""
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    trained, frozen = (
+        sum(x.size for x in jax.tree.leaves(p)) for p in split_frozen(state.params, config)
+    )
     logging.info(
-        "%s parameters, %s of training state, on %d %s devices, mesh %s",
-        f"{parameters:,}",
+        "%s parameters%s, %s of training state, on %d %s devices, mesh %s",
+        f"{trained + frozen:,}",
+        f" ({frozen:,} frozen)" if frozen else "",
         f"{sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / 1e9:.3f} GB",
         mesh.size,
         mesh.devices.flat[0].platform,

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from qwen3next_jax.checkpoint.parameters import final_dtype
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS
@@ -20,7 +21,12 @@ from qwen3next_jax.parallel.mesh import BATCH, parameter_shardings
 from qwen3next_jax.parallel.names import map_leaves, named_leaves
 from qwen3next_jax.training.loss import BATCH_DTYPES
 from qwen3next_jax.training.optimizer import make_optimizer
-from qwen3next_jax.training.step import TrainState, initial_state, make_train_step
+from qwen3next_jax.training.step import (
+    TrainState,
+    initial_state,
+    make_train_step,
+    split_frozen,
+)
 
 
 class Program(NamedTuple):
@@ -41,14 +47,16 @@ def make_program(config: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
       mesh: the mesh; an abstract one suffices for the state's shapes and shardings.
 
     Raises:
-      ValueError: the run does not fit the mesh, or no rule updates a parameter.
+      ValueError: the run does not fit the mesh, no rule updates a parameter, or
+        `train.frozen_parameters` matches all of them or has a glob that matches none.
     """
     check_fits(config, mesh.shape)
     graph, params = abstract_model(config)
+    trained, _ = split_frozen(params, config)
     optimizer, schedule = make_optimizer(
         config.optimizer,
         config.train.num_steps,
-        params,
+        trained,
         moment_dtype=jnp.dtype(config.precision.optimizer),
         zero_centered_norm=config.model.zero_centered_norm,
     )
@@ -57,7 +65,7 @@ def make_program(config: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         donate_argnums=0,
         compiler_options=COMPILER_OPTIONS,
     )
-    state = place_state(jax.eval_shape(lambda p: initial_state(p, optimizer), params), mesh)
+    state = place_state(jax.eval_shape(lambda p: initial_state(p, optimizer, config), params), mesh)
     return Program(graph, optimizer, state, _abstract_batch(config, mesh), step)
 
 
@@ -68,7 +76,7 @@ def abstract_model(config: RunConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 def new_model(config: RunConfig) -> Qwen3Next:
     """The model with its initial weights."""
-    return Qwen3Next(
+    model = Qwen3Next(
         config.model,
         rngs=nnx.Rngs(config.train.seed),
         param_dtype=jnp.dtype(config.precision.parameters),
@@ -76,6 +84,10 @@ def new_model(config: RunConfig) -> Qwen3Next:
         remat=config.train.remat,
         moe_buffer_factor=config.mesh.moe_buffer_factor,
     )
+    _, frozen = split_frozen(nnx.state(model, nnx.Param), config)
+    dtype = config.precision.frozen
+    nnx.update(model, map_leaves(lambda n, x: x.astype(final_dtype(n, x.dtype, dtype)), frozen))
+    return model
 
 
 def place_state(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Int
 
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.statistics import combine_parts
-from qwen3next_jax.parallel.names import named_leaves
+from qwen3next_jax.parallel.names import matching_names, named_leaves
 from qwen3next_jax.training.diagnostics import layer_metrics, update_ratios
 from qwen3next_jax.training.loss import Batch, count_labels, loss
 from qwen3next_jax.training.norm import norm
@@ -37,9 +37,35 @@ class TrainState(NamedTuple):
     opt_state: Any  # invalid once halted
 
 
-def initial_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+def initial_state(
+    params: nnx.State, optimizer: optax.GradientTransformation, config: RunConfig
+) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), jnp.zeros((), bool), params, optimizer.init(params))
+    trained, _ = split_frozen(params, config)
+    step, halted = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    return TrainState(step, halted, params, optimizer.init(trained))
+
+
+def split_frozen(params: nnx.State, config: RunConfig) -> tuple[nnx.State, nnx.State]:
+    """The parameters that steps change, and those of `train.frozen_parameters`.
+
+    Frozen ones have neither gradients nor optimizer state. `nnx.merge` and `nnx.merge_state` put
+    both together again.
+
+    Raises:
+      ValueError: a glob matches no parameter, or all are frozen.
+    """
+    key, names = "train.frozen_parameters", [name for name, _ in named_leaves(params)]
+    globs = config.train.frozen_parameters
+    frozen = matching_names(names, globs, key=key)
+    if frozen.issuperset(names):
+        raise ValueError(f"{key}={globs} matches every parameter; leave some to be trained")
+
+    def is_frozen(path: tuple[Any, ...], _: Any) -> bool:
+        return "/".join(map(str, path)) in frozen
+
+    trained, kept = nnx.split_state(params, nnx.Not(is_frozen), ...)
+    return trained, kept
 
 
 def make_gradients(
@@ -47,8 +73,8 @@ def make_gradients(
 ) -> Callable[[nnx.State, Batch], tuple[nnx.State, dict[str, Array]]]:
     """Returns a function from parameters and a step's batch to gradients and metrics.
 
-    Gradients are float32, though on a mesh parts of some are summed in the dtype of activations
-    (docs/training.md, Precision).
+    Gradients are those of the parameters that are not frozen. They are float32, though on a mesh
+    parts of some are summed in the dtype of activations (docs/training.md, Precision).
 
     The metrics are loss and its terms; tokens, their number without padding; with experts,
     expert_load_max, the load of the busiest expert over the mean load, in the worst layer, and
@@ -57,10 +83,10 @@ def make_gradients(
     """
     micro_batches = config.train.gradient_accumulation_steps
 
-    def micro_loss(params, micro_batch, counts, earlier):
+    def micro_loss(trained, frozen, micro_batch, counts, earlier):
         """The micro-batch's part of the step's loss; and its metrics, with its own loss."""
         value, metrics = loss(
-            nnx.merge(graph, params),
+            nnx.merge(graph, trained, frozen),
             micro_batch,
             mtp_weight=config.train.mtp_loss_weight,
             z_weight=config.train.router_z_loss_weight,
@@ -74,7 +100,9 @@ def make_gradients(
 
     def micro_gradients(params, micro_batch, counts, earlier):
         """Gradients, the assignments so far (None without experts), and metrics."""
-        grads, metrics = jax.grad(micro_loss, has_aux=True)(params, micro_batch, counts, earlier)
+        trained, frozen = split_frozen(params, config)
+        gradients = jax.grad(micro_loss, has_aux=True)
+        grads, metrics = gradients(trained, frozen, micro_batch, counts, earlier)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return grads, metrics.pop("assignments", None), metrics
 
@@ -91,7 +119,8 @@ def make_gradients(
             grads, assignments, metrics = micro_gradients(params, micro_batch, counts, earlier)
             return (jax.tree.map(jnp.add, total, grads), assignments), metrics
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        trained, _ = split_frozen(params, config)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
         routed = sum(sparse for _, sparse in config.model.all_layers)
         no_loads = jnp.zeros((routed, config.model.num_experts)) if routed else None
         (grads, assignments), metrics = jax.lax.scan(accumulate, (zeros, no_loads), split)
@@ -144,26 +173,28 @@ def make_train_step(
         with jax.default_matmul_precision(config.precision.matmul):
             grads, metrics = gradients(state.params, batch)
         grad_norm = norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        before, frozen = split_frozen(state.params, config)
+        updates, opt_state = optimizer.update(grads, state.opt_state, before)
+        after = optax.apply_updates(before, updates)
         if config.train.diagnostics:
             zero_centered = config.model.zero_centered_norm
-            metrics |= update_ratios(updates, state.params, zero_centered_norm=zero_centered)
+            metrics |= update_ratios(updates, before, zero_centered_norm=zero_centered)
         halted = state.halted | ~(jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm))
         if config.mesh.on_overflow == "error":
             halted |= metrics.get("dropped_assignments", 0) > 0
         # There is no such select for the moments: XLA:CPU would compute the new ones twice, for the
         # select and in the update, and first copy the old ones, because both read them.
-        step, params = jax.tree.map(
+        step, trained = jax.tree.map(
             lambda new, old: jnp.where(halted, old, new),
-            (state.step + 1, params),
-            (state.step, state.params),
+            (state.step + 1, after),
+            (state.step, before),
         )
         metrics |= {
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
             "halted": halted,
         }
+        params = nnx.merge_state(trained, frozen)
         return TrainState(step, halted, params, opt_state), metrics
 
     return train_step
