@@ -93,6 +93,32 @@ def test_values_and_gradients_are_those_of_each_experts_own_mlp(
         assert error < tolerance, (name, error)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "sizes", "rows"),
+    [
+        ("pallas", SIZES, 1000),
+        ("blocked", [0, 384, 128, 0], 512),
+        ("products", [0, 64, 128, 0], 256),
+    ],
+)
+def test_rows_and_weights_have_the_same_gradients_if_matrices_are_frozen(
+    implementation, sizes, rows
+):
+    *args, d_out = make(sizes, rows, "float32")
+
+    def ours(*args):
+        given = dict(
+            implementation=implementation, block=128 if implementation == "blocked" else 64
+        )
+        return expert_mlp(*args, jnp.asarray(sizes), **given)
+
+    want = with_gradients(ours)(args, d_out)
+    got = with_gradients(lambda *free: ours(*free, *args[2:]))(args[:2], d_out)
+    for a, b in zip(got, want[:3], strict=True):
+        # The same products; XLA may sum some in another order.
+        assert relative_error(a[: sum(sizes)], b[: sum(sizes)]) < 1e-6
+
+
 def test_the_matrices_gradients_of_many_blocks_of_bfloat16_are_summed_in_float32():
     matrices = jnp.ones((1, 2, 4, 4), jnp.bfloat16), jnp.ones((1, 4, 4), jnp.bfloat16)
 

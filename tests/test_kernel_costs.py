@@ -217,7 +217,8 @@ def test_grouped_products(sizes):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_experts(dtype):
+@pytest.mark.parametrize(("free", "products"), [(4, 8), (2, 5)])  # the latter: frozen matrices
+def test_experts(dtype, free, products):
     # Tiles that experts share are executed once for each; rows that are not expected never are.
     R, expected, D, F, sizes = 1280, 1024, 256, 128, (300, 200, 300, 224)
 
@@ -228,8 +229,8 @@ def test_experts(dtype):
     E = len(sizes)
     matrices = array(E, 2, D, F, dtype=dtype), array(E, F, D, dtype=dtype)
     given = array(R, D, dtype=dtype), array(R, dtype=jnp.float32), *matrices
-    found = kernels_of(jax.grad(loss, argnums=range(4)), *given)
-    assert len(found) == 2
+    forward, backward = found = kernels_of(jax.grad(loss, argnums=range(free)), *given)
+    assert 3 * stated(backward) == products * stated(forward)
     ends = np.cumsum(sizes)
     tiles = sum(-(-e // TILE) - (e - n) // TILE for e, n in zip(ends, sizes, strict=True))
     assert tiles == expected // TILE + E - 1

@@ -7,7 +7,9 @@ until the next expert's are needed. A tile with rows of several experts is visit
 them; tiles after the last expert's rows are not visited. Intermediate values between the products
 stay on the chip. The backward kernel reads the rows, the gradients of their results and the
 matrices, recomputes the products with the gate and up matrices, and writes the gradients of rows,
-weights and matrices. The gradients of an expert's matrices are summed in float32 over its tiles.
+weights and matrices. The gradients of an expert's matrices are summed in float32 over its tiles. It
+leaves these out, three of eight products, where nothing is differentiated by a matrix, as when
+experts are frozen.
 
 *Layout.* A TPU stores a matrix in tiles of 8 rows by 128 columns, so that one row is spread over
 many tiles. Rows that are gathered and sent one by one are stored as whole tiles instead, [R,
@@ -92,29 +94,35 @@ def _forward(rows, weights, gate_up, down, group_sizes, expected_rows):
 
 
 def _expert_mlp_forward(rows, weights, gate_up, down, group_sizes, expected_rows):
+    # No array but a structure, which the backward pass knows when it is traced.
+    of_matrices = () if gate_up.perturbed or down.perturbed else None
+    given = (rows, weights, gate_up, down, group_sizes)
+    rows, weights, gate_up, down, group_sizes = (x.value for x in given)
     out = _forward(rows, weights, gate_up, down, group_sizes, expected_rows)
-    return out, (rows, weights, gate_up, down, group_sizes)
+    return out, (rows, weights, gate_up, down, group_sizes, of_matrices)
 
 
 def _expert_mlp_backward(expected_rows, residuals, d_out):
-    rows, weights, gate_up, down, group_sizes = residuals
-    tiles = _Tiles(rows, down, group_sizes, expected_rows, visit_empty=True)
+    rows, weights, gate_up, down, group_sizes, of_matrices = residuals
+    trained = of_matrices is not None
+    # An expert without rows is visited for its gradients, which are zeros.
+    tiles = _Tiles(rows, down, group_sizes, expected_rows, visit_empty=trained)
     given = ("rows", "rows", "lanes", "gate_up", "down")
-    results = ("rows", "lanes", "gate_up", "down")
-    sums = (pltpu.VMEM(x.shape[1:], jnp.float32) for x in (gate_up, down))
-    d_rows, d_weights, d_gate_up, d_down = tpu.pallas_call(
+    results = ("rows", "lanes", "gate_up", "down") if trained else ("rows", "lanes")
+    sums = (pltpu.VMEM(x.shape[1:], jnp.float32) for x in (gate_up, down) if trained)
+    d_rows, d_weights, *d_matrices = tpu.pallas_call(
         _backward_kernel,
         grid_spec=tiles.grid(given, results, tiles.matrix, *sums),
         out_shape=[tiles.shape(name) for name in results],
-        cost_estimate=tiles.cost(products=8, arrays=given + results),
+        cost_estimate=tiles.cost(products=8 if trained else 5, arrays=given + results),
         name="expert_mlp_backward",
         semantics=("arbitrary",),
     )(*tiles.scalars, tiles.cut(rows), tiles.cut(d_out), tiles.lanes(weights), gate_up, down)
     d_weights = d_weights.reshape(-1)[: len(rows)]
-    return d_rows.reshape(rows.shape), d_weights, d_gate_up, d_down, None
+    return d_rows.reshape(rows.shape), d_weights, *(d_matrices or (None, None)), None
 
 
-expert_mlp.defvjp(_expert_mlp_forward, _expert_mlp_backward)
+expert_mlp.defvjp(_expert_mlp_forward, _expert_mlp_backward, symbolic_zeros=True)
 
 
 class _Tiles:
@@ -227,12 +235,11 @@ def _backward_kernel(
     down_ref,
     d_rows_ref,
     d_weights_ref,
-    d_gate_up_ref,
-    d_down_ref,
-    d_rows,
-    d_gate_up_sum,
-    d_down_sum,
+    *rest,
 ):
+    """Its last arguments are the matrices' gradients, d_rows and their sums; or d_rows alone."""
+    half = len(rest) // 2
+    d_matrices, d_rows, sums = rest[:half], rest[half], rest[half + 1 :]
     step, last = pl.program_id(0), pl.num_programs(0) - 1
     expert, tile = experts[step], tiles[step]
     x, d_out = _matrix(rows_ref), _matrix(d_out_ref)
@@ -240,8 +247,8 @@ def _backward_kernel(
 
     @pl.when((step == 0) | (experts[jnp.maximum(step - 1, 0)] != expert))
     def _():
-        d_gate_up_sum[...] = jnp.zeros_like(d_gate_up_sum)
-        d_down_sum[...] = jnp.zeros_like(d_down_sum)
+        for total in sums:
+            total[...] = jnp.zeros_like(total)
 
     # Rows of other experts, or of none, may hold anything, NaN included.
     row = jax.lax.broadcasted_iota(jnp.int32, (len(x), 1), 0)
@@ -262,6 +269,9 @@ def _backward_kernel(
     lane = jax.lax.broadcasted_iota(jnp.int32, d_weights_ref.shape, 1)
     d_weights = _lanes((d_weighted * product).sum(1, keepdims=True))
     d_weights_ref[...] = jnp.where(lane >= start, d_weights, d_weights_ref[...])
+    if not sums:
+        return
+    d_gate_up_sum, d_down_sum = sums
     weighted = (product * weights).astype(x.dtype)
     d_gate_up_sum[0] += tpu.dot(x, d_gate, contract=(0, 0))
     d_gate_up_sum[1] += tpu.dot(x, d_up, contract=(0, 0))
@@ -269,8 +279,8 @@ def _backward_kernel(
 
     @pl.when((step == last) | (experts[jnp.minimum(step + 1, last)] != expert))
     def _():
-        d_gate_up_ref[...] = d_gate_up_sum[...].astype(d_gate_up_ref.dtype)
-        d_down_ref[...] = d_down_sum[...].astype(d_down_ref.dtype)
+        for ref, total in zip(d_matrices, sums, strict=True):
+            ref[...] = total[...].astype(ref.dtype)
 
 
 def _matrix(ref):
