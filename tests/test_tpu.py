@@ -178,8 +178,18 @@ def test_the_80b_step_compiles_fits_and_is_estimated_as_documented():
     assert sum(step["estimate"]["collective_bytes"].values()) < 200e9
 
 
+FROZEN = (  # parameters are most of what it holds
+    "--config.train.frozen_parameters=('*/mlp/gate_up_proj', '*/mlp/down_proj')",
+    "--config.precision.frozen=bfloat16",
+    "--config.model.num_experts=128",
+    "--config.train.global_batch_size=4",
+    "--config.data.num_shards=4",
+)
+
+
 @pytest.mark.slow
-def test_memory_of_a_model_cut_down():
+@pytest.mark.parametrize("changes", [(), FROZEN], ids=["trained", "frozen experts"])
+def test_memory_of_a_model_cut_down(changes):
     compiled(
         "--config=configs/80b_a3b.py",
         "--topology=v5p:2x2x1",
@@ -190,4 +200,5 @@ def test_memory_of_a_model_cut_down():
         "--config.model.vocab_size=16384",
         "--config.train.global_batch_size=16",
         "--config.data.num_shards=16",
+        *changes,
     )

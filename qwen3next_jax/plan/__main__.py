@@ -30,6 +30,8 @@ from qwen3next_jax.training.step import split_frozen
 # Configs import `configs`, which lies beside the package in a clone; the command runs anywhere.
 sys.path.append(str(pathlib.Path(__file__).parents[2]))
 
+_ONE = dict.fromkeys(AXES, 1)  # the mesh of one device
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", "v5p:4x4x4", "The machine: chip and torus, or GPU and number (h200:64)."
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> None:
             "the plan by arithmetic"
         )
     # Shapes are the same on every mesh.
-    program = make_program(config, search.abstract_mesh(dict.fromkeys(AXES, 1)))
+    program = make_program(config, search.abstract_mesh(_ONE))
     refusal = None
     try:
         sizes = axis_sizes(config.mesh, places)
@@ -80,7 +82,7 @@ def main(argv: list[str]) -> None:
     if _SEARCH.value:
         result["search"] = _search(config, program, chip, places)
     if _COMPILE.value:
-        result.update(_compiled(config, chip, places))
+        result.update(_compiled(config, program, chip, places))
     if _JSON.value:
         print(json.dumps(result))
 
@@ -93,9 +95,7 @@ def _model(config: RunConfig, program: Program) -> dict[str, Any]:
     parts = costs.parameters(params)
     total = sum(parts.values())
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state))
-    weights = costs.weights(
-        params, search.abstract_mesh(dict.fromkeys(AXES, 1)), t.frozen_parameters
-    )
+    weights = _weights(config, program, _ONE)
     frozen = sum(p.size for p in weights if p.frozen)
     print(
         f"Parameters: {total:,}, active for a token {costs.active_parameters(params, c):,}"
@@ -105,12 +105,13 @@ def _model(config: RunConfig, program: Program) -> dict[str, Any]:
 
     forward = costs.forward_flops(c, s)
     flops = sum(forward.values())
-    executed = costs.executed_flops(c, s, remat=t.remat) - costs.spared_flops(c, weights)
+    spared = costs.spared_flops(c, weights)
+    executed = costs.executed_flops(c, s, remat=t.remat) - spared
     print(f"\nOperations a token, forward, at {s:,} tokens of context: {flops / 1e9:.3f} G")
     _table({part: f"{n / 1e9:.3f} G" for part, n in forward.items()})
     print(
-        f"  training {3 * flops / 1e9:.2f} G a token; a step executes {executed / 1e9:.2f} G "
-        f"(remat={t.remat!r}) and has {t.global_batch_size * s:,} tokens"
+        f"  training {(3 * flops - spared) / 1e9:.2f} G a token; a step executes "
+        f"{executed / 1e9:.2f} G (remat={t.remat!r}) and has {t.global_batch_size * s:,} tokens"
     )
 
     yardstick = ModelConfig.from_hf(costs.YARDSTICK)
@@ -148,8 +149,7 @@ def _layout(
     config: RunConfig, program: Program, sizes: dict[str, int], chip: Chip
 ) -> dict[str, Any]:
     """Prints and returns the costs on the config's own mesh, by arithmetic."""
-    mesh, frozen = search.abstract_mesh(sizes), config.train.frozen_parameters
-    laid_out = costs.weights(program.state.params, mesh, frozen)
+    laid_out = _weights(config, program, sizes)
     width = _optimizer_width(config, program)
     memory = costs.memory(config, laid_out, sizes, optimizer_width=width)
     used = sum(memory.values())
@@ -173,6 +173,12 @@ def _layout(
     }
 
 
+def _weights(config: RunConfig, program: Program, sizes: dict[str, int]) -> list[costs.Weight]:
+    """The run's parameters on a mesh of these sizes."""
+    mesh, frozen = search.abstract_mesh(sizes), config.train.frozen_parameters
+    return costs.weights(program.state.params, mesh, frozen)
+
+
 def _optimizer_width(config: RunConfig, program: Program) -> float:
     """Bytes of optimizer state per parameter that is not frozen."""
     trained, _ = split_frozen(program.state.params, config)
@@ -180,7 +186,7 @@ def _optimizer_width(config: RunConfig, program: Program) -> float:
     return sum(x.size * x.dtype.itemsize for x in state) / sum(x.size for x in params)
 
 
-def _compiled(config: RunConfig, chip: Chip, places: int) -> dict[str, Any]:
+def _compiled(config: RunConfig, program: Program, chip: Chip, places: int) -> dict[str, Any]:
     """Compiles the step; prints and returns what the compiler says."""
     print(f"\nCompiling the step for {_TOPOLOGY.value}; this takes minutes ...", flush=True)
     try:
@@ -195,7 +201,9 @@ def _compiled(config: RunConfig, chip: Chip, places: int) -> dict[str, Any]:
     e, t = compiled.estimate, config.train
     low, high = e.step_seconds
     tokens = t.global_batch_size * t.sequence_length / places
-    mfu = tokens * costs.train_flops(config.model, t.sequence_length) / high / chip.flops
+    flops = costs.train_flops(config.model, t.sequence_length)
+    flops -= costs.spared_flops(config.model, _weights(config, program, _ONE))
+    mfu = tokens * flops / high / chip.flops
     print(f"  compiled in {compiled.seconds:.0f} s")
     print(f"  memory a device: {used / 1e9:.2f} GB of {chip.hbm / 1e9:.1f} GB")
     _table({part: f"{n / 1e9:.2f} GB" for part, n in compiled.memory.items()})

@@ -226,17 +226,13 @@ def spared_flops(config: ModelConfig, params: Iterable[Weight]) -> float:
     parameter that it trains.
     """
     heads = 1 + config.mtp_steps
+    uses = {"lm_head": heads, "embed_tokens": heads if config.tie_word_embeddings else 0}
     spared = 0.0
     for p in params:
-        if not p.frozen:
-            continue
-        uses = config.mtp_steps if p.name.startswith("mtp/") else 1
-        if p.name == "lm_head":
-            uses = heads
-        elif p.name == "embed_tokens":
-            uses = heads if config.tie_word_embeddings else 0
-        share = config.num_experts_per_tok / config.num_experts if p.experts else 1
-        spared += 2 * p.size * share * uses
+        if p.frozen:
+            times = uses.get(p.name, config.mtp_steps if p.name.startswith("mtp/") else 1)
+            share = config.num_experts_per_tok / config.num_experts if p.experts else 1
+            spared += 2 * p.size * times * share
     return spared
 
 
@@ -283,8 +279,10 @@ def memory(
     else:
         kept = sum(layers)
     in_a_pass = {
-        # Copies of the weights in the compute dtype.
-        "parameters to multiply with": float(sum(p.own * width for p in params if width < p.width)),
+        # Copies of the weights in the compute dtype, or beside those of equal layers.
+        "parameters to multiply with": float(
+            sum(p.own * width for p in params if width < p.width or _restacked(config, p))
+        ),
         "kept activations": float(kept),
     }
 
@@ -351,6 +349,14 @@ def _dispatched(config: RunConfig, sparse: bool, tokens: int, sizes: Mapping[str
 
 def _stacked(param: Weight) -> bool:
     return param.name.startswith("groups/")
+
+
+def _restacked(config: RunConfig, param: Weight) -> bool:
+    """Whether a parameter is copied beside those of equal neighbours, over which a scan goes."""
+    if config.train.remat == "none" or not _stacked(param):
+        return False
+    layers, i = config.model.group, int(param.name.split("/")[2])
+    return layers[i] in (layers[i - 1 : i] + layers[i + 1 : i + 2])
 
 
 def _ways_in_use(param: Weight, sizes: Mapping[str, int]) -> int:
