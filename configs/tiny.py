@@ -122,7 +122,7 @@ def get_config() -> ConfigDict:
     config.precision = ConfigDict(
         dict(
             parameters="float32",  # master copies
-            frozen="float32",  # of these, train.frozen_parameters
+            frozen="",  # dtype of train.frozen_parameters; "": that of the others
             compute="float32",  # activations and matrix products
             optimizer="float32",  # first moments
             matmul="default",  # passes of float32 products on a TPU: "default", "high", "highest"

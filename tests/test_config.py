@@ -385,6 +385,15 @@ def test_a_run_s_config_survives_json():
         ({"optimizer__b2": 1.0}, "optimizer.b2=1.0 must lie between 0 and 1, below 1"),
         ({"data__source": "text"}, "data.source='text' needs a path, such as"),
         ({"train__new_parameters": ("mtp/*",)}, r"'mtp/\*',\) needs train.initial_checkpoint"),
+        ({"precision__frozen": "bfloat16"}, "frozen='bfloat16' needs train.frozen_parameters"),
+        (
+            {"precision__frozen": "bfloat16", "train__frozen_parameters": ("mtp/*",)},
+            "precision.compute='float32' contradicts frozen='bfloat16'",
+        ),
+        (
+            {"precision__frozen": "float16", "train__frozen_parameters": ("mtp/*",)},
+            "precision.frozen='float16' is unknown; expected '' or 'float32' or 'bfloat16'",
+        ),
         ({"data__source": "web"}, "data.source='web' is unknown; expected 'stdlib' or"),
         ({"data__source": "mixture"}, "with 0 parts in data.mixture"),
         (
@@ -529,9 +538,10 @@ def test_a_run_of_before_there_were_new_and_frozen_parameters_goes_on_without_an
         changes = {"train__initial_checkpoint": "given", f"train__{key}": ("mtp/*",)}
         with pytest.raises(ValueError, match=rf"{key}: was \[\], now \['mtp/\*'\]"):
             RunConfig.from_dict(run_dict(**changes)).check_resumable_from(before)
-    other = run_dict(train__initial_checkpoint="given", precision__frozen="bfloat16")
-    with pytest.raises(ValueError, match="frozen: was 'float32', now 'bfloat16'"):
-        RunConfig.from_dict(other).check_resumable_from(before)
+    frozen = dict(train__frozen_parameters=("mtp/*",), precision__compute="bfloat16")
+    other = RunConfig.from_dict(run_dict(**frozen, precision__frozen="bfloat16"))
+    with pytest.raises(ValueError, match="frozen: was '', now 'bfloat16'"):
+        other.check_resumable_from(before)
 
 
 def test_a_run_that_met_a_bad_record_may_go_on_without_it():

@@ -97,7 +97,7 @@ def with_reference(op):
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
-@pytest.mark.parametrize("kind", ["dense", "sparse", "hybrid", "frozen"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "hybrid", "frozen", "frozen layers"])
 def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     monkeypatch.setattr(gated_attention, "attention", with_reference(gated_attention.attention))
     monkeypatch.setattr(context, "gated_delta_rule", with_reference(context.gated_delta_rule))
@@ -123,7 +123,7 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
         moe_intermediate_size=512,
         shared_expert_intermediate_size=512,
         intermediate_size=1024,
-        full_attention_interval=2 if kind in ("hybrid", "frozen") else 1,
+        full_attention_interval=1 if kind in ("dense", "sparse") else 2,
         mtp_steps=int(kind != "dense"),
     )
     if kind == "dense":
@@ -134,6 +134,8 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     given.train.diagnostics = False
     if kind == "frozen":  # but for the lowest layer, so that all layers pass gradients on
         given.train.frozen_parameters = ("groups/layers/1/*", "*/down_proj", "mtp/fc", "lm_head")
+    if kind == "frozen layers":
+        given.train.frozen_parameters = ("groups/*", "embed_tokens", "mtp/fc")
     config = RunConfig.from_dict(given.to_dict())
     program = make_program(config, abstract_mesh(ONE))
 
@@ -146,8 +148,8 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     if kind == "dense":  # compilation of the others would take minutes
         assert lowered.compile().cost_analysis()["flops"] == pytest.approx(counted, rel=0.01)
     weights = costs.weights(params, abstract_mesh(ONE), config.train.frozen_parameters)
-    spared = costs.spared_flops(config.model, weights)
-    assert (spared > 0) == (kind == "frozen")
+    spared = costs.spared_flops(config.model, weights, T, remat=remat, seen=1.0)
+    assert (spared > 0) == kind.startswith("frozen")
     ours = 2 * T * (costs.executed_flops(config.model, T, remat=remat, seen=1.0) - spared)
     # The compiler counts norms, gates and softmaxes too, about 1 in the model dimension.
     assert counted == pytest.approx(ours, rel=0.02)
@@ -224,6 +226,67 @@ def test_a_dense_layers_matrices_are_no_experts():
         sent.append(costs.communication(config, costs.weights(params, abstract_mesh(mesh)), mesh))
     del sent[1]["tokens to experts and back"]
     assert sent[0] == sent[1]
+
+
+def test_what_is_frozen_has_no_gradients_moments_nor_traffic_of_them():
+    c = run_config("80b_a3b")
+    experts = dict(frozen_parameters=("*/mlp/gate_up_proj", "*/mlp/down_proj"))
+    frozen = dataclasses.replace(c, train=dataclasses.replace(c.train, **experts))
+    state = make_program(c, abstract_mesh(ONE)).state
+    mesh = {**ONE, "data": 2, "fsdp": 32}
+    laid_out = [
+        costs.weights(state.params, abstract_mesh(mesh), of.train.frozen_parameters)
+        for of in (c, frozen)
+    ]
+    trained = [sum(p.own for p in weights if not p.frozen) for weights in laid_out]
+    assert 0 < trained[1] < 0.1 * trained[0]
+    held, sent, seconds = (
+        [function(of, weights) for of, weights in zip((c, frozen), laid_out, strict=True)]
+        for function in (
+            lambda of, weights: costs.memory(of, weights, mesh, optimizer_width=6.0),
+            lambda of, weights: costs.communication(of, weights, mesh),
+            lambda of, weights: costs.step_seconds(of, weights, mesh, CHIPS["v5p"]),
+        )
+    )
+    for part, entries in (("optimizer state", 6.0), ("gradients", 4.0)):
+        assert [x[part] for x in held] == [entries * n for n in trained]
+    assert sent[0]["parameters gathered"] == sent[1]["parameters gathered"]
+    for part in ("gradients scattered", "gradients over data"):
+        assert sent[1][part] < 0.1 * sent[0][part]
+    # Gradients of experts are a third of their operations, and nothing of an update is left.
+    rest = [x[0] for x in seconds]
+    assert 0.5 * rest[0] < rest[1] < 0.9 * rest[0]
+    fitting = [rank(of, state, CHIPS["v5p"], 64, optimizer_width=6.0) for of in (c, frozen)]
+    assert len(fitting[1]) > 1.2 * len(fitting[0])  # more meshes and choices of remat
+
+
+def test_frozen_parameters_are_copied_for_products_only_beside_those_of_equal_layers():
+    c = run_config("80b_a3b")
+    frozen = dict(frozen_parameters=("groups/*/mlp/down_proj",), remat="layer")
+    c = dataclasses.replace(c, train=dataclasses.replace(c.train, **frozen))
+    c = dataclasses.replace(c, precision=dataclasses.replace(c.precision, frozen="bfloat16"))
+    params = make_program(c, abstract_mesh(ONE)).state.params
+    weights = costs.weights(params, abstract_mesh(ONE), c.train.frozen_parameters)
+    down = [p for p in weights if p.frozen]
+    assert len(down) == 4
+    rest = sum(p.own for p in weights if not p.frozen)
+    for remat, copied in (("layer", down[:3]), ("none", [])):  # the fourth has no equal neighbour
+        c = dataclasses.replace(c, train=dataclasses.replace(c.train, remat=remat))
+        held = costs.memory(c, weights, ONE, optimizer_width=6.0)
+        assert held["parameters to multiply with"] == 2 * (rest + sum(p.own for p in copied))
+
+
+def test_a_frozen_head_has_no_gradient_and_frozen_layers_keep_nothing():
+    c = run_config("80b_a3b")
+    params = make_program(c, abstract_mesh(ONE)).state.params
+    held = []
+    for globs in (("groups/*", "embed_tokens"), ("groups/*", "embed_tokens", "lm_head")):
+        weights = costs.weights(params, abstract_mesh(ONE), globs)
+        held.append(costs.memory(c, weights, ONE, optimizer_width=6.0))
+        assert held[-1]["kept activations"] == 0
+    vocabulary = c.model.vocab_size * c.model.hidden_size
+    if "the head" in held[0]:
+        assert held[0]["the head"] - held[1]["the head"] == 2 * 8 * vocabulary
 
 
 def test_the_yardstick_is_the_model_of_its_config():

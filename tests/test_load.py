@@ -350,9 +350,15 @@ def test_a_fine_tune_gives_back_what_it_froze_bit_for_bit(corpus, tmp_path):
     q3n.save_hf(model, given, dtype="bfloat16")
     changes = dict(
         train__initial_checkpoint=str(given),
-        train__frozen_parameters=("*/mlp/gate_up_proj", "*/mlp/down_proj", "embed_tokens"),
+        train__frozen_parameters=(
+            "*/mlp/gate_up_proj",
+            "*/mlp/down_proj",
+            "embed_tokens",
+            "*/z_proj",
+        ),
         train__checkpoint_every=0,
         precision__frozen="bfloat16",
+        precision__compute="bfloat16",
     )
     run(small_config(corpus, **changes, train__num_steps=2), tmp_path / "run")
     changes |= dict(train__num_steps=4, mesh__data=1, mesh__fsdp=2, mesh__expert=2)
@@ -363,6 +369,12 @@ def test_a_fine_tune_gives_back_what_it_froze_bit_for_bit(corpus, tmp_path):
         check=True,
     )
     to_hf(tmp_path / "run", exported)
+    # A tensor that holds frozen and trained parameters (q, k, v and z) rounds none of them.
+    trained = load_checkpoint(tmp_path / "run").groups.layers[0].linear_attn
+    read = q3n.load_hf(exported).groups.layers[0].linear_attn
+    assert trained.z_proj.dtype == jnp.bfloat16
+    for name in ("q_proj", "v_proj", "z_proj"):
+        np.testing.assert_array_equal(getattr(read, name)[...], getattr(trained, name)[...])
     before, after = (
         safetensors.torch.load_file(directory / "model.safetensors")
         for directory in (given, exported)
@@ -372,6 +384,18 @@ def test_a_fine_tune_gives_back_what_it_froze_bit_for_bit(corpus, tmp_path):
         frozen = ".mlp.experts." in name or "embed_tokens" in name
         assert after[name].dtype == (torch.bfloat16 if frozen else torch.float32), name
         assert torch.equal(after[name].float(), x.float()) == frozen, name
+
+
+def test_parameters_both_new_and_frozen_are_refused_by_name(corpus, tmp_path):
+    config = small_config(
+        corpus,
+        train__initial_checkpoint=str(tmp_path / "earlier"),
+        train__new_parameters=("mtp/*",),
+        train__frozen_parameters=("*/mlp/down_proj",),
+    )
+    with pytest.raises(ValueError, match=r"both match mtp/layer/mlp/down_proj, which would stay"):
+        run(config, tmp_path / "new")
+    assert not (tmp_path / "new" / "config.json").exists()
 
 
 def test_new_parameters_that_the_model_does_not_have_are_named(corpus, tmp_path):

@@ -250,7 +250,10 @@ def test_a_run_in_which_nothing_or_a_name_of_no_parameter_would_be_frozen_is_ref
 
 def test_frozen_parameters_lie_in_their_own_dtype_but_gates_rates_in_float32():
     config = small_config(
-        "unread", train__frozen_parameters=("groups/*",), precision__frozen="bfloat16"
+        "unread",
+        train__frozen_parameters=("groups/*",),
+        precision__frozen="bfloat16",
+        precision__compute="bfloat16",
     )
     dtypes = {name: x.dtype for name, x in named_leaves(abstract_model(config)[1])}
     rates = {name for name in dtypes if name.endswith(("A_log", "dt_bias"))}

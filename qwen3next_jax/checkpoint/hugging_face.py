@@ -263,7 +263,10 @@ def write_hf(
     dtypes = {path: final_dtype(path, x.dtype, dtype) for path, x in parameters.items()}
     table = checked_table(config, layout, parameters)
     described = hf_config(config, dtypes[_EMBED])
-    tensor_dtypes = {name: dtypes[path] for path in dtypes for name in table.tensors_of(path)}
+    tensor_dtypes: dict[str, Any] = {}
+    for path in sorted(dtypes, key=lambda path: dtypes[path].itemsize):
+        # Of several parameters in one tensor the widest decides, so that none is rounded.
+        tensor_dtypes.update(dict.fromkeys(table.tensors_of(path), dtypes[path]))
     supported = set(safetensors_files.DTYPES.values())
     if bad := sorted(set(tensor_dtypes.values()) - supported, key=str):
         raise ValueError(

@@ -128,7 +128,8 @@ class PrecisionConfig:
     """Dtypes; gates, norms, router and delta states are float32 throughout."""
 
     parameters: str  # master copies; "float32" or "bfloat16"
-    frozen: str = "float32"  # of these, `train.frozen_parameters`; "float32" or "bfloat16"
+    # Dtype of `train.frozen_parameters`; "": that of the others.
+    frozen: str = ""
     compute: str  # activations and matrix products; "float32" or "bfloat16"
     optimizer: str  # first moments; "float32" or "bfloat16"
     matmul: str  # passes of float32 products: "default", "high" or "highest"
@@ -269,7 +270,7 @@ class RunConfig:
 _BEFORE_THESE_KEYS = {
     "train.new_parameters": [],
     "train.frozen_parameters": [],
-    "precision.frozen": "float32",
+    "precision.frozen": "",
 }
 
 _SECTIONS = {
@@ -312,7 +313,7 @@ _CHOICES = {
     "train.remat": REMAT,
     "mesh.on_overflow": ("error", "drop"),
     "precision.parameters": ("float32", "bfloat16"),
-    "precision.frozen": ("float32", "bfloat16"),
+    "precision.frozen": ("", "float32", "bfloat16"),
     "precision.compute": ("float32", "bfloat16"),
     "precision.optimizer": ("float32", "bfloat16"),
     "precision.matmul": ("default", "high", "highest"),
@@ -365,6 +366,11 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
             f"train.new_parameters={train.new_parameters} needs train.initial_checkpoint; without "
             "one all parameters are new"
         )
+    if c.precision.frozen and not train.frozen_parameters:
+        yield (
+            f"precision.frozen={c.precision.frozen!r} needs train.frozen_parameters; the dtype of "
+            "all others is precision.parameters"
+        )
     yield from _data_problems(c.data)
     if "speculation" in c.evaluation.suites and not c.model.mtp_steps:
         yield "evaluation.suites has 'speculation', but model.mtp_steps=0: there is no MTP module"
@@ -372,8 +378,9 @@ def _run_problems(c: RunConfig) -> Iterable[str]:
         yield not_divisible(
             "train.global_batch_size", train.global_batch_size, "data.num_shards", c.data.num_shards
         )
-    if c.precision.parameters == "bfloat16" and c.precision.compute == "float32":
-        yield "precision.compute='float32' contradicts parameters='bfloat16'; use bfloat16 for both"
+    for key in ("parameters", "frozen"):
+        if getattr(c.precision, key) == "bfloat16" and c.precision.compute == "float32":
+            yield f"precision.compute='float32' contradicts {key}='bfloat16'; use bfloat16 for both"
     yield from _mesh_problems(c.mesh)
 
 

@@ -219,15 +219,36 @@ def weights(params: nnx.State, mesh: Any, frozen: Iterable[str] = ()) -> list[We
     ]
 
 
-def spared_flops(config: ModelConfig, params: Iterable[Weight]) -> float:
-    """Operations per token of gradients that a step does not compute, as their matrix is frozen.
+def spared_flops(
+    config: ModelConfig,
+    params: Sequence[Weight],
+    s: int,
+    *,
+    remat: str = "none",
+    seen: float = 0.5,
+) -> float:
+    """Operations per token that a step does not execute since parameters are frozen.
 
-    Those of activations are all counted as computed, though a step needs none below the lowest
-    parameter that it trains.
+    They are the gradients of frozen matrices and, if all layers below the head and the MTP module
+    are frozen, these layers' whole backward pass. The gradients of only some of several equal
+    neighbouring layers are counted as spared, though with `remat` they are computed all the same.
+
+    Args:
+      config: the model's config.
+      params: its parameters.
+      s: tokens in a sequence.
+      remat: `train.remat`; "none": of the operations without any recomputation.
+      seen: share of the s × s scores that are computed.
     """
     heads = 1 + config.mtp_steps
     uses = {"lm_head": heads, "embed_tokens": heads if config.tie_word_embeddings else 0}
     spared = 0.0
+    if not _backward_through_layers(params):
+        layers = forward_flops(config, s, seen=seen, mtp=False)
+        spared = 2 * (sum(layers.values()) - layers["head"])
+        spared += executed_flops(config, s, remat=remat, seen=seen)
+        spared -= executed_flops(config, s, remat="none", seen=seen)
+        params = [p for p in params if not _stacked(p)]
     for p in params:
         if p.frozen:
             times = uses.get(p.name, config.mtp_steps if p.name.startswith("mtp/") else 1)
@@ -278,6 +299,7 @@ def memory(
             kept += full * tokens * c.num_attention_heads * c.head_dim * width / sizes["tensor"]
     else:
         kept = sum(layers)
+    kept *= _backward_through_layers(params)
     in_a_pass = {
         # Copies of the weights in the compute dtype, or beside those of equal layers.
         "parameters to multiply with": float(
@@ -301,9 +323,11 @@ def memory(
     rows = max(1, tokens * sizes["context"] // config.train.sequence_length)
     chunk = min(config.train.loss_chunk, config.train.sequence_length // sizes["context"])
     logits = rows * chunk * 8 * c.vocab_size / sizes["tensor"]
+    of_head = "embed_tokens" if c.tie_word_embeddings else "lm_head"
+    trained_head = not any(p.frozen and p.name == of_head for p in params)
     head = in_a_pass | {
         "gradients": summed,
-        "the head": (2 * 4 * (1 + bool(c.mtp_steps)) + width) * vocabulary + logits,
+        "the head": (2 * 4 * (1 + bool(c.mtp_steps)) * trained_head + width) * vocabulary + logits,
     }
     # The update is counted as three arrays of the gradients' size. Activations and copies are freed
     # by then. The embedding's gradient is not scattered either.
@@ -357,6 +381,11 @@ def _restacked(config: RunConfig, param: Weight) -> bool:
         return False
     layers, i = config.model.group, int(param.name.split("/")[2])
     return layers[i] in (layers[i - 1 : i] + layers[i + 1 : i + 2])
+
+
+def _backward_through_layers(params: Iterable[Weight]) -> bool:
+    """Whether anything in or below the layers has a gradient, but for the MTP module's layer."""
+    return not all(p.frozen for p in params if _stacked(p) or p.name == "embed_tokens")
 
 
 def _ways_in_use(param: Weight, sizes: Mapping[str, int]) -> int:
@@ -435,7 +464,7 @@ def step_seconds(
     tokens = _tokens_per_device(config, sizes) * train.gradient_accumulation_steps / sizes["tensor"]
     flops = tokens * (
         executed_flops(config.model, train.sequence_length, remat=train.remat)
-        - spared_flops(config.model, params)
+        - spared_flops(config.model, params, train.sequence_length, remat=train.remat)
     )
     updates = sum(p.own for p in params if not p.frozen) * 28 / chip.hbm_bandwidth
     compute = flops / (_EFFICIENCY * chip.flops) + updates

@@ -496,10 +496,24 @@ def _loaded_state(config: RunConfig, program: Program) -> TrainState:
 
 
 def _new_parameters(config: RunConfig) -> set[str]:
-    """The paths of the parameters that `train.new_parameters` means."""
-    globs = config.train.new_parameters
-    names = parameter_shapes(config.model) if globs else ()
-    return matching_names(names, globs, key="train.new_parameters")
+    """The paths of the parameters that `train.new_parameters` means.
+
+    Raises:
+      ValueError: a glob matches none, or some are frozen.
+    """
+    t = config.train
+    names = parameter_shapes(config.model) if t.new_parameters else ()
+    new = matching_names(names, t.new_parameters, key="train.new_parameters")
+    frozen = matching_names(
+        names, t.frozen_parameters if new else (), key="train.frozen_parameters"
+    )
+    if both := sorted(new & frozen):
+        raise ValueError(
+            f"train.new_parameters and train.frozen_parameters both match {', '.join(both)}, which "
+            "would stay as they are drawn; let one of them match less, such as 'groups/*/router' "
+            "in place of '*/router'"
+        )
+    return new
 
 
 def _log_program(config: RunConfig, mesh: Mesh, state: TrainState) -> None:

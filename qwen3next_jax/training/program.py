@@ -84,9 +84,9 @@ def new_model(config: RunConfig) -> Qwen3Next:
         remat=config.train.remat,
         moe_buffer_factor=config.mesh.moe_buffer_factor,
     )
-    _, frozen = split_frozen(nnx.state(model, nnx.Param), config)
-    dtype = config.precision.frozen
-    nnx.update(model, map_leaves(lambda n, x: x.astype(final_dtype(n, x.dtype, dtype)), frozen))
+    if dtype := config.precision.frozen:
+        _, frozen = split_frozen(nnx.state(model, nnx.Param), config)
+        nnx.update(model, map_leaves(lambda n, x: x.astype(final_dtype(n, x.dtype, dtype)), frozen))
     return model
 
 
