@@ -161,6 +161,19 @@ def test_a_chosen_dtype_is_that_of_all_but_the_decays(tmp_path):
     assert all(new[n] == given[n] for n in given if n.endswith(kept))
 
 
+@pytest.mark.parametrize("narrow", ["q_proj", "z_proj"])  # the first and the last of a tensor
+def test_a_tensor_of_parameters_in_two_dtypes_rounds_none_of_them(narrow, tmp_path):
+    model = random_model(small_config())
+    given = model.groups.layers[0].linear_attn
+    param = getattr(given, narrow)
+    param.set_value(param[...].astype(jnp.bfloat16))
+    q3n.save_hf(model, tmp_path / "new")
+    read = q3n.load_hf(tmp_path / "new").groups.layers[0].linear_attn
+    for name in ("q_proj", "k_proj", "v_proj", "z_proj"):
+        assert getattr(read, name).dtype == jnp.float32
+        np.testing.assert_array_equal(getattr(read, name)[...], getattr(given, name)[...])
+
+
 def test_a_quantized_checkpoint_is_told_by_its_config_in_few_words(tmp_path):
     given = tmp_path / "given"
     hf_directory.released(given, shards=1)
