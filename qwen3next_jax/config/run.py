@@ -128,8 +128,7 @@ class PrecisionConfig:
     """Dtypes; gates, norms, router and delta states are float32 throughout."""
 
     parameters: str  # master copies; "float32" or "bfloat16"
-    # Dtype of `train.frozen_parameters`; "": that of the others.
-    frozen: str = ""
+    frozen: str = ""  # of `train.frozen_parameters`; "": as `parameters`
     compute: str  # activations and matrix products; "float32" or "bfloat16"
     optimizer: str  # first moments; "float32" or "bfloat16"
     matmul: str  # passes of float32 products: "default", "high" or "highest"

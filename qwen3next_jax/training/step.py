@@ -101,8 +101,8 @@ def make_gradients(
     def micro_gradients(params, micro_batch, counts, earlier):
         """Gradients, the assignments so far (None without experts), and metrics."""
         trained, frozen = split_frozen(params, config)
-        gradients = jax.grad(micro_loss, has_aux=True)
-        grads, metrics = gradients(trained, frozen, micro_batch, counts, earlier)
+        by_trained = jax.grad(micro_loss, has_aux=True)
+        grads, metrics = by_trained(trained, frozen, micro_batch, counts, earlier)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return grads, metrics.pop("assignments", None), metrics
 
