@@ -256,8 +256,9 @@ def test_what_is_frozen_has_no_gradients_moments_nor_traffic_of_them():
     # Gradients of experts are a third of their operations, and nothing of an update is left.
     rest = [x[0] for x in seconds]
     assert 0.5 * rest[0] < rest[1] < 0.9 * rest[0]
-    fitting = [rank(of, state, CHIPS["v5p"], 64, optimizer_width=6.0) for of in (c, frozen)]
-    assert len(fitting[1]) > 1.2 * len(fitting[0])  # more meshes and choices of remat
+    fitting = [rank(of, state, CHIPS["v5p"], 16, optimizer_width=6.0) for of in (c, frozen)]
+    assert fitting[1]
+    assert not fitting[0]
 
 
 def test_frozen_parameters_are_copied_for_products_only_beside_those_of_equal_layers():
