@@ -239,7 +239,7 @@ def test_steps_leave_frozen_parameters_as_they_are_and_the_norm_and_the_moments_
         ),
     ],
 )
-def test_a_run_in_which_nothing_or_a_name_of_no_parameter_would_be_frozen_is_refused(
+def test_a_run_that_would_freeze_everything_or_what_no_parameter_is_called_is_refused(
     globs, problem
 ):
     config = small_config("unread", train__frozen_parameters=globs)
