@@ -148,9 +148,9 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     if kind == "dense":  # compilation of the others would take minutes
         assert lowered.compile().cost_analysis()["flops"] == pytest.approx(counted, rel=0.01)
     weights = costs.weights(params, abstract_mesh(ONE), config.train.frozen_parameters)
-    spared = costs.spared_flops(config.model, weights, T, remat=remat, seen=1.0)
-    assert (spared > 0) == kind.startswith("frozen")
-    ours = 2 * T * (costs.executed_flops(config.model, T, remat=remat, seen=1.0) - spared)
+    executed = functools.partial(costs.executed_flops, config.model, T, remat=remat, seen=1.0)
+    assert (executed(params=weights) < executed()) == kind.startswith("frozen")
+    ours = 2 * T * executed(params=weights)
     # The compiler counts norms, gates and softmaxes too, about 1 in the model dimension.
     assert counted == pytest.approx(ours, rel=0.02)
 
@@ -279,6 +279,8 @@ def test_frozen_parameters_are_copied_for_products_only_beside_those_of_equal_la
 
 def test_a_frozen_head_has_no_gradient_and_frozen_layers_keep_nothing():
     c = run_config("80b_a3b")
+    # With all logits at once, the head is where most memory is held.
+    c = dataclasses.replace(c, train=dataclasses.replace(c.train, loss_chunk=4096))
     params = make_program(c, abstract_mesh(ONE)).state.params
     held = []
     for globs in (("groups/*", "embed_tokens"), ("groups/*", "embed_tokens", "lm_head")):
@@ -286,8 +288,7 @@ def test_a_frozen_head_has_no_gradient_and_frozen_layers_keep_nothing():
         held.append(costs.memory(c, weights, ONE, optimizer_width=6.0))
         assert held[-1]["kept activations"] == 0
     vocabulary = c.model.vocab_size * c.model.hidden_size
-    if "the head" in held[0]:
-        assert held[0]["the head"] - held[1]["the head"] == 2 * 8 * vocabulary
+    assert held[0]["the head"] - held[1]["the head"] == 2 * 8 * vocabulary
 
 
 def test_the_yardstick_is_the_model_of_its_config():

@@ -105,9 +105,8 @@ def _model(config: RunConfig, program: Program) -> dict[str, Any]:
 
     forward = costs.forward_flops(c, s)
     flops = sum(forward.values())
-    training = costs.train_flops(c, s) - costs.spared_flops(c, weights, s)
-    executed = costs.executed_flops(c, s, remat=t.remat)
-    executed -= costs.spared_flops(c, weights, s, remat=t.remat)
+    training = costs.train_flops(c, s, weights)
+    executed = costs.executed_flops(c, s, remat=t.remat, params=weights)
     print(f"\nOperations a token, forward, at {s:,} tokens of context: {flops / 1e9:.3f} G")
     _table({part: f"{n / 1e9:.3f} G" for part, n in forward.items()})
     print(
@@ -203,8 +202,7 @@ def _compiled(config: RunConfig, program: Program, chip: Chip, places: int) -> d
     low, high = e.step_seconds
     tokens = t.global_batch_size * t.sequence_length / places
     weights = _weights(config, program, _ONE)
-    flops = costs.train_flops(config.model, t.sequence_length)
-    flops -= costs.spared_flops(config.model, weights, t.sequence_length)
+    flops = costs.train_flops(config.model, t.sequence_length, weights)
     mfu = tokens * flops / high / chip.flops
     print(f"  compiled in {compiled.seconds:.0f} s")
     print(f"  memory a device: {used / 1e9:.2f} GB of {chip.hbm / 1e9:.1f} GB")

@@ -113,12 +113,25 @@ def forward_flops(
     return dict(parts)
 
 
-def train_flops(config: ModelConfig, s: int) -> float:
-    """Operations per token of training, as MFU counts them: three times the forward pass."""
-    return 3 * sum(forward_flops(config, s).values())
+def train_flops(config: ModelConfig, s: int, params: Sequence["Weight"] = ()) -> float:
+    """Operations per token of training, as MFU counts them: three times the forward pass.
+
+    Args:
+      config: the model's config.
+      s: tokens in a sequence.
+      params: the model's parameters, of which some are frozen; (): all are trained.
+    """
+    return executed_flops(config, s, remat="none", params=params)
 
 
-def executed_flops(config: ModelConfig, s: int, *, remat: str, seen: float = 0.5) -> float:
+def executed_flops(
+    config: ModelConfig,
+    s: int,
+    *,
+    remat: str,
+    seen: float = 0.5,
+    params: Sequence["Weight"] = (),
+) -> float:
     """Operations per token that a step executes, which include recomputation of the layers.
 
     Head and MTP module are not recomputed: the cross-entropy computes its gradients in the forward
@@ -129,9 +142,11 @@ def executed_flops(config: ModelConfig, s: int, *, remat: str, seen: float = 0.5
       s: tokens in a sequence.
       remat: `train.remat`.
       seen: share of the s × s scores that are computed.
+      params: the model's parameters, of which some are frozen; (): all are trained.
     """
     flops = 3 * sum(forward_flops(config, s, seen=seen).values())
-    if remat != "none":
+    flops -= _spared_flops(config, params, s, seen=seen)
+    if remat != "none" and not _layers_are_frozen(params):
         layers = forward_flops(config, s, seen=seen, mtp=False)
         flops += sum(layers.values()) - layers["head"]
         if remat == "layer_but_attention":
@@ -219,35 +234,19 @@ def weights(params: nnx.State, mesh: Any, frozen: Iterable[str] = ()) -> list[We
     ]
 
 
-def spared_flops(
-    config: ModelConfig,
-    params: Sequence[Weight],
-    s: int,
-    *,
-    remat: str = "none",
-    seen: float = 0.5,
-) -> float:
+def _spared_flops(config: ModelConfig, params: Sequence[Weight], s: int, *, seen: float) -> float:
     """Operations per token that a step does not execute since parameters are frozen.
 
-    They are the gradients of frozen matrices and, if all layers below the head and the MTP module
-    are frozen, these layers' whole backward pass. The gradients of only some of several equal
+    They are the gradients of frozen matrices and, if all layers are frozen, of their activations,
+    but not what is recomputed for these. The gradients of only some of several equal
     neighbouring layers are counted as spared, though with `remat` they are computed all the same.
-
-    Args:
-      config: the model's config.
-      params: its parameters.
-      s: tokens in a sequence.
-      remat: `train.remat`; "none": of the operations without any recomputation.
-      seen: share of the s × s scores that are computed.
     """
     heads = 1 + config.mtp_steps
     uses = {"lm_head": heads, "embed_tokens": heads if config.tie_word_embeddings else 0}
     spared = 0.0
-    if not _backward_through_layers(params):
+    if _layers_are_frozen(params):
         layers = forward_flops(config, s, seen=seen, mtp=False)
         spared = 2 * (sum(layers.values()) - layers["head"])
-        spared += executed_flops(config, s, remat=remat, seen=seen)
-        spared -= executed_flops(config, s, remat="none", seen=seen)
         params = [p for p in params if not _stacked(p)]
     for p in params:
         if p.frozen:
@@ -299,7 +298,7 @@ def memory(
             kept += full * tokens * c.num_attention_heads * c.head_dim * width / sizes["tensor"]
     else:
         kept = sum(layers)
-    kept *= _backward_through_layers(params)
+    kept *= not _layers_are_frozen(params)
     in_a_pass = {
         # Copies of the weights in the compute dtype, or beside those of equal layers.
         "parameters to multiply with": float(
@@ -383,9 +382,13 @@ def _restacked(config: RunConfig, param: Weight) -> bool:
     return layers[i] in (layers[i - 1 : i] + layers[i + 1 : i + 2])
 
 
-def _backward_through_layers(params: Iterable[Weight]) -> bool:
-    """Whether anything in or below the layers has a gradient, but for the MTP module's layer."""
-    return not all(p.frozen for p in params if _stacked(p) or p.name == "embed_tokens")
+def _layers_are_frozen(params: Iterable[Weight]) -> bool:
+    """Whether nothing in or below the layers has a gradient, so that they need no backward pass.
+
+    The MTP module's layer is not one of them.
+    """
+    frozen = [p.frozen for p in params if _stacked(p) or p.name == "embed_tokens"]
+    return bool(frozen) and all(frozen)
 
 
 def _ways_in_use(param: Weight, sizes: Mapping[str, int]) -> int:
@@ -462,9 +465,8 @@ def step_seconds(
     """
     train = config.train
     tokens = _tokens_per_device(config, sizes) * train.gradient_accumulation_steps / sizes["tensor"]
-    flops = tokens * (
-        executed_flops(config.model, train.sequence_length, remat=train.remat)
-        - spared_flops(config.model, params, train.sequence_length, remat=train.remat)
+    flops = tokens * executed_flops(
+        config.model, train.sequence_length, remat=train.remat, params=params
     )
     updates = sum(p.own for p in params if not p.frozen) * 28 / chip.hbm_bandwidth
     compute = flops / (_EFFICIENCY * chip.flops) + updates
