@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwen3next_jax.checkpoint import safetensors_files
+from qwen3next_jax.checkpoint import fp8, safetensors_files
 from qwen3next_jax.checkpoint.parameters import (
     build_model,
     final_dtype,
@@ -30,7 +30,7 @@ from qwen3next_jax.checkpoint.parameters import (
 )
 from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
 from qwen3next_jax.command import partial_path
-from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.config import ModelConfig, fp8_block, read_json
 from qwen3next_jax.data.chat import ADDITIONAL_TEMPLATES
 from qwen3next_jax.data.tokenizer import TOKENIZER_FILES
 from qwen3next_jax.model.decoder import Qwen3Next
@@ -65,7 +65,8 @@ def load_hf(
     Args:
       directory: path of a directory with config.json and safetensors.
       dtype: dtype of parameters and activations, float32 or bfloat16; `A_log` and `dt_bias` stay
-        as stored. None: parameters as stored, activations in the embedding's dtype.
+        as stored. None: parameters as stored, those in FP8 as bfloat16, and activations in the
+        embedding's dtype.
       mesh: mesh over which `parallel/mesh.py` shards the parameters; each process then reads only
         its devices' shards. None: one device.
       rope_scaling: replacement for the config's; {} disables YaRN.
@@ -172,7 +173,8 @@ def open_hf(directory: pathlib.Path, dtype: Any = None, new: Collection[str] = (
 
     Args:
       directory: path of a directory with config.json and safetensors.
-      dtype: dtype of the parameters except `A_log` and `dt_bias`; None: as stored.
+      dtype: dtype of the parameters except `A_log` and `dt_bias`; None: as stored, and bfloat16
+        for FP8.
       new: paths of parameters that are not to be read, of which there may be no tensor.
 
     Raises:
@@ -180,7 +182,11 @@ def open_hf(directory: pathlib.Path, dtype: Any = None, new: Collection[str] = (
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; expected a Hugging Face checkpoint")
-    tensors, problems, lost = safetensors_files.read_directory(directory)
+    try:
+        block = fp8_block(read_json(directory / "config.json"))
+    except (ValueError, OSError):
+        block = None  # `_described` says why
+    tensors, problems, lost = fp8.read_directory(directory, block)
     stored = tensors.stored
     try:
         config = _described(directory, [*stored, *lost])

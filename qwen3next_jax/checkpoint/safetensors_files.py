@@ -57,8 +57,14 @@ class TensorFiles(Mapping[str, np.ndarray]):
             sync(file)
 
 
-def read_directory(directory: pathlib.Path) -> tuple[TensorFiles, list[str], set[str]]:
+def read_directory(
+    directory: pathlib.Path, dtypes: Mapping[str, np.dtype] = DTYPES
+) -> tuple[TensorFiles, list[str], set[str]]:
     """Reads the headers of a checkpoint in one file or several.
+
+    Args:
+      directory: path of the checkpoint.
+      dtypes: dtypes by the format's names; tensors of others are problems.
 
     Returns:
       The tensors; the problems of the files; the names of tensors that these problems made
@@ -84,7 +90,7 @@ def read_directory(directory: pathlib.Path) -> tuple[TensorFiles, list[str], set
 
     lost = set()
     for name in files:
-        found, complaints = _read_header(directory / name)
+        found, complaints = _read_header(directory / name, dtypes)
         problems += complaints
         indexed = {tensor for tensor, file in weight_map.items() if file == name}
         for tensor in found.keys() & stored.keys():
@@ -179,7 +185,9 @@ def sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _read_header(file: pathlib.Path) -> tuple[dict[str, Stored], list[str]]:
+def _read_header(
+    file: pathlib.Path, dtypes: Mapping[str, np.dtype]
+) -> tuple[dict[str, Stored], list[str]]:
     """The tensors of a file that can be read, and what is wrong with it."""
     name = file.name
     if not file.is_file():
@@ -208,13 +216,13 @@ def _read_header(file: pathlib.Path) -> tuple[dict[str, Stored], list[str]]:
     # Tensors with problems are included too, so that they are not also reported as missing.
     stored = {}
     for tensor, (code, shape, start, stop) in places.items():
-        dtype = DTYPES.get(code)
+        dtype = dtypes.get(code)
         stored[tensor] = Stored(file, origin + start, dtype or np.dtype(np.uint8), shape)
         if dtype is None:
             others[code] += 1
             if others[code] == 1:  # a quantized checkpoint has thousands of them
                 problems.append(
-                    f"unsupported dtype: {tensor} is {code}, expected {' or '.join(DTYPES)}"
+                    f"unsupported dtype: {tensor} is {code}, expected {' or '.join(dtypes)}"
                 )
         elif start < 0 or stop - start != int(np.prod(shape)) * dtype.itemsize:
             problems.append(

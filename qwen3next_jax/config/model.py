@@ -222,6 +222,8 @@ class ModelConfig:
     @classmethod
     def _from_mapping(cls, given: dict[str, Any], *, refuse_unknown: bool) -> "ModelConfig":
         _check_model_type(given)
+        if fp8_block(given) is not None:
+            del given["quantization_config"]  # says how the files are read
         dense = given["model_type"] == "qwen3"
         kept = given.get("extra") or {}  # where a run's config stores keys the model does not read
         if not isinstance(kept, Mapping):
@@ -287,6 +289,30 @@ class ModelConfig:
         return {**self.to_hf(), **{name: getattr(self, name) for name in self.NOT_IN_HF}}
 
 
+def fp8_block(given: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of the blocks that share a scale, by a `config.json`; None: no FP8.
+
+    Raises:
+      ValueError: the weights are quantized in another way.
+    """
+    quantized = given.get("quantization_config")
+    if not quantized:
+        return None
+    method, only = quantized, ""
+    if isinstance(quantized, Mapping):
+        method, block = quantized.get("quant_method"), quantized.get("weight_block_size")
+        if method == "fp8":
+            if isinstance(block, list | tuple) and [type(n) for n in block] == [int, int]:
+                rows, columns = block
+                if rows > 0 and columns > 0:
+                    return rows, columns
+            only = f" with weight_block_size={block!r}, only with [rows, columns]"
+    raise ValueError(
+        f"The checkpoint is quantized ({method}), which is not supported{only}; take the same "
+        "model in bfloat16 or float32, whose config.json has no quantization_config"
+    )
+
+
 def _check_model_type(given: Mapping[str, Any]) -> None:
     model_type = given.get("model_type")
     if model_type not in ("qwen3_next", "qwen3"):
@@ -294,12 +320,6 @@ def _check_model_type(given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"model_type={model_type!r} is not supported; expected 'qwen3_next' or 'qwen3'"
             + (ours if "model" in given else "")
-        )
-    if quantized := given.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
-        raise ValueError(
-            f"The checkpoint is quantized ({method}), which is not supported; take the same model "
-            "in bfloat16 or float32, whose config.json has no quantization_config"
         )
 
 
