@@ -88,7 +88,7 @@ def from_hf(src: pathlib.Path, dst: pathlib.Path, *, dtype: Any = None) -> None:
         found = hf.open_hf(src, dtype)
 
         def read(path, dtype, block):
-            return found.table.read(found.tensors, path, block, dtype)
+            return found.table.read(found.tensors.take, path, block, dtype)
 
         arrays = {
             f"params/{path}": Streamed(

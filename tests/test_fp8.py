@@ -7,26 +7,31 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from launched import run_python
+from oracles import SMALL
 from test_hugging_face import our_logits, their_logits
 from transformers import AutoModelForCausalLM
 
 import qwen3next_jax as q3n
-from qwen3next_jax.checkpoint import fp8
 from qwen3next_jax.checkpoint.hugging_face import open_hf
+from qwen3next_jax.config import ModelConfig
 from qwen3next_jax.convert import main
 
+UNLIKE = "model.layers.2.linear_attn.out_proj.weight"  # shares a parameter with that of layer 0
 
-def released(directory, block, *, fused=(), scale_dtype=torch.bfloat16, dtype=torch.bfloat16):
-    """Writes a checkpoint whose projections are FP8, but one of those that make up a parameter.
+
+def released(directory, block, *, fused=(), scale_dtype=torch.bfloat16):
+    """Writes a checkpoint whose projections are FP8, all but `UNLIKE`.
 
     Returns:
-      The tensors by name, those in FP8 as their exact products in float32.
+      The tensors by name, those in FP8 as their products in float32.
     """
-    tensors = hf_directory.released(directory, fused=fused, dtype=dtype, shards=1)
+    tensors = hf_directory.released(directory, fused=fused, shards=1)
+    assert UNLIKE in tensors
     stored, products = {}, {}
     for name, tensor in tensors.items():
         stored[name] = products[name] = tensor
-        if "_proj" not in name or name == "model.layers.1.linear_attn.out_proj.weight":
+        if "_proj" not in name or name == UNLIKE:
             continue
         *experts, rows, columns = tensor.shape
         blocks = -(-rows // block[0]), -(-columns // block[1])
@@ -94,17 +99,47 @@ def test_conversion_reads_them_too_and_writes_bfloat16(tmp_path):
     }
 
 
-def test_a_product_is_computed_once_for_each_parameter_that_has_a_part_in_it(tmp_path, monkeypatch):
+def test_a_part_of_a_parameter_is_computed_alone(tmp_path, monkeypatch):
     given = tmp_path / "given"
     released(given, (2, 4))
-    computed, product = [], fp8._product
-    monkeypatch.setattr(fp8, "_product", lambda *args: computed.append(1) or product(*args))
     hf = open_hf(given)
-    in_fp8 = {name for name in hf.tensors if name + "_scale_inv" in hf.tensors._files}
-    q3n.load_hf(given)
-    assert len(computed) == sum(
-        len(in_fp8.intersection(hf.table.tensors_of(path))) for path in hf.table.parameters
-    )
+    counts, take = [], np.take
+    monkeypatch.setattr(np, "take", lambda *args: counts.append(args[1].size) or take(*args))
+    path = "groups/layers/0/linear_attn/v_proj"
+    full = slice(None)
+    whole = hf.table.read(hf.tensors.take, path, (full,) * 4, np.dtype(np.float32))
+    assert sum(counts) == whole.size
+    block = (slice(1, 2), slice(3, 21), slice(1, 4), slice(5, 12))
+    counts.clear()
+    part = hf.table.read(hf.tensors.take, path, block, np.dtype(np.float32))
+    np.testing.assert_array_equal(part, whole[block])
+    assert sum(counts) == part.size
+
+
+MESH = """
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+import qwen3next_jax as q3n
+from qwen3next_jax.config import MeshConfig
+from qwen3next_jax.parallel.mesh import make_mesh
+
+mesh = make_mesh(MeshConfig(data=1, fsdp=4))
+split, whole = (jax.tree.leaves(nnx.state(q3n.load_hf(sys.argv[1], mesh=m))) for m in (mesh, None))
+for x, y in zip(split, whole, strict=True):
+    np.testing.assert_array_equal(x, y)
+print(sum(not x.is_fully_replicated for x in split), "are split")
+"""
+
+
+def test_a_mesh_reads_what_one_device_does(tmp_path):
+    given = tmp_path / "given"
+    released(given, (2, 4))
+    done = run_python("-c", MESH, given, devices=4, capture_output=True, check=True)
+    assert int(done.stdout.split()[0]) > 10
 
 
 def test_all_faults_of_the_scales_come_in_one_report(tmp_path):
@@ -114,6 +149,13 @@ def test_all_faults_of_the_scales_come_in_one_report(tmp_path):
 
     def change(tensors):
         del tensors[f"{expert}.up_proj.weight_scale_inv"]
+        del tensors[f"{expert}.down_proj.weight"]
+        other = "model.layers.1.mlp.experts.0.{}_proj.weight"
+        gate, scale = other.format("gate"), other.format("up") + "_scale_inv"
+        tensors[gate] = tensors[gate][:-4].clone()  # and what belongs to it
+        tensors[gate + "_scale_inv"] = tensors[gate + "_scale_inv"][:-2].clone()
+        tensors[scale] = tensors[scale].to(torch.float8_e4m3fn)
+        tensors["another.weight"] = torch.zeros(4, 4).to(torch.float8_e4m3fn)
         name = f"{expert}.gate_proj.weight_scale_inv"
         tensors[name] = tensors[name][:-1].clone()
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
@@ -123,10 +165,15 @@ def test_all_faults_of_the_scales_come_in_one_report(tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded") as error:
         q3n.load_hf(given)
     assert sorted(line.strip() for line in str(error.value).splitlines()[1:]) == [
+        f"missing: {expert}.down_proj.weight [32, 20]",
         f"missing: {expert}.up_proj.weight_scale_inv [10, 8]",
+        "unexpected: another.weight [4, 4]",
         "unexpected: model.embed_tokens.weight_scale_inv [31, 8]",
-        "unsupported dtype: model.norm.weight [32] is no matrix, but F8_E4M3",
+        "unsupported dtype: model.layers.1.mlp.experts.0.up_proj.weight_scale_inv is F8_E4M3, "
+        "expected F32 or BF16",
+        "unsupported dtype: model.norm.weight [32] is F8_E4M3, but no matrix",
         f"wrong shape: {expert}.gate_proj.weight_scale_inv is [9, 8], expected [10, 8]",
+        "wrong shape: model.layers.1.mlp.experts.0.gate_proj.weight is [16, 32], expected [20, 32]",
     ]
 
 
@@ -151,3 +198,31 @@ def test_other_blocks_are_refused(block, tmp_path):
         q3n.load_hf(given)
     with pytest.raises(ValueError, match=r"quantized \(fp8\)"):
         q3n.ModelConfig.from_hf(given)
+
+
+def test_thousands_of_faults_of_a_kind_are_counted(tmp_path):
+    given = tmp_path / "given"
+    released(given, (2, 4))
+    edit_config(given, quant_method="fp8", weight_block_size=[128, 128])
+    with pytest.raises(ValueError, match=r"wrong shape: .*_scale_inv is") as error:
+        q3n.load_hf(given)
+    *lines, last = str(error.value).splitlines()
+    assert len(lines) == 1 + 100
+    scales = [n for n in safetensors.torch.load_file(given / "model.safetensors") if "_inv" in n]
+    assert last.strip() == f"wrong shape: {len(scales) - 100} more"
+
+
+def test_a_parameter_of_fp8_and_float32_needs_a_dtype(tmp_path):
+    given = tmp_path / "given"
+    released(given, (2, 4))
+    edit_tensors(given, lambda tensors: tensors.update({UNLIKE: tensors[UNLIKE].float()}))
+    with pytest.raises(ValueError, match=r"mixed dtypes: .*are float32 and float8_e4m3fn"):
+        q3n.load_hf(given)
+    q3n.load_hf(given, dtype="float32")
+
+
+def test_a_run_s_config_refuses_the_key_as_any_that_is_not_read():
+    given = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    assert ModelConfig.from_hf({**SMALL, **given}) == ModelConfig.from_hf(SMALL)
+    with pytest.raises(ValueError, match="quantization_config"):
+        ModelConfig.from_dict({**SMALL, **given})

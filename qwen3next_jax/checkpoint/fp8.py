@@ -2,84 +2,85 @@
 
 Beside a matrix such as `o_proj.weight` [out, in] in float8_e4m3fn there is
 `o_proj.weight_scale_inv`, of one number for each block of `weight_block_size` (in config.json);
-blocks at the ends may be smaller. The weight is their product, which is computed in float32 as the
-tensor is read, and rounded if bfloat16 is wanted: e4m3 times a bfloat16 scale fits in float32.
-Nothing is computed in FP8 here, and nothing is written in it.
+blocks at the ends may be smaller. The weight is their product. It is computed in float32, only
+where it is read, and rounded if bfloat16 is wanted. Nothing is computed in FP8 or written in it.
 """
 
 import pathlib
+from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
 from qwen3next_jax.checkpoint import safetensors_files
 from qwen3next_jax.checkpoint.parameters import shape_mismatches
-from qwen3next_jax.checkpoint.safetensors_files import TensorFiles
+from qwen3next_jax.checkpoint.safetensors_files import TensorFiles, View
 
 _FP8 = np.dtype(jnp.float8_e4m3fn)
 _DTYPES = {**safetensors_files.DTYPES, "F8_E4M3": _FP8}
+# Stored dtypes, and the dtypes that parameters get if none is asked for.
+READ_AS = {d: d if d != _FP8 else np.dtype(jnp.bfloat16) for d in _DTYPES.values()}
 _SCALE = "_scale_inv"
+_VALUES = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)  # a cast takes twice as long
 
 
-class ScaledFiles(TensorFiles):
-    """Tensors in files, of which those in FP8 are multiplied by their scales when they are read.
-
-    `stored` has no scales and says bfloat16 for FP8: such a parameter's dtype if none is requested.
-    """
+class WeightFiles(TensorFiles):
+    """A checkpoint's tensors, of which those in FP8 are multiplied by their scales when taken."""
 
     def __init__(self, files: TensorFiles, block: tuple[int, int]):
-        """Opens nothing yet. `block` has the rows and columns that share a scale."""
-        self._files, self._block = files, block
-        self._last: tuple[str, np.ndarray] | None = None
-        stored = dict(files.stored)
-        for name, s in files.stored.items():
-            if s.dtype == _FP8:
-                stored[name] = s._replace(dtype=np.dtype(jnp.bfloat16))
-                stored.pop(name + _SCALE, None)
-        super().__init__(stored)
+        """Opens nothing yet; a scale belongs to `block` = (rows, columns)."""
+        super().__init__(files.stored)
+        self._block = block
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        if self._files.stored[name].dtype != _FP8:
-            return self._files[name]
-        # Parts of a tensor, such as a head's queries, are read one after another.
-        if self._last is None or self._last[0] != name:
-            self._last = None  # so that only one is in memory
-            product = _product(self._files[name], self._files[name + _SCALE], self._block)
-            self._last = (name, product)
-        return self._last[1]
+    def take(self, name: str, view: View) -> np.ndarray:
+        """A view of a tensor; of one in FP8, the same view of its product, in float32."""
+        weight = view(self[name])
+        if weight.dtype != _FP8:
+            return weight
+        shape, scale = self.stored[name].shape, self[name + _SCALE].astype(np.float32)
+        # For each axis of the tensor, the number of the block that each entry lies in.
+        blocks = np.ix_(
+            *(np.arange(n) // b for n, b in zip(shape, self._blocks(shape), strict=True))
+        )
+        # Broadcast arrays take no memory, nor do their views.
+        blocks = tuple(view(np.broadcast_to(b, shape)) for b in blocks)
+        return np.take(_VALUES, weight.view(np.uint8)) * scale[blocks]
+
+    def mismatches(
+        self, weights: Mapping[str, tuple[int, ...]], lost: Collection[str]
+    ) -> list[str]:
+        """Names what is missing, unexpected or of another shape, be it weight or scale.
+
+        Args:
+          weights: expected shapes of all tensors but scales, by name.
+          lost: names that are missing for a reason already reported.
+        """
+        problems = []
+        wanted, found = dict(weights), {name: s.shape for name, s in self.stored.items()}
+        for name, shape in weights.items():
+            stored, scale = self.stored.get(name), name + _SCALE
+            if stored is None or stored.shape != shape or stored.dtype not in READ_AS:
+                found.pop(scale, None)  # the weight's own fault is reported
+            elif stored.dtype == _FP8 and len(shape) < 2:
+                problems.append(
+                    f"unsupported dtype: {name} {list(shape)} is F8_E4M3, but no matrix"
+                )
+                found.pop(scale, None)
+            elif stored.dtype == _FP8:
+                sizes = zip(shape, self._blocks(shape), strict=True)
+                wanted[scale] = tuple(-(-n // b) for n, b in sizes)
+                if scale in self.stored and self.stored[scale].dtype == _FP8:
+                    problems.append(f"unsupported dtype: {scale} is F8_E4M3, expected F32 or BF16")
+        return problems + shape_mismatches(wanted, found, lost)
+
+    def _blocks(self, shape):
+        return (*[1] * (len(shape) - 2), *self._block)
 
 
 def read_directory(
     directory: pathlib.Path, block: tuple[int, int] | None
-) -> tuple[TensorFiles, list[str], set[str]]:
-    """`safetensors_files.read_directory`, which takes FP8 if `block` gives the size of its blocks.
-
-    Returns:
-      The same three; tensors in FP8 have a scale of the right shape, unless there are problems.
-    """
-    if block is None:
-        return safetensors_files.read_directory(directory)
-    files, problems, lost = safetensors_files.read_directory(directory, _DTYPES)
-    scales = {}
-    for name, s in files.stored.items():
-        if s.dtype != _FP8:
-            continue
-        if len(s.shape) < 2:
-            problems.append(f"unsupported dtype: {name} {list(s.shape)} is no matrix, but F8_E4M3")
-            continue
-        *experts, rows, columns = s.shape
-        scales[name + _SCALE] = (*experts, -(-rows // block[0]), -(-columns // block[1]))
-    for name in lost:
-        files.stored.pop(name + _SCALE, None)  # not unexpected
-    found = {name: files.stored[name].shape for name in scales if name in files}
-    problems += shape_mismatches(scales, found, lost)
-    return ScaledFiles(files, block), problems, lost
-
-
-def _product(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    values = weight.astype(np.float32)
-    rows, columns = block
-    for i in range(scale.shape[-2]):
-        of_columns = np.repeat(scale[..., i, :].astype(np.float32), columns, axis=-1)
-        values[..., i * rows : (i + 1) * rows, :] *= of_columns[..., None, : values.shape[-1]]
-    return values
+) -> tuple[WeightFiles, list[str], set[str]]:
+    """`safetensors_files.read_directory`, with FP8 if the size of its blocks is given."""
+    dtypes = safetensors_files.DTYPES if block is None else _DTYPES
+    files, problems, lost = safetensors_files.read_directory(directory, dtypes)
+    return WeightFiles(files, block or (1, 1)), problems, lost

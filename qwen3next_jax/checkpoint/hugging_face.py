@@ -28,7 +28,7 @@ from qwen3next_jax.checkpoint.parameters import (
     parameter_shapes,
     shape_mismatches,
 )
-from qwen3next_jax.checkpoint.tensor_table import FileLayout, TensorTable
+from qwen3next_jax.checkpoint.tensor_table import FileLayout, Take, TensorTable
 from qwen3next_jax.command import partial_path
 from qwen3next_jax.config import ModelConfig, fp8_block, read_json
 from qwen3next_jax.data.chat import ADDITIONAL_TEMPLATES
@@ -40,6 +40,7 @@ from qwen3next_jax.parallel.names import map_leaves, named_leaves
 EXPERT_LAYOUTS = {"per_expert": (), "fused": ("model", "mtp")}
 _ARCHITECTURES = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _EMBED = "embed_tokens"
+_MOST_LINES = 100  # of a report, about one kind of fault; there may be 150,000 tensors
 
 
 class HFCheckpoint(NamedTuple):
@@ -48,7 +49,7 @@ class HFCheckpoint(NamedTuple):
     config: ModelConfig
     layout: FileLayout
     table: TensorTable
-    tensors: Mapping[str, np.ndarray]
+    tensors: fp8.WeightFiles
     dtypes: dict[str, np.dtype]  # dtypes that our parameters get, by path
 
 
@@ -155,15 +156,19 @@ def load_tensors(model: Qwen3Next, tensors: Mapping[str, Any]) -> None:
     layout = FileLayout.of(tensors, model.config)
     table = checked_table(model.config, layout, dict(named_leaves(params)))
     arrays = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+
+    def take(name: str, view: safetensors_files.View) -> np.ndarray:
+        return view(arrays[name])
+
     problems = shape_mismatches(table.shapes, {name: x.shape for name, x in arrays.items()})
     if not problems:
-        problems = _head_mismatch(arrays, layout, table)
+        problems = _head_mismatch(take, layout, table)
     if problems:
         raise ValueError("The tensors do not fit the config:\n  " + "\n  ".join(problems))
 
     def read(path: str, param: Any) -> jax.Array:
         whole = (slice(None),) * len(param.shape)
-        return jax.device_put(table.read(arrays, path, whole, param.dtype), param.sharding)
+        return jax.device_put(table.read(take, path, whole, param.dtype), param.sharding)
 
     nnx.update(model, map_leaves(read, params))
 
@@ -195,22 +200,21 @@ def open_hf(directory: pathlib.Path, dtype: Any = None, new: Collection[str] = (
     layout = FileLayout.of([*stored, *lost], config)
     table = checked_table(config, layout, new=new)
     if stored or not problems:
-        problems += shape_mismatches(
-            table.shapes, {name: s.shape for name, s in stored.items()}, lost
-        )
+        problems += tensors.mismatches(table.shapes, lost)
     dtypes = {}
     for path in table.parameters:
         found = {stored[name].dtype for name in table.tensors_of(path) if name in stored}
-        found &= set(safetensors_files.DTYPES.values())
-        dtypes[path] = final_dtype(path, next(iter(found), np.dtype(np.float32)), dtype)
-        if len(found) > 1 and final_dtype(path, None, dtype) is None:  # none was requested
+        found &= fp8.READ_AS.keys()
+        read_as = {fp8.READ_AS[d] for d in found}
+        dtypes[path] = final_dtype(path, next(iter(read_as), np.dtype(np.float32)), dtype)
+        if len(read_as) > 1 and final_dtype(path, None, dtype) is None:  # none was requested
             names = table.tensors_of(path)
             problems.append(
                 f"mixed dtypes: {names[0]} to {names[-1]}, one parameter of ours, are "
                 + " and ".join(sorted(d.name for d in found))
             )
     if not problems:
-        problems += _head_mismatch(tensors, layout, table)
+        problems += _head_mismatch(tensors.take, layout, table)
     if problems:
         raise _refused(directory, problems)
     return HFCheckpoint(config, layout, table, tensors, dtypes)
@@ -233,7 +237,7 @@ def read_parameter(
     """Reads one of our parameters; each process reads only its devices' shards."""
 
     def read(block: tuple[slice, ...]) -> np.ndarray:
-        return hf.table.read(hf.tensors, path, block, np.dtype(dtype))
+        return hf.table.read(hf.tensors.take, path, block, np.dtype(dtype))
 
     return read_array(hf.table.parameters[path], sharding, read)
 
@@ -411,10 +415,10 @@ def checked_table(
     return TensorTable(config, layout, wanted, new)
 
 
-def _head_mismatch(
-    tensors: Mapping[str, np.ndarray], layout: FileLayout, table: TensorTable
-) -> list[str]:
-    if not layout.tied_head or _same_bits(tensors, *table.tensors_of(_EMBED)):
+def _head_mismatch(take: Take, layout: FileLayout, table: TensorTable) -> list[str]:
+    if not layout.tied_head:
+        return []
+    if _same_bits(take, table.parameters[_EMBED], *table.tensors_of(_EMBED)):
         return []
     return [
         "lm_head.weight differs from model.embed_tokens.weight, but the config says "
@@ -422,13 +426,23 @@ def _head_mismatch(
     ]
 
 
-def _same_bits(tensors: Mapping[str, np.ndarray], a: str, b: str) -> bool:
-    rows = max(1, 2**24 // tensors[a].shape[1])
-    return all(
-        tensors[a][i : i + rows].tobytes() == tensors[b][i : i + rows].tobytes()
-        for i in range(0, len(tensors[a]), rows)
-    )
+def _same_bits(take: Take, shape: tuple[int, ...], *names: str) -> bool:
+    """Whether tensors of this shape are equal to the bit."""
+    rows = max(1, 2**24 // shape[1])
+
+    def bits(name: str, first: int) -> bytes:
+        return take(name, lambda t: t[first : first + rows]).tobytes()
+
+    return all(len({bits(name, i) for name in names}) == 1 for i in range(0, shape[0], rows))
 
 
 def _refused(directory: pathlib.Path, problems: list[str]) -> ValueError:
-    return ValueError(f"{directory} cannot be loaded:\n  " + "\n  ".join(problems))
+    by_kind: dict[str, list[str]] = {}
+    for problem in problems:
+        by_kind.setdefault(problem.partition(":")[0], []).append(problem)
+    lines = []
+    for kind, of_kind in by_kind.items():
+        lines += of_kind[:_MOST_LINES]
+        if len(of_kind) > _MOST_LINES:
+            lines.append(f"{kind}: {len(of_kind) - _MOST_LINES} more")
+    return ValueError(f"{directory} cannot be loaded:\n  " + "\n  ".join(lines))

@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import numpy as np
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+View = Callable[[np.ndarray], np.ndarray]  # such as a transposition, or a slice of one
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -44,6 +45,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
         s = self.stored[name]
         mode: Any = self._mode
         return np.memmap(s.file, mode=mode, offset=s.offset, dtype=s.dtype, shape=s.shape)
+
+    def take(self, name: str, view: View) -> np.ndarray:
+        """A view of a tensor."""
+        return view(self[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qwen3next_jax.checkpoint.safetensors_files import View
 from qwen3next_jax.config import LINEAR, ModelConfig
 
 Block = tuple[slice, ...]
-View = Callable[[np.ndarray], np.ndarray]
+Take = Callable[[str, View], np.ndarray]  # from a tensor's name and a view to that view of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,28 +111,24 @@ class TensorTable:
         """The names of the tensors that make up a parameter."""
         return list(dict.fromkeys(name for name, _ in self._parts[path]))
 
-    def read(
-        self, tensors: Mapping[str, np.ndarray], path: str, block: Block, dtype: np.dtype
-    ) -> np.ndarray:
+    def read(self, take: Take, path: str, block: Block, dtype: np.dtype) -> np.ndarray:
         """Assembles a block of one of our parameters from the tensors that overlap it."""
         values = np.empty(
             [stop - start for start, stop in _bounds(block, self.parameters[path])], dtype
         )
-        for ours, theirs in self._overlaps(tensors, path, block):
-            values[ours] = theirs
+        for ours, name, view in self._overlaps(path, block):
+            values[ours] = take(name, view)
         return values
 
     def write(
         self, tensors: Mapping[str, np.ndarray], path: str, block: Block, values: np.ndarray
     ) -> None:
         """Writes a block of one of our parameters to its places in their tensors."""
-        for ours, theirs in self._overlaps(tensors, path, block):
-            theirs[...] = values[ours]
+        for ours, name, view in self._overlaps(path, block):
+            view(tensors[name])[...] = values[ours]
 
-    def _overlaps(
-        self, tensors: Mapping[str, np.ndarray], path: str, block: Block
-    ) -> Iterator[tuple[Block, np.ndarray]]:
-        """Yields, for each overlapping tensor, an index into the block and a view of the tensor."""
+    def _overlaps(self, path: str, block: Block) -> Iterator[tuple[Block, str, View]]:
+        """Yields, for each overlapping tensor, an index into the block, its name, and the view."""
         bounds = _bounds(block, self.parameters[path])
         starts = np.maximum(self._bounds[path][..., 0], bounds[:, 0])
         stops = np.minimum(self._bounds[path][..., 1], bounds[:, 1])
@@ -141,7 +138,7 @@ class TensorTable:
                 tuple(map(slice, starts[i] - origin, stops[i] - origin))
                 for origin in (bounds[:, 0], self._bounds[path][i, :, 0])
             )
-            yield inside, part.view(tensors[name])[there]
+            yield inside, name, partial(_within, view=part.view, there=there)
 
 
 def entries(config: ModelConfig, layout: FileLayout) -> Iterator[Entry]:
@@ -293,6 +290,10 @@ def _convolution(name: str, W: int, parts: Mapping[str, tuple[int, ...]]) -> Ent
 def _rows(t: np.ndarray, *, rows: slice, shape: tuple[int, ...]) -> np.ndarray:
     """Some of a matrix's rows as ours [inputs, outputs...]."""
     return t[rows].reshape(-1, t.shape[-1]).T.reshape(shape)
+
+
+def _within(t: np.ndarray, *, view: View, there: Block) -> np.ndarray:
+    return view(t)[there]
 
 
 def _placed(entry: Entry, there: str, here: str, repeat: int | None) -> Entry:

@@ -222,7 +222,7 @@ class ModelConfig:
     @classmethod
     def _from_mapping(cls, given: dict[str, Any], *, refuse_unknown: bool) -> "ModelConfig":
         _check_model_type(given)
-        if fp8_block(given) is not None:
+        if fp8_block(given) is not None and not refuse_unknown:
             del given["quantization_config"]  # says how the files are read
         dense = given["model_type"] == "qwen3"
         kept = given.get("extra") or {}  # where a run's config stores keys the model does not read
