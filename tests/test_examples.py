@@ -1,13 +1,19 @@
 """The shipped examples run as written, and the ablated layer of the study is the library's own."""
 
+import json
 import pathlib
 import sys
 
+import hf_directory
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import nnx
-from oracles import quick_jit
+from hf_tensors import dump_tensors
+from hf_tokenizer import make_tokenizer_json
+from oracles import DENSE, quick_jit, random_model, small_config
+from test_sft import TEMPLATE, chat
 
 import qwen3next_jax as q3n
 
@@ -18,7 +24,7 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 def examples_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
-    for name in ("modules_in_nnx", "modules_in_linen", "associative_recall"):
+    for name in ("modules_in_nnx", "modules_in_linen", "associative_recall", "lora"):
         sys.modules.pop(name, None)
 
 
@@ -85,3 +91,60 @@ def test_study_runs_and_reports(tmp_path):
     }
     for ending in ("json", "md", "png"):
         assert (tmp_path / f"associative_recall.{ending}").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "config", [small_config(num_hidden_layers=4, mtp_steps=1), q3n.ModelConfig.from_hf(DENSE)]
+)
+def test_low_rank_updates_are_nothing_at_first_and_then_of_that_rank_in_each_layer(config):
+    import lora
+
+    params = nnx.state(random_model(config), nnx.Param)
+    updates = lora.new_updates(params, rank=2)
+    before = dump_tensors(params, config)
+    for name, tensor in dump_tensors(lora.summed(params, updates, scale=2.0), config).items():
+        np.testing.assert_array_equal(tensor, before[name])
+    rng = np.random.default_rng(0)
+    updates = {path: (a, rng.standard_normal(b.shape)) for path, (a, b) in updates.items()}
+    ranks = {}
+    for name, tensor in dump_tensors(lora.summed(params, updates, scale=2.0), config).items():
+        change = np.asarray(tensor, np.float64) - np.asarray(before[name], np.float64)
+        # The sums are rounded to float32, so that what is beyond the rank is not quite zero.
+        ranks[name] = np.linalg.matrix_rank(change, tol=1e-4) if tensor.ndim == 2 else change.any()
+    for name, rank in ranks.items():
+        parts = {"in_proj_qkvz": 4, "q_proj": 1 + config.attention_output_gate}  # in one tensor
+        part = name.split(".")[-2]
+        assert rank == (2 * parts.get(part, 1) if has_update(name) else 0), name
+
+
+def has_update(name):
+    """Whether the example changes a tensor of this name."""
+    return name.endswith(("_proj.weight", "_proj_qkvz.weight")) and ".experts." not in name
+
+
+@pytest.mark.slow
+def test_low_rank_fine_tuning_learns_answers_and_writes_a_model_of_the_sums(tmp_path, capsys):
+    import lora
+
+    given, new = tmp_path / "given", tmp_path / "new"
+    tensors = hf_directory.released(given, name="chat", dtype=torch.float32)
+    make_tokenizer_json(given)
+    (given / "chat_template.jinja").write_text(TEMPLATE.read_text())
+    (given / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    chats = [json.dumps({"messages": chat(i)}) for i in range(200)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats))
+    arguments = [
+        f"--model={given}", f"--chats={tmp_path}/chats.jsonl", f"--output={new}", "--rank=4",
+        "--steps=40", "--batch=8", "--length=160", "--learning_rate=1e-2",
+        "--holdout_fraction=0.1",
+    ]  # fmt: skip
+    before, after = lora.main(arguments)
+    assert after < before / 2
+    written = hf_directory.read(new)
+    same = {name for name, tensor in tensors.items() if written[name] == hf_directory.bits(tensor)}
+    assert written.keys() == tensors.keys()
+    assert {name for name in tensors if not has_update(name)} == same
+    assert {"tokenizer.json", "chat_template.jinja"} <= {path.name for path in new.iterdir()}
+    with pytest.raises(SystemExit):
+        lora.main(arguments)
+    assert "exists; name a new directory" in capsys.readouterr().err
