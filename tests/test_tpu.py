@@ -40,6 +40,13 @@ def test_command_prints_one_object_as_its_last_line():
     assert last["memory_bytes"] == pytest.approx(sum(last["memory_by_part"].values()))
     assert last["fits"] is (last["memory_bytes"] <= CHIPS["v5p"].hbm)
     assert last["step_seconds"] > 0
+    assert last["frozen_parameters"] == 0
+    globs = ("*/mlp/gate_up_proj", "*/mlp/down_proj")
+    frozen = planned("--config=configs/80b_a3b.py", f"--config.train.frozen_parameters={globs}")
+    assert frozen["frozen_parameters"] == 49 * 512 * 3 * 2048 * 512  # the experts of all layers
+    assert frozen["parameters"] == last["parameters"]
+    assert frozen["memory_bytes"] < last["memory_bytes"]
+    assert frozen["step_seconds"] < last["step_seconds"]
 
 
 def test_command_says_what_is_wrong_with_a_topology():

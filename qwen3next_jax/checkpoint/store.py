@@ -251,14 +251,11 @@ class CheckpointStore:
         leaves = [arrays[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), index["extras"]
 
-    def restore_latest(
-        self, abstract_state: Any, *, partial: bool = False
-    ) -> tuple[int, Any, dict[str, Any]]:
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]]:
         """Reads the newest good checkpoint; warns of each damaged one it passes over.
 
         Args:
           abstract_state: see `restore`.
-          partial: see `restore`.
 
         Returns:
           The step, its state and its extras.
@@ -268,9 +265,7 @@ class CheckpointStore:
           ValueError: the newest undamaged one is of another state.
           DamagedCheckpointError: there are checkpoints, and all are damaged.
         """
-        return self.newest_good(
-            lambda step: (step, *self.restore(step, abstract_state, partial=partial))
-        )
+        return self.newest_good(lambda step: (step, *self.restore(step, abstract_state)))
 
     def newest_good(self, make: Callable[[int], Result]) -> Result:
         """Calls `make` with the newest step, and after damage with the next older one.
