@@ -5,19 +5,21 @@
     W + (α / r) A B     W [in, out] as it is, A [in, r] and B [r, out] trained, B zero at first
 
 DIR is a Hugging Face directory with a tokenizer and a chat template, MERGED becomes another one,
-with the sums for weights. All projections have such updates but the experts', which hold most of
-the parameters, and whose updates would each see few tokens.
+with the sums for weights. `MATRICES` are those that have updates; the experts have none: they hold
+most of the parameters, and the update of each would see few tokens.
 
 The sums are formed anew in each step, before the model is called, so that no module has to know of
 them; the gradient of a sum exists for a moment, gradients and moments of all else never do. The
-weights stay in the dtype of the files, A and B are float32. There are no checkpoints: a run that is
-killed begins again, and `train.py` is for those that take longer.
+weights stay, and the model computes, in the dtype of the files; A and B are float32. Chats that are
+longer than a row lose their ends. There are no checkpoints: a run that is killed begins again, and
+`train.py` is for those that take longer.
 
 Source: Hu et al., LoRA, arXiv:2106.09685.
 """
 
 import argparse
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -28,16 +30,18 @@ import jax.numpy as jnp
 import optax
 from absl import logging
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import qwen3next_jax as q3n  # noqa: E402
 from configs import sft  # noqa: E402
+from qwen3next_jax.command import friendly_errors  # noqa: E402
 from qwen3next_jax.config import RunConfig  # noqa: E402
 from qwen3next_jax.data.corpus import load_data  # noqa: E402
 from qwen3next_jax.data.pipeline import training_batches  # noqa: E402
+from qwen3next_jax.data.tokenizer import keep_tokenizer  # noqa: E402
 from qwen3next_jax.evaluation.perplexity import perplexity_in_training  # noqa: E402
 from qwen3next_jax.parallel.mesh import BATCH, make_mesh  # noqa: E402
 from qwen3next_jax.parallel.names import map_leaves, named_leaves  # noqa: E402
@@ -86,7 +90,12 @@ def summed(params, updates, *, scale):
 def run_config(args):
     """A fine-tuning run's config, for its data, its mesh and the sizes of its batches."""
     config = sft.get_config(args.model)
-    config.data.update(path=args.chats, holdout_fraction=args.holdout_fraction)
+    config.data.update(
+        path=args.chats,
+        holdout_fraction=args.holdout_fraction,
+        num_shards=1,
+        too_long="truncate",
+    )
     config.train.update(
         num_steps=args.steps,
         global_batch_size=args.batch,
@@ -111,6 +120,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.output.exists():  # said now, not after the training
         parser.error(f"--output={args.output} exists; name a new directory")
+    if args.rank < 1:
+        parser.error(f"--rank={args.rank} must be at least 1")
     logging.set_verbosity(logging.INFO)
 
     config = run_config(args)
@@ -136,31 +147,37 @@ def main(argv=None):
         def with_updates(params, updates):
             return summed(params, updates, scale=args.alpha / args.rank)
 
-        @jax.jit
+        everywhere = NamedSharding(mesh, PartitionSpec())  # every device has all of A and B
+
+        @functools.partial(jax.jit, donate_argnums=(1, 2), out_shardings=everywhere)
         def step(params, updates, state, batch):
             def loss(updates):
-                return q3n.loss(nnx.merge(graph, with_updates(params, updates)), batch)
+                summed_up = nnx.merge(graph, with_updates(params, updates))
+                return q3n.loss(summed_up, batch, chunk=t.loss_chunk)
 
             (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(updates)
             changes, state = optimizer.update(gradients, state)
             return optax.apply_updates(updates, changes), state, metrics["ce"]
 
-        updates = new_updates(params, rank=args.rank)
+        updates = jax.device_put(new_updates(params, rank=args.rank), everywhere)
         trained, all_ = (sum(x.size for x in jax.tree.leaves(p)) for p in (updates, params))
         logging.info("%s parameters, and %s in updates", f"{all_:,}", f"{trained:,}")
-        state = optimizer.init(updates)
+        state = jax.device_put(optimizer.init(updates), everywhere)
         before = evaluate(model)["eval_ce"]
         for number in range(1, t.num_steps + 1):
             batch = jax.device_put(next(rows), NamedSharding(mesh, BATCH))
             updates, state, ce = step(params, updates, state, batch)
             if number % 10 == 0:
                 logging.info("Step %d: %.4f nats a token", number, ce)
-        merged = nnx.merge(graph, jax.jit(with_updates)(params, updates))
+        # Not as one jitted function, which would copy the weights that have no updates.
+        merged = nnx.merge(graph, with_updates(params, updates))
         after = evaluate(merged)["eval_ce"]
     q3n.save_hf(merged, args.output)
+    keep_tokenizer(data.tokenizer, args.output, ends=data.ends())
     print(f"Held-out answers: {before:.4f} nats a token before, {after:.4f} now in {args.output}")
     return before, after
 
 
 if __name__ == "__main__":
-    main()
+    with friendly_errors():
+        main()

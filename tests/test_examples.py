@@ -16,6 +16,7 @@ from oracles import DENSE, quick_jit, random_model, small_config
 from test_sft import TEMPLATE, chat
 
 import qwen3next_jax as q3n
+from qwen3next_jax.parallel.names import named_leaves
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -106,8 +107,14 @@ def test_low_rank_updates_are_nothing_at_first_and_then_of_that_rank_in_each_lay
         np.testing.assert_array_equal(tensor, before[name])
     rng = np.random.default_rng(0)
     updates = {path: (a, rng.standard_normal(b.shape)) for path, (a, b) in updates.items()}
+    sums = lora.summed(params, updates, scale=2.0)
+    path = next(path for path in updates if path.endswith("self_attn/o_proj"))
+    a, b = (np.asarray(x[0], np.float64) for x in updates[path])  # of the first group of layers
+    was, became = (np.asarray(dict(named_leaves(tree))[path][0]) for tree in (params, sums))
+    # Rounded to float32; the numbers are of size 1.
+    np.testing.assert_allclose(became, was + 2 * (a @ b).reshape(was.shape), atol=1e-5)
     ranks = {}
-    for name, tensor in dump_tensors(lora.summed(params, updates, scale=2.0), config).items():
+    for name, tensor in dump_tensors(sums, config).items():
         change = np.asarray(tensor, np.float64) - np.asarray(before[name], np.float64)
         # The sums are rounded to float32, so that what is beyond the rank is not quite zero.
         ranks[name] = np.linalg.matrix_rank(change, tol=1e-4) if tensor.ndim == 2 else change.any()

@@ -21,6 +21,7 @@ _DTYPES = {**safetensors_files.DTYPES, "F8_E4M3": _FP8}
 # Stored dtypes, and the dtypes that parameters get if none is asked for.
 READ_AS = {d: d if d != _FP8 else np.dtype(jnp.bfloat16) for d in _DTYPES.values()}
 _SCALE = "_scale_inv"
+_AT_ONCE = 2**22  # entries, which take 8 bytes each beside the product
 _VALUES = np.arange(256, dtype=np.uint8).view(_FP8).astype(np.float32)  # a cast takes twice as long
 
 
@@ -44,7 +45,16 @@ class WeightFiles(TensorFiles):
         )
         # Broadcast arrays take no memory, nor do their views.
         blocks = tuple(view(np.broadcast_to(b, shape)) for b in blocks)
-        return np.take(_VALUES, weight.view(np.uint8)) * scale[blocks]
+        values = np.empty(weight.shape, np.float32)
+        rows = max(1, _AT_ONCE * len(weight) // weight.size)
+        for i in range(0, len(weight), rows):
+            some = slice(i, i + rows)
+            np.multiply(
+                np.take(_VALUES, weight[some].view(np.uint8)),
+                scale[tuple(b[some] for b in blocks)],
+                out=values[some],
+            )
+        return values
 
     def mismatches(
         self, weights: Mapping[str, tuple[int, ...]], lost: Collection[str]
