@@ -14,6 +14,7 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from shapes import config
@@ -34,6 +35,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--vs", choices=["transformers"])
     parser.add_argument("--contexts", help="prompt lengths, separated by commas")
     parser.add_argument("--checkpoint", help="a trained model with an MTP module")
@@ -54,11 +56,11 @@ def main():
 def compare(args):
     model_config = config(args.shape)
     if args.vs:
-        theirs = reference(args.shape)
-        model = nnx.eval_shape(lambda: Qwen3Next(model_config, rngs=nnx.Rngs(0)))
-        load_tensors(model, {name: p.numpy() for name, p in theirs.state_dict().items()})
+        theirs = reference(args.shape, args.dtype)
+        model = nnx.eval_shape(lambda: new_model(model_config, args))
+        load_tensors(model, {name: p.float().numpy() for name, p in theirs.state_dict().items()})
     else:
-        model = Qwen3Next(model_config, rngs=nnx.Rngs(0))
+        model = new_model(model_config, args)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model_config.vocab_size, (args.batch, args.prompt))
 
@@ -106,9 +108,9 @@ def compare(args):
 
 def curve(args):
     model_config = config(args.shape)
-    model = Qwen3Next(model_config, rngs=nnx.Rngs(0)).unstacked()
+    model = new_model(model_config, args).unstacked()
     without = config(args.shape, layer_types=["linear_attention"] * model_config.num_hidden_layers)
-    delta_only = Qwen3Next(without, rngs=nnx.Rngs(0)).unstacked()
+    delta_only = new_model(without, args).unstacked()
     rng, points = np.random.default_rng(0), []
     for context in map(int, args.contexts.split(",")):
         prompts = rng.integers(0, model_config.vocab_size, (args.batch, context)).tolist()
@@ -123,6 +125,10 @@ def curve(args):
             f"in {point['hybrid_prompt_seconds']:.1f} s"
         )
     return {"batch": args.batch, "curve": points}
+
+
+def new_model(model_config, args):
+    return Qwen3Next(model_config, rngs=nnx.Rngs(0), param_dtype=jnp.dtype(args.dtype))
 
 
 def decode_times(model, prompts, args):
@@ -193,13 +199,13 @@ def speculation(args):
     return result
 
 
-def reference(shape):
+def reference(shape, dtype):
     import torch
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(0)
     fields = {**config(shape).to_hf(), "eos_token_id": None}
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**fields)).eval()
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**fields)).eval().to(getattr(torch, dtype))
 
 
 def reference_tokens(model, prompts, new):

@@ -44,7 +44,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from configs import tiny
 from qwen3next_jax.checkpoint.hugging_face import load_tensors
 from qwen3next_jax.config import RunConfig
-from qwen3next_jax.ops.platform import COMPILER_OPTIONS
+from qwen3next_jax.ops.platform import forward_program
 from qwen3next_jax.parallel.mesh import make_mesh
 from qwen3next_jax.plan.costs import train_flops
 from qwen3next_jax.training.loss import complete_batch
@@ -240,11 +240,8 @@ class Ours:
             start = time.perf_counter()
             if self.forward:
                 tokens = jnp.asarray(tokens, jnp.int32)
-                forward = jax.jit(
-                    lambda params, tokens: nnx.merge(graph, params)(tokens),
-                    compiler_options=COMPILER_OPTIONS,
-                )
-                compiled = forward.lower(params, tokens).compile()
+                forward = forward_program(lambda params, tokens: nnx.merge(graph, params)(tokens))
+                compiled = forward(self.dtype).lower(params, tokens).compile()
                 self.step = lambda: jax.block_until_ready(compiled(params, tokens))
             else:
                 program = make_program(self.config, mesh)

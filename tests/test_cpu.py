@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3next_jax.ops.cpu import axis_sum, once, row_max, row_sum, small_products
-from qwen3next_jax.ops.platform import COMPILER_OPTIONS
+from qwen3next_jax.ops.cpu import axis_sum, gather, once, row_max, row_sum, small_products
+from qwen3next_jax.ops.platform import COMPILER_OPTIONS, forward_program
 
 
 @pytest.mark.parametrize("size", [1, 31, 64, 96, 4096])
@@ -89,3 +89,32 @@ def test_programs_of_many_tokens_leave_products_to_xla():
 
     assert not fused(COMPILER_OPTIONS)
     assert fused(None), "XLA's default has changed: measure again whether the option is of use"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gather_takes_what_the_index_says_and_so_does_its_gradient(dtype):
+    x = jax.random.normal(jax.random.key(0), (6, 3, 4)).astype(dtype)
+    index = jnp.array([[5, 0], [2, 2]])
+
+    def take(x, index):
+        return x[index, 1]
+
+    np.testing.assert_array_equal(jax.jit(lambda x: gather(take, x, index))(x), take(x, index))
+
+    def squares(compute):
+        return lambda x: (compute(x, index).astype(jnp.float32) ** 2).sum()
+
+    got = jax.grad(squares(functools.partial(gather, take)))(x)
+    np.testing.assert_array_equal(got, jax.grad(squares(take))(x))
+    assert got.any()
+
+
+def test_a_forward_program_in_bfloat16_uses_the_processor_s_products():
+    def product(x, y):
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+    for dtype, library in ((jnp.float32, False), (jnp.bfloat16, True)):
+        x = jnp.full((64, 64), 0.5, dtype)
+        program = forward_program(product)(x.dtype).lower(x, x).compile()
+        assert ("ynn_fusion" in program.as_text()) == library
+        np.testing.assert_array_equal(program(x, x), np.full((64, 64), 16))

@@ -1,5 +1,6 @@
 """The experts' feed-forward, kernels interpreted, against one dense feed-forward an expert."""
 
+import re
 import sys
 
 import jax
@@ -160,6 +161,33 @@ def test_rows_by_themselves_read_their_experts_matrices_where_they_lie(size, dty
     # Instead of nine rows' matrices there are sums of every eight of their entries, or every four.
     memory = program.lower(rows, weights, gate_up, down).compile().memory_analysis()
     assert memory.temp_size_in_bytes < len(rows) * gate_up[0].nbytes
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_a_loop_over_tokens_in_bfloat16_keeps_no_other_copy_of_the_matrices(block):
+    sizes = [block, 0] * 8
+    rows, weights, gate_up, down, _ = make(sizes, sum(sizes), "bfloat16")
+
+    @jax.jit
+    def program(rows, weights, gate_up, down):
+        def step(i, rows):
+            now = jnp.roll(jnp.asarray(sizes), i)
+            return expert_mlp(rows, weights, gate_up, down, now, block=block)
+
+        return jax.lax.fori_loop(0, 4, step, rows)
+
+    memory = program.lower(rows, weights, gate_up, down).compile().memory_analysis()
+    # Sums of every eight entries in float32, or copies of one expert's matrices.
+    assert memory.temp_size_in_bytes < 0.5 * (gate_up.nbytes + down.nbytes)
+
+
+def test_rows_in_bfloat16_are_converted_once_and_not_in_each_visit():
+    sizes = [16, 0, 16, 48]
+    rows, weights, gate_up, down, _ = make(sizes, sum(sizes), "bfloat16")
+    program = jax.jit(lambda *args: expert_mlp(*args, block=16))
+    args = rows, weights, gate_up, down, jnp.asarray(sizes)
+    text = program.lower(*args).compile().as_text()
+    assert len(re.findall(rf"\[{sum(sizes)},{D}\]\S* convert\(", text)) == 2  # to float32 and back
 
 
 def sparse_layer(config):

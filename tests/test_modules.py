@@ -224,10 +224,15 @@ def test_without_segment_ids_all_tokens_go_into_the_delta_rule_s_cache():
     np.testing.assert_allclose(after.q_tail, last, atol=1e-6)  # the same products
 
 
-def test_a_model_s_caches_hold_activations_in_its_compute_dtype():
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_a_model_s_caches_hold_activations_in_its_compute_dtype_or_float32_on_a_cpu(
+    platform, monkeypatch
+):
+    monkeypatch.setattr("qwen3next_jax.model.cache.platform", lambda: platform)
     caches = abstract_model(CONFIG, dtype=jnp.bfloat16).empty_cache(batch=1, slots=4)
     kinds = {name: x.dtype for cache in caches for name, x in cache._asdict().items()}
-    assert kinds == {**dict.fromkeys(kinds, jnp.bfloat16), "state": jnp.float32}
+    activations = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    assert kinds == {**dict.fromkeys(kinds, activations), "state": jnp.float32}
 
 
 @pytest.mark.parametrize("module", [GatedAttention, GatedDeltaNet])
@@ -398,3 +403,15 @@ def test_with_64_bits_states_and_losses_stay_of_32():
             X, drawn(X.shape[-1], 9), jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
         )
         assert total.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("into", [None, jnp.float32])
+def test_a_projection_of_bfloat16_is_rounded_once_and_copies_no_matrix(into):
+    x, w = drawn(B, T, 64).astype(jnp.bfloat16), drawn(64, 8, 128, seed=1).astype(jnp.bfloat16)
+    exact = np.einsum("btd,dnh->btnh", *(np.asarray(a, np.float64) for a in (x, w)))
+    program = jax.jit(lambda x, w: project(x, w, into=into)).lower(x, w).compile()
+    got = program(x, w)
+    assert got.dtype == (into or jnp.bfloat16)
+    rounding = 2**-8 if into is None else 2**-20
+    np.testing.assert_allclose(got.astype(jnp.float32), exact, rtol=rounding, atol=1e-5)
+    assert program.memory_analysis().temp_size_in_bytes < w.nbytes / 2

@@ -65,7 +65,7 @@ def test_an_evaluation_in_training_takes_the_rows_of_a_micro_batch(tmp_path, mon
         shapes.add(batch["tokens"].shape)
         return np.log(2) * batch["loss_weights"], 0  # a bit for each token
 
-    monkeypatch.setattr(perplexity_module, "_losses", losses)
+    monkeypatch.setattr(perplexity_module, "_losses", lambda dtype: losses)
     result = perplexity_in_training(config.train, data)(random_model(small_config()))
     assert shapes == {(2, config.train.sequence_length)}
     with pytest.raises(Stopped):

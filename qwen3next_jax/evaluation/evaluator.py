@@ -24,7 +24,7 @@ from qwen3next_jax.data.tokenizer import Tokenizer, split_stops
 from qwen3next_jax.inference.decode import Generation
 from qwen3next_jax.model.decoder import Qwen3Next
 from qwen3next_jax.ops.delta_rule import CHUNK
-from qwen3next_jax.ops.platform import COMPILER_OPTIONS
+from qwen3next_jax.ops.platform import forward_program
 from qwen3next_jax.ops.segments import default_positions
 from qwen3next_jax.parallel.mesh import BATCH, ROWS, mesh_of
 from qwen3next_jax.parallel.processes import ShouldStop, unless_stopped
@@ -130,15 +130,16 @@ class Evaluator:
 
     def _on_mesh(self, *arrays):
         """The results of `_score` on the host, whose rows are split over the mesh if any."""
+        score = _score(self.model.dtype)
         if self._mesh is None:
-            scores = _score(self._graph, None, self._params, *arrays)
+            scores = score(self._graph, None, self._params, *arrays)
         else:
             with jax.set_mesh(self._mesh):
                 sharding = NamedSharding(self._mesh, BATCH)
                 placed = [
                     jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in arrays
                 ]
-                scores = _score(self._graph, self._mesh, self._params, *placed)
+                scores = score(self._graph, self._mesh, self._params, *placed)
         return tuple(np.asarray(x) for x in scores)
 
     def generate(
@@ -264,7 +265,7 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if power > _SHORTEST and length <= power * 3 // 4 else power
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=COMPILER_OPTIONS)
+@functools.partial(forward_program, static_argnums=(0, 1))
 def _score(graph, mesh, params, tokens, targets, segments):
     model = nnx.merge(graph, params)
     positions = default_positions(tokens.shape, segments)

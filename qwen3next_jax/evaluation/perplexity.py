@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from flax import nnx
@@ -27,7 +26,7 @@ from qwen3next_jax.data.pipeline import evaluation_batches
 from qwen3next_jax.data.sources import Records
 from qwen3next_jax.evaluation.evaluator import Evaluator
 from qwen3next_jax.model.decoder import Qwen3Next
-from qwen3next_jax.ops.platform import COMPILER_OPTIONS
+from qwen3next_jax.ops.platform import forward_program
 from qwen3next_jax.parallel.processes import ShouldStop, unless_stopped
 from qwen3next_jax.training.loss import next_token_losses
 
@@ -59,7 +58,7 @@ def perplexity(
     graph, params = nnx.split(model)
     nats = tokens = dropped = 0.0
     for batch in batches:
-        losses, batch_dropped = _losses(graph, params, batch, chunk)
+        losses, batch_dropped = _losses(model.dtype)(graph, params, batch, chunk)
         dropped += float(batch_dropped)
         nats += float(losses.sum())
         tokens += float(batch["loss_weights"].sum())
@@ -69,7 +68,7 @@ def perplexity(
     return result | ({"eval_dropped_assignments": dropped} if dropped else {})
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=COMPILER_OPTIONS)
+@functools.partial(forward_program, static_argnums=(0, 3))
 def _losses(graph, params, batch, chunk):
     return next_token_losses(nnx.merge(graph, params), batch, chunk=chunk)
 

@@ -29,7 +29,7 @@ from qwen3next_jax.inference.sampling import Sampling, require_integers
 from qwen3next_jax.inference.speculative import draft, verify
 from qwen3next_jax.model.cache import accept, empty_cache
 from qwen3next_jax.model.decoder import Qwen3Next
-from qwen3next_jax.ops.platform import COMPILER_OPTIONS
+from qwen3next_jax.ops.platform import forward_program
 from qwen3next_jax.parallel.mesh import ROWS, mesh_of, no_mesh
 from qwen3next_jax.parallel.processes import exchange
 
@@ -193,7 +193,7 @@ class Generation:
         caches = place(self._empty_caches(model, widths))
         last_hidden = place(jnp.zeros((len(lengths), model.config.hidden_size), model.dtype))
         for tokens, first in _pieces(self._prompts, widths):
-            caches, last_hidden = _prefill(
+            caches, last_hidden = _prefill(model.dtype)(
                 structure,
                 params,
                 caches,
@@ -257,9 +257,7 @@ class _State(NamedTuple):
     accepted: Int[Array, "K"]  # tokens accepted so far, by position in the draft
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, donate_argnums=(2, 3), compiler_options=COMPILER_OPTIONS
-)
+@functools.partial(forward_program, static_argnums=0, donate_argnums=(2, 3))
 def _prefill(structure, params, caches, last_hidden, tokens, *, first, length):
     """Reads a piece of each prompt, and keeps the hidden state of the prompt's last token.
 

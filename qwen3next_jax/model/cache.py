@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig, require_known
 from qwen3next_jax.ops.delta_rule import gated_delta_rule
+from qwen3next_jax.ops.platform import platform
 
 
 class AttentionCache(NamedTuple):
@@ -89,12 +90,15 @@ def empty_cache(
       mixer: "linear_attention" or "full_attention".
       batch: number of sequences.
       slots: most tokens of a sequence; the cache of a delta layer does not depend on it.
-      dtype: dtype of keys, values and convolution inputs, which is that of the activations.
+      dtype: dtype of keys, values and convolution inputs, which is that of the activations; on a
+        CPU they are float32 in any case.
 
     Raises:
       ValueError: for an unknown mixer.
     """
     require_known("mixer", [mixer], (LINEAR, FULL))
+    if platform() == "cpu":
+        dtype = jnp.float32  # XLA:CPU converts all of a bfloat16 array to write a few entries
     if mixer == LINEAR:
         K, H = config.linear_num_key_heads, config.linear_key_head_dim
         N, P = config.linear_num_value_heads, config.linear_value_head_dim

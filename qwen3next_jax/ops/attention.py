@@ -136,7 +136,8 @@ def cached_attention(
 
     Args:
       q, k, v: queries, keys and values of the new tokens.
-      cached_k, cached_v: keys and values by slot, each in its product's fastest layout.
+      cached_k, cached_v: keys and values by slot, each in its product's fastest layout, and in any
+        dtype.
       lengths: number of filled slots of each row; the contents of later slots are ignored.
 
     Returns:
@@ -150,15 +151,14 @@ def cached_attention(
     causal = np.tile(np.tril(np.ones((T, T), bool)), (N // K, 1))
 
     def scores(k, product, mask):
-        return jnp.where(mask, H**-0.5 * _dot(product, q, k), MASKED)
+        return jnp.where(mask, H**-0.5 * _dot(product, q.astype(k.dtype), k), MASKED)
 
     new_scores = scores(k, "bkqh,bskh->bkqs", causal)
     if T <= _ONE_SHOT_QUERIES:
         old_scores = scores(cached_k, "bkqh,bkhs->bkqs", jnp.arange(S) < filled)
         weights = jax.nn.softmax(jnp.concatenate([old_scores, new_scores], -1), axis=-1)
-        weights = weights.astype(v.dtype)
-        out = _dot("bkqs,bksp->bkqp", weights[..., :S], cached_v)
-        out += _dot("bkqs,bskp->bkqp", weights[..., S:], v)
+        out = _dot("bkqs,bksp->bkqp", weights[..., :S].astype(cached_v.dtype), cached_v)
+        out += _dot("bkqs,bskp->bkqp", weights[..., S:].astype(v.dtype), v)
     else:
         block = min(_SLOTS, S)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.platform import platform
 
@@ -30,6 +30,39 @@ def once(function: Callable[..., Array], *args: Array) -> Array:
     if platform() != "cpu" or not args[-1].size:
         return function(*args)
     return jax.lax.cond(jnp.ravel(args[-1])[0] > 0, function, function, *args)
+
+
+def gather(
+    take: Callable[[Array, Array], Array], x: Float[Array, "..."], index: Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """take(x, index), without a copy of all of x.
+
+    XLA:CPU gathers bfloat16 as float32. It converts all of x first, and before a loop if it can, so
+    that the loop reads a copy of twice the size.
+
+    Args:
+      take: indexes its first argument by its second; linear in the first.
+      x: array of any shape and dtype.
+      index: what to take.
+    """
+    if platform() != "cpu" or x.dtype != jnp.bfloat16:
+        return take(x, index)
+    return _gather_bits(take, x, index)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gather_bits(take, x, index):
+    # Integers are gathered as they are. The barrier keeps XLA from moving the cast before a loop,
+    # where it would be a copy; beside the gather it is fused with it.
+    x, index = jax.lax.optimization_barrier((x, index))
+    bits = take(jax.lax.bitcast_convert_type(x, jnp.uint16), index)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@_gather_bits.defjvp
+def _gather_bits_jvp(take, primals, tangents):  # a cast of bits has no derivative
+    x, index = primals
+    return _gather_bits(take, x, index), take(tangents[0], index)
 
 
 def small_products(

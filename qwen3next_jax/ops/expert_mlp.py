@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.cpu import once
+from qwen3next_jax.ops.cpu import gather, once
 from qwen3next_jax.ops.grouped_matmul import MOST_ROWS, grouped_matmul, groups_of_blocks
 from qwen3next_jax.ops.grouped_matmul import default_implementation as default_grouped_matmul
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile
@@ -132,7 +132,7 @@ def _blocked(rows, weights, gate_up, down, group_sizes, block, lengths):
 
 def _blocked_forward(rows, weights, gate_up, down, group_sizes, block, lengths):
     plan = _plan(group_sizes, len(rows), block, lengths)
-    keep = [jnp.zeros((len(rows), gate_up.shape[3]), rows.dtype)] * 2
+    keep = [jnp.zeros((len(rows), gate_up.shape[3]), _carried(rows.dtype))] * 2
     out, *kept = _forward(rows, weights, gate_up, down, plan, block, lengths, keep)
     return out, (rows, weights, gate_up, down, plan, kept)
 
@@ -142,12 +142,19 @@ def _forward(rows, weights, gate_up, down, plan, block, lengths, keep=()):
 
     def visit(at, carry):
         out, *kept = carry
-        both = gate, up = _gate_and_up(at.rows(out), gate_up, at)
+        both = gate, up = _gate_and_up(at.rows(out).astype(rows.dtype), gate_up, at)
         hidden = _between(gate, up, at.rows(weights)).astype(rows.dtype)
         out = at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
         return out, *map(at.put, kept, both)
 
-    return _visit_all(visit, (rows, *keep), plan, block, lengths)
+    carry = (rows.astype(_carried(rows.dtype)), *keep)
+    out, *kept = _visit_all(visit, carry, plan, block, lengths)
+    return out.astype(rows.dtype), *kept
+
+
+def _carried(dtype):
+    """The dtype of rows that visits write to; XLA:CPU converts all of a bfloat16 array to do so."""
+    return jnp.float32 if platform() == "cpu" else dtype
 
 
 def _blocked_backward(block, lengths, residuals, d_out):
@@ -156,7 +163,7 @@ def _blocked_backward(block, lengths, residuals, d_out):
 
     def visit(at, carry):
         d_rows, d_weights, d_gate_up, d_down = carry
-        x, d_y = at.rows(rows), at.rows(d_rows)
+        x, d_y = at.rows(rows), at.rows(d_rows).astype(dtype)
         gate, up = (at.rows(products).astype(jnp.float32) for products in kept)
         hidden, pull = jax.vjp(_between, gate, up, at.rows(weights))
         *d_both, d_w = pull(_product("zrd,zfd->zrf", d_y, at.experts(down)))
@@ -170,13 +177,13 @@ def _blocked_backward(block, lengths, residuals, d_out):
         return at.put(d_rows, d_x), at.put(d_weights, d_w), d_gate_up, d_down
 
     start = (
-        d_out,
+        d_out.astype(_carried(dtype)),
         jnp.zeros_like(weights),
         jnp.zeros(gate_up.shape, jnp.float32),
         jnp.zeros(down.shape, jnp.float32),
     )
     d_rows, d_weights, d_gate_up, d_down = _visit_all(visit, start, plan, block, lengths)
-    return d_rows, d_weights, d_gate_up.astype(dtype), d_down.astype(dtype), None
+    return (d_rows.astype(dtype), d_weights, *(d.astype(dtype) for d in (d_gate_up, d_down)), None)
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -202,18 +209,18 @@ def _gathered_product(
     *lead, D, F = matrices.shape[1:]
     n = math.gcd(D, _SUMMED_AT_ONCE)
     x = x.reshape(*x.shape[:-1], n, D // n, 1).astype(jnp.float32)
-    taken = (
-        matrices.reshape(-1, *lead, n, D // n, F)
-        .at[index]
-        .get(mode="clip", wrap_negative_indices=False)
-        .astype(jnp.float32)
-    )
+    parts = matrices.reshape(-1, *lead, n, D // n, F)
+    taken = gather(_clipped, parts, index).astype(jnp.float32)
     total = _sum_of([x[..., i, :, :] * taken[..., i, :, :] for i in range(n)])
     while (n := math.gcd(total.shape[-2], _SUMS_AT_ONCE)) > 1:
         # Without `once`, XLA would fuse these sums with those they add, and copy the matrices.
         total = once(lambda x, n=n: _sum_of(jnp.split(x, n, axis=-2)), total)
     # What remains of sizes that have odd factors; a sum would be fused, too.
     return jnp.einsum("...kf,k->...f", total, jnp.ones(total.shape[-2]))
+
+
+def _clipped(x, *index):
+    return x.at[index].get(mode="clip", wrap_negative_indices=False)
 
 
 def _sum_of(summands):
@@ -242,7 +249,7 @@ class _Visit:
         return jax.lax.dynamic_update_slice_in_dim(x, values, self.start, axis=0)
 
     def experts(self, x, *rest):
-        return x.at[self.index, *rest].get(mode="clip", wrap_negative_indices=False)
+        return gather(lambda x, index: _clipped(x, index, *rest), x, self.index)
 
     def add(self, x, values, *rest):
         return x.at[self.index, *rest].add(values, mode="drop", wrap_negative_indices=False)
@@ -262,8 +269,7 @@ def _plan(group_sizes, rows, block, lengths):
         runs, left = left // length, left % length
         expert, used = groups_of_blocks(runs, rows // block // length, 1)
         start = first - (jnp.cumsum(runs) - runs) * length  # minus the blocks of earlier runs
-        start = start.at[expert].get(mode="clip", wrap_negative_indices=False)
-        start += jnp.arange(len(expert)) * length
+        start = _clipped(start, expert) + jnp.arange(len(expert)) * length
         plan.append((expert[:, None], start, used))
         first += runs * length
     return plan

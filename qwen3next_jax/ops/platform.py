@@ -1,6 +1,10 @@
 """The platform that operations are traced for, which may differ from the one that JAX runs on."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 # `compiler_options` of `jax.jit` for programs over many tokens. By default XLA:CPU hands products
 # and sums to its YNNPACK library, which makes these programs slower (docs/performance.md). Other
@@ -19,6 +23,23 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def forward_program(function: Callable, **options: Any) -> Callable[[jnp.dtype], Callable]:
+    """Compiles a forward pass over many tokens, with the options that are best for its dtype.
+
+    In bfloat16 they are the defaults: only YNNPACK uses a CPU's instructions for bfloat16.
+
+    Args:
+      function: the program.
+      options: options of `jax.jit`, such as `static_argnums`.
+
+    Returns:
+      A function from the dtype of activations to the program, as `jax.jit` returns it.
+    """
+    plain = jax.jit(function, **options)
+    without = jax.jit(function, compiler_options=COMPILER_OPTIONS, **options)
+    return lambda dtype: plain if dtype == jnp.bfloat16 else without
 
 
 def is_hopper() -> bool:

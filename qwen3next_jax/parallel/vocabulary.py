@@ -9,6 +9,7 @@ maxima and sums of the softmax, one number per position.
 """
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops import cross_entropy as cross_entropy_op
+from qwen3next_jax.ops.cpu import gather
 from qwen3next_jax.ops.cross_entropy import (
     losses_and_gradients,
     losses_and_margins,
@@ -59,9 +61,11 @@ def embed(
     )(tokens, table.astype(jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _look_up_alone(tokens, table, dtype):
-    return table[tokens].astype(dtype)
+def _rows_of(tokens, table, dtype):
+    return gather(operator.getitem, table, tokens).astype(dtype)
+
+
+_look_up_alone = jax.custom_vjp(_rows_of, nondiff_argnums=(2,))
 
 
 def _look_up_alone_backward(dtype, residuals, grad):
@@ -73,7 +77,7 @@ def _look_up_alone_backward(dtype, residuals, grad):
 
 _look_up_alone.defvjp(
     # Plain code instead of the custom_vjp function, so that it can be differentiated once more.
-    lambda tokens, table, dtype: (table[tokens].astype(dtype), (tokens, table)),
+    lambda tokens, table, dtype: (_rows_of(tokens, table, dtype), (tokens, table)),
     _look_up_alone_backward,
 )
 
