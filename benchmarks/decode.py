@@ -1,6 +1,7 @@
 """How fast text is generated.
 
     python benchmarks/decode.py --batch=8 --vs=transformers      the same weights, turn by turn
+        (--dtype=bfloat16: in bfloat16 on both sides)
     python benchmarks/decode.py --contexts=1024,4096,16384,65536  time per token over the context
     python benchmarks/decode.py --checkpoint=runs/tiny            with and without speculation
 
@@ -56,7 +57,9 @@ def main():
 def compare(args):
     model_config = config(args.shape)
     if args.vs:
-        theirs = reference(args.shape, args.dtype)
+        import torch
+
+        theirs = reference(args.shape).to(getattr(torch, args.dtype))
         model = nnx.eval_shape(lambda: new_model(model_config, args))
         load_tensors(model, {name: p.float().numpy() for name, p in theirs.state_dict().items()})
     else:
@@ -199,13 +202,13 @@ def speculation(args):
     return result
 
 
-def reference(shape, dtype):
+def reference(shape):
     import torch
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(0)
     fields = {**config(shape).to_hf(), "eos_token_id": None}
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**fields)).eval().to(getattr(torch, dtype))
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**fields)).eval()
 
 
 def reference_tokens(model, prompts, new):
