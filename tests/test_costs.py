@@ -295,7 +295,8 @@ def test_the_yardstick_is_the_model_of_its_config():
     assert ModelConfig.from_hf(costs.YARDSTICK) == run_config("qwen3_32b").model
 
 
-def test_serving_takes_what_the_caches_of_a_bfloat16_model_hold():
+def test_serving_takes_what_the_caches_of_a_bfloat16_model_hold(monkeypatch):
+    monkeypatch.setattr("qwen3next_jax.ops.cpu.platform", lambda: "tpu")
     config = small_config()
     caches = [empty_cache(config, m, batch=1, slots=128, dtype=jnp.bfloat16) for m in config.mixers]
     per_token, states = costs.serving_bytes(config)

@@ -127,8 +127,11 @@ def test_speculative_generation_lowers_for_cuda():
     hidden = jax.ShapeDtypeStruct((B, model.config.hidden_size), model.dtype)
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     rows = ints((B,))
-    prompts = (params, jax.eval_shape(caches), hidden)
-    lowered(mesh, decode._prefill, structure, *prompts, ints((B, 17)), first=rows, length=rows)
+    with jax.sharding.use_abstract_mesh(mesh):
+        prompts = (params, jax.eval_shape(caches), hidden)
+    assert prompts[1][1].k.dtype == jnp.bfloat16
+    prefill = decode._prefill(model.dtype)
+    lowered(mesh, prefill, structure, *prompts, ints((B, 17)), first=rows, length=rows)
     rest = dict(length=rows, seen=None, budget=rows, key=jax.random.key(0))
     lowered(mesh, decode._begin, structure, rules, *prompts, **rest)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -228,7 +228,7 @@ def test_without_segment_ids_all_tokens_go_into_the_delta_rule_s_cache():
 def test_a_model_s_caches_hold_activations_in_its_compute_dtype_or_float32_on_a_cpu(
     platform, monkeypatch
 ):
-    monkeypatch.setattr("qwen3next_jax.model.cache.platform", lambda: platform)
+    monkeypatch.setattr("qwen3next_jax.ops.cpu.platform", lambda: platform)
     caches = abstract_model(CONFIG, dtype=jnp.bfloat16).empty_cache(batch=1, slots=4)
     kinds = {name: x.dtype for cache in caches for name, x in cache._asdict().items()}
     activations = jnp.float32 if platform == "cpu" else jnp.bfloat16

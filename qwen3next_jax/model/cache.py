@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.config import FULL, LINEAR, ModelConfig, require_known
+from qwen3next_jax.ops.cpu import writable
 from qwen3next_jax.ops.delta_rule import gated_delta_rule
-from qwen3next_jax.ops.platform import platform
 
 
 class AttentionCache(NamedTuple):
@@ -91,14 +91,13 @@ def empty_cache(
       batch: number of sequences.
       slots: most tokens of a sequence; the cache of a delta layer does not depend on it.
       dtype: dtype of keys, values and convolution inputs, which is that of the activations; on a
-        CPU they are float32 in any case.
+        CPU they are float32 in place of bfloat16.
 
     Raises:
       ValueError: for an unknown mixer.
     """
     require_known("mixer", [mixer], (LINEAR, FULL))
-    if platform() == "cpu":
-        dtype = jnp.float32  # XLA:CPU converts all of a bfloat16 array to write a few entries
+    dtype = writable(dtype)
     if mixer == LINEAR:
         K, H = config.linear_num_key_heads, config.linear_key_head_dim
         N, P = config.linear_num_value_heads, config.linear_value_head_dim

@@ -32,6 +32,15 @@ def once(function: Callable[..., Array], *args: Array) -> Array:
     return jax.lax.cond(jnp.ravel(args[-1])[0] > 0, function, function, *args)
 
 
+def writable(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+    """The dtype for an array of which a few entries at a time are written.
+
+    It is `dtype`, but float32 for bfloat16 on a CPU: XLA:CPU converts all of a bfloat16 array, to
+    float32 and back, for each write.
+    """
+    return jnp.float32 if platform() == "cpu" and dtype == jnp.bfloat16 else dtype
+
+
 def gather(
     take: Callable[[Array, Array], Array], x: Float[Array, "..."], index: Int[Array, "..."]
 ) -> Float[Array, "..."]:

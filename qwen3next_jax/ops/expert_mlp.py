@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.cpu import gather, once
+from qwen3next_jax.ops.cpu import gather, once, writable
 from qwen3next_jax.ops.grouped_matmul import MOST_ROWS, grouped_matmul, groups_of_blocks
 from qwen3next_jax.ops.grouped_matmul import default_implementation as default_grouped_matmul
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile
@@ -132,8 +132,9 @@ def _blocked(rows, weights, gate_up, down, group_sizes, block, lengths):
 
 def _blocked_forward(rows, weights, gate_up, down, group_sizes, block, lengths):
     plan = _plan(group_sizes, len(rows), block, lengths)
-    keep = [jnp.zeros((len(rows), gate_up.shape[3]), _carried(rows.dtype))] * 2
+    keep = [jnp.zeros((len(rows), gate_up.shape[3]), writable(rows.dtype))] * 2
     out, *kept = _forward(rows, weights, gate_up, down, plan, block, lengths, keep)
+    kept = [x.astype(rows.dtype) for x in kept]
     return out, (rows, weights, gate_up, down, plan, kept)
 
 
@@ -147,14 +148,9 @@ def _forward(rows, weights, gate_up, down, plan, block, lengths, keep=()):
         out = at.put(out, _product("zrf,zfd->zrd", hidden, at.experts(down)))
         return out, *map(at.put, kept, both)
 
-    carry = (rows.astype(_carried(rows.dtype)), *keep)
+    carry = (rows.astype(writable(rows.dtype)), *keep)
     out, *kept = _visit_all(visit, carry, plan, block, lengths)
     return out.astype(rows.dtype), *kept
-
-
-def _carried(dtype):
-    """The dtype of rows that visits write to; XLA:CPU converts all of a bfloat16 array to do so."""
-    return jnp.float32 if platform() == "cpu" else dtype
 
 
 def _blocked_backward(block, lengths, residuals, d_out):
@@ -177,7 +173,7 @@ def _blocked_backward(block, lengths, residuals, d_out):
         return at.put(d_rows, d_x), at.put(d_weights, d_w), d_gate_up, d_down
 
     start = (
-        d_out.astype(_carried(dtype)),
+        d_out.astype(writable(dtype)),
         jnp.zeros_like(weights),
         jnp.zeros(gate_up.shape, jnp.float32),
         jnp.zeros(down.shape, jnp.float32),
