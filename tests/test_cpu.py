@@ -9,6 +9,7 @@ import pytest
 
 from qwen3next_jax.ops.cpu import axis_sum, gather, once, row_max, row_sum, small_products
 from qwen3next_jax.ops.platform import COMPILER_OPTIONS, forward_program
+from qwen3next_jax.parallel.vocabulary import embed
 
 
 @pytest.mark.parametrize("size", [1, 31, 64, 96, 4096])
@@ -109,6 +110,20 @@ def test_a_gather_takes_what_the_index_says_and_so_do_its_derivatives():
         assert got.any()
     many = jax.vmap(functools.partial(gather, take))(jnp.stack([x, -x]), jnp.stack([index] * 2))
     np.testing.assert_array_equal(many, jnp.stack([take(x, index), -take(x, index)]))
+
+
+def test_a_loop_that_looks_up_tokens_makes_no_copy_of_the_table():
+    table = jnp.ones((512, 1024), jnp.bfloat16)
+
+    @jax.jit
+    def program(table):
+        def add(i, total):
+            tokens = (i * i + jnp.arange(4)[None]) % len(table)
+            return total + embed(tokens, table, dtype=table.dtype).astype(jnp.float32)
+
+        return jax.lax.fori_loop(0, 64, add, jnp.zeros((1, 4, 1024)))
+
+    assert program.lower(table).compile().memory_analysis().temp_size_in_bytes < table.nbytes / 2
 
 
 def test_a_forward_program_leaves_products_in_bfloat16_to_the_library():
