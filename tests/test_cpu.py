@@ -1,14 +1,25 @@
 """Forms for XLA's CPU backend."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen3next_jax.ops.cpu import axis_sum, gather, once, row_max, row_sum, small_products
-from qwen3next_jax.ops.platform import COMPILER_OPTIONS, forward_program
+from qwen3next_jax.ops.cpu import (
+    axis_sum,
+    bfloat16_product,
+    gather,
+    once,
+    product_over_rows,
+    row_max,
+    row_sum,
+    small_products,
+)
+from qwen3next_jax.ops.expert_mlp import expert_mlp
+from qwen3next_jax.ops.platform import compiler_options, forward_program
 from qwen3next_jax.parallel.vocabulary import embed
 
 
@@ -88,7 +99,7 @@ def test_programs_of_many_tokens_leave_products_to_xla():
         program = jax.jit(lambda x: x @ x, compiler_options=options)
         return "ynn_fusion" in program.lower(jnp.ones((256, 256))).compile().as_text()
 
-    assert not fused(COMPILER_OPTIONS)
+    assert not fused(compiler_options("float32"))
     assert fused(None), "XLA's default has changed: measure again whether the option is of use"
 
 
@@ -124,6 +135,83 @@ def test_a_loop_that_looks_up_tokens_makes_no_copy_of_the_table():
         return jax.lax.fori_loop(0, 64, add, jnp.zeros((1, 4, 1024)))
 
     assert program.lower(table).compile().memory_analysis().temp_size_in_bytes < table.nbytes / 2
+
+
+def test_products_of_bfloat16_and_of_their_gradients_are_left_to_the_library_as_they_are():
+    def loss(x, y):
+        return jnp.tanh(bfloat16_product(x, y)).astype(jnp.float32).sum()
+
+    x, y = (jnp.ones(shape, jnp.bfloat16) for shape in ((64, 128), (128, 256)))
+    gradient = jax.jit(jax.grad(loss, (0, 1)), compiler_options=compiler_options("bfloat16"))
+    text = gradient.lower(x, y).compile().as_text()
+    assert factors(text) == [["bf16", "bf16"]] * 3
+    assert text.count('"__ynn_fusion"') == 3
+
+
+def test_so_are_those_of_experts_and_their_gradients():
+    rows, (gate_up, down) = jnp.ones((256, 64)), (jnp.ones((2, 2, 64, 32)), jnp.ones((2, 32, 64)))
+    sizes = jnp.array([128, 128])
+
+    def loss(arrays):
+        rows, *matrices = arrays
+        return expert_mlp(rows, jnp.ones(256), *matrices, sizes, block=32).sum()
+
+    arrays = [a.astype(jnp.bfloat16) for a in (rows, gate_up, down)]
+    program = jax.jit(jax.grad(loss), compiler_options=compiler_options("bfloat16"))
+    found = factors(program.lower(arrays).compile().as_text())
+    assert len(found) % 9 == 0  # three forward and six backward, for each length of runs
+    assert {*map(tuple, found)} == {("bf16", "bf16")}
+
+
+def factors(text):
+    """The dtypes of the factors of each product in a compiled program."""
+    dtypes = dict(re.findall(r"(%\S+) = (\w+)\[", text))
+    pairs = re.findall(r" dot\((%\S+), (%\S+)\)", text)
+    return [[dtypes[name] for name in pair] for pair in pairs]
+
+
+def test_sums_are_not_left_to_the_library():
+    def called(dtype):
+        program = jax.jit(lambda x: x.sum(0), compiler_options=compiler_options(dtype))
+        return "ynn_fusion" in program.lower(jnp.ones((256, 256))).compile().as_text()
+
+    assert not called("float32")
+    assert not called("bfloat16")
+
+
+def test_a_product_of_bfloat16_has_the_derivatives_of_a_plain_one():
+    x, y, along = (jax.random.normal(jax.random.key(i), (8, 8)) for i in range(3))
+    x, y = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, y))
+
+    def derivatives(product, dtype):
+        def cubes(x, y):
+            out = product(x.astype(dtype), y.astype(dtype))
+            return (out.astype(jnp.float32) ** 3).sum()
+
+        def slope(x, y):
+            return sum((g * along).sum() for g in jax.grad(cubes, (0, 1))(x, y))
+
+        backward = jax.grad(slope, (0, 1))(x, y)
+        _, forward = jax.jvp(jax.grad(cubes, (0, 1)), (x, y), (along, along))
+        return jax.grad(cubes, (0, 1))(x, y), backward, forward
+
+    got = jax.tree.leaves(derivatives(bfloat16_product, jnp.bfloat16))
+    expected = jax.tree.leaves(derivatives(jnp.matmul, jnp.float32))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2**-6 * np.abs(b).max())  # some 2⁻⁸ a rounding
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(5, 3), (1, 8), (2, 64, 32)])
+def test_a_product_over_rows_is_that_of_the_transpose(shape, dtype):
+    x, y = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i in range(2))
+    program = jax.jit(product_over_rows, compiler_options=compiler_options(dtype))
+    exact = np.asarray(x, np.float64).swapaxes(-1, -2) @ np.asarray(y, np.float64)
+    assert program(x, y).dtype == jnp.float32
+    np.testing.assert_allclose(program(x, y), exact, atol=1e-4)
+    # Transposed at once, which the compiler may take for a product of other factors.
+    transpose = jax.jit(lambda x, y: product_over_rows(x, y).swapaxes(-1, -2))
+    np.testing.assert_allclose(transpose(x, y), exact.swapaxes(-1, -2), atol=1e-4)
 
 
 def test_a_forward_program_leaves_products_in_bfloat16_to_the_library():

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from qwen3next_jax.config import ModelConfig
+from qwen3next_jax.ops.cpu import bfloat16_product
 from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.parallel.mesh import active_mesh, all_gathered
 
@@ -80,10 +81,11 @@ def project(
     # reshaped, to keep its sharding.
     rows = x.reshape(-1, math.prod(w.shape[:over]))
     w_matrix = w.reshape(rows.shape[1], -1)
-    # XLA:CPU multiplies bfloat16 as it is if the product is float32, else as float32 copies.
-    computed = jnp.float32 if x.dtype == jnp.bfloat16 else into
-    y = jnp.matmul(rows, w_matrix, preferred_element_type=computed, precision=precision)
-    return y.astype(into or x.dtype).reshape(*x.shape[:2], *w.shape[over:])
+    if x.dtype == jnp.bfloat16 and into is None:
+        y = bfloat16_product(rows, w_matrix)
+    else:
+        y = jnp.matmul(rows, w_matrix, preferred_element_type=into, precision=precision)
+    return y.reshape(*x.shape[:2], *w.shape[over:])
 
 
 def rms_normalize(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, BFloat16, Float, Float32, Int
 
 from qwen3next_jax.ops.platform import platform
 
@@ -74,6 +74,55 @@ def _gather_bits_jvp(take, primals, tangents):  # a cast of bits has no derivati
     return _gather_bits(take, x, index), take(tangents[0], index)
 
 
+@jax.custom_vjp
+def bfloat16_product(
+    x: BFloat16[Array, "I J"], y: BFloat16[Array, "J K"]
+) -> BFloat16[Array, "I K"]:
+    """Computes x @ y, summed in float32 and rounded once, and its gradients in the same way.
+
+    XLA:CPU multiplies bfloat16 as it is only for a float32 result, else as float32 copies. Without
+    a rule of its own, the gradient of such a product would multiply float32 by bfloat16, which
+    takes five times as long.
+
+    Args:
+      x, y: the matrices.
+    """
+    return _product(x, y).astype(x.dtype)
+
+
+# Plain code, which can be differentiated again, forward and backward.
+def _product_forward(x, y):
+    return _product(x, y).astype(x.dtype), (x, y)
+
+
+def _product_backward(factors, d):
+    x, y = factors
+    d_x = jnp.einsum("ik,jk->ij", d, y, preferred_element_type=jnp.float32)
+    return d_x.astype(d.dtype), product_over_rows(x, d).astype(d.dtype)
+
+
+_product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+bfloat16_product.defvjp(_product_forward, _product_backward)
+
+
+def product_over_rows(
+    x: Float[Array, "*B R I"], y: Float[Array, "*B R J"]
+) -> Float32[Array, "*B I J"]:
+    """Computes xᵀ y in float32, which is how a weight's gradient sums over rows.
+
+    Args:
+      x, y: the matrices, in one dtype.
+    """
+    if platform() != "cpu" or x.dtype != jnp.bfloat16:
+        return jnp.einsum("...ri,...rj->...ij", x, y, preferred_element_type=jnp.float32)
+    # XLA:CPU multiplies bfloat16 as it is only if the left factor's last axis is summed over, and
+    # makes a plain transpose part of the product; it keeps one that goes through a flat array.
+    shape = *x.shape[:-2], x.shape[-1], x.shape[-2]
+    flat = jax.lax.optimization_barrier(x.swapaxes(-1, -2).reshape(-1))
+    # Transposed at once, the product would be one that jaxlib 0.10.2 compiles but cannot run.
+    return jax.lax.optimization_barrier(_product(flat.reshape(shape), y))
+
+
 def small_products(
     spec: str,
     x: Float[Array, "*A I J"],
@@ -125,7 +174,7 @@ def _entry_by_entry(left, right, out, x, y):
 def axis_sum(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Computes x.sum(axis) in x's dtype, by code that XLA generates itself.
 
-    Unless compiled with `ops.platform.COMPILER_OPTIONS`, XLA:CPU hands reductions that it
+    Unless compiled with `ops.platform.compiler_options`, XLA:CPU hands reductions that it
     recognises as sums to the library YNNPACK. That is slower for sums of products, and with jaxlib
     0.10.2 it crashes if the products have eight axes, as products of small matrices may under
     `vmap`.

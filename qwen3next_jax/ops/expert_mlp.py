@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.cpu import gather, once, writable
+from qwen3next_jax.ops.cpu import gather, once, product_over_rows, writable
 from qwen3next_jax.ops.grouped_matmul import MOST_ROWS, grouped_matmul, groups_of_blocks
 from qwen3next_jax.ops.grouped_matmul import default_implementation as default_grouped_matmul
 from qwen3next_jax.ops.pallas.expert_mlp import can_compile
@@ -164,11 +164,11 @@ def _blocked_backward(block, lengths, residuals, d_out):
         hidden, pull = jax.vjp(_between, gate, up, at.rows(weights))
         *d_both, d_w = pull(_product("zrd,zfd->zrf", d_y, at.experts(down)))
         # A visit may include blocks without an expert, whose gradients `add` drops.
-        d_down = at.add(d_down, _product("zrf,zrd->zfd", hidden.astype(dtype), d_y))
+        d_down = at.add(d_down, product_over_rows(hidden.astype(dtype), d_y))
         d_x = jnp.zeros(x.shape, jnp.float32)
         for j, d_one in enumerate(d_both):
             d_one = d_one.astype(dtype)
-            d_gate_up = at.add(d_gate_up, _product("zrd,zrf->zdf", x, d_one), j)
+            d_gate_up = at.add(d_gate_up, product_over_rows(x, d_one), j)
             d_x += _product("zrf,zdf->zrd", d_one, at.experts(gate_up, j))
         return at.put(d_rows, d_x), at.put(d_weights, d_w), d_gate_up, d_down
 

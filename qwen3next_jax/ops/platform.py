@@ -1,15 +1,11 @@
 """The platform that operations are traced for, which may differ from the one that JAX runs on."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-# `compiler_options` of `jax.jit` for programs over many tokens. By default XLA:CPU hands products
-# and sums to its YNNPACK library, which makes these programs slower (docs/performance.md), except
-# forward passes in bfloat16. Other platforms ignore the option.
-COMPILER_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 # The platforms of implementations that do not run on all of them.
 _PLATFORMS = {"pallas": ("tpu", "cpu"), "hopper": ("gpu",), "cudnn": ("gpu",)}
@@ -25,11 +21,23 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def forward_program(function: Callable, **options: Any) -> Callable[[jnp.dtype], Callable]:
-    """Compiles a forward pass over many tokens, in float32 with `COMPILER_OPTIONS`.
+def compiler_options(dtype: jax.typing.DTypeLike) -> dict[str, str]:
+    """`compiler_options` of `jax.jit` for programs over many tokens.
 
-    In bfloat16, products are left to YNNPACK, which multiplies bfloat16 as it is, where XLA:CPU
-    makes float32 copies. Measured on a CPU with AMX.
+    By default XLA:CPU hands products, sums and elementwise operations to its library YNNPACK, which
+    makes these programs slower (docs/performance.md). Products of bfloat16 are left to it, because
+    it multiplies bfloat16 as it is, where XLA:CPU makes float32 copies. Other platforms ignore the
+    option.
+
+    Args:
+      dtype: dtype of activations.
+    """
+    library = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT" if jnp.dtype(dtype) == jnp.bfloat16 else ""
+    return {"xla_cpu_experimental_ynn_fusion_type": library}
+
+
+def forward_program(function: Callable, **options: Any) -> Callable[[jnp.dtype], Callable]:
+    """Compiles a forward pass over many tokens with the `compiler_options` of its dtype.
 
     Args:
       function: the program.
@@ -38,9 +46,9 @@ def forward_program(function: Callable, **options: Any) -> Callable[[jnp.dtype],
     Returns:
       A function from the dtype of activations to the program, as `jax.jit` returns it.
     """
-    plain = jax.jit(function, **options)
-    without = jax.jit(function, compiler_options=COMPILER_OPTIONS, **options)
-    return lambda dtype: plain if dtype == jnp.bfloat16 else without
+    return functools.cache(
+        lambda dtype: jax.jit(function, compiler_options=compiler_options(dtype), **options)
+    )
 
 
 def is_hopper() -> bool:

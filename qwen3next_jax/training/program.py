@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from qwen3next_jax.checkpoint.parameters import final_dtype
 from qwen3next_jax.config import RunConfig
 from qwen3next_jax.model.decoder import Qwen3Next
-from qwen3next_jax.ops.platform import COMPILER_OPTIONS
+from qwen3next_jax.ops.platform import compiler_options
 from qwen3next_jax.parallel.layout import check_fits
 from qwen3next_jax.parallel.mesh import BATCH, parameter_shardings
 from qwen3next_jax.parallel.names import map_leaves, named_leaves
@@ -63,7 +63,7 @@ def make_program(config: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     step = jax.jit(
         make_train_step(graph, optimizer, schedule, config),
         donate_argnums=0,
-        compiler_options=COMPILER_OPTIONS,
+        compiler_options=compiler_options(config.precision.compute),
     )
     state = place_state(jax.eval_shape(lambda p: initial_state(p, optimizer, config), params), mesh)
     return Program(graph, optimizer, state, _abstract_batch(config, mesh), step)
