@@ -98,7 +98,7 @@ def _product_forward(x, y):
 def _product_backward(factors, d):
     x, y = factors
     d_x = jnp.einsum("ik,jk->ij", d, y, preferred_element_type=jnp.float32)
-    return d_x.astype(d.dtype), product_over_rows(x, d).astype(d.dtype)
+    return d_x.astype(x.dtype), product_over_rows(x, d).astype(y.dtype)
 
 
 _product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)

@@ -25,7 +25,7 @@ def compiler_options(dtype: jax.typing.DTypeLike) -> dict[str, str]:
     """`compiler_options` of `jax.jit` for programs over many tokens.
 
     By default XLA:CPU hands products, sums and elementwise operations to its library YNNPACK, which
-    makes these programs slower (docs/performance.md). Products of bfloat16 are left to it, because
+    makes these programs slower (docs/performance.md). In bfloat16 products are left to it, because
     it multiplies bfloat16 as it is, where XLA:CPU makes float32 copies. Other platforms ignore the
     option.
 
