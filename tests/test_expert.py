@@ -104,6 +104,21 @@ def test_a_tokens_rows_are_added_in_float32():
     np.testing.assert_array_equal(y.astype(jnp.float32), 1 + 2.0**-7)  # the nearest to 1 + 5/512
 
 
+def test_a_cpu_gathers_a_tokens_rows_one_by_one():
+    k, tokens, size = 4, 512, 64
+    experts = (jnp.arange(tokens)[:, None] + jnp.arange(k)) % E
+
+    @jax.jit
+    def program(x, weights):
+        return apply_experts(x, experts, weights, lambda rows, *_: rows, num_experts=E)
+
+    x, weights = jnp.ones((tokens, size), jnp.bfloat16), jnp.ones((tokens, k))
+    text = program.lower(x, weights).compile().as_text()
+    # One gather of them all takes XLA:CPU five times as long in bfloat16.
+    assert f"[{tokens},{size}]" in text
+    assert f"[{k},{tokens},{size}]" not in text
+
+
 @pytest.mark.parametrize("alignment", [1, 64])
 @pytest.mark.parametrize(
     "experts", [EXPERTS, EXPERTS[:1], np.full((9, 1), 5, np.int32)], ids=["some", "one", "last"]

@@ -190,6 +190,19 @@ def test_rows_in_bfloat16_are_converted_once_and_not_in_each_visit():
     assert len(re.findall(rf"\[{sum(sizes)},{D}\]\S* convert\(", text)) == 2  # to float32 and back
 
 
+def test_what_gradients_keep_of_bfloat16_rows_is_bfloat16():
+    sizes = [16, 0, 32]
+    rows, weights, gate_up, down, _ = make(sizes, sum(sizes), "bfloat16")
+
+    def program(rows):
+        given = dict(implementation="blocked", block=16)
+        return expert_mlp(rows, weights, gate_up, down, jnp.asarray(sizes), **given)
+
+    _, pull = jax.vjp(program, rows)
+    kept = [x.dtype for x in jax.tree.leaves(pull) if x.shape == (sum(sizes), F)]
+    assert kept == 2 * [jnp.bfloat16]  # gates and ups
+
+
 def sparse_layer(config):
     return random_module(nnx.eval_shape(lambda: moe.SparseMoE(config, rngs=nnx.Rngs(0))))
 
