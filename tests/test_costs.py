@@ -97,7 +97,9 @@ def with_reference(op):
 
 
 @pytest.mark.parametrize("remat", ["none", "layer"])
-@pytest.mark.parametrize("kind", ["dense", "sparse", "hybrid", "frozen", "frozen layers"])
+@pytest.mark.parametrize(
+    "kind", ["dense", "sparse", "hybrid", "frozen", "frozen layers", "frozen tied head"]
+)
 def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
     monkeypatch.setattr(gated_attention, "attention", with_reference(gated_attention.attention))
     monkeypatch.setattr(context, "gated_delta_rule", with_reference(context.gated_delta_rule))
@@ -136,6 +138,9 @@ def test_executed_operations_are_the_compilers(kind, remat, monkeypatch):
         given.train.frozen_parameters = ("groups/layers/1/*", "*/down_proj", "mtp/fc", "lm_head")
     if kind == "frozen layers":
         given.train.frozen_parameters = ("groups/*", "embed_tokens", "mtp/fc")
+    if kind == "frozen tied head":
+        given.model.update(tie_word_embeddings=True, mtp_steps=2)
+        given.train.frozen_parameters = ("embed_tokens", "mtp/*proj")
     config = RunConfig.from_dict(given.to_dict())
     program = make_program(config, abstract_mesh(ONE))
 
