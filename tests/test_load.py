@@ -342,7 +342,7 @@ def test_a_run_draws_the_parameters_that_are_to_be_new(earlier, corpus, tmp_path
 
 
 @pytest.mark.slow
-def test_a_fine_tune_gives_back_what_it_froze_bit_for_bit(corpus, tmp_path):
+def test_a_fine_tune_gives_back_what_it_froze_bit_for_bit(corpus, tmp_path, caplog):
     """From bfloat16 files and back, through a resumption on four devices."""
     given, exported = tmp_path / "given", tmp_path / "exported"
     config = small_config(corpus)
@@ -360,7 +360,13 @@ def test_a_fine_tune_gives_back_what_it_froze_bit_for_bit(corpus, tmp_path):
         precision__frozen="bfloat16",
         precision__compute="bfloat16",
     )
-    run(small_config(corpus, **changes, train__num_steps=2), tmp_path / "run")
+    with caplog.at_level("INFO", logger="absl"):
+        run(small_config(corpus, **changes, train__num_steps=2), tmp_path / "run")
+    frozen = ("mlp/gate_up_proj", "mlp/down_proj", "embed_tokens", "z_proj")
+    size = sum(
+        x.size for name, x in named_leaves(nnx.state(model, nnx.Param)) if name.endswith(frozen)
+    )
+    assert f" parameters ({size:,} frozen), " in caplog.text
     changes |= dict(train__num_steps=4, mesh__data=1, mesh__fsdp=2, mesh__expert=2)
     items = [f"{key.replace('__', '.')}={value!r}" for key, value in changes.items()]
     subprocess.run(
