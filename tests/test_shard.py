@@ -115,6 +115,19 @@ def load_lines(path, tokenizer_file, **options):
     return load_data(source="jsonl", path=str(path), **given, **options)
 
 
+def test_a_document_as_long_as_a_row_is_not_too_long(tmp_path):
+    write_lines(tmp_path / "a.jsonl", ["x" * 31] * 16, [])
+    given = dict(packing="best_fit", holdout_fraction=0.5, num_shards=1, window_rows=2)
+    data = load_lines(tmp_path / "a.jsonl", "bytes", **given)
+    length = len(data.tokenizer.encode("x" * 31)) + 1  # with the token that ends it
+    batches = training_batches(data, batch_size=2, sequence_length=length, seed=0)
+    assert (next(batches)["segment_ids"] == 1).all()
+    counted = input_metrics(data, batches.get_state(), sequence_length=length)
+    assert counted["truncated_records"] == 0
+    with pytest.raises(BadRecordError, match=f"has {length} tokens, more than a row of"):
+        next(training_batches(data, batch_size=2, sequence_length=length - 1, seed=0))
+
+
 @pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_what_is_skipped_or_truncated_is_counted_and_nothing_else_is_missing(
     packing, tmp_path, tokenizer_file, monkeypatch

@@ -67,6 +67,13 @@ def test_tokens_behind_the_last_whole_stretch_are_not_looked_at():
     np.testing.assert_allclose(even.total / even.tokens, want, rtol=1e-5)  # float32 sums
 
 
+def test_of_few_tokens_each_is_looked_at():
+    even = sink_share(jnp.ones((1, 17, 2, 8)), jnp.zeros((1, 17, 1, 8)), None)
+    assert even.tokens == 16  # all but the first
+    want = np.mean([1 / (t + 1) for t in range(1, 17)])
+    np.testing.assert_allclose(even.total / even.tokens, want, rtol=1e-5)  # float32 sums
+
+
 def test_parts_weigh_by_their_tokens():
     parts = {
         "gate": Mean(jnp.array([10.0, 1.0]), jnp.array([20.0, 1.0])),
