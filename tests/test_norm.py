@@ -18,6 +18,7 @@ from qwen3next_jax.training.norm import norm
         [(3,), (2, 5, 7), (0, 4)],
         [(3, 300, 100)],  # one that is summed by itself, its rows of a length that halves once
         [(7,), (130, 1031), (2, 40_000), (4,)],
+        [(256, 256), (65_537,), (65_535,)],  # about the size from which arrays are large
     ],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -42,6 +42,8 @@ def test_a_part_of_each_head_is_rotated_as_transformers_does(platform, monkeypat
     # Far beyond what float32 knows of such angles: only the very same roundings agree.
     np.testing.assert_allclose(got, rotated_by_transformers(x, positions), atol=1e-4)
     np.testing.assert_array_equal(got[..., 64:], x[..., 64:])
+    halves = apply_rope(jnp.asarray(x, jnp.bfloat16), jnp.asarray(positions), small_config(**SIZES))
+    assert halves.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("factor", [2.0, 4.0])
