@@ -216,6 +216,18 @@ def test_many_rules_under_vmap_are_each_its_own():
             np.testing.assert_allclose(a[i], b, atol=1e-5 * np.abs(b).max())
 
 
+def test_ids_are_spread_over_padding_by_tokens_and_not_by_pairs_of_them():
+    *arrays, segments = make("documents", T=64)  # whole chunks
+    arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
+    program = quick_jit(lambda arrays, ids: run(arrays, ids, "chunked"))
+    text = program.lower(arrays, jnp.asarray(segments)).compile().as_text()
+    kernels = text.split("\n\n")
+    decays = [kernel for kernel in kernels if "exponential(" in kernel]
+    assert decays
+    assert any("take_along_axis" in kernel for kernel in kernels)
+    assert not any("take_along_axis" in kernel for kernel in decays)
+
+
 def test_the_oracle_s_gradients_are_those_of_finite_differences():
     *arrays, segments = make("documents", B=1, T=40, K=1, N=2, H=3, P=2)
     rng = np.random.default_rng(2)

@@ -44,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qwen3next_jax.ops.cpu import axis_sum, small_products
+from qwen3next_jax.ops.cpu import axis_sum, once, small_products
 from qwen3next_jax.ops.pallas import delta_hopper
 from qwen3next_jax.ops.pallas import delta_rule as kernels
 from qwen3next_jax.ops.pallas.delta_rule import CHUNK
@@ -396,7 +396,8 @@ def _chunked(q, k, v, g, beta, segments, before, state):
         split(v, K, R),
         split(g, K, R),
         split(beta, K, R),
-        split(segments, mode="edge"),
+        # `once`, or XLA:CPU would spread ids over padding anew for each pair of a chunk's tokens.
+        once(functools.partial(split, mode="edge"), segments),
         before,
         state.reshape(B, K, R, H, P),
     )
