@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qwen3next_jax.ops.cpu import row_max, row_sum
+from qwen3next_jax.ops.platform import platform
 from qwen3next_jax.ops.shapes import (
     check_rows,
     check_shape,
@@ -220,7 +221,7 @@ def _softmax(hidden, targets, head, vocab_axis):
         targets = targets - head.shape[1] * jax.lax.axis_index(vocab_axis)
     exps = jnp.exp(logits - largest[..., None])
     one_hot = jax.nn.one_hot(targets, head.shape[1], dtype=jnp.float32)
-    denominator, target_logits = row_sum(exps), row_sum(logits * one_hot)
+    denominator, target_logits = row_sum(exps), _at_targets(logits, targets, one_hot)
     if vocab_axis is not None:
         denominator, target_logits = jax.lax.psum((denominator, target_logits), vocab_axis)
     lse = jnp.log(denominator) + largest
@@ -231,6 +232,17 @@ def _softmax(hidden, targets, head, vocab_axis):
         denominator=denominator,
         margins=largest - target_logits,
     )
+
+
+def _at_targets(logits, targets, one_hot):
+    """The targets' logits [B, T]; 0 where another device's shard holds the target."""
+    if platform() != "cpu":
+        return (logits * one_hot).sum(-1)
+    # One entry of each row, where the sum would read all of them again.
+    held = (targets >= 0) & (targets < logits.shape[-1])
+    index = jnp.where(held, targets, 0)[..., None]
+    at = jnp.take_along_axis(logits, index, axis=-1, mode="promise_in_bounds")
+    return jnp.where(held, at[..., 0], 0)
 
 
 def _pieces(chunk, *arrays):
