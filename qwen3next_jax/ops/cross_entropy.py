@@ -238,7 +238,7 @@ def _at_targets(logits, targets, one_hot):
     """The targets' logits [B, T]; 0 where another device's shard holds the target."""
     if platform() != "cpu":
         return (logits * one_hot).sum(-1)
-    # One entry of each row, where the sum would read all of them again.
+    # A CPU reads one entry of each row, where the sum would read all of them again.
     held = (targets >= 0) & (targets < logits.shape[-1])
     index = jnp.where(held, targets, 0)[..., None]
     at = jnp.take_along_axis(logits, index, axis=-1, mode="promise_in_bounds")
