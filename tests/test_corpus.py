@@ -174,6 +174,21 @@ def test_held_out_records_of_which_none_can_be_used_are_refused(corpus, tmp_path
         assert empty.held_out_bytes
 
 
+def test_the_number_of_held_out_records_that_cannot_be_used_is_logged(corpus, tmp_path, caplog):
+    data = load_data(**corpus, vocab_size=300, trained_tokenizer=tmp_path / "tokenizer")
+    texts = ["", "good", "", ""]
+    records = [Record(name=f"{i}.txt", text=text) for i, text in enumerate(texts)]
+    with caplog.at_level("WARNING", logger="absl"):
+        some = dataclasses.replace(data, held_out=records, on_error="skip")
+        assert some.held_out_bytes == len("good")
+    assert "Skipped 3 of 4 records to evaluate on" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="absl"):
+        whole = dataclasses.replace(data, held_out=records[1:2], on_error="skip")
+        assert whole.held_out_bytes == len("good")
+    assert "records to evaluate on" not in caplog.text
+
+
 def test_bytes_and_gzip_are_of_the_held_out_texts(corpus, tmp_path):
     data = load_data(**corpus, vocab_size=300, trained_tokenizer=tmp_path / "tokenizer")
     held_out = b"".join((tmp_path / record.name).read_bytes() for record in data.held_out)

@@ -141,3 +141,11 @@ def test_arrays_that_would_be_broadcast_are_refused(untyped):
     ):
         with pytest.raises(ValueError, match=f"{name} is of shape .*; expected an array"):
             cross_entropy(*arrays)
+
+
+def test_a_cpu_reads_the_logit_of_a_target_and_not_all_of_its_row():
+    arrays = [jnp.asarray(x) for x in make()]
+    text = quick_jit(lambda *arrays: cross_entropy(*arrays)[0]).lower(*arrays).compile().as_text()
+    assert re.search(rf"f32\[{B},{T},{V}\]\S* (dot|subtract)\(", text)  # which the logits are
+    assert " gather(" in text
+    assert not re.search(rf"f32\[{B},{T},{V}\]\S* multiply\(", text)

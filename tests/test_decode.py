@@ -147,10 +147,11 @@ def test_lists_of_tokens_may_be_arrays_and_sets():
 
 ON_A_MESH = """
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from oracles import random_model, small_config
 from qwen3next_jax.config import MeshConfig
-from qwen3next_jax.inference.decode import generate
+from qwen3next_jax.inference.decode import _placement, generate
 from qwen3next_jax.parallel.mesh import make_mesh, parameter_shardings
 
 model = random_model(small_config(mtp_steps=1), scale=0.3)
@@ -161,6 +162,11 @@ for prompts in ([[5, 9, 2], [7], [3, 3, 8]], [[i, 1] for i in range(8)]):
     for options in (dict(), dict(speculative=False), dict(temperature=0.8, top_p=0.9)):
         options["max_new_tokens"] = 8
         assert generate(split, prompts, **options) == generate(model, prompts, **options)
+
+# Rows are split over the devices if they divide into equal parts; else each device has all.
+for rows, own in ((8, 1), (16, 2), (3, 3)):
+    placed = _placement(nnx.state(split), rows)(jnp.zeros((rows, 5)))
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(own, 5)}
 
 # On a mesh with other axes the model runs as plain code.
 mine = jax.make_mesh((8,), ("mine",), axis_types=(jax.sharding.AxisType.Auto,))
